@@ -1,0 +1,1 @@
+"""The tricks, one callback a file, imported as ``lit_ppo.callbacks``."""
