@@ -1,0 +1,210 @@
+"""The whole hook contract: what a trick is handed, what it may touch, and who calls it.
+
+A trick is a Lightning callback with some of the hooks below. :func:`fire` calls a hook by name on every
+callback of the trainer that has it, so plain callbacks and other people's modules work alike.
+"""
+
+from collections.abc import Sized
+from typing import Any, Protocol
+
+import lightning as L
+from torch import Tensor
+
+HOOKS: dict[str, str] = {
+    "on_rollout_start": "prompts",
+    "on_rollout_end": "experience",
+    "on_scores": "experience",
+    "on_rewards": "experience",
+    "on_advantages": "experience",
+    "on_minibatch_start": "minibatch",
+    "on_actor_loss": "minibatch, losses",
+    "on_critic_loss": "minibatch, losses",
+    "on_minibatch_end": "experience, metrics",
+    "on_update_end": "experience",
+}
+
+
+def fire(pl_module: L.LightningModule, hook: str, *args: Any) -> None:
+    """Call ``hook(trainer, pl_module, *args)`` on every callback of the trainer that has it, in list order.
+
+    Args:
+        pl_module: The module that is training; it needs a trainer.
+        hook: One of ``HOOKS``.
+        *args: What the hook hands over.
+    """
+    trainer = pl_module.trainer
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        function = getattr(callback, hook, None)
+        if function is not None:
+            with trainer.profiler.profile(f"[Callback]{type(callback).__name__}.{hook}"):  # type: ignore[attr-defined]
+                function(trainer, pl_module, *args)
+
+
+class ExperienceLike(Protocol):
+    """What flows through an update. Callbacks rebind fields; tensors are not edited in place.
+
+    Shapes: ``raw_scores``, ``scores``, ``ended`` (B,); the other tensors (B, T), 0 where masked.
+    """
+
+    response_mask: Tensor
+    ended: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor | None
+    values: Tensor | None
+    kl: Tensor
+    raw_scores: Tensor
+    scores: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor | None
+    exhausted: bool
+    extras: dict[str, Any]
+
+
+class MinibatchLike(ExperienceLike, Protocol):
+    """The rows of one optimizer step, or one micro-batch of them with what the models just computed.
+
+    ``new_logprobs``, ``new_entropy``, ``new_values`` are (B, T) and differentiable.
+    """
+
+    new_logprobs: Tensor
+    new_entropy: Tensor
+    new_values: Tensor
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean that the module's ``loss_reduction`` asks for, taken over the whole optimizer step."""
+        ...
+
+    def log(self, name: str, x: Tensor) -> None:
+        """Add the mean of ``x`` (B, T), over all micro-batches and ranks, to this step's metrics."""
+        ...
+
+
+class PPOModule(Protocol):
+    """What callbacks may read, write and call of the module. Each trick asks for what it needs with :func:`require`."""
+
+    trainer: L.Trainer
+    kl_coef: float
+    kl_estimator: str
+    clip_range: float | None
+    ppo_epochs: int
+    samples_per_prompt: int
+    actor_frozen: bool
+    checkpoint_reference: bool
+    actor: Any
+    critic: Any
+    reference: Any
+    tokenizer: Any
+    actor_optimizer: Any
+
+    def rollout(self, prompts: Any, **kwargs: Any) -> Any:
+        """Sample responses; fires no hooks."""
+        ...
+
+    def score(self, experience: Any) -> Tensor:
+        """(B,) scores; fires no hooks."""
+        ...
+
+    def exact_kl(self, minibatch: Any) -> Tensor:
+        """(B, T) KL over the vocabulary, differentiable."""
+        ...
+
+    def backward_on_text(self, batch: Any, coef: float) -> tuple[Tensor, Tensor]:
+        """Backward of ``coef`` times the next-token loss on text: its loss and gradient norm."""
+        ...
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Lightning's."""
+        ...
+
+
+class PPOCallback(L.Callback):
+    """Base of the tricks: every hook as a typed no-op.
+
+    A subclass that defines an ``on_...`` method which nothing fires is refused: it is a misspelt hook.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse hooks that nothing fires.
+
+        Raises:
+            TypeError: An ``on_...`` method is neither one of ours nor one of Lightning's.
+        """
+        super().__init_subclass__(**kwargs)
+        for name in vars(cls):
+            if name.startswith("on_") and not hasattr(PPOCallback, name):
+                raise TypeError(f"{cls.__name__}.{name}: nothing fires this hook; ours are {', '.join(HOOKS)}")
+
+    def on_rollout_start(self, trainer: L.Trainer, pl_module: PPOModule, prompts: Sized) -> None:
+        """Before sampling; may set the module's contract attributes."""
+
+    def on_rollout_end(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
+        """Responses, masks, log-probs, reference log-probs, KL and values are there."""
+
+    def on_scores(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
+        """``raw_scores`` and ``scores`` are there."""
+
+    def on_rewards(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
+        """``rewards`` are there: score at the last token, less ``kl_coef`` x KL at every token."""
+
+    def on_advantages(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
+        """``advantages`` and ``returns`` are there."""
+
+    def on_minibatch_start(self, trainer: L.Trainer, pl_module: PPOModule, minibatch: MinibatchLike) -> None:
+        """Once per optimizer step, gradients zeroed, nothing run yet; the global minibatch."""
+
+    def on_actor_loss(
+        self, trainer: L.Trainer, pl_module: PPOModule, minibatch: MinibatchLike, losses: dict[str, Tensor]
+    ) -> None:
+        """Per micro-batch, empty ones included: the named losses whose sum is back-propagated into the actor."""
+
+    def on_critic_loss(
+        self, trainer: L.Trainer, pl_module: PPOModule, minibatch: MinibatchLike, losses: dict[str, Tensor]
+    ) -> None:
+        """The same for the critic."""
+
+    def on_minibatch_end(
+        self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike, metrics: dict[str, float]
+    ) -> None:
+        """Gradients complete, optimizers not yet stepped; ``experience.exhausted = True`` cancels the step."""
+
+    def on_update_end(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
+        """All optimizer steps of the update are done."""
+
+
+def require(callback: L.Callback, pl_module: Any, *names: str) -> None:
+    """Check that the module offers what the callback needs.
+
+    Raises:
+        TypeError: Naming both, and what is missing.
+    """
+    missing = [name for name in names if not hasattr(pl_module, name)]
+    if missing:
+        raise TypeError(
+            f"{type(callback).__name__} needs {', '.join(missing)} on the module, "
+            f"which {type(pl_module).__name__} lacks; add it, or remove the callback"
+        )
+
+
+def positive(callback: object, name: str, value: float) -> float:
+    """``value`` if it is over 0.
+
+    Raises:
+        ValueError: Naming class, argument and value.
+    """
+    if not value > 0:
+        raise ValueError(f"{type(callback).__name__}({name}={value!r}): {name} must be > 0")
+    return value
+
+
+def refuse_same_loss(callback: L.Callback, trainer: L.Trainer, *others: type[L.Callback]) -> None:
+    """Refuse a second callback that replaces the same loss term.
+
+    Raises:
+        ValueError: Naming both.
+    """
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        if other is not callback and isinstance(other, others):
+            raise ValueError(
+                f"{type(callback).__name__} and {type(other).__name__} replace the same loss term; keep one of them"
+            )

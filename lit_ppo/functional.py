@@ -1,0 +1,239 @@
+"""The mathematics of PPO for language models: pure functions of tensors, no state.
+
+Dimension letters: B batch, P prompt, T response, V vocabulary, N tokens, H hidden. Log-probabilities,
+entropies and KL are in nats. Masks are boolean, True where a response token is.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+KLEstimator = Literal["k1", "k2", "k3"]
+
+
+def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean of ``x`` where ``mask`` is True; what lies outside, NaN included, never leaks in.
+
+    Args:
+        x: Values.
+        mask: Boolean, same shape as ``x``.
+        dim: Dimension to reduce, all by default. A slice without a True gives 0.
+
+    >>> masked_mean(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False]))
+    tensor(2.)
+    """
+    kept = x.masked_fill(~mask, 0.0)
+    if dim is None:
+        return kept.sum() / mask.sum().clamp(min=1)
+    return kept.sum(dim) / mask.sum(dim).clamp(min=1)
+
+
+def masked_var(x: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
+    """Variance of ``x`` where ``mask`` is True, over n - 1 (``unbiased``) or n values; a single value's is 0.
+
+    >>> masked_var(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False]))
+    tensor(2.)
+    """
+    deviation = (x - masked_mean(x, mask)).masked_fill(~mask, 0.0)
+    return deviation.square().sum() / (mask.sum() - int(unbiased)).clamp(min=1)
+
+
+def whiten(x: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
+    r"""Shift and scale to zero mean and unit variance over the mask; 0 outside it.
+
+    .. math:: (x - \mu) / \sqrt{\sigma^2 + 10^{-8}}
+    """
+    whitened = (x - masked_mean(x, mask)) * torch.rsqrt(masked_var(x, mask, unbiased) + 1e-8)
+    return whitened.masked_fill(~mask, 0.0)
+
+
+def scale(x: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
+    """Scale to unit variance over the mask and keep the mean; 0 outside it.
+
+    Source: Ziegler et al. 2019, arXiv:1909.08593 (reward whitening in its code keeps the mean).
+    """
+    return (whiten(x, mask, unbiased) + masked_mean(x, mask)).masked_fill(~mask, 0.0)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
+    r"""Log-probability of each token under the tempered distribution.
+
+    .. math:: \log \pi(a_t | s_t) = z_{a_t} / \tau - \log \sum_v \exp(z_v / \tau)
+
+    Args:
+        logits: ``z``; entry t is the prediction *of* token t.
+        ids: Token ids.
+        temperature: ``tau``.
+
+    Shapes:
+        logits (B, T, V), ids (B, T) -> (B, T), float32 (float64 stays).
+    """
+    logprobs = log_softmax(_at_least_float32(logits) / temperature, dim=-1)
+    return logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy of the tempered distribution, nats.
+
+    Shapes:
+        logits (B, T, V) -> (B, T), float32 (float64 stays).
+
+    >>> entropy(torch.zeros(1, 1, 8))  # log 8
+    tensor([[2.0794]])
+    """
+    logprobs = log_softmax(_at_least_float32(logits) / temperature, dim=-1)
+    # exp(-inf) * -inf is NaN: a token that cannot occur adds nothing
+    return -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(-1)
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KLEstimator = "k1") -> Tensor:
+    r"""Per-token estimate of KL(pi || ref) from samples of pi.
+
+    .. math:: d = \log \pi - \log \pi_{ref}, \quad k_1 = d, \quad k_2 = d^2 / 2, \quad k_3 = e^{-d} - 1 + d
+
+    k1 and k3 are unbiased, k3 has the lower variance and is never negative; k2 is biased and never negative.
+
+    Source: Schulman 2020, "Approximating KL divergence", http://joschu.net/blog/kl-approx.html.
+
+    Shapes:
+        (B, T), (B, T) -> (B, T), nats.
+    """
+    log_ratio = logprobs - ref_logprobs
+    if kind == "k1":
+        return log_ratio
+    if kind == "k2":
+        return 0.5 * log_ratio.square()
+    if kind == "k3":
+        return torch.expm1(-log_ratio) + log_ratio
+    raise ValueError(f"kl_estimate(kind={kind!r}): must be 'k1', 'k2' or 'k3'")
+
+
+def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    r"""The KL penalty at every response token, the score on the last one.
+
+    .. math:: r_t = -\beta\, KL_t + [t = \mathrm{last}]\, score
+
+    Source: Ziegler et al. 2019, arXiv:1909.08593, section 2.1; Stiennon et al. 2020, arXiv:2009.01325, section 3.4.
+
+    Args:
+        scores: One a response.
+        kl: Per-token estimate, nats.
+        mask: True at response tokens.
+        kl_coef: ``beta``.
+
+    Shapes:
+        scores (B,), kl (B, T), mask (B, T) -> (B, T), 0 where masked.
+    """
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    is_last = mask & (positions == (positions * mask).amax(1, keepdim=True))
+    rewards = -kl_coef * kl + is_last * scores.unsqueeze(1)
+    return rewards.masked_fill(~mask, 0.0)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
+    r"""Generalised advantage estimation over the tokens of each response.
+
+    .. math::
+        \delta_t = r_t + \gamma V_{t+1} - V_t, \quad
+        \hat A_t = \sum_{l \ge 0} (\gamma \lambda)^l \delta_{t+l}, \quad R_t = \hat A_t + V_t
+
+    The value after the last token is 0.
+
+    Source: Schulman et al. 2015, arXiv:1506.02438, equation 16.
+
+    Shapes:
+        rewards, values, mask (B, T) -> advantages, returns (B, T), 0 where masked.
+
+    >>> mask = torch.ones(1, 3, dtype=torch.bool)
+    >>> gae(torch.tensor([[-0.1, -0.1, 4.9]]), torch.tensor([[2.0, 3.0, 4.0]]), mask)[0]
+    tensor([[2.5673, 1.7550, 0.9000]])
+    """
+    rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
+    advantage = next_value = torch.zeros_like(values[:, 0])
+    advantages = torch.zeros_like(values)
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * lam * advantage
+        advantages[:, t], next_value = advantage, values[:, t]
+    advantages = advantages.masked_fill(~mask, 0.0)
+    return advantages, (advantages + values).masked_fill(~mask, 0.0)
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float | None = 0.2) -> Tensor:
+    r"""PPO's clipped surrogate, negated, per token; no reduction.
+
+    .. math:: -\min(\rho A, \mathrm{clip}(\rho, 1 - \epsilon, 1 + \epsilon) A), \quad \rho = \pi / \pi_{old}
+
+    Source: Schulman et al. 2017, arXiv:1707.06347, equation 7; without ``clip_range`` equation 6.
+
+    Shapes:
+        (B, T) each -> (B, T).
+    """
+    ratio = torch.exp(logprobs - old_logprobs)
+    if clip_range is None:
+        return -ratio * advantages
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
+
+
+def value_loss(values: Tensor, returns: Tensor) -> Tensor:
+    """Half the squared error, per token; no reduction.
+
+    Shapes:
+        (B, T), (B, T) -> (B, T).
+    """
+    return 0.5 * (values - returns).square()
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> Tensor:
+    r"""The larger of the plain squared error and that of the value clipped to near its old self; halved, per token.
+
+    .. math:: \tfrac12 \max((V - R)^2, (\mathrm{clip}(V, V_{old} \pm \epsilon) - R)^2)
+
+    Source: Schulman et al. 2017's code (baselines ``ppo2``); Ziegler et al. 2019, arXiv:1909.08593, its code.
+
+    Shapes:
+        (B, T) each -> (B, T).
+    """
+    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    return torch.maximum(value_loss(values, returns), value_loss(clipped, returns))
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    r"""Share of the returns' variance that the values account for: 1 is perfect, 0 a constant's, below 0 worse.
+
+    .. math:: 1 - \mathrm{Var}(R - V) / \mathrm{Var}(R)
+
+    Shapes:
+        (B, T) each -> scalar; NaN where the returns are all alike.
+    """
+    return 1.0 - masked_var(returns - values, mask, unbiased=False) / masked_var(returns, mask, unbiased=False)
+
+
+def adaptive_kl_coef(
+    kl_coef: float, kl: float, target: float, horizon: float, n_steps: int, max_error: float = 0.2
+) -> float:
+    r"""The proportional controller's next KL coefficient.
+
+    .. math:: e = \mathrm{clip}(KL / target - 1, \pm e_{max}), \quad \beta' = \beta (1 + e\, n / horizon)
+
+    Args:
+        kl_coef: Coefficient in force, beta.
+        kl: KL to the reference measured on the episodes just seen, nats.
+        target: KL to hold, in the same unit as ``kl``.
+        horizon: Episodes in which a clipped error of 1 would double the coefficient.
+        n_steps: Episodes just seen.
+        max_error: Bound on the relative error.
+
+    Source: Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
+
+    >>> round(adaptive_kl_coef(0.15, kl=12.0, target=6.0, horizon=10_000, n_steps=256), 6)
+    0.150768
+    """
+    error = min(max(kl / target - 1.0, -max_error), max_error)
+    return kl_coef * (1.0 + error * n_steps / horizon)

@@ -1,0 +1,119 @@
+"""Tiny local checkpoints and tokenizers that tests build themselves: real Hugging Face folders, no download."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+WORDS = (
+    "the a film movie story plot actor was is felt very really good great bad awful dull bright and but not it this "
+    "that we they saw loved hated ending scene music long short slow fast happy sad"
+).split()
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}"
+)
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "llama": {
+        "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+    },
+    "qwen2": {
+        "model_type": "qwen2", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+    },
+    "gemma2": {
+        "model_type": "gemma2", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "query_pre_attn_scalar": 8,
+    },
+    "cohere": {
+        "model_type": "cohere", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+    },
+    "phi": {
+        "model_type": "phi", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 64,
+    },
+    "opt": {
+        "model_type": "opt", "hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "max_position_embeddings": 64, "word_embed_proj_dim": 16,
+    },
+    "distilbert": {"model_type": "distilbert", "dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2},
+}  # fmt: skip
+
+
+def make_tokenizer(
+    path: Path | None = None,
+    words: list[str] | None = None,
+    *,
+    pad: bool = True,
+    bos: bool = False,
+    chat: bool = False,
+) -> PreTrainedTokenizerFast:
+    """A word tokenizer: ``[PAD]`` 0 (unless ``pad`` is False), ``[EOS]``, ``[UNK]``, then the words."""
+    specials = [*(["[PAD]"] if pad else []), "[EOS]", "[UNK]", *(["[BOS]"] if bos else [])]
+    vocabulary = {token: i for i, token in enumerate([*specials, *(words or [*WORDS, "user", "assistant"])])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="[BOS] $A", special_tokens=[("[BOS]", vocabulary["[BOS]"])]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]" if pad else None,
+        eos_token="[EOS]",
+        unk_token="[UNK]",
+        bos_token="[BOS]" if bos else None,
+        chat_template=CHAT_TEMPLATE if chat else None,
+    )
+    if path is not None:
+        tokenizer.save_pretrained(path)
+    return tokenizer
+
+
+def make_config(family: str, tokenizer: PreTrainedTokenizerFast, **overrides: Any) -> Any:
+    """Configuration of a tiny model of the family, for the tokenizer's vocabulary."""
+    return AutoConfig.for_model(
+        **FAMILIES[family] | overrides,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+
+
+def make_causal_lm(
+    path: Path, family: str = "gpt2", *, seed: int = 0, tokenizer: Any = None, scale: float = 1.0, **overrides: Any
+) -> Path:
+    """A causal LM with random weights and its tokenizer, saved under ``path``; ``scale`` sharpens its predictions."""
+    tokenizer = tokenizer or make_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(make_config(family, tokenizer, **overrides))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(scale)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def make_reward_model(
+    path: Path, family: str = "gpt2", *, seed: int = 1, tokenizer: Any = None, num_labels: int = 1, **overrides: Any
+) -> Path:
+    """A sequence classifier with random weights and its tokenizer, saved under ``path``."""
+    tokenizer = tokenizer or make_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = make_config(family, tokenizer, num_labels=num_labels, **overrides)
+        model = AutoModelForSequenceClassification.from_config(config)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
