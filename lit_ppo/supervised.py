@@ -1,0 +1,136 @@
+"""What the two supervised modules share: a Hugging Face model, its tokenizer, and one optimizer."""
+
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_ppo.schedulers import WarmupCosine
+
+
+class SupervisedModule(L.LightningModule):
+    """Loads or builds a model, optimizes all of its weights, and saves it in Hugging Face format.
+
+    Model and tokenizer are loaded at first use, not in the constructor: a data module's ``prepare_data`` may have to
+    write the tokenizer first. Subclasses name the ``auto_class`` and write the steps.
+    """
+
+    auto_class: ClassVar[Any]
+    config_overrides: ClassVar[dict[str, Any]] = {}
+
+    def __init__(
+        self,
+        model: str | dict[str, Any],
+        tokenizer: str | None,
+        optimizer: OptimizerCallable,
+        scheduler: LRSchedulerCallable | None,
+        model_kwargs: dict[str, Any] | None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if isinstance(model, dict) and "model_type" not in model:
+            raise ValueError(f"{name}(model={model}): no model_type; name one, such as 'llama' or 'gpt2'")
+        if isinstance(model, dict) and tokenizer is None:
+            raise ValueError(f"{name}(tokenizer=None): a model from scratch has none of its own; name its folder")
+        self.model: PreTrainedModel | None = None  # until configure_model
+        self._source = model
+        self._tokenizer_source = tokenizer if tokenizer is not None else str(model)
+        self._model_kwargs = {"dtype": torch.float32} | dict(model_kwargs or {})
+        self._optimizer, self._scheduler = optimizer, scheduler
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with a pad token (its end-of-text token where it has none of its own)."""
+        if self._tokenizer is None:
+            tokenizer = _load(self, "tokenizer", AutoTokenizer, self._tokenizer_source)
+            if tokenizer.pad_token is None and tokenizer.eos_token is None:
+                raise ValueError(
+                    f"{type(self).__name__}(tokenizer={self._tokenizer_source!r}): it has neither a pad nor an "
+                    "end-of-text token; set pad_token and save it again"
+                )
+            if tokenizer.pad_token is None:
+                tokenizer.pad_token = tokenizer.eos_token
+            self._tokenizer = tokenizer
+        return self._tokenizer
+
+    def configure_model(self) -> None:
+        """Load the model, or build it with weights that depend on the seed alone."""
+        if self.model is not None:
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", 0)))
+            model = self._from_scratch() if isinstance(self._source, dict) else self._from_pretrained(self._source)
+        self._check_vocabulary(model)
+        model.config.pad_token_id = self.tokenizer.pad_token_id  # by it a classifier finds a text's last token
+        self.model = model.train()  # loaded models come in eval mode, and Lightning leaves them so
+
+    def _from_scratch(self) -> PreTrainedModel:
+        tokenizer = self.tokenizer
+        settings = dict(self._source) | self.config_overrides  # type: ignore[arg-type]
+        special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
+        config = AutoConfig.for_model(**{"vocab_size": len(tokenizer)} | special | settings)
+        model: PreTrainedModel = self.auto_class.from_config(config, **self._model_kwargs)
+        return model
+
+    def _from_pretrained(self, path: str) -> PreTrainedModel:
+        model: PreTrainedModel = _load(
+            self, "model", self.auto_class, path, **self.config_overrides, **self._model_kwargs
+        )
+        return model
+
+    def _check_vocabulary(self, model: PreTrainedModel) -> None:
+        embedded = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+        if len(self.tokenizer) > embedded:
+            raise ValueError(
+                f"{type(self).__name__}(tokenizer={self._tokenizer_source!r}): it has {len(self.tokenizer)} tokens "
+                f"and the model embeds {embedded}; use the model's own tokenizer"
+            )
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """One optimizer over all weights; the scheduler steps once per optimizer step."""
+        optimizer = self._optimizer(self.parameters())
+        if self._scheduler is None:
+            return optimizer
+        scheduler = self._scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise ValueError(
+                f"{type(self).__name__}(scheduler=ReduceLROnPlateau): it steps on a validation result, and schedules "
+                "here step once per optimizer step; use another one"
+            )
+        if isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None:
+            scheduler.set_total_steps(self._run_length())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _run_length(self) -> int:
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError("WarmupCosine(total_steps=None): the run has no end; set trainer.max_steps or max_epochs")
+        return int(steps)
+
+    def save_pretrained(self, dirpath: str | Path) -> None:
+        """Write weights, config and tokenizer (for causal LMs also the generation config) to a folder.
+
+        Args:
+            dirpath: Folder to write; created if it is not there.
+        """
+        self.configure_model()
+        assert self.model is not None
+        self.model.save_pretrained(str(dirpath))
+        self.tokenizer.save_pretrained(str(dirpath))
+
+
+def _load(module: SupervisedModule, argument: str, auto_class: Any, source: str, **kwargs: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(source, **kwargs)
+    except OSError as error:  # what transformers raises for a missing folder, a missing file, an unknown hub name
+        raise ValueError(
+            f"{type(module).__name__}({argument}={source!r}): cannot be loaded, neither as a folder nor from the hub "
+            f"({str(error).splitlines()[0]}); check the path or name"
+        ) from error
