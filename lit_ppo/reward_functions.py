@@ -1,0 +1,189 @@
+"""Rewards that are Python functions, and the check that every source's scores go through."""
+
+import inspect
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class RewardFunction:
+    """Scores with any Python function ``(prompts, responses, **columns) -> sequence of float``.
+
+    The function is called by keyword with what its signature names: ``prompts`` (chat prompts as lists of
+    messages), ``responses``, any column of the data set, and ``kwargs``; with all columns if it takes ``**``. A
+    function that names neither ``prompts`` nor ``responses`` gets the two as its first arguments.
+
+    Args:
+        function: The function, or where to import it from (``package.module.function``).
+        kwargs: Further arguments with the same value at every call.
+
+    >>> from types import SimpleNamespace
+    >>> shout = RewardFunction(lambda responses: [float(text.isupper()) for text in responses])
+    >>> shout(SimpleNamespace(prompts=["a", "b"], responses=["YES", "no"], columns={}))
+    tensor([1., 0.])
+    """
+
+    def __init__(self, function: str | Callable[..., Any], kwargs: dict[str, Any] | None = None) -> None:
+        self.function = _imported(function) if isinstance(function, str) else function
+        if not callable(self.function):
+            raise TypeError(f"RewardFunction(function={function!r}): is not callable; {_EXPECTED}")
+        self.name = function if isinstance(function, str) else _name(function)
+        self.kwargs = dict(kwargs or {})
+        self._read_signature()
+
+    def _read_signature(self) -> None:
+        """Find out what the function wants, and refuse what it cannot take."""
+        parameters = _parameters(self.function)
+        positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self._by_position = named.keys().isdisjoint(_TEXTS) and bool(positional or not self._takes_all)
+        if self._by_position and len(positional) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            raise TypeError(f"RewardFunction({self.name}): takes neither prompts nor responses; {_EXPECTED}")
+        self._first_two = set(positional[:2]) if self._by_position else set()
+        self._accepted = named.keys() - self._first_two
+        self._required = [
+            name for name in named if name in self._accepted and named[name].default is inspect.Parameter.empty
+        ]
+        unknown = sorted(name for name in self.kwargs if name in _TEXTS or not self._accepts(name))
+        if unknown:
+            raise ValueError(
+                f"RewardFunction(kwargs={self.kwargs!r}): {self.name} takes no further {', '.join(unknown)}; "
+                f"its arguments are {', '.join(p.name for p in parameters)}"
+            )
+
+    def _accepts(self, name: str) -> bool:
+        return name in self._accepted or (self._takes_all and name not in self._first_two)
+
+    def __call__(self, experience: Any) -> Tensor:
+        """Scores of the responses.
+
+        Raises:
+            RuntimeError: The function raised.
+            TypeError: It needs a column that is not there, or returned something that is not numbers.
+            ValueError: It returned a wrong number of values, a wrong shape, or a value that is not finite.
+
+        Shapes:
+            -> (B,), float32.
+        """
+        prompts = experience.columns.get("messages", experience.prompts)
+        texts = {"prompts": prompts, "responses": experience.responses}
+        offered = {**experience.columns, **self.kwargs, **({} if self._by_position else texts)}
+        missing = [name for name in self._required if name not in offered]
+        if missing:
+            raise TypeError(
+                f"RewardFunction({self.name}): needs {', '.join(missing)}; "
+                f"there are prompts, responses{''.join(f', {name}' for name in offered if name not in _TEXTS)}"
+            )
+        passed = {name: value for name, value in offered.items() if self._accepts(name)}
+        try:
+            result = self.function(*(texts.values() if self._by_position else ()), **passed)
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise RuntimeError(
+                f"RewardFunction({self.name}): raised {type(error).__name__}: {' '.join(str(error).split())} "
+                f"({frame.filename}, line {frame.lineno}); {_EXPECTED}"
+            ) from error
+        return check_scores(result, len(experience.responses), f"RewardFunction({self.name})", experience.responses)
+
+
+_EXPECTED = "expected is a function (prompts, responses, **columns) that returns one number a response"
+_TEXTS = ("prompts", "responses")
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__qualname__", None) or type(function).__qualname__)
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The function's parameters; a builtin that tells none is taken to want prompts and responses."""
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except ValueError:
+        return [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in _TEXTS]
+
+
+def takes_experience(source: Callable[..., Any]) -> bool:
+    """Whether a callable is a score source itself: its one required argument is named ``experience``."""
+    return [p.name for p in _parameters(source) if p.default is p.empty] == ["experience"]
+
+
+def _imported(path: str) -> Callable[..., Any]:
+    """The object at ``package.module.name``."""
+    module_path, _, name = path.rpartition(".")
+    if not module_path:
+        raise ValueError(f"RewardFunction(function={path!r}): write it as module.function")
+    try:
+        module = import_module(module_path)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_path + ".").startswith(error.name + "."):
+            raise  # the module is there, what it imports is not
+        raise ValueError(
+            f"RewardFunction(function={path!r}): no module named {error.name!r}; "
+            "modules are looked for in the working directory and among the installed packages"
+        ) from error
+    if not hasattr(module, name):
+        raise ValueError(f"RewardFunction(function={path!r}): module {module_path!r} has no {name!r}")
+    function: Callable[..., Any] = getattr(module, name)
+    return function
+
+
+def check_scores(scores: Any, count: int, source: str, responses: Sequence[str] | None = None) -> Tensor:
+    """The scores as a float32 tensor, if they are one finite number a response.
+
+    Args:
+        scores: What the source gave: a tensor, an array or a sequence of numbers.
+        count: Number of responses.
+        source: Who gave it, for the error.
+        responses: Their texts, for the error.
+
+    Raises:
+        TypeError: It is not numbers.
+        ValueError: Wrong count or shape, or a value that is NaN or infinite (in float32).
+
+    Shapes:
+        -> (count,).
+    """
+    values = scores if isinstance(scores, Tensor) else _as_tensor(scores, source)
+    if values.is_complex():
+        raise TypeError(f"{source}: returned complex numbers; {_ONE_EACH}")
+    if values.shape != (count,):
+        got = f"{len(values)} values" if values.ndim == 1 else f"values of shape {tuple(values.shape)}"
+        raise ValueError(f"{source}: returned {got} for {count} responses; {_ONE_EACH}, shape ({count},)")
+    values = values.detach().to(torch.float32)
+    if not values.isfinite().all():
+        row = int((~values.isfinite()).nonzero()[0])
+        which = "" if responses is None else f", {responses[row][:80]!r}"
+        raise ValueError(
+            f"{source}: returned {values[row].item()} for response {row} of {count}{which}; {_ONE_EACH}, all finite"
+        )
+    return values
+
+
+_ONE_EACH = "expected is a sequence with one number a response"
+
+
+def _as_tensor(scores: Any, source: str) -> Tensor:
+    if isinstance(scores, (str, bytes, Mapping)) or not isinstance(scores, Iterable):
+        raise TypeError(f"{source}: returned {type(scores).__name__} {str(scores)[:80]!r}; {_ONE_EACH}")
+    if hasattr(scores, "__array__"):
+        try:
+            return torch.as_tensor(np.asarray(scores))
+        except TypeError as error:
+            raise TypeError(f"{source}: returned an array that is not numbers ({error}); {_ONE_EACH}") from error
+    return torch.tensor([_number(value, row, source) for row, value in enumerate(scores)], dtype=torch.float64)
+
+
+def _number(value: Any, row: int, source: str) -> float:
+    try:
+        if isinstance(value, (str, bytes)) or getattr(value, "ndim", 0) > 0:
+            raise TypeError  # float() takes both
+        return float(value)
+    except (TypeError, ValueError):
+        shown = f"{type(value).__name__} {str(value)[:80]!r}"
+        raise TypeError(f"{source}: returned {shown} for response {row}; {_ONE_EACH}") from None
