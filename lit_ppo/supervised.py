@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_ppo.schedulers import WarmupCosine
+from lit_ppo.tokenization import loads_the_same
 
 
 class SupervisedModule(L.LightningModule):
@@ -76,6 +77,12 @@ class SupervisedModule(L.LightningModule):
         settings = dict(self._source) | self.config_overrides  # type: ignore[arg-type]
         special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
         config = AutoConfig.for_model(**{"vocab_size": len(tokenizer)} | special | settings)
+        if not loads_the_same(tokenizer, config):
+            raise ValueError(
+                f"{type(self).__name__}(model={self._source}): from a {config.model_type} checkpoint transformers would "
+                f"load a tokenizer class of its own, which splits text differently from {self._tokenizer_source!r}; "
+                "use another model_type, such as llama"
+            )
         model: PreTrainedModel = self.auto_class.from_config(config, **self._model_kwargs)
         return model
 

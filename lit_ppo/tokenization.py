@@ -1,10 +1,11 @@
 """Train a tokenizer on the text at hand, for a model from scratch."""
 
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD_TOKEN = "<|pad|>"
 EOS_TOKEN = "<|endoftext|>"
@@ -62,3 +63,19 @@ def _trainer(vocab_size: int) -> trainers.BpeTrainer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+
+
+def loads_the_same(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> bool:
+    """Whether the tokenizer, saved beside a model of this config, is loaded as it is.
+
+    For a few model types (Qwen2 is one) transformers puts the family's own tokenizer class in place of the one saved:
+    the same vocabulary, but text is split in another way.
+    """
+    step = max(len(tokenizer) // 200, 1)
+    words = tokenizer.batch_decode([[i] for i in range(0, len(tokenizer), step)])
+    probe = "The film's plot, naïve at 2,000 words:\n" + " ".join(word.strip() for word in words)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        config.save_pretrained(folder)
+        loaded = AutoTokenizer.from_pretrained(folder)
+    return bool(loaded(probe)["input_ids"] == tokenizer(probe)["input_ids"])
