@@ -89,8 +89,12 @@ class TableDataModule(L.LightningDataModule):
         return resolve_tokenizer(type(self).__name__, self.tokenizer_source, self.trainer)
 
     def setup(self, stage: str) -> None:
-        """Silences advice that does not apply: rows are tokenised beforehand, so workers have nothing to do."""
-        warnings.filterwarnings("ignore", message=r".*does not have many workers which may be a bottleneck")
+        """Silences two of Lightning's remarks: they are about worker processes, and these data have no use for any."""
+        for remark in (
+            ".*does not have many workers which may be a bottleneck",
+            "Your `IterableDataset` has `__len__`",
+        ):
+            warnings.filterwarnings("ignore", message=remark)
 
 
 class RowDataModule(TableDataModule):
