@@ -148,10 +148,7 @@ class PromptDataModule(TableDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """The batches of one epoch, from wherever training stands."""
         training = self._fit_state("train_dataloader")
-        overfit = self.trainer.overfit_batches if self.trainer is not None else 0  # type: ignore[attr-defined]
-        n_batches = len(training)
-        repeat = overfit if isinstance(overfit, int) else max(1, int(overfit * n_batches))
-        training.order.repeat = min(repeat, n_batches) or None
+        training.order.repeat = self._overfit_batches(len(training))
         return self._loader(training)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
@@ -218,6 +215,13 @@ class PromptDataModule(TableDataModule):
             return None
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
         return int(progress.processed)
+
+    def _overfit_batches(self, n_batches: int) -> int | None:
+        """The number of batches that ``Trainer(overfit_batches=...)`` asks to see again and again."""
+        asked = self.trainer.overfit_batches if self.trainer is not None else 0  # type: ignore[attr-defined]
+        if not asked:
+            return None
+        return min(asked, n_batches) if isinstance(asked, int) else max(1, int(asked * n_batches))
 
     def _fit_state(self, name: str) -> TrainingPrompts:
         if self._training is None:
