@@ -33,6 +33,7 @@ def fire(pl_module: L.LightningModule, hook: str, *args: Any) -> None:
         *args: What the hook hands over.
     """
     trainer = pl_module.trainer
+    pl_module._fires_hooks = True  # type: ignore[assignment]  # PPOCallback looks for it
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         function = getattr(callback, hook, None)
         if function is not None:
@@ -135,6 +136,20 @@ class PPOCallback(L.Callback):
             if name.startswith("on_") and not hasattr(PPOCallback, name):
                 raise TypeError(f"{cls.__name__}.{name}: nothing fires this hook; ours are {', '.join(HOOKS)}")
 
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Refuse a module that fires no hooks, on which the trick would silently do nothing.
+
+        Raises:
+            TypeError: Naming both.
+        """
+        if not getattr(pl_module, "_fires_hooks", False):
+            raise TypeError(
+                f"{type(self).__name__} waits for hooks that {type(pl_module).__name__} never fires; "
+                "call lit_ppo.callbacks.fire in its training_step, or remove the callback"
+            )
+
     def on_rollout_start(self, trainer: L.Trainer, pl_module: PPOModule, prompts: Sized) -> None:
         """Before sampling; may set the module's contract attributes."""
 
@@ -186,15 +201,67 @@ def require(callback: L.Callback, pl_module: Any, *names: str) -> None:
         )
 
 
+def require_model(callback: L.Callback, pl_module: Any, name: str) -> None:
+    """Check, once models are built, that the module has one of them.
+
+    Args:
+        callback: Who needs it.
+        pl_module: The module.
+        name: ``critic`` or ``reference``.
+
+    Raises:
+        TypeError: The module knows nothing of it.
+        ValueError: It is None. Both name callback and module.
+    """
+    require(callback, pl_module, name)
+    if getattr(pl_module, name) is None:
+        raise ValueError(
+            f"{type(callback).__name__} needs a {name}, but {type(pl_module).__name__}({name}=None) has none; "
+            f"give it a {name}, or remove the callback"
+        )
+
+
 def positive(callback: object, name: str, value: float) -> float:
-    """``value`` if it is over 0.
+    """``value`` if it is a finite number over 0.
 
     Raises:
         ValueError: Naming class, argument and value.
     """
-    if not value > 0:
-        raise ValueError(f"{type(callback).__name__}({name}={value!r}): {name} must be > 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ValueError(f"{type(callback).__name__}({name}={value!r}): {name} must be a number > 0")
     return value
+
+
+def positive_or_none(callback: object, name: str, value: float | None) -> float | None:
+    """``value`` if it is None or over 0.
+
+    Raises:
+        ValueError: Naming class, argument and value.
+    """
+    return None if value is None else positive(callback, name, value)
+
+
+def one_of(callback: object, name: str, value: str, *choices: str) -> str:
+    """``value`` if it is among the choices.
+
+    Raises:
+        ValueError: Naming class, argument, value and choices.
+    """
+    if value not in choices:
+        raise ValueError(f"{type(callback).__name__}({name}={value!r}): must be one of {', '.join(map(repr, choices))}")
+    return value
+
+
+def refuse_twice(callback: L.Callback, trainer: L.Trainer, why: str) -> None:
+    """Refuse a second callback of the same class.
+
+    Raises:
+        ValueError: Naming the class and why one is enough.
+    """
+    copies = [other for other in trainer.callbacks if type(other) is type(callback)]  # type: ignore[attr-defined]
+    if len(copies) > 1:
+        name = type(callback).__name__
+        raise ValueError(f"{name} and {name}: {why}; keep one of them")
 
 
 def refuse_same_loss(callback: L.Callback, trainer: L.Trainer, *others: type[L.Callback]) -> None:

@@ -237,3 +237,28 @@ def adaptive_kl_coef(
     """
     error = min(max(kl / target - 1.0, -max_error), max_error)
     return kl_coef * (1.0 + error * n_steps / horizon)
+
+
+def merge_moments(count: int, mean: float, m2: float, x: Tensor) -> tuple[int, float, float]:
+    r"""Moments of all values seen, out of those so far and a batch of new ones; float64 inside.
+
+    .. math::
+        \delta = \bar x - \mu, \quad \mu' = \mu + \delta\, b / (n + b), \quad
+        M_2' = M_2 + \sum (x - \bar x)^2 + \delta^2\, n b / (n + b)
+
+    Args:
+        count: Values so far, n.
+        mean: Their mean.
+        m2: Sum of their squared deviations from it; ``m2 / (count - 1)`` is the unbiased variance.
+        x: New values, b of them.
+
+    Source: Chan, Golub and LeVeque 1979, the pairwise form of Welford's algorithm.
+
+    >>> merge_moments(2, 2.0, 2.0, torch.tensor([5.0]))  # 1 and 3, then 5
+    (3, 3.0, 8.0)
+    """
+    x = x.double()
+    new, delta = x.numel(), float(x.mean()) - mean
+    total = count + new
+    spread = float((x - x.mean()).square().sum())
+    return total, mean + delta * new / total, m2 + spread + delta**2 * count * new / total

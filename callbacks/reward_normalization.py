@@ -1,0 +1,81 @@
+"""Bring scores to zero mean and unit variance."""
+
+from typing import Any, Literal
+
+import lightning as L
+from torch import Tensor
+
+from lit_ppo.callbacks.base import (
+    ExperienceLike,
+    PPOCallback,
+    PPOModule,
+    one_of,
+    positive,
+    positive_or_none,
+    refuse_twice,
+)
+from lit_ppo.functional import merge_moments
+
+
+class RewardNormalization(PPOCallback):
+    """Replaces ``scores`` by their z-scores, then clips them; ``raw_scores`` stay.
+
+    Use it when the scale of the reward is unknown or differs between reward models: ``kl_coef`` and the critic's
+    learning rate then mean the same everywhere. ``"batch"`` forgets how good the batch is as a whole, ``"running"``
+    keeps that and follows slowly, ``"given"`` fixes both moments. Costs nothing.
+
+    Args:
+        clip: Bound on the size of a z-score; None for no bound.
+        statistics: Where mean and standard deviation come from: this update's scores (``"batch"``), all training
+            scores seen, this update's included (``"running"``; saved and restored), or ``mean`` and ``std``
+            (``"given"``), for example those of a data set.
+        mean: The mean, with ``"given"``.
+        std: The standard deviation, with ``"given"``.
+
+    Reads and writes ``experience.scores``.
+    Source: Zheng et al. 2023, arXiv:2307.04964, section 5.3 (normalisation and clipping by running statistics).
+    """
+
+    def __init__(
+        self,
+        clip: float | None = None,
+        statistics: Literal["batch", "running", "given"] = "running",
+        mean: float | None = None,
+        std: float | None = None,
+    ) -> None:
+        self.clip = positive_or_none(self, "clip", clip)
+        self.statistics = one_of(self, "statistics", statistics, "batch", "running", "given")
+        for name, value in {"mean": mean, "std": std}.items():
+            if (statistics == "given") != (value is not None):
+                raise ValueError(
+                    f"RewardNormalization(statistics={statistics!r}, {name}={value!r}): mean and std go with "
+                    "statistics='given', and with it alone"
+                )
+        self.mean, self.std = mean, None if std is None else positive(self, "std", std)
+        self._moments = (0, 0.0, 0.0)  # of everything seen: count, mean, sum of squared deviations
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse a second normalisation."""
+        refuse_twice(self, trainer, "normalising twice changes nothing")
+
+    def on_scores(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
+        """Normalise the scores."""
+        mean, std = self._mean_and_std(experience.scores)
+        scores = (experience.scores - mean) / std
+        experience.scores = scores if self.clip is None else scores.clamp(-self.clip, self.clip)
+
+    def _mean_and_std(self, scores: Tensor) -> tuple[float, float]:
+        if self.mean is not None and self.std is not None:
+            return self.mean, self.std
+        count, mean, m2 = merge_moments(*self._moments, scores)
+        if self.statistics == "running":
+            self._moments = count, mean, m2
+        return mean, (m2 / max(count - 1, 1) + 1e-8) ** 0.5  # scores that are all alike become 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments of everything seen."""
+        return {"moments": self._moments}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them up again."""
+        self._moments = state_dict["moments"]

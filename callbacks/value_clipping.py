@@ -1,0 +1,53 @@
+"""Keep the critic from moving far in one update."""
+
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+
+from lit_ppo.callbacks.base import (
+    MinibatchLike,
+    PPOCallback,
+    PPOModule,
+    positive,
+    refuse_same_loss,
+    require_model,
+)
+from lit_ppo.functional import clipped_value_loss, value_loss
+
+
+class ValueClipping(PPOCallback):
+    """Replaces the critic's squared error by the larger of it and that of the value clipped to near its old self.
+
+    Use it where the value loss jumps within an update; it is part of most PPO recipes for language models, though
+    studies on control tasks found no gain. Costs nothing. Needs a critic.
+
+    Args:
+        clip_range: How far a value may move from the one at rollout, in units of the returns.
+
+    Reads ``minibatch.new_values``, ``values``, ``returns``; writes ``losses["value"]``. Logs
+    ``value/clip_fraction``: the share of response tokens whose clipped error is the larger, which get no gradient.
+    Source: Schulman et al. 2017's code (baselines ``ppo2``); Ziegler et al. 2019, arXiv:1909.08593, its code.
+    """
+
+    def __init__(self, clip_range: float = 0.2) -> None:
+        self.clip_range = positive(self, "clip_range", clip_range)
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse a second callback that replaces the value loss."""
+        refuse_same_loss(self, trainer, ValueClipping)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Refuse a module without a critic."""
+        require_model(self, pl_module, "critic")
+
+    def on_critic_loss(
+        self, trainer: L.Trainer, pl_module: PPOModule, minibatch: MinibatchLike, losses: dict[str, Tensor]
+    ) -> None:
+        """Replace the value loss."""
+        assert minibatch.values is not None  # there is a critic
+        assert minibatch.returns is not None
+        loss = clipped_value_loss(minibatch.new_values, minibatch.values, minibatch.returns, self.clip_range)
+        losses["value"] = minibatch.mean(loss)
+        is_clipped = loss > value_loss(minibatch.new_values, minibatch.returns)
+        minibatch.log("value/clip_fraction", is_clipped.to(loss.dtype))
