@@ -8,9 +8,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryAccuracy
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from lit_ppo.supervised import SupervisedModule
+from lit_ppo.supervised import SupervisedModule, load
 
 
 class LitRewardModel(SupervisedModule):
@@ -35,7 +35,8 @@ class LitRewardModel(SupervisedModule):
     Source: Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155, section 3.5.
 
     Raises:
-        ValueError: A fresh model has no ``model_type`` or no tokenizer.
+        ValueError: A fresh model has no ``model_type`` or no tokenizer; or, when it is loaded, a checkpoint's head has
+            several outputs.
     """
 
     auto_class: ClassVar[Any] = AutoModelForSequenceClassification
@@ -52,6 +53,16 @@ class LitRewardModel(SupervisedModule):
         super().__init__(model, tokenizer, optimizer, scheduler, model_kwargs)
         self.train_accuracy, self.val_accuracy = BinaryAccuracy(), BinaryAccuracy()
         self.val_loss = MeanMetric()
+
+    def _from_pretrained(self, path: str) -> PreTrainedModel:
+        config = load(self, "model", AutoConfig, path)
+        has_head = any("ForSequenceClassification" in name for name in config.architectures or [])
+        if has_head and config.num_labels != 1 and not self._model_kwargs.get("ignore_mismatched_sizes"):
+            raise ValueError(
+                f"LitRewardModel(model={path!r}): its head has {config.num_labels} outputs and a reward is 1; to start "
+                "from it with a new head, add model_kwargs={'ignore_mismatched_sizes': True}"
+            )
+        return super()._from_pretrained(path)
 
     def rewards(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The model's scores of a batch of right-padded texts, (B,)."""

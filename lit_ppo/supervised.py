@@ -50,7 +50,7 @@ class SupervisedModule(L.LightningModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with a pad token (its end-of-text token where it has none of its own)."""
         if self._tokenizer is None:
-            tokenizer = _load(self, "tokenizer", AutoTokenizer, self._tokenizer_source)
+            tokenizer = load(self, "tokenizer", AutoTokenizer, self._tokenizer_source)
             if tokenizer.pad_token is None and tokenizer.eos_token is None:
                 raise ValueError(
                     f"{type(self).__name__}(tokenizer={self._tokenizer_source!r}): it has neither a pad nor an "
@@ -79,15 +79,15 @@ class SupervisedModule(L.LightningModule):
         config = AutoConfig.for_model(**{"vocab_size": len(tokenizer)} | special | settings)
         if not loads_the_same(tokenizer, config):
             raise ValueError(
-                f"{type(self).__name__}(model={self._source}): from a {config.model_type} checkpoint transformers would "
-                f"load a tokenizer class of its own, which splits text differently from {self._tokenizer_source!r}; "
-                "use another model_type, such as llama"
+                f"{type(self).__name__}(model={self._source}): transformers would load from a "
+                f"{config.model_type} checkpoint a tokenizer class of its own, which splits text differently from "
+                f"{self._tokenizer_source!r}; use another model_type, such as llama"
             )
         model: PreTrainedModel = self.auto_class.from_config(config, **self._model_kwargs)
         return model
 
     def _from_pretrained(self, path: str) -> PreTrainedModel:
-        model: PreTrainedModel = _load(
+        model: PreTrainedModel = load(
             self, "model", self.auto_class, path, **self.config_overrides, **self._model_kwargs
         )
         return model
@@ -133,7 +133,8 @@ class SupervisedModule(L.LightningModule):
         self.tokenizer.save_pretrained(str(dirpath))
 
 
-def _load(module: SupervisedModule, argument: str, auto_class: Any, source: str, **kwargs: Any) -> Any:
+def load(module: SupervisedModule, argument: str, auto_class: Any, source: str, **kwargs: Any) -> Any:
+    """``from_pretrained``, with an error that names the module's argument."""
     try:
         return auto_class.from_pretrained(source, **kwargs)
     except OSError as error:  # what transformers raises for a missing folder, a missing file, an unknown hub name
