@@ -63,7 +63,7 @@ class RewardModel(nn.Module):
             return
         model = self._load_model().eval().requires_grad_(False)
         self.tokenizer = self._load_tokenizer()
-        self._index = self._label_index(model.config)
+        self.label_index = self._label_index(model.config)
         self._scores_tokens = _scores_tokens(model)
         if self.aggregation == "mean" and not self._scores_tokens:
             raise ValueError(
@@ -160,8 +160,8 @@ class RewardModel(nn.Module):
         attended = torch.arange(width, device=device) < lengths[:, None]
         inputs = {"input_ids": ids, "attention_mask": attended.long()}
         if self.aggregation == "last" and (self._finds_last or not self._scores_tokens):
-            return self.model(**inputs).logits[:, self._index].float()  # type: ignore[no-any-return]
-        scores = _token_scores(self.model, inputs)[..., self._index].float()
+            return self.model(**inputs).logits[:, self.label_index].float()  # type: ignore[no-any-return]
+        scores = _token_scores(self.model, inputs)[..., self.label_index].float()
         last = scores.gather(1, lengths[:, None] - 1).squeeze(1)
         if self.aggregation == "last":
             return last

@@ -7,10 +7,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-WORDS = (
-    "the a film movie story plot actor was is felt very really good great bad awful dull bright and but not it this "
-    "that we they saw loved hated ending scene music long short slow fast happy sad"
-).split()
+WORDS = [
+    "the", "a", "film", "movie", "story", "plot", "actor", "was", "is", "felt", "very", "really", "good", "great",
+    "bad", "awful", "dull", "bright", "and", "but", "not", "it", "this", "that", "we", "they", "saw", "loved",
+    "hated", "ending", "scene", "music", "long", "short", "slow", "fast", "happy", "sad",
+]  # fmt: skip
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' + eos_token }}{% endfor %}"

@@ -1,0 +1,101 @@
+"""What LitPPO refuses before it builds anything, and once its models are built."""
+
+import math
+from typing import TYPE_CHECKING, Any, get_args
+
+from transformers import PreTrainedModel
+
+from lit_ppo.experience import LossReduction
+from lit_ppo.functional import KLEstimator
+from lit_ppo.rollout import FILTERS, NEUTRAL, check_generation
+
+if TYPE_CHECKING:
+    from lit_ppo.module import LitPPO
+
+
+def check_arguments(name: str, given: dict[str, Any]) -> None:
+    """Check constructor arguments.
+
+    Args:
+        name: The class, for messages.
+        given: Argument -> value.
+
+    Raises:
+        ValueError: Names class, argument and value, and says what to do.
+    """
+
+    def refuse(argument: str, why: str) -> None:
+        raise ValueError(f"{name}({argument}={given[argument]!r}): {why}")
+
+    for argument in ("ppo_epochs", "minibatch_size", "samples_per_prompt", "micro_batch_size", "micro_batch_tokens"):
+        value = given[argument]
+        optional = argument.startswith("micro_batch")
+        if not (optional and value is None) and (not isinstance(value, int) or value < 1):
+            refuse(argument, "must be an integer over 0")
+    if (given["micro_batch_size"] is None) == (given["micro_batch_tokens"] is None) and given["micro_batch_size"]:
+        refuse("micro_batch_tokens", "give it or micro_batch_size, not both")
+    for argument in ("temperature", "max_grad_norm", "clip_range"):
+        value = given[argument]
+        optional = argument != "temperature"
+        if not (optional and value is None) and not 0 < value < math.inf:
+            refuse(argument, "must be a finite number over 0" + (", or null for none" if optional else ""))
+    if not 0 <= given["kl_coef"] < math.inf:
+        refuse("kl_coef", "must be a finite number, 0 or more")
+    if given["max_skipped_steps"] < 0:
+        refuse("max_skipped_steps", "must be 0 or more")
+    if given["kl_estimator"] not in get_args(KLEstimator):
+        refuse("kl_estimator", f"must be one of {', '.join(get_args(KLEstimator))}")
+    if given["loss_reduction"] not in get_args(LossReduction):
+        refuse("loss_reduction", f"must be one of {', '.join(get_args(LossReduction))}")
+    if {"dtype", "torch_dtype"} & set(given["model_kwargs"] or {}):
+        refuse("model_kwargs", "trained weights are kept in float32; give the Trainer a precision instead")
+    if given["critic"] is None and given["advantages"].needs_values:
+        refuse("critic", f"{type(given['advantages']).__name__} needs values; give a critic, or another estimator")
+    if given["critic"] is not None and not given["advantages"].needs_values:
+        refuse("critic", f"{type(given['advantages']).__name__} uses no values; set critic to null")
+    check_generation(given["generation"])
+
+
+def reshaping(generation: dict[str, Any]) -> list[str]:
+    """Fields that sample from another distribution than the log-probs are of."""
+    return [
+        name
+        for name, value in generation.items()
+        if value is not None and value != NEUTRAL.get(name, value if name not in FILTERS else None)
+        and name in (*FILTERS, "repetition_penalty", "no_repeat_ngram_size")
+    ]  # fmt: skip
+
+
+def check_models(module: "LitPPO") -> None:
+    """Check that the built models speak of the same tokens.
+
+    Raises:
+        ValueError: Names both sides.
+    """
+    actor, tokenizer = module.actor.model, module.tokenizer
+    if len(tokenizer) > _vocab_size(actor):
+        raise ValueError(
+            f"LitPPO(tokenizer={module.paths['tokenizer']!r}): has {len(tokenizer)} tokens, the actor in "
+            f"{module.paths['actor']!r} only {_vocab_size(actor)}; give the tokenizer that the actor was trained with"
+        )
+    others: dict[str, PreTrainedModel | None] = {
+        "reference": None if module.reference is None else module.reference.model,
+        "critic": None if module.critic is None else module.critic.backbone,
+    }
+    for name, other in others.items():
+        if other is not None and _vocab_size(other) != _vocab_size(actor):
+            raise ValueError(
+                f"LitPPO({name}={module.paths[name]!r}): its vocabulary has {_vocab_size(other)} tokens, that of the "
+                f"actor in {module.paths['actor']!r} has {_vocab_size(actor)}; they must share one"
+            )
+    if module.paths["critic"] == "reward":
+        theirs = getattr(module.rewards, "tokenizer").get_vocab()  # noqa: B009  # a RewardModel: critic_source checked
+        if theirs != tokenizer.get_vocab():
+            raise ValueError(
+                "LitPPO(critic='reward'): the reward model's tokenizer is not the actor's, so its weights mean other "
+                "tokens; use critic='actor'"
+            )
+
+
+def _vocab_size(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config().vocab_size)

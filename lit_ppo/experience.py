@@ -1,0 +1,218 @@
+"""What flows through an update: the experience of all ranks, and the minibatches cut from it."""
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LossReduction = Literal["token_mean", "sequence_mean"]
+
+# Read too early, a field's absence is explained by who sets it.
+SET_BY = {
+    "logprobs": "rollout(logprobs=True)",
+    "ref_logprobs": "rollout(logprobs=True)",
+    "values": "rollout(logprobs=True)",
+    "kl": "rollout(logprobs=True)",
+    "raw_scores": "score",
+    "scores": "score",
+    "rewards": "update",
+    "advantages": "update",
+    "returns": "update",
+    "new_logprobs": "the actor's forward of a micro-batch",
+    "new_entropy": "the actor's forward of a micro-batch",
+    "new_values": "the critic's forward of a micro-batch",
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class Experience:
+    """The rows of an update, the same on every rank.
+
+    Callbacks rebind fields; tensors are not edited in place. Reading a field before it is set raises.
+
+    Shapes:
+        B responses, P prompt tokens (left-padded), T response tokens (right-padded); the mask ends with the
+        first stop token, included. Per-token numbers are (B, T) float32, 0 where masked.
+    """
+
+    prompts: list[str]
+    responses: list[str]
+    columns: dict[str, list[Any]]
+    prompt_index: Tensor
+    group: Tensor
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
+    ended: Tensor
+    logprobs: Tensor = field(init=False)
+    ref_logprobs: Tensor | None = field(init=False)
+    values: Tensor | None = field(init=False)
+    kl: Tensor = field(init=False)
+    raw_scores: Tensor = field(init=False)
+    scores: Tensor = field(init=False)
+    rewards: Tensor = field(init=False)
+    advantages: Tensor = field(init=False)
+    returns: Tensor | None = field(init=False)
+    exhausted: bool = False
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        """Called only where a slot is empty."""
+        if name in SET_BY:
+            raise AttributeError(f"{type(self).__name__}.{name} is not set yet: {SET_BY[name]} sets it")
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}")
+
+    def __len__(self) -> int:
+        """Number of responses."""
+        return len(self.responses)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) tokens of prompt and response together."""
+        return self.prompt_mask.sum(1) + self.response_mask.sum(1)
+
+    def select(self, rows: Tensor | Sequence[int]) -> "Experience":
+        """A copy with some rows, given by number or by a boolean mask.
+
+        Args:
+            rows: Row numbers (may repeat), or a (B,) boolean tensor.
+        """
+        chosen = copy.copy(self)
+        chosen.extras = dict(self.extras)
+        chosen.keep(rows)
+        return chosen
+
+    def keep(self, rows: Tensor | Sequence[int]) -> None:
+        """Cut to some rows in place; possible until ``on_scores``, while nothing was computed across rows.
+
+        Args:
+            rows: Row numbers, or a (B,) boolean tensor.
+        """
+        index = torch.as_tensor(rows, device=self.response_ids.device)
+        index = index.nonzero().squeeze(1) if index.dtype == torch.bool else index.long()
+        n, listed = len(self), index.tolist()
+        for name in _set_fields(self):
+            if name == "metrics":  # one dict a step, which all micro-batches of it add to
+                continue
+            setattr(self, name, _rows(getattr(self, name), index, listed, n))
+
+    def minibatches(
+        self, size: int, *, epochs: int, seed: Sequence[int], reduction: LossReduction
+    ) -> Iterator["Minibatch"]:
+        """Cut ``epochs`` permutations of all rows into minibatches; the last, smaller one of each is kept.
+
+        Args:
+            size: Responses in a minibatch, over all ranks.
+            epochs: Passes over the experience.
+            seed: Integers that name this update; the epoch is added to them.
+            reduction: What ``Minibatch.mean`` averages over.
+        """
+        for epoch in range(epochs):
+            order = np.random.default_rng([*seed, epoch]).permutation(len(self))
+            for start in range(0, len(self), size):
+                yield Minibatch.of(self, order[start : start + size].tolist(), reduction)
+
+
+@dataclass(slots=True, kw_only=True)
+class Minibatch(Experience):
+    """The rows of one optimizer step over all ranks, or one micro-batch of them.
+
+    A micro-batch also has what the models just computed: ``new_logprobs``, ``new_entropy``, ``new_values``,
+    (B, T) and differentiable.
+    """
+
+    new_logprobs: Tensor = field(init=False)
+    new_entropy: Tensor = field(init=False)
+    new_values: Tensor = field(init=False)
+    weights: Tensor = field(init=False)  # (B, T), each token's share of the mean; they sum to 1 over the step
+    ranks: int = 1  # gradients are averaged over ranks: the mean makes up for it
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # this rank's part of the step's means
+
+    @classmethod
+    def of(cls, experience: Experience, rows: Sequence[int], reduction: LossReduction) -> "Minibatch":
+        """The minibatch of some rows of an experience."""
+        chosen = experience.select(rows)
+        minibatch = cls(**{f.name: getattr(chosen, f.name) for f in fields(Experience) if f.init})
+        for name in _set_fields(chosen):
+            setattr(minibatch, name, getattr(chosen, name))
+        mask = minibatch.response_mask.float()
+        tokens = mask.sum() if reduction == "token_mean" else mask.sum(1, keepdim=True) * len(minibatch)
+        minibatch.weights = mask / tokens
+        return minibatch
+
+    def micro_batches(self, plan: Sequence[Sequence[int]], ranks: int) -> Iterator["Minibatch"]:
+        """This rank's micro-batches; an empty one is a row of zero weight, so that every rank runs as many forwards.
+
+        Args:
+            plan: Rows of each micro-batch.
+            ranks: Number of ranks that share the step.
+        """
+        for rows in plan:
+            micro = self.select(rows or [0])
+            assert isinstance(micro, Minibatch)
+            micro.ranks = ranks
+            if not rows:
+                micro.weights = torch.zeros_like(micro.weights)
+            yield micro
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of ``x`` over the whole optimizer step, this micro-batch's part of it.
+
+        Summed over micro-batches and averaged over ranks, as gradients are, the parts give the exact mean.
+
+        Shapes:
+            (B, T) -> scalar.
+        """
+        return self.ranks * (x.masked_fill(self.weights == 0, 0.0) * self.weights).sum()
+
+    def log(self, name: str, x: Tensor) -> None:
+        """Add the mean of ``x`` over all micro-batches and ranks to this step's metrics.
+
+        Shapes:
+            x (B, T).
+        """
+        self.log_part(name, self.mean(x.detach()))
+
+    def log_part(self, name: str, part: Tensor) -> None:
+        """Add a value that is already a part of the step's mean, as a loss made by :meth:`mean` is."""
+        self.metrics[name] = self.metrics.get(name, torch.zeros_like(part)) + part.detach() / self.ranks
+
+
+def _set_fields(experience: Experience) -> Iterable[str]:
+    """Names of the fields that have a value; an empty slot raises."""
+    for f in fields(experience):
+        try:
+            object.__getattribute__(experience, f.name)
+        except AttributeError:
+            continue
+        yield f.name
+
+
+def _rows(value: Any, index: Tensor, listed: list[int], n: int) -> Any:
+    """Rows of whatever is ``n`` long; everything else as it is."""
+    if isinstance(value, Tensor):
+        return value[index] if value.ndim and len(value) == n else value
+    if isinstance(value, dict):
+        return {key: _rows(entry, index, listed, n) for key, entry in value.items()}
+    if isinstance(value, list | tuple) and len(value) == n:
+        return type(value)(value[i] for i in listed)
+    return value
+
+
+def model_inputs(experience: Experience) -> tuple[Tensor, Tensor, Tensor]:
+    """What the models read, cut to the longest prompt and response of these rows.
+
+    Shapes:
+        -> input_ids, attention_mask (b, p + t), target_mask (b, t), with p <= P and t <= T.
+    """
+    longest_prompt = int(experience.prompt_mask.sum(1).max())
+    longest = int(experience.response_mask.sum(1).max())
+    start = experience.prompt_ids.shape[1] - longest_prompt
+    target_mask = experience.response_mask[:, :longest]
+    ids = torch.cat([experience.prompt_ids[:, start:], experience.response_ids[:, :longest]], dim=1)
+    return ids, torch.cat([experience.prompt_mask[:, start:], target_mask], dim=1), target_mask

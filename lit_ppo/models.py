@@ -1,0 +1,265 @@
+"""Actor, critic and frozen reference around Hugging Face models: one training forward each."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, pad
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lit_ppo.head import HeadInputs, exact_kl, logprobs_and_entropy
+from lit_ppo.rollout import sample
+
+
+class _AlwaysEval(nn.Module):
+    """Dropout stays off in rollouts and updates alike: PPO's ratio must be 1 before the first step."""
+
+    def train(self, mode: bool = True) -> "_AlwaysEval":
+        return super().train(False)
+
+
+class Actor(_AlwaysEval):
+    """A causal language model whose one forward gives log-probs and entropy of target tokens.
+
+    Args:
+        model: Hugging Face causal LM.
+
+    Raises:
+        ValueError: The family does something to its logits that the head applied by hand would drop.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.eval()
+        check_head(self)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        target_mask: Tensor,
+        temperature: float = 1.0,
+        kl_to: HeadInputs | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropy of the target tokens, or log-probs and exact KL where ``kl_to`` is given.
+
+        Args:
+            input_ids: Token ids.
+            attention_mask: True at real tokens; positions are counted over these, wherever the padding is.
+            target_mask: The last T tokens' mask: True where wanted. A row's first token has no prediction.
+            temperature: Divides the logits.
+            kl_to: Another model's states and head for the same target tokens, without gradients.
+
+        Shapes:
+            input_ids, attention_mask (B, L), target_mask (B, T) -> (B, T), (B, T), 0 where masked.
+        """
+        head = self._head_inputs(input_ids, attention_mask, target_mask)
+        ids = input_ids[:, -target_mask.shape[1] :][target_mask]
+        logprobs, second = logprobs_and_entropy(head, ids, temperature)
+        if kl_to is not None:
+            second = exact_kl(head, kl_to, temperature)
+        return spread(logprobs, target_mask), spread(second, target_mask)
+
+    def generate(self, *args: Any, **kwargs: Any) -> list[list[int]]:
+        """See :func:`lit_ppo.rollout.sample`."""
+        return sample(self.model, *args, **kwargs)
+
+    def _head_inputs(self, input_ids: Tensor, attention_mask: Tensor, target_mask: Tensor) -> HeadInputs:
+        head = self.model.get_output_embeddings()
+        states = backbone_states(self.model.base_model, input_ids, attention_mask, target_mask)
+        return HeadInputs(states[target_mask], head.weight, head.bias)
+
+
+class Reference(Actor):
+    """A frozen actor; it can also hand out what the exact KL to it needs."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self.requires_grad_(False)
+
+    def forward(self, *args: Any, head_inputs: bool = False, **kwargs: Any) -> Any:
+        """As the actor's; with ``head_inputs`` the states at the target tokens and the head, detached.
+
+        Inside the forward, since a sharded model gathers its weights only there.
+        """
+        if not head_inputs:
+            return super().forward(*args, **kwargs)
+        with torch.no_grad():
+            input_ids, attention_mask = args
+            head = self._head_inputs(input_ids, attention_mask, kwargs["target_mask"])
+            return HeadInputs(
+                head.states, head.weight.detach().clone(), None if head.bias is None else head.bias.clone()
+            )
+
+
+class Critic(_AlwaysEval):
+    """A causal backbone of its own with a value head: the value of the state before each target token.
+
+    Args:
+        backbone: Hugging Face model that returns ``last_hidden_state``.
+        head: Weight (1, H) of a trained scoring head to start from; zeros by default.
+
+    Raises:
+        ValueError: The backbone looks at later tokens.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, head: Tensor | None = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.value_head = nn.Linear(_hidden_size(backbone), 1)
+        with torch.no_grad():
+            self.value_head.weight.copy_(torch.zeros_like(self.value_head.weight) if head is None else head)
+            self.value_head.bias.zero_()
+        self.eval()
+        check_causal(backbone)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, *, target_mask: Tensor) -> Tensor:
+        """Values in float32.
+
+        Shapes:
+            input_ids, attention_mask (B, L), target_mask (B, T) -> (B, T), 0 where masked.
+        """
+        states = backbone_states(self.backbone, input_ids, attention_mask, target_mask)
+        values = self.value_head(states[target_mask].to(self.value_head.weight.dtype)).squeeze(-1)
+        return spread(values.float(), target_mask)
+
+
+def backbone_states(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor, target_mask: Tensor) -> Tensor:
+    """Hidden states that predict the last T tokens: each token's state is that of the token before it.
+
+    Shapes:
+        (B, L), (B, L), (B, T) -> (B, T, H).
+    """
+    attention_mask = attention_mask.long()
+    positions = {}
+    if "position_ids" in inspect.signature(backbone.forward).parameters:
+        positions = {"position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0)}
+    states = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
+    before: Tensor = pad(states.last_hidden_state[:, :-1], (0, 0, 1, 0))
+    return before[:, -target_mask.shape[1] :]
+
+
+def spread(flat: Tensor, mask: Tensor) -> Tensor:
+    """Put the values of the True tokens back in their places, 0 elsewhere.
+
+    Shapes:
+        (N,), (B, T) -> (B, T).
+    """
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+
+
+def check_head(actor: Actor) -> None:
+    """Compare states and head applied by hand with the stock model's logits on a few tokens.
+
+    A hook makes the head's output 100 times larger for the comparison: what a family does after its head
+    (soft-capping, scaling) then shows even where the logits are small.
+
+    Raises:
+        ValueError: They differ, or there is no linear head; names the class.
+    """
+    model = actor.model
+    linear_head = model.get_output_embeddings()
+    if not isinstance(linear_head, nn.Linear):
+        raise ValueError(f"{type(model).__name__}: not supported, it has no linear language-model head")
+    ids = torch.arange(6, device=model.device).reshape(2, 3) % linear_head.out_features
+    mask = torch.tensor([[False, True, True], [True, True, True]], device=model.device)  # the first row is padded
+    target_mask = torch.tensor([[False, True], [True, True]], device=model.device)
+    handle = linear_head.register_forward_hook(lambda module, inputs, output: output * 100.0)
+    try:
+        with torch.no_grad():
+            states, weight, bias = actor._head_inputs(ids, mask, target_mask)
+            ours = linear(states, weight, bias) * 100.0
+            alone = [
+                model(input_ids=row, attention_mask=torch.ones_like(row)).logits[0] for row in (ids[:1, 1:], ids[1:])
+            ]
+            stock = torch.cat([alone[0][:1], alone[1][:2]])
+    finally:
+        handle.remove()
+    difference = float((ours.float() - stock.float()).abs().max() / stock.float().abs().max().clamp(min=1e-6))
+    if not difference < (1e-4 if weight.dtype == torch.float32 else 5e-2):
+        raise ValueError(
+            f"{type(model).__name__}: not supported, its logits are not its head's output "
+            f"(relative difference {difference:.1e}); use a family like GPT-2, Llama or Qwen2"
+        )
+
+
+def check_causal(backbone: PreTrainedModel) -> None:
+    """Check that a change of the last token leaves earlier states alone.
+
+    Raises:
+        ValueError: Values would see the tokens that they are to predict the outcome of.
+    """
+    ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=backbone.device)
+    with torch.no_grad():
+        states = backbone(input_ids=ids).last_hidden_state[:, :3].float()
+    if not torch.allclose(states[0], states[1], rtol=1e-4, atol=1e-4):
+        raise ValueError(
+            f"{type(backbone).__name__} reads later tokens (its attention is not causal): it cannot be a critic; "
+            "use critic='actor' or the path of a causal model"
+        )
+
+
+def load_tokenizer(argument: str, path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with a model; one without a pad token pads with its stop token (masks tell them apart)."""
+    tokenizer = _from_pretrained(AutoTokenizer, argument, path)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{argument}={path!r}: its tokenizer has no eos_token, so no response could ever end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def load_causal_lm(argument: str, path: str, model_kwargs: dict[str, Any]) -> PreTrainedModel:
+    """A causal LM in float32: from a bf16 checkpoint an Adam step at 5e-7 would round away."""
+    return _from_pretrained(AutoModelForCausalLM, argument, path, dtype=torch.float32, **model_kwargs)  # type: ignore[no-any-return]
+
+
+def load_critic(argument: str, path: str, model_kwargs: dict[str, Any], label: int | None = None) -> Critic:
+    """A critic on the backbone of a causal LM, or on a reward model's with its scoring head to start from.
+
+    Args:
+        argument: What the path was given as, for messages.
+        path: Local folder or hub name.
+        model_kwargs: For ``from_pretrained``.
+        label: The reward model's output that is the reward, where it has several.
+    """
+    config = _from_pretrained(AutoConfig, argument, path)
+    if not (config.architectures or [""])[0].endswith("ForSequenceClassification"):
+        return Critic(_from_pretrained(AutoModel, argument, path, dtype=torch.float32, **model_kwargs))
+    model = _from_pretrained(AutoModelForSequenceClassification, argument, path, dtype=torch.float32, **model_kwargs)
+    score = getattr(model, "score", None)
+    if score is None or (label is None and score.out_features != 1):
+        return Critic(model.base_model)
+    return Critic(model.base_model, head=score.weight[label or 0].unsqueeze(0))
+
+
+def _from_pretrained(auto: Any, argument: str, path: str, **kwargs: Any) -> Any:
+    """``auto.from_pretrained``; names the argument where nothing can be loaded.
+
+    Raises:
+        ValueError: Neither a folder with a model nor a hub name that can be reached.
+    """
+    try:
+        return auto.from_pretrained(path, **kwargs)
+    except OSError as error:
+        where = (
+            "the folder holds no complete model" if Path(path).is_dir() else "no such folder, nor a hub model in reach"
+        )
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{argument}={path!r}: {where}; give a local folder or a hub name ({reason})") from error
+
+
+def _hidden_size(backbone: PreTrainedModel) -> int:
+    return int(backbone.config.get_text_config().hidden_size)

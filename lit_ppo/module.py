@@ -1,0 +1,323 @@
+"""LitPPO: proximal policy optimization of a language model, from a reward."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerBase
+
+from lit_ppo.advantages import GAE, AdvantageEstimator
+from lit_ppo.callbacks.base import fire
+from lit_ppo.checks import check_arguments, check_models
+from lit_ppo.evaluation import Evaluation
+from lit_ppo.experience import Experience, LossReduction, Minibatch
+from lit_ppo.functional import KLEstimator, policy_loss, token_rewards, value_loss
+from lit_ppo.metrics import in_force, log_policy
+from lit_ppo.models import Actor, Reference, load_causal_lm, load_critic, load_tokenizer
+from lit_ppo.preflight import preflight
+from lit_ppo.rewards import RewardModel, Rewards, as_source
+from lit_ppo.rollout import generation_config
+from lit_ppo.steps import OptimizerSteps
+
+
+class LitPPO(Evaluation, OptimizerSteps):
+    """Trains a causal language model to raise a score, by PPO.
+
+    ``training_step`` is one update: sample responses, score them, turn scores into token rewards and advantages,
+    then take ``ppo_epochs`` passes of optimizer steps over them. ``collect`` and ``update`` fire the hooks of
+    ``lit_ppo.callbacks``; override ``collect`` or ``training_step`` for another loop. One global step is one update.
+
+    Args:
+        actor: Folder or hub name of the causal LM to train.
+        tokenizer: Folder or hub name; by default the actor's own.
+        critic: ``"actor"`` or ``"reward"`` (start from that model's weights), a path, or None with an estimator
+            that needs no values.
+        reference: ``"actor"`` (a frozen copy of where the run starts from), a path, or None: no KL term.
+        rewards: A ``RewardModel``, a ``RewardFunction``, any callable ``(prompts, responses, **columns)``, or a dict
+            of those by name, each plain or as ``{source: ..., weight: ...}``.
+        advantages: Estimator.
+        generation: Fields of ``transformers.GenerationConfig``; ``max_new_tokens`` is needed.
+        temperature: Of sampling and of all log-probs.
+        samples_per_prompt: Responses to each prompt.
+        kl_coef: Weight of the KL to the reference in the token rewards.
+        kl_estimator: ``"k1"``, ``"k2"`` or ``"k3"``.
+        clip_range: Of the probability ratio; None is no clipping.
+        ppo_epochs: Passes over the experience.
+        minibatch_size: Responses in an optimizer step, over all ranks.
+        micro_batch_size: Most responses in one forward of one rank.
+        micro_batch_tokens: Instead: most tokens in one forward, padding included.
+        loss_reduction: ``"token_mean"``, or ``"sequence_mean"``: over each response's tokens, then over responses.
+        actor_optimizer: From parameters to optimizer. Its rate is usually a tenth of the cold start's.
+        critic_optimizer: The same; its rate is usually about twice the actor's.
+        actor_scheduler: From optimizer to schedule, one step an update.
+        critic_scheduler: The same.
+        max_grad_norm: Of actor and critic each; None is no clipping.
+        max_skipped_steps: Optimizer steps in a row that may be skipped because loss or gradient is not finite; one
+            more ends the run.
+        model_kwargs: For ``from_pretrained`` of actor, critic and reference, such as ``attn_implementation``.
+        seed: Of sampling and of minibatches; by default that of ``seed_everything``.
+
+    Raises:
+        ValueError: An argument, named with its value and what to do.
+    """
+
+    def __init__(
+        self,
+        actor: str,
+        *,
+        tokenizer: str | None = None,
+        critic: str | None = "actor",
+        reference: str | None = "actor",
+        rewards: Rewards,
+        advantages: AdvantageEstimator = GAE(),  # noqa: B008  # stateless
+        generation: dict[str, Any],
+        temperature: float = 1.0,
+        samples_per_prompt: int = 1,
+        kl_coef: float = 0.05,
+        kl_estimator: KLEstimator = "k1",
+        clip_range: float | None = 0.2,
+        ppo_epochs: int = 4,
+        minibatch_size: int = 32,
+        micro_batch_size: int | None = None,
+        micro_batch_tokens: int | None = None,
+        loss_reduction: LossReduction = "token_mean",
+        actor_optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0),
+        critic_optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-6, weight_decay=0.0),
+        actor_scheduler: LRSchedulerCallable | None = None,
+        critic_scheduler: LRSchedulerCallable | None = None,
+        max_grad_norm: float | None = 1.0,
+        max_skipped_steps: int = 0,
+        model_kwargs: dict[str, Any] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        check_arguments(type(self).__name__, given)
+        self.save_hyperparameters(ignore=[name for name, value in given.items() if not _is_plain(value)])
+        self.automatic_optimization = False
+        self.strict_loading = False  # frozen weights stay out of checkpoints; on_load_checkpoint checks the rest
+        self.paths = {"actor": actor, "tokenizer": tokenizer or actor, "critic": critic, "reference": reference}
+        self.rewards = as_source(rewards)
+        self.advantages = advantages
+        self.generation_fields = dict(generation)
+        self.temperature, self.samples_per_prompt = temperature, samples_per_prompt
+        self.kl_coef, self.kl_estimator, self.clip_range = kl_coef, kl_estimator, clip_range
+        self.ppo_epochs, self.minibatch_size = ppo_epochs, minibatch_size
+        self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
+        self.loss_reduction = loss_reduction
+        self.factories: dict[str, tuple[OptimizerCallable, LRSchedulerCallable | None]] = {
+            "actor": (actor_optimizer, actor_scheduler),
+            "critic": (critic_optimizer, critic_scheduler),
+        }
+        self.max_grad_norm, self.max_skipped_steps = max_grad_norm, max_skipped_steps
+        self.model_kwargs = dict(model_kwargs or {})
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+        self.rollouts = self.skipped_steps = 0
+        self.actor_frozen = self.checkpoint_reference = False
+        self.phase, self.seconds = "", {}
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._built = False
+
+    # The arrow: prompts -> rollout -> scores -> token rewards -> advantages -> minibatch losses -> optimizer steps
+
+    def training_step(self, prompts: Any, batch_idx: int) -> None:
+        """One update."""
+        self.seconds.clear()
+        self.update(self.collect(prompts))
+
+    def collect(self, prompts: Any) -> Experience:
+        """Sample responses to the prompts and score them; fires the hooks.
+
+        Args:
+            prompts: What :meth:`rollout` takes.
+        """
+        with self.timed("rollout"):
+            fire(self, "on_rollout_start", prompts)
+            experience = self.rollout(prompts)
+            fire(self, "on_rollout_end", experience)
+        with self.timed("score"):
+            experience.raw_scores = experience.scores = self.score(experience)
+            fire(self, "on_scores", experience)
+        return experience
+
+    def update(self, experience: Experience) -> None:
+        """Learn from scored experience; fires the hooks.
+
+        Args:
+            experience: What :meth:`collect` returned.
+        """
+        coefficients = in_force(self)
+        steps: list[dict[str, float]] = []
+        with self.timed("update"):
+            experience.rewards = self.token_rewards(experience)
+            fire(self, "on_rewards", experience)
+            experience.advantages, experience.returns = self.advantages(experience)
+            fire(self, "on_advantages", experience)
+            for minibatch in self.minibatches(experience):
+                if experience.exhausted:
+                    break
+                metrics = self.backward_minibatch(minibatch)
+                fire(self, "on_minibatch_end", experience, metrics)
+                if not experience.exhausted:
+                    self.step_optimizers(metrics, experience)
+                steps.append(metrics)
+            fire(self, "on_update_end", experience)
+            self.end_update()
+        self.log_update(experience, coefficients, steps)
+
+    def minibatches(self, experience: Experience) -> Iterator[Minibatch]:
+        """``ppo_epochs`` permutations of all rows, cut into minibatches."""
+        return experience.minibatches(
+            self.minibatch_size, epochs=self.ppo_epochs, seed=(self.seed, self.rollouts), reduction=self.loss_reduction
+        )
+
+    def token_rewards(self, experience: Experience) -> Tensor:
+        """The score at each response's last token, less ``kl_coef`` times the KL at every token.
+
+        Shapes:
+            -> (B, T).
+        """
+        return token_rewards(experience.scores, experience.kl, experience.response_mask, self.kl_coef)
+
+    def backward_minibatch(self, minibatch: Minibatch) -> dict[str, float]:
+        """Gradients of one optimizer step, accumulated over micro-batches and clipped.
+
+        Returns:
+            The step's metrics over all ranks, of what ran.
+        """
+        self.zero_gradients()
+        fire(self, "on_minibatch_start", minibatch)
+        minibatch.metrics = {}
+        for micro in self.micro_batches(minibatch):
+            if not self.actor_frozen:
+                self.backward_actor(micro)
+            if self.critic is not None:
+                self.backward_critic(micro)
+        return self.gather_metrics(minibatch)
+
+    def backward_actor(self, micro: Minibatch) -> None:
+        """The actor's losses on one micro-batch, and their backward."""
+        micro.new_logprobs, micro.new_entropy = self.actor_forward(self.actor, micro)
+        log_policy(micro, self.clip_range)
+        loss = policy_loss(micro.new_logprobs, micro.logprobs, micro.advantages, self.clip_range)
+        losses = {"policy": micro.mean(loss)}
+        fire(self, "on_actor_loss", micro, losses)
+        self.backward_losses("actor", micro, losses)
+
+    def backward_critic(self, micro: Minibatch) -> None:
+        """The critic's losses on one micro-batch, and their backward."""
+        assert self.critic is not None
+        assert micro.returns is not None
+        micro.new_values = self.critic_forward(self.critic, micro)
+        losses = {"value": micro.mean(value_loss(micro.new_values, micro.returns))}
+        fire(self, "on_critic_loss", micro, losses)
+        self.backward_losses("critic", micro, losses)
+
+    # Building
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The actor's tokenizer, loaded when first needed: a data module may have written it only just before."""
+        if self._tokenizer is None:
+            argument = "tokenizer" if self.paths["tokenizer"] != self.paths["actor"] else "actor"
+            self._tokenizer = load_tokenizer(f"LitPPO({argument})", str(self.paths["tokenizer"]))
+        return self._tokenizer
+
+    def setup(self, stage: str) -> None:
+        """Check what the trainer was asked for; callbacks have checked theirs just before."""
+        strategy = self.trainer.strategy
+        if self.trainer.precision == "16-mixed":
+            raise ValueError("Trainer(precision='16-mixed'): loss scaling hides gradients; use 'bf16-mixed'")
+        if isinstance(strategy, DDPStrategy):
+            # the actor's backward leaves the critic's parameters without gradients, and the other way round
+            strategy._ddp_kwargs["find_unused_parameters"] = True
+
+    def configure_model(self) -> None:
+        """Load actor, critic, reference and reward model, once."""
+        if self._built:
+            return
+        name, actor_path = type(self).__name__, str(self.paths["actor"])
+        self.actor = Actor(load_causal_lm(f"{name}(actor)", actor_path, self.model_kwargs))
+        self.generation = generation_config(self.generation_fields, self.temperature, self.actor.model, self.tokenizer)
+        self.actor.model.generation_config = self.generation
+        if hasattr(self.rewards, "build"):
+            self.rewards.build()
+        self.reference = None
+        if self.paths["reference"] is not None:
+            path = actor_path if self.paths["reference"] == "actor" else str(self.paths["reference"])
+            self.reference = Reference(load_causal_lm(f"{name}(reference)", path, self.model_kwargs))
+        self.critic = None
+        if self.paths["critic"] is not None:
+            path, label = self._critic_source()
+            self.critic = load_critic(f"{name}(critic)", path, self.model_kwargs, label)
+        check_models(self)
+        self._built = True
+
+    def _critic_source(self) -> tuple[str, int | None]:
+        """Where the critic's weights come from, and which output of a reward model its head starts as."""
+        critic = str(self.paths["critic"])
+        if critic == "actor":
+            return str(self.paths["actor"]), None
+        if critic != "reward":
+            return critic, None
+        if not isinstance(self.rewards, RewardModel):
+            raise ValueError("LitPPO(critic='reward'): the rewards are no RewardModel; use critic='actor' or a path")
+        return self.rewards.path, int(self.rewards.label_index)  # type: ignore[arg-type]
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer and schedule each for actor and critic."""
+        optimizers: list[Optimizer] = []
+        schedules = []
+        for name, model in (("actor", self.actor), ("critic", self.critic)):
+            if model is not None:
+                optimizer_of, scheduler_of = self.factories[name]
+                optimizers.append(optimizer_of([p for p in model.parameters() if p.requires_grad]))
+                if scheduler_of is not None:
+                    schedules.append(scheduler_of(optimizers[-1]))
+        return optimizers, schedules
+
+    def on_fit_start(self) -> None:
+        """Try what would fail later, before the first rollout."""
+        preflight(self)
+
+    # Saving
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Weights without the frozen ones: the reference is loaded from its own path, unless a callback moves it."""
+        frozen = ("rewards.",) if self.checkpoint_reference else ("rewards.", "reference.")
+        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if not k.startswith(frozen)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the counts that random draws depend on."""
+        checkpoint["lit_ppo"] = {"rollouts": self.rollouts, "skipped_steps": self.skipped_steps}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint is one of this module's, then restore the counts."""
+        expected, found = self.state_dict().keys(), checkpoint.get("state_dict", {}).keys()
+        if "lit_ppo" not in checkpoint or expected - found:
+            missing = ", ".join(sorted(expected - found)[:3]) or "lit_ppo"
+            raise ValueError(f"the checkpoint is none of {type(self).__name__} with these models: it lacks {missing}")
+        self.rollouts = checkpoint["lit_ppo"]["rollouts"]
+        self.skipped_steps = checkpoint["lit_ppo"]["skipped_steps"]
+
+    def save_pretrained(self, dirpath: str | Path) -> None:
+        """Write the actor in Hugging Face format: weights, config, tokenizer, generation config.
+
+        Args:
+            dirpath: Folder; made if it does not exist.
+        """
+        self.actor.model.save_pretrained(dirpath)
+        self.tokenizer.save_pretrained(str(dirpath))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value can go into a checkpoint's hyperparameters."""
+    if isinstance(value, dict):
+        return all(_is_plain(entry) for entry in value.values())
+    return value is None or isinstance(value, str | int | float | bool)

@@ -1,0 +1,162 @@
+"""Optimizer steps under Lightning's manual optimization: accumulate, clip, skip, step, count."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_ppo.distributed import n_ranks, rank, sum_over_ranks
+from lit_ppo.experience import Experience, Minibatch, model_inputs
+from lit_ppo.metrics import LOSS_NAMES, SKIPPED, failure_facts, of_experience, of_steps
+from lit_ppo.policy import Policy
+
+_GROUPS = {"actor": "policy", "critic": "value"}
+
+
+class NonFiniteError(RuntimeError):
+    """Losses or gradients stopped being finite."""
+
+
+class OptimizerSteps(Policy):
+    """What LitPPO's update needs of optimizers, between a minibatch and the next."""
+
+    actor_frozen: bool
+    max_grad_norm: float | None
+    max_skipped_steps: int
+    skipped_steps: int  # in a row
+
+    @property
+    def actor_optimizer(self) -> Optimizer:
+        """The actor's."""
+        return self._optimizers()["actor"]
+
+    @property
+    def critic_optimizer(self) -> Optimizer:
+        """The critic's."""
+        return self._optimizers()["critic"]
+
+    def _optimizers(self) -> dict[str, Optimizer]:
+        optimizers = self.optimizers(use_pl_optimizer=False)
+        listed = optimizers if isinstance(optimizers, list) else [optimizers]
+        return dict(zip(("actor", "critic"), listed, strict=False))
+
+    def zero_gradients(self) -> None:
+        """Forget the gradients, and who has any."""
+        self._with_gradients: set[str] = set()
+        for optimizer in self._optimizers().values():
+            optimizer.zero_grad(set_to_none=True)
+
+    def micro_batches(self, minibatch: Minibatch) -> Iterator[Minibatch]:
+        """This rank's micro-batches of the global minibatch."""
+        plan = self.plan(minibatch.lengths.tolist())
+        return minibatch.micro_batches(plan[rank()], n_ranks())
+
+    def backward_losses(self, model: str, micro: Minibatch, losses: dict[str, Tensor]) -> None:
+        """Backward of the sum; no losses, no backward and no step."""
+        for name, loss in losses.items():
+            micro.log_part(LOSS_NAMES.get(name, f"{_GROUPS[model]}/{name}_loss"), loss)
+        if losses:
+            self.manual_backward(torch.stack(list(losses.values())).sum())
+            self._with_gradients.add(model)
+
+    def gather_metrics(self, minibatch: Minibatch) -> dict[str, float]:
+        """The step's metrics over all ranks, and the gradient norms (before clipping)."""
+        metrics = sum_over_ranks(minibatch.metrics)
+        for name in sorted(self._with_gradients):
+            parameters = [p for p in getattr(self, name).parameters() if p.grad is not None]
+            norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or float("inf"))
+            metrics[f"{name}_grad_norm"] = norm.item()
+        return metrics
+
+    def step_optimizers(self, metrics: dict[str, float], experience: Experience) -> None:
+        """Step whoever has gradients, or skip and count where a loss or gradient is not finite.
+
+        Raises:
+            NonFiniteError: More than ``max_skipped_steps`` in a row were skipped.
+        """
+        checked = {name: value for name, value in metrics.items() if name.endswith(("loss", "grad_norm"))}
+        skipped = not all(map(math.isfinite, checked.values()))
+        metrics[SKIPPED] = float(skipped)
+        if skipped:
+            self.skipped_steps += 1
+            if self.skipped_steps > self.max_skipped_steps:
+                raise NonFiniteError(failure_facts(self, checked, experience))
+            return
+        self.skipped_steps = 0
+        for name, optimizer in self._optimizers().items():
+            if name in self._with_gradients:
+                # not through LightningOptimizer, which would count every one of them as a global step
+                self.trainer.strategy.optimizer_step(optimizer, closure=lambda: None)
+
+    def end_update(self) -> None:
+        """Step the schedules and count one global step: one update, whatever was stepped or skipped in it."""
+        schedulers = self.lr_schedulers() or []
+        frozen = self.actor_optimizer if self.actor_frozen else None
+        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+            if scheduler.optimizer is not frozen:
+                scheduler.step()  # type: ignore[call-arg]
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.increment_ready()
+        progress.increment_completed()
+
+    def backward_on_text(self, batch: dict[str, Tensor], coef: float) -> tuple[float, float]:
+        """Add the gradient of ``coef`` times the next-token loss on a text batch, the same one on every rank.
+
+        Args:
+            batch: ``input_ids``, ``attention_mask`` and ``labels`` (-100 where there is nothing to predict), (B, L).
+            coef: Weight of the loss.
+
+        Returns:
+            The loss, a mean over tokens, without ``coef``; and the norm of the gradient added, over all ranks.
+        """
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        targets = batch["labels"] != -100
+        targets[:, 0] = False
+        before = {p: p.grad.clone() for p in self.actor.parameters() if p.grad is not None}
+        total = torch.zeros((), device=self.device)
+        plan = self.plan(batch["attention_mask"].sum(1).tolist())[rank()]
+        for rows in plan:
+            part = {name: tensor[rows or [0]] for name, tensor in batch.items()}
+            target_mask = targets[rows or [0]]
+            logprobs, _ = self.actor(part["input_ids"], part["attention_mask"].bool(), target_mask=target_mask)
+            loss = -logprobs.sum() / targets.sum() * bool(rows)
+            self.manual_backward(coef * n_ranks() * loss)
+            total += loss.detach()
+        added = [p.grad - before[p] if p in before else p.grad for p in self.actor.parameters() if p.grad is not None]
+        return sum_over_ranks({"loss": total})["loss"], float(nn.utils.get_total_norm(added))
+
+    def exact_kl(self, minibatch: Minibatch) -> Tensor:
+        """KL to the reference over the whole vocabulary, per token and differentiable.
+
+        Shapes:
+            -> (B, T).
+        """
+        if self.reference is None:
+            raise ValueError("exact_kl: there is no reference; give LitPPO one")
+        ids, mask, target_mask = model_inputs(minibatch)
+        head = self.reference(ids, mask, target_mask=target_mask, head_inputs=True)
+        return self.actor_forward(self.actor, minibatch, kl_to=head)[1]
+
+    def log_update(self, experience: Experience, coefficients: dict[str, float], steps: list[dict[str, float]]) -> None:
+        """Log once an update; optimizer steps are averaged.
+
+        Args:
+            experience: The update's.
+            coefficients: What was in force.
+            steps: Metrics of each optimizer step.
+        """
+        seconds = sum(self.seconds.values())
+        metrics = {
+            **coefficients,
+            **of_experience(experience, coefficients["objective/kl_coef"]),
+            **of_steps(steps),
+            **{f"time/{phase}": value for phase, value in self.seconds.items()},
+            "throughput/tokens_per_second": int(experience.response_mask.sum()) / seconds,
+        }
+        for name in getattr(self.rewards, "sources", {}):
+            metrics[f"objective/score/{name}"] = float(experience.extras[name].mean())
+        self.log_dict(metrics, batch_size=1)
+        for name in ("score", "kl"):
+            self.log(name, metrics[f"objective/{name}"], prog_bar=True, logger=False, batch_size=1)
