@@ -46,7 +46,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | Path) -> 
     backend.train_from_iterator(texts, _trainer(vocab_size))
     if backend.get_vocab_size() == MIN_VOCAB_SIZE < vocab_size:
         raise ValueError("train_tokenizer(texts): there is no text to learn from; check the data file and its column")
-    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD_TOKEN,
         eos_token=EOS_TOKEN,
