@@ -89,10 +89,15 @@ class TableDataModule(L.LightningDataModule):
         return resolve_tokenizer(type(self).__name__, self.tokenizer_source, self.trainer)
 
     def setup(self, stage: str) -> None:
-        """Silences two of Lightning's remarks: they are about worker processes, and these data have no use for any."""
+        """Silences remarks of Lightning's that mislead here.
+
+        Two are about worker processes, which prepared rows have no use for; one is about validation without data,
+        which is allowed in ``fit``.
+        """
         for remark in (
             ".*does not have many workers which may be a bottleneck",
-            "Your `IterableDataset` has `__len__`",
+            "Your `IterableDataset` has `__len__` defined",
+            "Total length of `list` across ranks is zero",
         ):
             warnings.filterwarnings("ignore", message=remark)
 

@@ -77,6 +77,7 @@ class PromptDataModule(TableDataModule):
             ValueError: There is nothing to validate, test or predict on, or something is wrong with a file.
         """
         super().setup(stage)
+        stage = str(getattr(stage, "value", stage))  # Lightning hands over an enum
         if stage in ("fit", "validate"):
             self._setup_split(stage)
         else:
