@@ -9,7 +9,7 @@ from lit_ppo.callbacks.base import (
     PPOCallback,
     PPOModule,
     positive,
-    refuse_twice,
+    refuse_beside,
     require,
     require_model,
 )
@@ -41,7 +41,7 @@ class AdaptiveKL(PPOCallback):
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Refuse a module without a coefficient, and a second controller."""
         require(self, pl_module, "kl_coef")
-        refuse_twice(self, trainer, "both would set kl_coef")
+        refuse_beside(self, trainer, AdaptiveKL, why="both would set kl_coef")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Refuse what leaves nothing to control."""

@@ -252,16 +252,15 @@ def one_of(callback: object, name: str, value: str, *choices: str) -> str:
     return value
 
 
-def refuse_twice(callback: L.Callback, trainer: L.Trainer, why: str) -> None:
-    """Refuse a second callback of the same class.
+def refuse_beside(callback: L.Callback, trainer: L.Trainer, *others: type[L.Callback], why: str) -> None:
+    """Refuse another callback that cannot work beside this one; the class itself may be among ``others``.
 
     Raises:
-        ValueError: Naming the class and why one is enough.
+        ValueError: Naming both, and why.
     """
-    copies = [other for other in trainer.callbacks if type(other) is type(callback)]  # type: ignore[attr-defined]
-    if len(copies) > 1:
-        name = type(callback).__name__
-        raise ValueError(f"{name} and {name}: {why}; keep one of them")
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        if other is not callback and isinstance(other, others):
+            raise ValueError(f"{type(callback).__name__} and {type(other).__name__}: {why}; keep one of them")
 
 
 def refuse_same_loss(callback: L.Callback, trainer: L.Trainer, *others: type[L.Callback]) -> None:
@@ -270,8 +269,4 @@ def refuse_same_loss(callback: L.Callback, trainer: L.Trainer, *others: type[L.C
     Raises:
         ValueError: Naming both.
     """
-    for other in trainer.callbacks:  # type: ignore[attr-defined]
-        if other is not callback and isinstance(other, others):
-            raise ValueError(
-                f"{type(callback).__name__} and {type(other).__name__} replace the same loss term; keep one of them"
-            )
+    refuse_beside(callback, trainer, *others, why="both replace the same loss term")

@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning as L
 
-from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule, refuse_twice, require, require_model
+from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule, refuse_beside, require, require_model
 
 
 class CriticWarmup(PPOCallback):
@@ -30,7 +30,7 @@ class CriticWarmup(PPOCallback):
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Refuse a module whose actor cannot be frozen, and a second warm-up."""
         require(self, pl_module, "actor_frozen")
-        refuse_twice(self, trainer, "both would set actor_frozen")
+        refuse_beside(self, trainer, CriticWarmup, why="both would set actor_frozen")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Refuse a module without a critic."""

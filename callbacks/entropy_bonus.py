@@ -12,7 +12,7 @@ from lit_ppo.callbacks.base import (
     PPOModule,
     positive,
     positive_or_none,
-    refuse_twice,
+    refuse_beside,
 )
 
 
@@ -38,7 +38,7 @@ class EntropyBonus(PPOCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Refuse a second bonus."""
-        refuse_twice(self, trainer, "two bonuses are one whose coef is their sum")
+        refuse_beside(self, trainer, EntropyBonus, why="two bonuses are one whose coef is their sum")
 
     def on_actor_loss(
         self, trainer: L.Trainer, pl_module: PPOModule, minibatch: MinibatchLike, losses: dict[str, Tensor]

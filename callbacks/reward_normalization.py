@@ -12,7 +12,7 @@ from lit_ppo.callbacks.base import (
     one_of,
     positive,
     positive_or_none,
-    refuse_twice,
+    refuse_beside,
 )
 from lit_ppo.functional import merge_moments
 
@@ -56,7 +56,7 @@ class RewardNormalization(PPOCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Refuse a second normalisation."""
-        refuse_twice(self, trainer, "normalising twice changes nothing")
+        refuse_beside(self, trainer, RewardNormalization, why="normalising twice changes nothing")
 
     def on_scores(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
         """Normalise the scores."""
