@@ -1,0 +1,280 @@
+"""A PPO module that is not ours, on which the tricks are tested: it fires the hooks on experiences made by hand.
+
+Its actor and critic are linear in random features; its experience is a dataclass of its own.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lit_ppo.callbacks import fire
+
+T, FEATURES, TOKENS = 4, 3, 5  # longest response, numbers that describe a position, vocabulary
+
+
+@dataclass
+class Rows:
+    """The toy's experience; also its minibatch and micro-batch."""
+
+    features: Tensor
+    actions: Tensor
+    response_mask: Tensor
+    logprobs: Tensor
+    values: Tensor | None
+    kl: Tensor
+    raw_scores: Tensor
+    scores: Tensor
+    rewards: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    exhausted: bool = False
+    new_logprobs: Tensor | None = None
+    new_entropy: Tensor | None = None
+    new_values: Tensor | None = None
+    tokens: int = 0  # response tokens of the whole optimizer step
+    logged: dict[str, Tensor] = field(default_factory=dict)
+
+    def rows(self, start: int, stop: int) -> "Rows":
+        """Some of the rows, as a copy that shares the step's log."""
+        cut = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Rows(**{k: v[start:stop] if isinstance(v, Tensor) else v for k, v in cut.items()})
+
+    def mean(self, x: Tensor) -> Tensor:
+        """This micro-batch's part of the token mean over the whole step."""
+        return x.masked_fill(~self.response_mask, 0.0).sum() / self.tokens
+
+    def log(self, name: str, x: Tensor) -> None:
+        """Add to the mean of ``x`` over the step."""
+        self.logged[name] = self.logged.get(name, torch.zeros(())) + self.mean(x.detach())
+
+
+class Toy(L.LightningModule):
+    """Fires every hook; keeps what the tests look at, one entry an update (``steps``: one an optimizer step).
+
+    Args:
+        episodes: Responses an update; their lengths go 1, 2, 3, 4, 1, ...
+        minibatch_size: Responses an optimizer step, dealt in micro-batches of two and an empty one.
+        scores: Scores of update u, by default normal around 5 with deviation 3.
+        kl_per_response: Spread evenly over each response's tokens.
+        kl_coef: At the start.
+        critic: Whether there is one.
+        reference: Whether there is one.
+        fires: The hooks that it fires.
+    """
+
+    def __init__(
+        self,
+        episodes: int = 8,
+        minibatch_size: int = 4,
+        scores: Callable[[int], Sequence[float]] | None = None,
+        kl_per_response: float = 1.0,
+        kl_coef: float = 0.1,
+        critic: bool = True,
+        reference: bool = True,
+        fires: Callable[[str], bool] = lambda hook: True,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.episodes, self.minibatch_size, self.kl_per_response = episodes, minibatch_size, kl_per_response
+        self.given_scores, self.fires = scores, fires
+        self.kl_coef, self.actor_frozen = kl_coef, False
+        self.reference = object() if reference else None
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.actor = nn.Linear(FEATURES, TOKENS)
+            self.critic = nn.Linear(FEATURES, 1) if critic else None
+        self.register_buffer("updates", torch.tensor(0))
+        self.experiences: list[Rows] = []
+        self.actors: list[Tensor] = []
+        self.critics: list[Tensor] = []
+        self.kl_coefs: list[float] = []
+        self.losses: list[dict[str, float]] = []
+        self.steps: list[dict[str, float]] = []
+
+    def fire(self, hook: str, *args: Any) -> None:
+        if self.fires(hook):
+            fire(self, hook, *args)
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        models = [self.actor] if self.critic is None else [self.actor, self.critic]
+        return [torch.optim.SGD(model.parameters(), lr=0.05) for model in models]
+
+    def train_dataloader(self) -> DataLoader[int]:
+        return DataLoader([0], batch_size=None)  # an epoch is an update
+
+    def training_step(self, batch: int, batch_idx: int) -> None:
+        self.fire("on_rollout_start", ["a prompt"] * self.episodes)
+        experience = self.roll_out()
+        self.fire("on_rollout_end", experience)
+        self.fire("on_scores", experience)
+        self.learn(experience)
+        self.updates += 1
+
+    def learn(self, experience: Rows) -> None:
+        experience.rewards = self.reward_tokens(experience)
+        self.fire("on_rewards", experience)
+        experience.returns = experience.rewards.flip(1).cumsum(1).flip(1) * experience.response_mask
+        values = 0.0 if experience.values is None else experience.values
+        experience.advantages = experience.returns - values
+        self.fire("on_advantages", experience)
+        for start in range(0, self.episodes, self.minibatch_size):
+            self.optimizer_step_of(experience, experience.rows(start, start + self.minibatch_size))
+            if experience.exhausted:
+                break
+        self.fire("on_update_end", experience)
+        self.remember(experience)
+
+    @torch.no_grad()
+    def roll_out(self) -> Rows:
+        random = torch.Generator().manual_seed(int(self.updates))
+        lengths = torch.arange(self.episodes) % T + 1
+        mask = torch.arange(T) < lengths[:, None]
+        features = torch.randn(self.episodes, T, FEATURES, generator=random)
+        actions = torch.randint(TOKENS, (self.episodes, T), generator=random)
+        scores = 5 + 3 * torch.randn(self.episodes, generator=random)
+        if self.given_scores is not None:
+            scores = torch.tensor(self.given_scores(int(self.updates)))
+        return Rows(
+            features=features,
+            actions=actions,
+            response_mask=mask,
+            logprobs=self.logprobs(features, actions) * mask,
+            values=None if self.critic is None else self.critic(features).squeeze(-1) * mask,
+            kl=self.kl_per_response / lengths[:, None] * mask,
+            raw_scores=scores,
+            scores=scores,
+        )
+
+    def reward_tokens(self, experience: Rows) -> Tensor:
+        rewards = -self.kl_coef * experience.kl
+        for row, length in enumerate(experience.response_mask.sum(1).tolist()):
+            rewards[row, length - 1] += experience.scores[row]
+        return rewards
+
+    def logprobs(self, features: Tensor, actions: Tensor) -> Tensor:
+        return self.actor(features).log_softmax(-1).gather(-1, actions[..., None]).squeeze(-1)
+
+    def optimizer_step_of(self, experience: Rows, minibatch: Rows) -> None:
+        actor, critic = (self.optimizers(), None) if self.critic is None else self.optimizers()
+        for optimizer in filter(None, (actor, critic)):
+            optimizer.zero_grad()
+        minibatch.tokens, minibatch.logged = int(minibatch.response_mask.sum()), {}
+        self.fire("on_minibatch_start", minibatch)
+        sums: dict[str, float] = {}
+        for micro in self.micro_batches(minibatch):
+            self.backward_of(micro, sums)
+        metrics = {name: float(value) for name, value in minibatch.logged.items()}
+        if not self.actor_frozen:
+            metrics["entropy"] = sums.pop("mean_entropy")
+        self.fire("on_minibatch_end", experience, metrics)
+        self.steps.append(metrics)
+        self.losses.append(sums)
+        if experience.exhausted:
+            return
+        if not self.actor_frozen:
+            actor.step()
+        if critic is not None:
+            critic.step()
+
+    def micro_batches(self, minibatch: Rows) -> Iterator[Rows]:
+        for start in range(0, self.minibatch_size, 2):
+            yield minibatch.rows(start, start + 2)
+        yield minibatch.rows(0, 0)
+
+    def backward_of(self, micro: Rows, sums: dict[str, float]) -> None:
+        if not self.actor_frozen:
+            logprobs = self.actor(micro.features).log_softmax(-1)
+            micro.new_entropy = -(logprobs.exp() * logprobs).sum(-1)
+            micro.new_logprobs = self.logprobs(micro.features, micro.actions)
+            ratio = (micro.new_logprobs - micro.logprobs).exp()
+            losses = {"policy": micro.mean(-ratio * micro.advantages)}
+            self.fire("on_actor_loss", micro, losses)
+            self.manual_backward(sum(losses.values()))
+            _add(sums, losses | {"mean_entropy": micro.mean(micro.new_entropy)})
+        if self.critic is not None:
+            micro.new_values = self.critic(micro.features).squeeze(-1)
+            losses = {"value": micro.mean(0.5 * (micro.new_values - micro.returns) ** 2)}
+            self.fire("on_critic_loss", micro, losses)
+            self.manual_backward(sum(losses.values()))
+            _add(sums, losses)
+
+    def remember(self, experience: Rows) -> None:
+        self.experiences.append(experience)
+        self.actors.append(self.actor.weight.detach().clone())
+        if self.critic is not None:
+            self.critics.append(self.critic.weight.detach().clone())
+        self.kl_coefs.append(self.kl_coef)
+
+
+def _add(sums: dict[str, float], losses: dict[str, Tensor]) -> None:
+    for name, value in losses.items():
+        sums[name] = sums.get(name, 0.0) + float(value.detach())
+
+
+class Foreign(L.LightningModule):
+    """A module that knows nothing of PPO."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        return DataLoader([torch.ones(1)], batch_size=None)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.layer(batch).sum()
+
+
+def trainer_of(callbacks: Sequence[L.Callback], updates: int) -> L.Trainer:
+    """A trainer that writes and prints nothing."""
+    return L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=updates,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def run_updates(
+    callbacks: L.Callback | Sequence[L.Callback],
+    updates: int = 1,
+    *,
+    module: L.LightningModule | None = None,
+    resume: Path | None = None,
+    save: Path | None = None,
+    **toy: Any,
+) -> Any:
+    """Train the toy for some updates and give it back.
+
+    Args:
+        callbacks: One, or a list.
+        updates: Up to which update, those before ``resume`` included.
+        module: Another module in the toy's place.
+        resume: Checkpoint to go on from.
+        save: Where to write a checkpoint at the end.
+        **toy: Arguments of :class:`Toy`.
+    """
+    module = Toy(**toy) if module is None else module
+    trainer = trainer_of([callbacks] if isinstance(callbacks, L.Callback) else callbacks, updates)
+    with warnings.catch_warnings():  # Lightning's advice on workers, and on a toy's few batches
+        warnings.filterwarnings("ignore", ".*LeafSpec.*")
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        warnings.filterwarnings("ignore", ".*GPU available but not used.*")
+        trainer.fit(module, ckpt_path=resume)
+    if save is not None:
+        trainer.save_checkpoint(save)
+    return module
