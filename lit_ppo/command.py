@@ -1,0 +1,205 @@
+"""``lit-ppo`` as a LightningCLI: what it adds to the parser, and the order in which things are built."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import lightning as L
+import yaml
+from jsonargparse import Namespace
+from jsonargparse.typing import Path_fr
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+import lit_ppo.all_names  # noqa: F401  short names in configurations are those of imported classes
+from lit_ppo.checkpoint import StepCheckpoint, find_checkpoints, find_last, step_of
+from lit_ppo.errors import CommandError, parsing_error
+from lit_ppo.export import ExportModel
+from lit_ppo.progress import LineProgress, PhaseBar, describe, progress_bar
+from lit_ppo.stages import Stage, StageRunner
+
+if TYPE_CHECKING:
+    from lit_ppo.cli import Session
+
+
+class Parser(LightningArgumentParser):
+    """Takes flags by their full name only, and says what is wrong in one line."""
+
+    config_files: tuple[str, ...] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End the command, or hand the error to the parser that this one is a part of."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser: Any = getattr(ex, "subcommand_parser", None) or self
+        options = list(parser._option_string_actions)
+        for _, subparser in getattr(parser._subcommands_action, "_name_parser_map", {}).items():
+            options += subparser._option_string_actions
+        raise CommandError(parsing_error(message, sorted(set(options)), Parser.config_files), exit_code=2) from ex
+
+
+class Command(LightningCLI):
+    """The parser, the stages, then model, data and trainer, then the run.
+
+    Args:
+        session: The run of the command that this is the heavy part of.
+    """
+
+    def __init__(self, session: "Session") -> None:
+        self.session = session
+        self.heartbeat = session.heartbeat
+        self.resumed: Path | None = None
+        Parser.config_files = tuple(_config_files(session.arguments))
+        super().__init__(
+            model_class=L.LightningModule,
+            subclass_mode_model=True,
+            save_config_kwargs={"overwrite": True},  # a continued run writes into the same folder
+            trainer_defaults={"default_root_dir": "runs", "log_every_n_steps": 1},
+            seed_everything_default=42,
+            parser_class=Parser,
+            args=session.arguments,
+            auto_configure_optimizers=False,
+        )
+
+    @property
+    def _config(self) -> Namespace:
+        return self.config[self.subcommand]
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What ``lit-ppo`` adds to every LightningCLI."""
+        parser.add_argument(
+            "--stages", type=list[Stage] | None, default=None, help="Runs that fit does first, each in its own process."
+        )
+        parser.add_argument(
+            "--data_root", type=str | None, default=None, help="Folder that relative paths of the data start from."
+        )
+        parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(ExportModel, "export")
+        parser.description = f"{parser.description or ''} Add --debug for tracebacks of errors.".strip()
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, hand ``data_root`` to the data, and make paths independent of the folder they were named in."""
+        self.heartbeat.doing = "reading the configuration"
+        self.config = parser.parse_args(args)
+        config = self.config[self.config.subcommand]
+        _hand_over_data_root(config)
+        for stage in config.stages or []:
+            stage.config = [Path_fr(str(path.absolute)) for path in stage.config]
+
+    def _parse_ckpt_path(self) -> None:
+        """Find ``last``. What the command line says rules: nothing is taken from the checkpoint's hyperparameters."""
+        config = self.config[self.config.subcommand]
+        if config.get("ckpt_path") == "last":
+            self.resumed = find_last(Path(config.trainer.default_root_dir), config.checkpoint.dirpath)
+            config.ckpt_path = str(self.resumed)
+        elif config.get("ckpt_path") and not Path(config.ckpt_path).exists() and "://" not in config.ckpt_path:
+            raise CommandError(f"--ckpt_path {config.ckpt_path}: no such file; give a checkpoint's path, or 'last'")
+
+    def parse_stage(self, arguments: list[str]) -> dict[str, Any]:
+        """Effective configuration of ``lit-ppo fit`` with other arguments."""
+        parser = self._parser("fit")
+        given, Parser.config_files = Parser.config_files, tuple(_config_files(arguments))
+        try:
+            config = parser.parse_args(arguments)
+            _hand_over_data_root(config)
+            dumped = parser.dump(config, skip_link_targets=False, skip_none=False, format="yaml")
+        finally:
+            Parser.config_files = given
+        return dict(yaml.safe_load(dumped))
+
+    def before_instantiate_classes(self) -> None:
+        """Run the stages: models and data of this run may be what they write."""
+        config = self._config
+        if self.subcommand == "fit" and config.stages:
+            session = self.session
+            runner = StageRunner(
+                config.stages, self.parse_stage, session.heartbeat, session.interrupts, debug=session.debug
+            )
+            runner.run(config.seed_everything, config.data_root)
+        self.heartbeat.say(f"{self.subcommand}: building model, data and trainer")
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The trainer, with the logger and the progress bar that this command is about."""
+        config = self._get(self.config_init, "trainer")
+        if config.logger is None or config.logger is True:
+            kwargs["logger"] = self._logger(Path(config.default_root_dir))
+        trainer: L.Trainer = super().instantiate_trainer(**kwargs)
+        bars = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]  # type: ignore[attr-defined]
+        self.heartbeat.doing = lambda: _describe(trainer, bars)
+        for bar in bars:
+            if isinstance(bar, LineProgress):
+                bar.on_line = self.heartbeat.touch
+        self.session.interrupts.kill_children.append(lambda: _kill_ranks(trainer))
+        return trainer
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+        given = config.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
+            callbacks = [*callbacks, progress_bar()]
+        if config.get("enable_checkpointing") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, StepCheckpoint)]
+        trainer: L.Trainer = super()._instantiate_trainer(config, callbacks)
+        return trainer
+
+    def _logger(self, root: Path) -> TensorBoardLogger:
+        """TensorBoard under ``<root>/version_N``; a run continued with ``last`` goes on in its own folder."""
+        resumed = self.resumed if self.subcommand == "fit" else None
+        folder = resumed.parent.parent if resumed is not None else None
+        if resumed is None or folder is None or not folder.name.startswith("version_"):
+            return TensorBoardLogger(save_dir=root, name="")
+        version = int(folder.name.removeprefix("version_"))
+        # What was logged after the checkpoint is logged again: readers drop the first telling.
+        return TensorBoardLogger(save_dir=root, name="", version=version, purge_step=max(step_of(resumed), 0))
+
+    def before_fit(self) -> None:
+        """Let an interrupt know where this run saves."""
+        checkpoint = self._get(self.config_init, "checkpoint")
+        if self.trainer.is_global_zero and checkpoint in self.trainer.callbacks:  # type: ignore[attr-defined]
+            folder = checkpoint.dirpath or Path(self.trainer.log_dir or self.trainer.default_root_dir) / "checkpoints"
+            self.session.checkpoints = Path(folder)
+
+    def after_fit(self) -> None:
+        """Say where everything lies."""
+        trainer = self.trainer
+        log_dir = trainer.log_dir
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        folder = Path(log_dir or trainer.default_root_dir)
+        checkpoint, export = (self._get(self.config_init, key) for key in ("checkpoint", "export"))
+        saved = [path.name for path in find_checkpoints(Path(checkpoint.dirpath or folder))]
+        lines = {
+            "Run folder": str(folder),
+            "Model": f"{export.written}  (load it with from_pretrained)" if export.written else None,
+            "Checkpoints": f"{checkpoint.dirpath}  ({', '.join(saved)})" if saved else None,
+            "TensorBoard": f"tensorboard --logdir {folder.parent if trainer.logger else folder}",
+        }
+        print("\n" + "\n".join(f"{name + ':':13}{text}" for name, text in lines.items() if text), flush=True)
+
+
+def _config_files(arguments: list[str]) -> list[str]:
+    files = [b for a, b in zip(arguments, arguments[1:], strict=False) if a in ("--config", "-c")]
+    return files + [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
+
+
+def _hand_over_data_root(config: Namespace) -> None:
+    """Set the data module's ``data_root`` where the command's is given and the class has one."""
+    data = config.get("data")
+    if config.data_root is not None and data is not None and "data_root" in data.get("init_args", {}):
+        data.init_args.data_root = config.data_root
+
+
+def _describe(trainer: L.Trainer, bars: list[ProgressBar]) -> str | None:
+    if any(isinstance(bar, PhaseBar) and bar.redraw() for bar in bars):
+        return None
+    return describe(trainer)
+
+
+def _kill_ranks(trainer: L.Trainer) -> None:
+    """End the processes that Lightning launched for the other ranks."""
+    for process in getattr(trainer.strategy.launcher, "procs", []):
+        if process.poll() is None:
+            process.kill()

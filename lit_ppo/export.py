@@ -1,0 +1,56 @@
+"""The result of a run: the model in Hugging Face format."""
+
+import shutil
+from pathlib import Path
+
+import lightning as L
+
+
+class ExportModel(L.Callback):
+    """After ``fit`` writes the trained model with ``save_pretrained``, for ``from_pretrained`` to load.
+
+    Args:
+        dirpath: Folder for it, replaced if it is there. None: ``model`` in the run's own folder.
+    """
+
+    def __init__(self, dirpath: str | None = None) -> None:
+        self.dirpath = dirpath
+        self.written: Path | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check early that there is something to export, and a place that may be replaced.
+
+        Raises:
+            TypeError: A folder is named, but the module cannot be exported.
+            ValueError: The folder holds something else than a model.
+        """
+        folder = Path(self.dirpath) if self.dirpath else None
+        if folder is not None and folder.exists() and not (folder / "config.json").exists() and any(folder.iterdir()):
+            raise ValueError(
+                f"ExportModel(dirpath={self.dirpath!r}): the folder holds files that are no model and would be "
+                "replaced; name a new folder"
+            )
+        if stage == "fit" and self.dirpath is not None and not hasattr(pl_module, "save_pretrained"):
+            raise TypeError(
+                f"ExportModel(dirpath={self.dirpath!r}): {type(pl_module).__name__} has no save_pretrained(dirpath); "
+                "write one, or leave export.dirpath out"
+            )
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the model beside its place and put it there once it is whole."""
+        log_dir = trainer.log_dir  # collective: before anything that only one rank does
+        if trainer.fast_dev_run or not hasattr(pl_module, "save_pretrained"):  # type: ignore[attr-defined]
+            return
+        target = Path(self.dirpath or Path(log_dir or trainer.default_root_dir) / "model")
+        if trainer.is_global_zero:
+            partial, old = (target.with_name(f"{target.name}.{word}") for word in ("partial", "old"))
+            for leftover in (partial, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            partial.mkdir(parents=True)
+            pl_module.save_pretrained(partial)
+            if target.exists():
+                target.rename(old)
+            partial.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        trainer.strategy.barrier("model in place")
+        self.written = target

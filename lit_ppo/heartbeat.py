@@ -1,0 +1,59 @@
+"""A sign of life at least every few seconds, whatever the command is busy with."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+
+class Heartbeat:
+    """Prints what the command is doing when nothing else has been printed for ``quiet`` seconds.
+
+    Args:
+        quiet: Seconds of silence after which a line is printed.
+        enabled: False prints nothing, for output that others parse and for launched ranks.
+
+    ``doing`` is a text, or a function that gives one; a function that gives None has shown something itself.
+    """
+
+    def __init__(self, quiet: float = 6.0, *, enabled: bool = True) -> None:
+        self.quiet = quiet
+        self.enabled = enabled
+        self.doing: str | Callable[[], str | None] = "starting"
+        self._start = self._last = time.monotonic()
+        self._done = threading.Event()
+
+    def __enter__(self) -> "Heartbeat":
+        """Start the thread that watches."""
+        if self.enabled:
+            threading.Thread(target=self._watch, name="heartbeat", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Stop it."""
+        self._done.set()
+
+    def say(self, text: str, doing: str | None = None) -> None:
+        """Print a line now, and go on saying it (or ``doing``) while nothing else happens."""
+        self.doing = doing or text
+        if self.enabled:
+            self.touch()
+            print(text, flush=True)
+
+    def touch(self) -> None:
+        """Something was printed just now."""
+        self._last = time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._done.wait(1.0):
+            if time.monotonic() - self._last < self.quiet:
+                continue
+            self.touch()
+            try:
+                text = self.doing() if callable(self.doing) else self.doing
+            except Exception as error:  # what it describes is changing under it in another thread
+                text = f"working ({type(error).__name__} while asking for details)"
+            if text:
+                print(f"{text} ... {time.monotonic() - self._start:.0f} s", flush=True)
+                sys.stdout.flush()
