@@ -92,6 +92,20 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(-1)
 
 
+def vocabulary_kl(logits: Tensor, ref_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    r"""Exact KL(pi || ref) of the tempered distributions, nats.
+
+    .. math:: \sum_v \pi(v) (\log \pi(v) - \log \pi_{ref}(v))
+
+    Shapes:
+        (B, T, V), (B, T, V) -> (B, T), float32 (float64 stays).
+    """
+    logprobs = log_softmax(_at_least_float32(logits) / temperature, dim=-1)
+    ref_logprobs = log_softmax(_at_least_float32(ref_logits) / temperature, dim=-1)
+    difference = (logprobs - ref_logprobs).masked_fill(logprobs == -torch.inf, 0.0)
+    return (logprobs.exp() * difference).sum(-1)
+
+
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KLEstimator = "k1") -> Tensor:
     r"""Per-token estimate of KL(pi || ref) from samples of pi.
 

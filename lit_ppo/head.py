@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, log_softmax
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from lit_ppo.functional import entropy, token_logprobs
+from lit_ppo.functional import entropy, token_logprobs, vocabulary_kl
 
 CHUNK_ELEMENTS = 2**23  # logits held at a time: 32 MiB in float32
 
@@ -42,18 +42,15 @@ def logprobs_and_entropy(head: HeadInputs, ids: Tensor, temperature: float = 1.0
 
 
 def exact_kl(head: HeadInputs, ref: HeadInputs, temperature: float = 1.0) -> Tensor:
-    r"""KL over the whole vocabulary between two models, differentiable in the first.
-
-    .. math:: \sum_v \pi(v) (\log \pi(v) - \log \pi_{ref}(v))
+    """KL over the whole vocabulary from one model to another, differentiable in the first.
 
     Shapes:
         -> (N,), nats.
     """
 
     def of_chunk(states: Tensor, ref_states: Tensor) -> tuple[Tensor, ...]:
-        logprobs = log_softmax(linear(states, head.weight, head.bias).float() / temperature, dim=-1)
-        ref_logprobs = log_softmax(linear(ref_states, ref.weight, ref.bias).float() / temperature, dim=-1)
-        return ((logprobs.exp() * (logprobs - ref_logprobs)).sum(-1),)
+        logits, ref_logits = linear(states, head.weight, head.bias), linear(ref_states, ref.weight, ref.bias)
+        return (vocabulary_kl(logits, ref_logits, temperature),)
 
     (kl,) = _in_chunks(of_chunk, len(head.weight), head.states, ref.states)
     return kl

@@ -203,7 +203,7 @@ def check_causal(backbone: PreTrainedModel) -> None:
     """
     ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=backbone.device)
     with torch.no_grad():
-        states = backbone(input_ids=ids).last_hidden_state[:, :3].float()
+        states = backbone(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, :3].float()
     if not torch.allclose(states[0], states[1], rtol=1e-4, atol=1e-4):
         raise ValueError(
             f"{type(backbone).__name__} reads later tokens (its attention is not causal): it cannot be a critic; "
@@ -253,7 +253,7 @@ def _from_pretrained(auto: Any, argument: str, path: str, **kwargs: Any) -> Any:
     """
     try:
         return auto.from_pretrained(path, **kwargs)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         where = (
             "the folder holds no complete model" if Path(path).is_dir() else "no such folder, nor a hub model in reach"
         )

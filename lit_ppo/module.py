@@ -1,6 +1,7 @@
 """LitPPO: proximal policy optimization of a language model, from a reward."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,8 @@ class LitPPO(Evaluation, OptimizerSteps):
 
     def setup(self, stage: str) -> None:
         """Check what the trainer was asked for; callbacks have checked theirs just before."""
+        # models are in eval mode for good: dropout is off in rollouts and updates alike
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
         strategy = self.trainer.strategy
         if self.trainer.precision == "16-mixed":
             raise ValueError("Trainer(precision='16-mixed'): loss scaling hides gradients; use 'bf16-mixed'")
@@ -268,7 +271,7 @@ class LitPPO(Evaluation, OptimizerSteps):
             return critic, None
         if not isinstance(self.rewards, RewardModel):
             raise ValueError("LitPPO(critic='reward'): the rewards are no RewardModel; use critic='actor' or a path")
-        return self.rewards.path, int(self.rewards.label_index)  # type: ignore[arg-type]
+        return self.rewards.path, int(self.rewards.label_index)
 
     def configure_optimizers(self) -> Any:
         """One optimizer and schedule each for actor and critic."""

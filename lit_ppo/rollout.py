@@ -163,7 +163,10 @@ def _decode(
             break
         if not going.all():
             rows, input_ids = rows[going], input_ids[going]
+            state["past_key_values"].batch_select_indices(going)
             state = _keep_rows(state, going)
+            for processor in logits_processor:  # some hold a number per row
+                vars(processor).update(_keep_rows(vars(processor), going))
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **state)
         outputs = model(**inputs, return_dict=True)
     table = torch.stack(tokens, dim=1).tolist()
@@ -189,8 +192,7 @@ def _cdf_dtype(device: torch.device) -> torch.dtype:
 
 
 def _keep_rows(state: dict[str, Any], going: Tensor) -> dict[str, Any]:
-    """The decoding state of the rows that go on."""
-    state["past_key_values"].batch_select_indices(going)
+    """What tensors say of the rows that go on."""
     return {
         name: value[going] if isinstance(value, Tensor) and value.ndim and len(value) == len(going) else value
         for name, value in state.items()

@@ -1,0 +1,40 @@
+"""Run the toy job on two processes, each of which checks that it is one of two with work of its own."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_ppo import LitPPO
+from lit_ppo.experience import Experience
+from tests.toys import logged, make_data, make_module, make_trainer
+
+
+class Spy(LitPPO):
+    """Notes which rows this rank's forwards saw."""
+
+    def actor_forward(self, model: Any, rows: Experience, **kwargs: Any) -> Any:
+        self.seen.update(rows.prompts)
+        return super().actor_forward(model, rows, **kwargs)
+
+    def on_fit_start(self) -> None:
+        self.seen: set[str] = set()
+        super().on_fit_start()
+
+
+def main(folder: Path, actor: Path) -> None:
+    module = make_module(actor)
+    module.__class__ = Spy
+    trainer = make_trainer(folder / "two", devices=2)
+    trainer.fit(module, make_data(folder))
+    assert trainer.world_size == 2
+    shares: list[Any] = [None, None]
+    torch.distributed.all_gather_object(shares, sorted(module.seen))
+    assert shares[0] != shares[1], "both ranks did the same work"
+    if trainer.global_rank == 0:
+        torch.save({"weights": module.state_dict(), "logged": logged(trainer)}, folder / "two.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

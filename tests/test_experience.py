@@ -1,0 +1,140 @@
+"""Rows are selected together; minibatches cover every row; means are exact however a step is split."""
+
+import pickle
+
+import pytest
+import torch
+
+from lit_ppo.experience import Experience, Minibatch, model_inputs
+from lit_ppo.plan import deal
+
+
+def make(lengths=(3, 1, 4, 2, 4), prompts=(2, 3, 1, 3, 2)) -> Experience:
+    n, longest = len(lengths), max(lengths)
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    prompt_mask = torch.arange(max(prompts)) >= max(prompts) - torch.tensor(prompts)[:, None]
+    experience = Experience(
+        prompts=[f"p{i}" for i in range(n)],
+        responses=[f"r{i}" for i in range(n)],
+        columns={"level": list(range(n))},
+        prompt_index=torch.arange(n) * 10,
+        group=torch.arange(n),
+        prompt_ids=torch.arange(n * max(prompts)).reshape(n, -1),
+        prompt_mask=prompt_mask,
+        response_ids=torch.arange(n * longest).reshape(n, -1) + 100,
+        response_mask=mask,
+        ended=torch.arange(n) % 2 == 0,
+    )
+    experience.logprobs = torch.where(mask, -torch.rand(n, longest), 0.0)
+    return experience
+
+
+def test_select_takes_the_rows_of_every_field():
+    experience = make()
+    experience.extras = {"difficulty": torch.arange(5.0), "names": list("abcde"), "note": "kept"}
+    chosen = experience.select([3, 1, 1])
+    assert chosen.prompts == ["p3", "p1", "p1"]
+    assert chosen.columns == {"level": [3, 1, 1]}
+    assert chosen.prompt_index.tolist() == [30, 10, 10]
+    assert chosen.logprobs.equal(experience.logprobs[[3, 1, 1]])
+    assert chosen.extras["difficulty"].tolist() == [3.0, 1.0, 1.0]
+    assert chosen.extras["names"] == ["d", "b", "b"]
+    assert chosen.extras["note"] == "kept"
+    assert len(experience) == 5
+
+
+def test_select_takes_a_mask():
+    assert make().select(torch.tensor([True, False, False, False, True])).responses == ["r0", "r4"]
+
+
+def test_what_is_added_to_a_selection_stays_there():
+    experience = make()
+    experience.select([0]).extras["new"] = 1
+    assert experience.extras == {}
+
+
+def test_keep_cuts_in_place():
+    experience = make()
+    experience.keep([4, 0])
+    assert experience.responses == ["r4", "r0"]
+    assert experience.response_mask.sum(1).tolist() == [4, 3]
+
+
+@pytest.mark.parametrize("name", ["rewards", "raw_scores", "values"])
+def test_reading_a_field_too_early_names_it(name):
+    with pytest.raises(AttributeError, match=rf"Experience\.{name} is not set yet"):
+        getattr(make(), name)
+
+
+def test_a_misspelt_write_raises():
+    with pytest.raises(AttributeError, match="socres"):
+        make().socres = 1
+
+
+def test_a_misspelt_read_raises():
+    with pytest.raises(AttributeError, match="no field 'socres'"):
+        _ = make().socres
+
+
+def test_pickling_keeps_what_is_set_and_what_is_not():
+    copy = pickle.loads(pickle.dumps(make()))
+    assert copy.prompts == make().prompts
+    with pytest.raises(AttributeError, match="not set yet"):
+        _ = copy.scores
+
+
+@pytest.mark.parametrize(("size", "counts"), [(2, [2, 2, 1]), (5, [5]), (7, [5])])
+def test_minibatches_cover_every_row_once_an_epoch(size, counts):
+    minibatches = list(make().minibatches(size, epochs=3, seed=(0, 1), reduction="token_mean"))
+    assert [len(m) for m in minibatches] == counts * 3
+    for epoch in range(3):
+        rows = [p for m in minibatches[epoch * len(counts) : (epoch + 1) * len(counts)] for p in m.prompts]
+        assert sorted(rows) == make().prompts
+
+
+def test_the_order_changes_with_epoch_update_and_seed():
+    def order(*seed: int) -> list[str]:
+        experience = make(lengths=(1,) * 30, prompts=(1,) * 30)
+        return [p for m in experience.minibatches(30, epochs=2, seed=seed, reduction="token_mean") for p in m.prompts]
+
+    assert order(0, 1) == order(0, 1)
+    assert order(0, 1) != order(0, 2)
+    assert order(0, 1) != order(1, 1)
+    assert order(0, 1)[:30] != order(0, 1)[30:]
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 3])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 5])
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+def test_means_are_exact_however_the_step_is_split(n_ranks, micro_batch_size, reduction):
+    """Averaged over ranks and summed over micro-batches, as gradients are; NaN outside the mask never leaks in."""
+    experience = make()
+    x = torch.rand(5, 4, dtype=torch.float64)
+    rows = [x[i][experience.response_mask[i]] for i in range(5)]
+    expected = torch.cat(rows).mean() if reduction == "token_mean" else torch.stack([r.mean() for r in rows]).mean()
+    experience.extras["x"] = torch.where(experience.response_mask, x, torch.nan)
+    minibatch = Minibatch.of(experience, range(5), reduction)
+    assert minibatch.mean(experience.extras["x"]).item() == pytest.approx(expected.item(), rel=1e-6)
+    parts, logged = [], 0.0
+    for share in deal([1] * 5, n_ranks, micro_batch_size=micro_batch_size):
+        minibatch.metrics = {}
+        for micro in minibatch.micro_batches(share, n_ranks):
+            parts.append(micro.mean(micro.extras["x"]))
+            micro.log("x", micro.extras["x"])
+        logged += minibatch.metrics["x"]
+    assert (sum(parts) / n_ranks).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert logged.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_model_inputs_are_cut_to_the_longest_row():
+    experience = make().select([1, 3])  # prompts of 3, responses of 1 and 2
+    ids, mask, target_mask = model_inputs(experience)
+    assert ids.tolist() == [[3, 4, 5, 104, 105], [9, 10, 11, 112, 113]]
+    assert mask.tolist() == [[True] * 4 + [False], [True] * 5]
+    assert target_mask.tolist() == [[True, False], [True, True]]
+
+
+def test_model_inputs_drop_padding_on_the_left():
+    ids, mask, _ = model_inputs(make().select([2]))  # a prompt of 1, a response of 4
+    assert ids.tolist() == [[8, 108, 109, 110, 111]]
+    assert mask.all()
