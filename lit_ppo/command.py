@@ -1,5 +1,6 @@
 """``lit-ppo`` as a LightningCLI: what it adds to the parser, and the order in which things are built."""
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -66,7 +67,8 @@ class Command(LightningCLI):
 
     @property
     def _config(self) -> Namespace:
-        return self.config[self.subcommand]
+        config: Namespace = self.config[self.subcommand]
+        return config
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What ``lit-ppo`` adds to every LightningCLI."""
@@ -87,7 +89,7 @@ class Command(LightningCLI):
         config = self.config[self.config.subcommand]
         _hand_over_data_root(config)
         for stage in config.stages or []:
-            stage.config = [Path_fr(str(path.absolute)) for path in stage.config]
+            stage.config = [Path_fr(path.absolute) for path in stage.config]
 
     def _parse_ckpt_path(self) -> None:
         """Find ``last``. What the command line says rules: nothing is taken from the checkpoint's hyperparameters."""
@@ -116,7 +118,11 @@ class Command(LightningCLI):
         if self.subcommand == "fit" and config.stages:
             session = self.session
             runner = StageRunner(
-                config.stages, self.parse_stage, session.heartbeat, session.interrupts, debug=session.debug
+                [Stage(**vars(stage)) for stage in config.stages],
+                self.parse_stage,
+                session.heartbeat,
+                session.interrupts,
+                debug=session.debug,
             )
             runner.run(config.seed_everything, config.data_root)
         self.heartbeat.say(f"{self.subcommand}: building model, data and trainer")
@@ -166,7 +172,7 @@ class Command(LightningCLI):
         """Say where everything lies."""
         trainer = self.trainer
         log_dir = trainer.log_dir
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = Path(log_dir or trainer.default_root_dir)
         checkpoint, export = (self._get(self.config_init, key) for key in ("checkpoint", "export"))
@@ -181,7 +187,7 @@ class Command(LightningCLI):
 
 
 def _config_files(arguments: list[str]) -> list[str]:
-    files = [b for a, b in zip(arguments, arguments[1:], strict=False) if a in ("--config", "-c")]
+    files = [b for a, b in itertools.pairwise(arguments) if a in ("--config", "-c")]
     return files + [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
 
 

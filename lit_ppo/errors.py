@@ -89,7 +89,7 @@ def _deepest(message: str) -> tuple[str, str]:
             leaves.append((len(chain), _join(text for _, text, _ in chain), cls, line))
     if not leaves:
         return "", _flat(message)
-    depth, path, cls, reason = max(leaves, key=lambda leaf: leaf[0])
+    _, path, cls, reason = max(leaves, key=lambda leaf: leaf[0])
     return path, _remedy(reason, cls, message)
 
 

@@ -47,7 +47,7 @@ class ExportModel(L.Callback):
             for leftover in (partial, old):
                 shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
-            pl_module.save_pretrained(partial)
+            pl_module.save_pretrained(partial)  # type: ignore[operator]
             if target.exists():
                 target.rename(old)
             partial.rename(target)
