@@ -136,6 +136,10 @@ class PPOCallback(L.Callback):
             if name.startswith("on_") and not hasattr(PPOCallback, name):
                 raise TypeError(f"{cls.__name__}.{name}: nothing fires this hook; ours are {', '.join(HOOKS)}")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the logging methods that Lightning binds to callbacks: they would drag the module along."""
+        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -56,7 +56,7 @@ class RewardNormalization(PPOCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Refuse a second normalisation."""
-        refuse_beside(self, trainer, RewardNormalization, why="normalising twice changes nothing")
+        refuse_beside(self, trainer, RewardNormalization, why="the scores would be z-scores already")
 
     def on_scores(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
         """Normalise the scores."""

@@ -218,6 +218,19 @@ def _add(sums: dict[str, float], losses: dict[str, Tensor]) -> None:
         sums[name] = sums.get(name, 0.0) + float(value.detach())
 
 
+class Spy(L.Callback):
+    """A plain Lightning callback that keeps what it sees at one hook.
+
+    Args:
+        hook: Its name.
+        look: Makes what is kept out of the module and the hook's arguments.
+    """
+
+    def __init__(self, hook: str, look: Callable[..., Any]) -> None:
+        self.seen: list[Any] = []
+        setattr(self, hook, lambda trainer, pl_module, *args: self.seen.append(look(pl_module, *args)))
+
+
 class Foreign(L.LightningModule):
     """A module that knows nothing of PPO."""
 

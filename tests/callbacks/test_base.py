@@ -1,0 +1,99 @@
+"""The hook contract itself."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+
+from lit_ppo.callbacks import PPOCallback, fire
+from lit_ppo.callbacks.base import HOOKS, one_of, positive, positive_or_none, refuse_same_loss, require, require_model
+from tests.callbacks.toy import Foreign, Spy, Toy, run_updates
+
+
+def test_hooks_reach_plain_callbacks_in_list_order_with_their_arguments():
+    calls = []
+    first = Spy("on_scores", lambda module, experience: calls.append(("first", module, experience)))
+    second = Spy("on_scores", lambda module, experience: calls.append(("second", module, experience)))
+    module = run_updates([first, PPOCallback(), second])
+    experience = module.experiences[0]
+    assert calls == [("first", module, experience), ("second", module, experience)]
+
+
+def test_hooks_run_inside_the_profiler():
+    profiled = []
+    profiler = SimpleNamespace(profile=lambda name: nullcontext(profiled.append(name)))
+    callback = Spy("on_scores", lambda module: None)
+    module = SimpleNamespace(trainer=SimpleNamespace(callbacks=[callback], profiler=profiler))
+    fire(module, "on_scores")
+    fire(module, "on_rewards")
+    assert profiled == ["[Callback]Spy.on_scores"]
+
+
+def test_every_hook_is_a_no_op_of_the_base():
+    for hook in HOOKS:
+        arguments = HOOKS[hook].split(", ")
+        assert getattr(PPOCallback(), hook)(None, None, *arguments) is None
+
+
+def test_toy_fires_every_hook():
+    spies = {hook: Spy(hook, lambda *args: None) for hook in HOOKS}
+    run_updates(list(spies.values()))
+    assert [hook for hook, spy in spies.items() if not spy.seen] == []
+
+
+def test_misspelt_hook_is_refused():
+    with pytest.raises(TypeError, match=r"Mine\.on_score: nothing fires this hook; ours are .*on_scores"):
+        type("Mine", (PPOCallback,), {"on_score": lambda self, trainer, pl_module, experience: None})
+
+
+def test_lightning_hooks_are_allowed():
+    type("Mine", (PPOCallback,), {"on_before_backward": lambda self, trainer, pl_module, loss: None})
+
+
+def test_module_that_fires_is_not_refused():
+    module = Toy()
+    run_updates(PPOCallback(), module=module)
+    assert module._fires_hooks
+
+
+def test_module_that_never_fires_is_refused():
+    with pytest.raises(TypeError, match=r"PPOCallback waits for hooks that Foreign never fires; call .*fire"):
+        run_updates(PPOCallback(), module=Foreign())
+
+
+def test_require_names_both_and_what_is_missing():
+    module = SimpleNamespace(kl_coef=0.1)
+    require(PPOCallback(), module, "kl_coef")
+    with pytest.raises(TypeError, match="PPOCallback needs critic, actor on the module, which SimpleNamespace lacks"):
+        require(PPOCallback(), module, "kl_coef", "critic", "actor")
+
+
+def test_require_model_tells_unknown_from_none():
+    require_model(PPOCallback(), SimpleNamespace(critic=object()), "critic")
+    with pytest.raises(TypeError, match="PPOCallback needs critic on the module"):
+        require_model(PPOCallback(), SimpleNamespace(), "critic")
+    with pytest.raises(ValueError, match=r"PPOCallback needs a critic, but SimpleNamespace\(critic=None\) has none"):
+        require_model(PPOCallback(), SimpleNamespace(critic=None), "critic")
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), True, "1", None])
+def test_positive_refuses(value):
+    with pytest.raises(ValueError, match=rf"PPOCallback\(size={value!r}\): size must be a number > 0"):
+        positive(PPOCallback(), "size", value)
+
+
+def test_positive_passes_the_value():
+    assert positive(PPOCallback(), "size", 0.5) == 0.5
+    assert positive_or_none(PPOCallback(), "size", 0.5) == 0.5
+    assert positive_or_none(PPOCallback(), "size", None) is None
+    assert one_of(PPOCallback(), "kind", "a", "a", "b") == "a"
+
+
+def test_same_loss_is_refused_with_both_named():
+    class Other(L.Callback): ...
+
+    mine, other = PPOCallback(), Other()
+    refuse_same_loss(mine, SimpleNamespace(callbacks=[mine, other]), PPOCallback)
+    with pytest.raises(ValueError, match="PPOCallback and Other: both replace the same loss term; keep one of them"):
+        refuse_same_loss(mine, SimpleNamespace(callbacks=[mine, other]), PPOCallback, Other)
