@@ -1,0 +1,82 @@
+"""AdaptiveKL against coefficients worked by hand."""
+
+from pathlib import Path
+
+import pytest
+
+from lit_ppo.callbacks import AdaptiveKL, CriticWarmup
+from tests.callbacks.toy import Spy, Toy, run_updates
+
+
+@pytest.mark.parametrize(
+    ("kl", "factor"),
+    [
+        (12.0, 1.00512),  # an error of 1, clipped to 0.2; 0.2 * 256 / 10000 = 0.00512
+        (0.0, 0.99488),  # -1, clipped to -0.2
+        (6.6, 1.00256),  # 0.1, inside the clip
+        (5.4, 0.99744),
+        (6.0, 1.0),
+    ],
+)
+def test_coefficient_follows_the_published_controller(kl: float, factor: float):
+    trick = AdaptiveKL(target=6.0, horizon=10_000)
+    module = run_updates(trick, 2, kl_per_response=kl, episodes=256, minibatch_size=256, kl_coef=0.15)
+    assert module.kl_coefs == pytest.approx([0.15 * factor, 0.15 * factor**2], rel=1e-6)
+
+
+def test_kl_is_summed_over_each_response_not_averaged_over_tokens():
+    """Lengths 1 to 4 at 3 nats each: a response has 3 nats, a token of them 12 / 10."""
+    module = run_updates(AdaptiveKL(target=3.0, horizon=8), episodes=8, kl_per_response=3.0, kl_coef=0.1)
+    assert module.kl_coefs == pytest.approx([0.1], rel=1e-6)
+
+
+def test_target_and_horizon_default_to_the_papers():
+    module = run_updates(AdaptiveKL(), kl_per_response=6.6, episodes=256, minibatch_size=256, kl_coef=0.15)
+    assert module.kl_coefs == pytest.approx([0.15 * 1.00256], rel=1e-6)
+
+
+def test_the_next_update_is_penalised_with_the_new_coefficient():
+    """One-token responses with scores of 0: the reward is -kl_coef * KL."""
+    module = run_updates(
+        AdaptiveKL(target=1.0, horizon=10), 2, episodes=1, scores=lambda update: [0.0], kl_per_response=5.0, kl_coef=0.1
+    )
+    rewards = [experience.rewards[0, 0].item() for experience in module.experiences]
+    assert rewards == pytest.approx([-0.5, -0.5 * 1.02], rel=1e-6)
+
+
+def test_resumed_run_starts_with_the_adapted_coefficient(tmp_path: Path):
+    """The module was built with 0.1 again; the first resumed update must not see it."""
+    before = run_updates(AdaptiveKL(0.5, 10), 2, save=tmp_path / "last.ckpt")
+    at_rollout = Spy("on_rollout_start", lambda module, prompts: module.kl_coef)
+    run_updates([AdaptiveKL(0.5, 10), at_rollout], 3, resume=tmp_path / "last.ckpt")
+    assert at_rollout.seen == [before.kl_coefs[-1]]
+    assert at_rollout.seen != [0.1]
+
+
+def test_resume_before_the_first_update_keeps_the_modules_coefficient():
+    trick = AdaptiveKL()
+    trick.load_state_dict(AdaptiveKL().state_dict())
+    module = Toy(kl_coef=0.3)
+    trick.on_train_start(None, module)
+    assert module.kl_coef == 0.3
+
+
+@pytest.mark.parametrize("warmup_first", [True, False])
+def test_rests_while_the_actor_is_frozen(warmup_first: bool):
+    """KL 0 through the warm-up would otherwise drive the coefficient down before the actor ever moves."""
+    tricks = [CriticWarmup(2), AdaptiveKL(target=1.0, horizon=16)]
+    module = run_updates(tricks if warmup_first else tricks[::-1], 3, episodes=8, kl_per_response=0.0, kl_coef=0.1)
+    assert module.kl_coefs == pytest.approx([0.1, 0.1, 0.1 * 0.9])
+
+
+def test_coefficient_of_zero_is_refused():
+    with pytest.raises(ValueError, match=r"AdaptiveKL multiplies kl_coef, and Toy\(kl_coef=0.0\) would stay"):
+        run_updates(AdaptiveKL(), kl_coef=0.0)
+
+
+def test_module_without_a_coefficient_is_refused_before_the_first_rollout():
+    module = Toy()
+    del module.kl_coef
+    with pytest.raises(TypeError, match="AdaptiveKL needs kl_coef on the module, which Toy lacks"):
+        run_updates(AdaptiveKL(), module=module)
+    assert module.experiences == []
