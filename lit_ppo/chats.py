@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lit_ppo.encoding import Message
-from lit_ppo.files import Table
+from lit_ppo.files import Table, short
 from lit_ppo.tables import cell
 
 
@@ -17,16 +17,17 @@ def chat_cell(where: str, table: Table, index: int, column: str, cased: Callable
     """A row's chat messages, their contents cased.
 
     Raises:
-        ValueError: They are not a non-empty list of messages with a role and some content; names the place.
+        ValueError: They are not a non-empty list of messages with a role and text; names the place.
     """
     messages = cell(where, table, index, column)
     good = isinstance(messages, list) and len(messages) > 0
-    good = good and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages)
+    good = good and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+    good = good and all(isinstance(m["role"], str) and isinstance(m["content"], str) for m in messages)
     if not good:
         raise ValueError(
-            f"{where}: {table.place(index)}: {column!r} is {messages!r:.60}, not chat messages; "
+            f"{where}: {table.place(index)}: {column!r} is {short(messages)}, not chat messages of text; "
             'write [{"role": "user", "content": "..."}, ...]'
         )
-    if not any(isinstance(m["content"], str) and m["content"].strip() for m in messages):
-        raise ValueError(f"{where}: {table.place(index)}: empty {column!r}; fill it in or delete the row")
-    return [{**m, "content": cased(m["content"]) if isinstance(m["content"], str) else m["content"]} for m in messages]
+    if not messages[-1]["content"].strip():  # a system message may be empty, what is to be answered may not
+        raise ValueError(f"{where}: {table.place(index)}: the last message of {column!r} is empty; fill it in")
+    return [{**m, "content": cased(m["content"])} for m in messages]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lit_ppo.files import short
+
 Message = dict[str, Any]
 Prompt = str | list[Message]
 
@@ -116,10 +118,16 @@ def resolve_tokenizer(where: str, tokenizer: str | PreTrainedTokenizerBase | Non
     """The tokenizer that was given, loaded if it is a path or name, else the one of the module being trained.
 
     Raises:
-        ValueError: Neither is there.
+        ValueError: Neither is there, or it cannot be loaded.
     """
     if isinstance(tokenizer, str):
-        return AutoTokenizer.from_pretrained(tokenizer)
+        try:
+            return AutoTokenizer.from_pretrained(tokenizer)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{where}(tokenizer={tokenizer!r}): it cannot be loaded ({short(str(error))}); "
+                "give the folder of a saved tokenizer, or a hub name"
+            ) from error
     if tokenizer is None:
         tokenizer = getattr(getattr(trainer, "lightning_module", None), "tokenizer", None)
     if tokenizer is None:

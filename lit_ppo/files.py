@@ -113,7 +113,7 @@ def _read_file(where: str, file: Path, kind: str, column_names: Sequence[str] | 
     for number, row in numbered:
         if not isinstance(row, dict):
             raise ValueError(
-                f"{where}: {file}, {table.unit} {number}: {_short(row)} is not an object with named columns; "
+                f"{where}: {file}, {table.unit} {number}: {short(row)} is not an object with named columns; "
                 'write every row as {"column": value, ...}'
             )
     return Table([row for _, row in numbered], [number for number, _ in numbered], table.source, table.unit)
@@ -138,7 +138,7 @@ def _parse(where: str, file: Path, text: str, first_line: int) -> Any:
         line = first_line + error.lineno - 1
         broken = text.split("\n")[error.lineno - 1]
         raise ValueError(
-            f"{where}: {file}, line {line}: not JSON ({error.msg} at column {error.colno}): {_short(broken)}; "
+            f"{where}: {file}, line {line}: not JSON ({error.msg} at column {error.colno}): {short(broken)}; "
             "repair or delete the line"
         ) from error
 
@@ -191,14 +191,17 @@ def _read_with_datasets(where: str, path: str, file: Path) -> Table:
             data = datasets.load_dataset(repository, config or None, split=split or "train")
     except Exception as error:  # any failure of reader, hub or network: say what was asked for
         looked = "" if file.is_file() else f"there is no file {file.resolve()}, and "
-        raise ValueError(
-            f"{where}: {looked}datasets could not load it: {_short(str(error))}; check the name"
-        ) from error
+        raise ValueError(f"{where}: {looked}datasets could not load it: {short(str(error))}; check the name") from error
     rows = [dict(row) for row in data]
     return Table(rows, list(range(1, len(rows) + 1)), str(file) if file.is_file() else path, unit="row")
 
 
-def _short(value: Any, length: int = 80) -> str:
+def short(value: Any, length: int = 80) -> str:
+    """A value as one line of a message.
+
+    >>> print(short("two   words"), short("x" * 90, length=8))
+    'two words' 'xxxxx...'
+    """
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     text = " ".join(text.split())
     return repr(text if len(text) <= length else text[: length - 3] + "...")

@@ -132,7 +132,7 @@ class PromptDataModule(TableDataModule):
     @property
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt that has been read, of whatever split."""
-        return max(len(ids) for table in self._tables.values() for ids in table.prompt_ids)
+        return max((len(ids) for table in self._tables.values() for ids in table.prompt_ids), default=0)
 
     def set_weights(self, weights: Sequence[float] | torch.Tensor | None) -> None:
         """From the next batch on, draws the rows of a batch by weight, without replacement.

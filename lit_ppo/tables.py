@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import Any
 
-from lit_ppo.files import Table
+from lit_ppo.files import Table, short
 
 
 def cell(where: str, table: Table, index: int, column: str) -> Any:
@@ -32,7 +32,7 @@ def text_cell(where: str, table: Table, index: int, column: str) -> str:
     value = cell(where, table, index, column)
     if not isinstance(value, str):
         raise ValueError(
-            f"{where}: {table.place(index)}: column {column!r} holds {type(value).__name__} {value!r:.60}, not text; "
+            f"{where}: {table.place(index)}: column {column!r} holds {type(value).__name__} {short(value)}, not text; "
             "write it as a string"
         )
     if not value.strip():

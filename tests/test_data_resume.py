@@ -103,7 +103,7 @@ def expected_batches(n_epochs: int = EPOCHS, seed: int = SEED) -> list[Seen]:
     return seen
 
 
-@pytest.fixture()
+@pytest.fixture
 def file(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "rows.jsonl")
 
@@ -294,4 +294,4 @@ def test_two_ranks_see_the_same_prompts_and_share_the_texts(tmp_path: Path, file
         one = fit(tmp_path / name, module(str(file), batch_size=4, seed=SEED), max_epochs=1).seen
         first, second = (rank[name] for rank in ranks)
         assert sorted(first[0] + second[0]) == sorted(one[0][2])
-        assert set(sum(first[:2] + second[:2], [])) == set(range(N_ROWS))
+        assert {row for batch in first[:2] + second[:2] for row in batch} == set(range(N_ROWS))
