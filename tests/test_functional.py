@@ -1,0 +1,437 @@
+"""The mathematics against brute force: plain Python loops over float64 numbers, and examples worked by hand."""
+
+import doctest
+import inspect
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_ppo import functional as F
+
+NAN = float("nan")
+LENGTHS = [1, 3, 5, 2, 5]  # one token, full length, and between
+B, T, V = len(LENGTHS), max(LENGTHS), 7
+MASK = torch.arange(T) < torch.tensor(LENGTHS)[:, None]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def kept(x: Tensor, mask: Tensor = MASK) -> list[float]:
+    """The unmasked values, row by row."""
+    return [x[b][t].item() for b in range(len(x)) for t in range(x.shape[1]) if mask[b][t]]
+
+
+def filled(x: Tensor, value: float = NAN) -> Tensor:
+    return x.masked_fill(~MASK, value)
+
+
+def close(actual: Tensor, expected: Tensor | float | list, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(
+        actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=tolerance, atol=tolerance, equal_nan=True
+    )
+
+
+# masked moments
+
+
+def test_masked_mean_is_the_mean_of_what_is_kept():
+    x = normal(B, T)
+    close(F.masked_mean(x, MASK), statistics.fmean(kept(x)))
+    rows = [statistics.fmean(x[b, :n].tolist()) for b, n in enumerate(LENGTHS)]
+    close(F.masked_mean(x, MASK, dim=1), rows)
+
+
+def test_masked_mean_of_nothing_is_zero():
+    x = torch.full((2, 3), NAN)
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    assert F.masked_mean(x, nothing).item() == 0.0
+    assert F.masked_mean(x, nothing, dim=1).tolist() == [0.0, 0.0]
+    assert F.masked_var(x, nothing).item() == 0.0
+
+
+@pytest.mark.parametrize(("unbiased", "variance"), [(True, statistics.variance), (False, statistics.pvariance)])
+def test_masked_var_whiten_and_scale(unbiased: bool, variance: Callable[[list[float]], float]):
+    x = 3 + 2 * normal(B, T)
+    values = kept(x)
+    close(F.masked_var(x, MASK, unbiased), variance(values))
+    deviation = math.sqrt(variance(values) + 1e-8)
+    whitened = [(value - statistics.fmean(values)) / deviation for value in values]
+    assert kept(F.whiten(x, MASK, unbiased)) == pytest.approx(whitened, rel=1e-12)
+    scaled = [value + statistics.fmean(values) for value in whitened]
+    assert kept(F.scale(x, MASK, unbiased)) == pytest.approx(scaled, rel=1e-12)
+
+
+def test_unbiased_is_the_default():
+    x = normal(B, T)
+    close(F.masked_var(x, MASK), statistics.variance(kept(x)))
+    close(F.whiten(x, MASK), F.whiten(x, MASK, unbiased=True))
+    close(F.scale(x, MASK), F.scale(x, MASK, unbiased=True))
+
+
+def test_whiten_by_hand():
+    """1, 2, 3: mean 2, variance 1 (over n - 1) or 2/3 (over n)."""
+    x, mask = torch.tensor([[1.0, 2.0], [3.0, 50.0]]), torch.tensor([[True, True], [True, False]])
+    assert F.whiten(x, mask).flatten().tolist() == pytest.approx([-1, 0, 1, 0])
+    assert F.whiten(x, mask, unbiased=False).flatten().tolist() == pytest.approx([-(1.5**0.5), 0, 1.5**0.5, 0])
+    assert F.scale(x, mask).flatten().tolist() == pytest.approx([1, 2, 3, 0])
+
+
+def test_whiten_of_a_single_value_and_of_equal_values_is_zero():
+    for mask in (torch.tensor([[True, False]]), torch.tensor([[True, True]])):
+        assert F.whiten(torch.full((1, 2), 3.0), mask).tolist() == [[0.0, 0.0]]
+
+
+def test_merged_moments_are_those_of_all_values():
+    values = (1e6 + normal(50)).tolist()  # far from 0, where sums of squares fail
+    moments = (0, 0.0, 0.0)
+    for start, stop in [(0, 1), (1, 20), (20, 21), (21, 50)]:
+        moments = F.merge_moments(*moments, torch.tensor(values[start:stop], dtype=torch.float64))
+    count, mean, m2 = moments
+    assert count == 50
+    assert mean == pytest.approx(statistics.fmean(values), rel=1e-14)
+    assert m2 / (count - 1) == pytest.approx(statistics.variance(values), rel=1e-8)
+
+
+def test_merged_moments_take_float32_without_losing_digits():
+    assert F.merge_moments(1, 2.0**24, 0.0, torch.tensor([2.0**24 + 2])) == (2, 2.0**24 + 1, 2.0)
+
+
+# distributions
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+def test_token_logprobs_and_entropy(temperature: float):
+    logits = 3 * normal(B, T, V)
+    ids = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
+    logprobs, entropies = F.token_logprobs(logits, ids, temperature), F.entropy(logits, temperature)
+    assert logprobs.shape == entropies.shape == (B, T)
+    assert logprobs.dtype == entropies.dtype == torch.float64
+    for b in range(B):
+        for t in range(T):
+            p = _softmax(logits[b, t].tolist(), temperature)
+            assert logprobs[b, t].item() == pytest.approx(math.log(p[ids[b, t]]), rel=1e-12)
+            assert entropies[b, t].item() == pytest.approx(-sum(x * math.log(x) for x in p), rel=1e-12)
+
+
+def test_distributions_are_taken_in_float32_at_least():
+    logits, ids = normal(2, 3, V).to(torch.bfloat16), torch.zeros(2, 3, dtype=torch.long)
+    for actual, exact in [
+        (F.token_logprobs(logits, ids), F.token_logprobs(logits.double(), ids)),
+        (F.entropy(logits), F.entropy(logits.double())),
+    ]:
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_large_logits_do_not_overflow():
+    logits = torch.tensor([[[1e4, 0.0, -1e4]]])
+    assert F.token_logprobs(logits, torch.tensor([[1]])).item() == -1e4
+    assert F.entropy(logits).item() == 0.0
+
+
+def test_tokens_that_cannot_occur_add_no_entropy_and_no_nan_gradient():
+    logits = torch.tensor([[[0.0, 0.0, -torch.inf]]], requires_grad=True)
+    value = F.entropy(logits)
+    value.sum().backward()
+    assert value.item() == pytest.approx(math.log(2))
+    assert logits.grad.isfinite().all()
+
+
+def test_entropy_gradient_agrees_with_finite_differences():
+    logits = normal(1, 2, 4).requires_grad_()
+    ids = torch.tensor([[1, 3]])
+    assert torch.autograd.gradcheck(lambda z: F.entropy(z, 0.8), logits)
+    assert torch.autograd.gradcheck(lambda z: F.token_logprobs(z, ids, 0.8), logits)
+
+
+# KL
+
+
+@pytest.mark.parametrize(
+    ("kind", "formula"),
+    [("k1", lambda d: d), ("k2", lambda d: d * d / 2), ("k3", lambda d: math.exp(-d) - 1 + d)],
+)
+def test_kl_estimates_per_token(kind: str, formula: Callable[[float], float]):
+    logprobs, reference = -normal(B, T).abs(), -normal(B, T, seed=1).abs()
+    expected = [[formula(logprobs[b, t].item() - reference[b, t].item()) for t in range(T)] for b in range(B)]
+    close(F.kl_estimate(logprobs, reference, kind), expected)
+
+
+def test_kl_estimates_by_hand():
+    """log pi = log 0.5, log ref = log 0.25: the ratio is 2, d = log 2."""
+    half, quarter = torch.tensor([0.5]).log(), torch.tensor([0.25]).log()
+    assert F.kl_estimate(half, quarter).item() == pytest.approx(0.693147)
+    assert F.kl_estimate(half, quarter, "k2").item() == pytest.approx(0.240227, rel=1e-5)
+    assert F.kl_estimate(half, quarter, "k3").item() == pytest.approx(0.5 - 1 + 0.693147, rel=1e-5)
+    assert F.kl_estimate(quarter, half).item() == pytest.approx(-0.693147)
+
+
+def test_k1_and_k3_are_unbiased():
+    """Averaged over all tokens under pi, both are the KL itself."""
+    pi, reference = normal(1, V).softmax(-1), normal(1, V, seed=1).softmax(-1)
+    exact = sum(p * math.log(p / q) for p, q in zip(pi[0].tolist(), reference[0].tolist(), strict=True))
+    for kind in ("k1", "k3"):
+        assert (pi * F.kl_estimate(pi.log(), reference.log(), kind)).sum().item() == pytest.approx(exact, rel=1e-12)
+
+
+def test_k3_keeps_its_digits_near_zero():
+    d = torch.tensor([1e-4], dtype=torch.float64)
+    assert F.kl_estimate(d, torch.zeros(1), "k3").item() == pytest.approx(1e-8 / 2 - 1e-12 / 6, rel=1e-7)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_vocabulary_kl_is_the_sum_over_tokens(temperature: float):
+    logits, reference = 2 * normal(B, T, V), 2 * normal(B, T, V, seed=1)
+    exact = F.vocabulary_kl(logits, reference, temperature)
+    assert exact.shape == (B, T)
+    for b in range(B):
+        for t in range(T):
+            p, q = (_softmax(z[b, t].tolist(), temperature) for z in (logits, reference))
+            expected = sum(x * math.log(x / y) for x, y in zip(p, q, strict=True))
+            assert exact[b, t].item() == pytest.approx(expected, rel=1e-12)
+
+
+def _softmax(logits: list[float], temperature: float) -> list[float]:
+    weights = [math.exp(z / temperature) for z in logits]
+    return [w / sum(weights) for w in weights]
+
+
+def test_unknown_kl_estimate_is_refused():
+    with pytest.raises(ValueError, match=r"kl_estimate\(kind='k4'\): must be 'k1', 'k2' or 'k3'"):
+        F.kl_estimate(torch.zeros(1), torch.zeros(1), "k4")
+
+
+# rewards, advantages, returns
+
+
+def test_score_lands_on_the_last_token_and_kl_on_every_one():
+    scores, kl = normal(B), normal(B, T)
+    rewards = F.token_rewards(scores, filled(kl), MASK, 0.3)
+    for b, n in enumerate(LENGTHS):
+        for t in range(T):
+            expected = 0.0 if t >= n else -0.3 * kl[b, t].item() + (scores[b].item() if t == n - 1 else 0.0)
+            assert rewards[b, t].item() == pytest.approx(expected, abs=1e-15)
+
+
+def test_token_rewards_by_hand():
+    rewards = F.token_rewards(torch.tensor([5.0]), torch.ones(1, 4), torch.tensor([[True, True, True, False]]), 0.1)
+    assert rewards.tolist() == [pytest.approx([-0.1, -0.1, 4.9, 0.0])]
+
+
+def brute_force_gae(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
+    """The sum of the definition, term by term."""
+    n = len(rewards)
+    ahead = [*values[1:], 0.0]
+    deltas = [rewards[t] + gamma * ahead[t] - values[t] for t in range(n)]
+    return [sum((gamma * lam) ** k * deltas[t + k] for k in range(n - t)) for t in range(n)]
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (1.0, 0.0), (0.0, 0.95)])
+def test_gae_is_its_definition(gamma: float, lam: float):
+    rewards, values = normal(B, T), normal(B, T, seed=1)
+    advantages, returns = F.gae(filled(rewards), filled(values), MASK, gamma, lam)
+    for b, n in enumerate(LENGTHS):
+        expected = brute_force_gae(rewards[b, :n].tolist(), values[b, :n].tolist(), gamma, lam)
+        assert advantages[b].tolist() == pytest.approx([*expected, *[0.0] * (T - n)], rel=1e-12, abs=1e-15)
+        expected = [a + v for a, v in zip(expected, values[b, :n].tolist(), strict=True)]
+        assert returns[b].tolist() == pytest.approx([*expected, *[0.0] * (T - n)], rel=1e-12, abs=1e-15)
+
+
+def test_gae_worked_example():
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    rewards, values = torch.tensor([[-0.1, -0.1, 4.9]]), torch.tensor([[2.0, 3.0, 4.0]])
+    advantages, returns = F.gae(rewards, values, mask)  # gamma 1 and lambda 0.95 are the defaults
+    # 4.9 - 4 = 0.9; (-0.1 + 4 - 3) + 0.95 * 0.9 = 1.755; (-0.1 + 3 - 2) + 0.95 * 1.755 = 2.56725
+    assert advantages.tolist() == [pytest.approx([2.56725, 1.755, 0.9])]
+    assert returns.tolist() == [pytest.approx([4.56725, 4.755, 4.9])]
+
+
+def test_gae_of_monte_carlo_and_of_one_step():
+    """lambda 1: rewards to go, less the value. lambda 0: one reward and the next value, less the value."""
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    rewards, values = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[3.0, 5.0, 6.0]])
+    assert F.gae(rewards, values, mask, 1.0, 1.0)[1].tolist() == [[7.0, 6.0, 4.0]]
+    assert F.gae(rewards, values, mask, 1.0, 0.0)[0].tolist() == [[1 + 5 - 3, 2 + 6 - 5, 4 - 6]]
+    assert F.gae(rewards, values, mask, 0.5, 1.0)[1].tolist() == [[1 + 1 + 1, 2 + 2, 4.0]]
+
+
+def test_one_token_response():
+    mask = torch.tensor([[True, False, False]])
+    rewards = F.token_rewards(torch.tensor([2.0]), torch.tensor([[0.5, 9.0, 9.0]]), mask, 0.1)
+    assert rewards.tolist() == [pytest.approx([1.95, 0.0, 0.0])]
+    advantages, returns = F.gae(rewards, torch.tensor([[0.5, 9.0, 9.0]]), mask)
+    assert advantages.tolist() == [pytest.approx([1.45, 0.0, 0.0])]
+    assert returns.tolist() == [pytest.approx([1.95, 0.0, 0.0])]
+
+
+def test_batch_in_which_every_response_stops_at_once():
+    mask = torch.tensor([[True, False], [True, False]])
+    scores = torch.tensor([1.0, -3.0])
+    rewards = F.token_rewards(scores, torch.zeros(2, 2), mask, 0.1)
+    advantages, returns = F.gae(rewards, torch.zeros(2, 2), mask)
+    assert rewards.tolist() == advantages.tolist() == returns.tolist() == [[1.0, 0.0], [-3.0, 0.0]]
+    assert F.whiten(advantages, mask)[:, 0].tolist() == pytest.approx([0.5**0.5, -(0.5**0.5)])
+
+
+def test_full_length_response_has_its_score_on_the_last_column():
+    rewards = F.token_rewards(torch.tensor([2.0]), torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool), 0.1)
+    assert rewards.tolist() == [[0.0, 0.0, 2.0]]
+
+
+# losses
+
+
+CLIP_TABLE = [(1.5, 1.2), (1.3, 1.2), (1.1, 1.1), (0.9, 0.9), (0.5, 0.5)]
+
+
+def test_clip_table():
+    """A = 1 and clip 0.2: the objective stops growing at 1.2, and is not bounded below."""
+    ratios = torch.tensor([[ratio for ratio, _ in CLIP_TABLE]])
+    loss = F.policy_loss(ratios.log(), torch.zeros_like(ratios), torch.ones_like(ratios))
+    assert (-loss).tolist() == [pytest.approx([objective for _, objective in CLIP_TABLE])]
+
+
+def test_clip_table_of_a_negative_advantage():
+    """A = -1: the objective stops growing at -0.8, below a ratio of 0.8."""
+    ratios = torch.tensor([[1.5, 1.1, 0.9, 0.7, 0.5]])
+    loss = F.policy_loss(ratios.log(), torch.zeros_like(ratios), -torch.ones_like(ratios))
+    assert (-loss).tolist() == [pytest.approx([-1.5, -1.1, -0.9, -0.8, -0.8])]
+
+
+@pytest.mark.parametrize("clip_range", [0.2, 0.05, None])
+def test_policy_loss_per_token(clip_range: float | None):
+    new, old, advantages = normal(B, T), normal(B, T, seed=1), normal(B, T, seed=2)
+    loss = F.policy_loss(new, old, advantages, clip_range)
+    for b in range(B):
+        for t in range(T):
+            ratio, a = math.exp(new[b, t].item() - old[b, t].item()), advantages[b, t].item()
+            objective = ratio * a
+            if clip_range is not None:
+                objective = min(objective, min(max(ratio, 1 - clip_range), 1 + clip_range) * a)
+            assert loss[b, t].item() == pytest.approx(-objective, rel=1e-12)
+
+
+def test_policy_gradient_is_zero_where_clipped_and_minus_the_advantage_at_a_ratio_of_one():
+    new = torch.tensor([0.0, math.log(1.5), math.log(0.5)], requires_grad=True)
+    F.policy_loss(new, torch.zeros(3), torch.tensor([3.0, 1.0, -1.0])).sum().backward()
+    assert new.grad.tolist() == [-3.0, 0.0, 0.0]
+
+
+def test_value_losses_per_token():
+    new, old, returns = normal(B, T), normal(B, T, seed=1), normal(B, T, seed=2)
+    plain, clipped = F.value_loss(new, returns), F.clipped_value_loss(new, old, returns, 0.3)
+    for b in range(B):
+        for t in range(T):
+            v, v_old, target = new[b, t].item(), old[b, t].item(), returns[b, t].item()
+            near = min(max(v, v_old - 0.3), v_old + 0.3)
+            error = 0.5 * (v - target) ** 2
+            assert plain[b, t].item() == pytest.approx(error, rel=1e-12)
+            assert clipped[b, t].item() == pytest.approx(max(error, 0.5 * (near - target) ** 2), rel=1e-12)
+
+
+def test_explained_variance():
+    values, returns = normal(B, T), normal(B, T, seed=1)
+    residual = [r - v for r, v in zip(kept(returns), kept(values), strict=True)]
+    expected = 1 - statistics.pvariance(residual) / statistics.pvariance(kept(returns))
+    close(F.explained_variance(filled(values), filled(returns), MASK), expected)
+    close(F.explained_variance(returns, returns, MASK), 1.0)
+    close(F.explained_variance(torch.zeros_like(returns), returns, MASK), 0.0)
+    assert not F.explained_variance(values, torch.ones(B, T), MASK).isfinite()  # nothing to explain
+
+
+# the controller
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [(12.0, 0.15 * 1.00512), (6.0, 0.15), (0.0, 0.15 * 0.99488), (6.6, 0.15 * 1.00256), (5.4, 0.15 * 0.99744)],
+)
+def test_adaptive_kl_coef_by_hand(kl: float, expected: float):
+    assert F.adaptive_kl_coef(0.15, kl, target=6.0, horizon=10_000, n_steps=256) == pytest.approx(expected, rel=1e-12)
+
+
+def test_adaptive_kl_coef_error_bound():
+    assert F.adaptive_kl_coef(1.0, 12.0, target=6.0, horizon=10, n_steps=5, max_error=0.5) == 1.25
+
+
+# what lies outside the mask
+
+MASKED: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "masked_mean": lambda x, m: F.masked_mean(x, m),
+    "masked_mean by row": lambda x, m: F.masked_mean(x, m, dim=1),
+    "masked_var": lambda x, m: F.masked_var(x, m),
+    "whiten": lambda x, m: F.whiten(x, m),
+    "scale": lambda x, m: F.scale(x, m),
+    "token_rewards": lambda x, m: F.token_rewards(torch.arange(5.0, dtype=x.dtype)[: len(x)], x, m, 0.1),
+    "gae of rewards": lambda x, m: F.gae(x, torch.ones_like(x), m),
+    "gae of values": lambda x, m: F.gae(torch.ones_like(x), x, m),
+    "explained_variance": lambda x, m: F.explained_variance(x, x.square(), m),
+}
+EVERY_MASKED = pytest.mark.parametrize("function", MASKED.values(), ids=MASKED.keys())
+
+
+@EVERY_MASKED
+@pytest.mark.parametrize("garbage", [NAN, torch.inf, -torch.inf, 1e30])
+def test_what_lies_outside_the_mask_never_leaks_in(function: Callable[[Tensor, Tensor], object], garbage: float):
+    x = normal(B, T)
+    actual, expected = function(filled(x, garbage), MASK), function(filled(x, 0.0), MASK)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@EVERY_MASKED
+def test_gradient_is_zero_and_never_nan_outside_the_mask(function: Callable[[Tensor, Tensor], object]):
+    x = filled(normal(B, T), 1e30).requires_grad_()
+    result = function(x, MASK)
+    total = result[0].sum() + result[1].sum() if isinstance(result, tuple) else result.square().sum()
+    total.backward()
+    assert x.grad.isfinite().all()
+    assert not x.grad[~MASK].any()
+
+
+@EVERY_MASKED
+@pytest.mark.parametrize("extra", [1, 4])
+def test_padding_changes_nothing(function: Callable[[Tensor, Tensor], object], extra: int):
+    x = normal(B, T)
+    wide = torch.nn.functional.pad(x, (0, extra), value=NAN)
+    wide_mask = torch.nn.functional.pad(MASK, (0, extra), value=False)
+    actual, expected = function(wide, wide_mask), function(x, MASK)
+    for a, e in zip(_tensors(actual), _tensors(expected), strict=True):
+        if a.ndim == 2:
+            assert not a[:, T:].any()
+            a = a[:, :T]
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+@EVERY_MASKED
+def test_arguments_are_not_edited_in_place(function: Callable[[Tensor, Tensor], object]):
+    x, mask = filled(normal(B, T)), MASK.clone()
+    before = x.clone()
+    function(x, mask)
+    torch.testing.assert_close(x, before, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(mask, MASK)
+
+
+def _tensors(result: object) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+# the file itself
+
+
+def test_examples_in_the_docstrings():
+    assert doctest.testmod(F).failed == 0
+    assert doctest.testmod(F).attempted > 3
+
+
+def test_every_function_is_tested_here():
+    text = Path(__file__).read_text()
+    for name, function in inspect.getmembers(F, inspect.isfunction):
+        if function.__module__ == F.__name__ and not name.startswith("_"):
+            assert f"F.{name}(" in text, f"tests/test_functional.py does not test {name}"
