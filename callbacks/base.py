@@ -77,7 +77,7 @@ class MinibatchLike(ExperienceLike, Protocol):
         ...
 
     def log(self, name: str, x: Tensor) -> None:
-        """Add the mean of ``x`` (B, T), over all micro-batches and ranks, to this step's metrics."""
+        """Add the mean of ``x`` (B, T) over all response tokens of this step to its metrics."""
         ...
 
 

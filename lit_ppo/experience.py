@@ -130,6 +130,7 @@ class Minibatch(Experience):
     new_entropy: Tensor = field(init=False)
     new_values: Tensor = field(init=False)
     weights: Tensor = field(init=False)  # (B, T), each token's share of the mean; they sum to 1 over the step
+    n_tokens: Tensor = field(init=False)  # response tokens of the whole step
     ranks: int = 1  # gradients are averaged over ranks: the mean makes up for it
     metrics: dict[str, Tensor] = field(default_factory=dict)  # this rank's part of the step's means
 
@@ -141,8 +142,9 @@ class Minibatch(Experience):
         for name in _set_fields(chosen):
             setattr(minibatch, name, getattr(chosen, name))
         mask = minibatch.response_mask.float()
-        tokens = mask.sum() if reduction == "token_mean" else mask.sum(1, keepdim=True) * len(minibatch)
-        minibatch.weights = mask / tokens
+        minibatch.n_tokens = mask.sum()
+        per_row = mask.sum(1, keepdim=True) * len(minibatch)
+        minibatch.weights = mask / (minibatch.n_tokens if reduction == "token_mean" else per_row)
         return minibatch
 
     def micro_batches(self, plan: Sequence[Sequence[int]], ranks: int) -> Iterator["Minibatch"]:
@@ -171,12 +173,13 @@ class Minibatch(Experience):
         return self.ranks * (x.masked_fill(self.weights == 0, 0.0) * self.weights).sum()
 
     def log(self, name: str, x: Tensor) -> None:
-        """Add the mean of ``x`` over all micro-batches and ranks to this step's metrics.
+        """Add the mean of ``x`` over all response tokens of this step to its metrics.
 
         Shapes:
             x (B, T).
         """
-        self.log_part(name, self.mean(x.detach()))
+        total = x.detach().masked_fill(self.weights == 0, 0.0).sum()
+        self.log_part(name, self.ranks * total / self.n_tokens)
 
     def log_part(self, name: str, part: Tensor) -> None:
         """Add a value that is already a part of the step's mean, as a loss made by :meth:`mean` is."""
