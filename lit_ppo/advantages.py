@@ -1,26 +1,27 @@
 """Advantage estimators: what turns token rewards into the numbers that weight the policy's loss."""
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor
 
 from lit_ppo.functional import gae
 
 
-class AdvantageEstimator(Protocol):
-    """What ``LitPPO(advantages=...)`` takes: any class with these two.
+class AdvantageEstimator(ABC):
+    """What ``LitPPO(advantages=...)`` takes; configurations call its subclasses by their short names.
 
     ``needs_values`` says whether a critic has to provide ``experience.values``.
     """
 
     needs_values: bool
 
+    @abstractmethod
     def __call__(self, experience: Any) -> tuple[Tensor, Tensor | None]:
         """Advantages, and the critic's targets where there is a critic; (B, T), 0 where masked."""
-        ...
 
 
-class GAE:
+class GAE(AdvantageEstimator):
     """Generalised advantage estimation; the returns that the critic learns are advantages + values.
 
     Args:

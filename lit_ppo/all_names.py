@@ -1,8 +1,10 @@
-"""Imports every public class, so that configurations can call them by their short names."""
+"""Imports every public class: configurations call by their short names the classes that are imported."""
 
-import importlib
-import importlib.util
-
-for _name in ("module", "data", "sft", "reward_modeling", "rewards", "advantages", "callbacks"):
-    if importlib.util.find_spec(f"lit_ppo.{_name}") is not None:
-        importlib.import_module(f"lit_ppo.{_name}")
+import lit_ppo.advantages
+import lit_ppo.callbacks
+import lit_ppo.data
+import lit_ppo.module
+import lit_ppo.reward_modeling
+import lit_ppo.rewards
+import lit_ppo.schedulers
+import lit_ppo.sft  # noqa: F401

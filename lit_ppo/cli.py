@@ -75,6 +75,10 @@ class Session:
         self.heartbeat.say("lit-ppo: loading PyTorch, transformers and Lightning", doing="loading libraries")
         from lit_ppo.command import Command
 
+        if not sys.stdout.isatty():
+            from transformers.utils.logging import disable_progress_bar
+
+            disable_progress_bar()  # bars are for terminals
         if str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))  # configurations may name modules that lie there
         Command(self)

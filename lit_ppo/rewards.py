@@ -16,7 +16,7 @@ from lit_ppo.reward_models import RewardModel
 
 __all__ = ["RewardFunction", "RewardModel", "Rewards", "ScoreSource", "WeightedRewards", "WeightedSource", "as_source"]
 
-ScoreSource = Callable[..., Any]
+ScoreSource = RewardModel | RewardFunction | Callable[..., Any]  # classes first: configurations name them shortly
 """``source(experience)``, or a plain reward function ``(prompts, responses, **columns)``; see :func:`as_source`."""
 
 
