@@ -1,11 +1,11 @@
 """Text to token ids: prompts for sampling, and rows padded into a batch."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -101,10 +101,9 @@ def truncate_left(
         return ids
     n_cut, longest = sum(len(row) > max_length for row in ids), max(map(len, ids), default=0)
     if n_cut:
-        warnings.warn(
+        rank_zero_warn(
             f"{where}: {n_cut} of {len(ids)} {what} are longer and were cut from the left; the longest has {longest} "
-            "tokens",
-            stacklevel=2,
+            "tokens"
         )
     return [row if len(row) <= max_length else _tail(row, max_length, bos) for row in ids]
 

@@ -102,21 +102,22 @@ def read_table(where: str, path: str, data_root: str | None = None, column_names
 
 def _read_file(where: str, file: Path, kind: str, column_names: Sequence[str] | None) -> Table:
     text = _decode(where, file)
+    is_list = kind == ".json" and text.lstrip().startswith("[")
+    unit = "item" if is_list else "line"
     if kind in DELIMITERS:
-        numbered = list(_csv_rows(where, file, text, DELIMITERS[kind], column_names))
-    elif kind == ".json" and text.lstrip().startswith("["):
+        numbered = list(_delimited_rows(where, file, text, DELIMITERS[kind], column_names))
+    elif is_list:
         numbered = list(enumerate(_parse(where, file, text, 1), start=1))
     else:
         lines = enumerate(text.split("\n"), start=1)  # not splitlines: JSON strings may hold its other separators
         numbered = [(number, _parse(where, file, line, number)) for number, line in lines if line.strip()]
-    table = Table([], [], str(file), unit="item" if kind == ".json" and text.lstrip().startswith("[") else "line")
     for number, row in numbered:
         if not isinstance(row, dict):
             raise ValueError(
-                f"{where}: {file}, {table.unit} {number}: {short(row)} is not an object with named columns; "
+                f"{where}: {file}, {unit} {number}: {short(row)} is not an object with named columns; "
                 'write every row as {"column": value, ...}'
             )
-    return Table([row for _, row in numbered], [number for number, _ in numbered], table.source, table.unit)
+    return Table([row for _, row in numbered], [number for number, _ in numbered], str(file), unit)
 
 
 def _decode(where: str, file: Path) -> str:
@@ -143,30 +144,39 @@ def _parse(where: str, file: Path, text: str, first_line: int) -> Any:
         ) from error
 
 
-def _csv_rows(
+def _delimited_rows(
     where: str, file: Path, text: str, delimiter: str, column_names: Sequence[str] | None
 ) -> Iterator[tuple[int, Row]]:
-    quoting: Any = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
     names = list(column_names) if column_names is not None else None
-    limit = csv.field_size_limit(LONGEST_FIELD)
-    try:
-        start = 1  # a quoted field may span lines: the row's own line is the first of them
-        for fields in reader:
-            line, start = start, reader.line_num + 1
-            if not fields:
-                continue
-            if names is None:
-                names = fields
-                if repeated := sorted({name for name in names if names.count(name) > 1}):
-                    raise ValueError(f"{where}: {file}, line {line}: the header repeats {repeated}; rename columns")
-                continue
-            if len(fields) != len(names):
-                raise ValueError(
-                    f"{where}: {file}, line {line}: {len(fields)} fields where the columns are {names}; "
-                    "repair the line, or give column_names if the file has no header"
-                )
+    for line, fields in _tsv_fields(text) if delimiter == "\t" else _csv_fields(where, file, text):
+        if names is None:
+            names = fields
+            if repeated := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"{where}: {file}, line {line}: the header repeats {repeated}; rename columns")
+        elif len(fields) != len(names):
+            raise ValueError(
+                f"{where}: {file}, line {line}: {len(fields)} fields where the columns are {names}; "
+                "repair the line, or give column_names if the file has no header"
+            )
+        else:
             yield line, dict(zip(names, fields, strict=True))
+
+
+def _tsv_fields(text: str) -> Iterator[tuple[int, list[str]]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip("\r"):
+            yield number, line.removesuffix("\r").split("\t")
+
+
+def _csv_fields(where: str, file: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    limit = csv.field_size_limit(LONGEST_FIELD)
+    start = 1  # a quoted field may span lines: the row's own line is the first of them
+    try:
+        for fields in reader:
+            if fields:
+                yield start, fields
+            start = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{where}: {file}, line {start}: {error}; repair the quoting") from error
     finally:

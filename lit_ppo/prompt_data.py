@@ -207,7 +207,7 @@ class PromptDataModule(TableDataModule):
     @staticmethod
     def _identity(training: TrainingPrompts) -> dict[str, Any]:
         order = training.order
-        fingerprint = training.table.fingerprint()
+        fingerprint = training.table.fingerprint
         return {"rows": order.n_rows, "batch_size": order.batch_size, "seed": order.seed, "fingerprint": fingerprint}
 
     def _batches_trained(self) -> int | None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ class PromptTable:
             {name: [values[i] for i in rows] for name, values in self.columns.items()},
         )
 
+    @cached_property
     def fingerprint(self) -> str:
         """A digest of texts and columns, to recognise changed data."""
         digest = hashlib.sha256()

@@ -1,10 +1,10 @@
 """Plain text for next-token training."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lit_ppo.data_module import RowDataModule
@@ -111,10 +111,9 @@ class TextDataModule(RowDataModule):
         pieces = [piece for ids in documents for piece in cut(ids, self.max_length)]
         n_short = sum(len(ids) < 2 for ids in documents)
         if n_short:
-            warnings.warn(
+            rank_zero_warn(
                 f"{self.where('path')}: {n_short} of {len(documents)} documents have fewer than two tokens and teach "
-                "nothing; they are left out",
-                stacklevel=2,
+                "nothing; they are left out"
             )
         if not pieces:
             raise ValueError(f"{self.where('path')}: no document has two tokens; give longer text")

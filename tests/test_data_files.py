@@ -54,8 +54,10 @@ def test_column_names_stand_in_for_a_header(tmp_path: Path, name: str) -> None:
 
 def test_quotation_marks_in_tsv_are_characters(tmp_path: Path) -> None:
     """A quotation mark that opens a field would otherwise swallow lines until the next one."""
-    path = write(tmp_path / "rows.tsv", 'text\n"unclosed\nnext\n')
-    assert [row["text"] for row in read_table(WHERE, path).rows] == ['"unclosed', "next"]
+    path = write(tmp_path / "rows.tsv", 'text\n"unclosed\n\nne\rxt\n')
+    table = read_table(WHERE, path)
+    assert [row["text"] for row in table.rows] == ['"unclosed', "ne\rxt"]
+    assert table.lines == [2, 4]
 
 
 def test_lines_are_those_of_the_file(tmp_path: Path) -> None:
