@@ -1,18 +1,21 @@
 """Text to token ids: prompts for sampling, and rows padded into a batch."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_ppo.files import short
 
 Message = dict[str, Any]
-Prompt = str | list[Message]
+
+TEXTS_AT_ONCE = 1000
+SECONDS_OF_SILENCE = 3.0
 
 
 def encode_prompts(
@@ -75,11 +78,18 @@ def render_chats(
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special_tokens: bool = True
 ) -> list[list[int]]:
-    """Ids of many texts in one call, of whatever length: its own limit's warning would only repeat ours."""
-    if not texts:
-        return []
+    """Ids of many texts, batch by batch; says how far it is where that takes long.
+
+    Texts may be of any length: the tokenizer's own warning about long ones would only repeat ours.
+    """
+    ids: list[list[int]] = []
     options: dict[str, Any] = {"add_special_tokens": add_special_tokens, "verbose": False}
-    ids: list[list[int]] = tokenizer(list(texts), **options)["input_ids"]
+    said = time.monotonic()
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        ids += tokenizer(list(texts[start : start + TEXTS_AT_ONCE]), **options)["input_ids"]
+        if time.monotonic() - said > SECONDS_OF_SILENCE:
+            rank_zero_info(f"Tokenised {len(ids)} of {len(texts)} texts")
+            said = time.monotonic()
     return ids
 
 

@@ -13,7 +13,7 @@ from lit_ppo.data_module import TableDataModule
 from lit_ppo.encoding import encode_prompts
 from lit_ppo.files import Table
 from lit_ppo.order import PromptLoader, PromptOrder, checked_weights
-from lit_ppo.prompts import HeldOutPrompts, PromptTable, TrainingPrompts
+from lit_ppo.prompts import HeldOutPrompts, PromptBatch, PromptTable, TrainingPrompts
 from lit_ppo.tables import cell, require_columns, text_cell
 
 
@@ -133,6 +133,10 @@ class PromptDataModule(TableDataModule):
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt that has been read, of whatever split."""
         return max((len(ids) for table in self._tables.values() for ids in table.prompt_ids), default=0)
+
+    def peek(self, split: str) -> PromptBatch | None:
+        """The first prompt of a split, ``"train"`` or ``"val"``, if there is one; nothing moves on."""
+        return self._tables[split].batch([0]) if split in self._tables else None
 
     def set_weights(self, weights: Sequence[float] | torch.Tensor | None) -> None:
         """From the next batch on, draws the rows of a batch by weight, without replacement.

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
@@ -96,7 +96,7 @@ class TextDataModule(RowDataModule):
         where = self.where(argument)
         return [self.cased(text_cell(where, table, i, self.text_column)) for i in range(len(table))]
 
-    def _pieces(self, tokenizer: Any, texts: list[str]) -> list[torch.Tensor]:
+    def _pieces(self, tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
         documents = tokenize(tokenizer, texts)
         if self.append_eos:
             eos = tokenizer.eos_token_id
@@ -117,7 +117,7 @@ class TextDataModule(RowDataModule):
             )
         if not pieces:
             raise ValueError(f"{self.where('path')}: no document has two tokens; give longer text")
-        return [torch.tensor(piece, dtype=torch.int32) for piece in pieces]
+        return [np.array(piece, dtype=np.int32) for piece in pieces]
 
     def collate(self, rows: list[Any]) -> dict[str, Any]:
         """Pads some pieces."""

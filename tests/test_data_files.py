@@ -120,7 +120,7 @@ def test_missing_files_are_named_resolved(tmp_path: Path, monkeypatch: pytest.Mo
     assert f"{tmp_path.resolve() / 'x.jsonl'} does not exist" in str(error.value)
     with pytest.raises(FileNotFoundError, match=r"there/x.jsonl does not exist.*data_root='there'"):
         read_table(WHERE, "x.jsonl", data_root="there")
-    with pytest.raises(FileNotFoundError, match="is a folder"):
+    with pytest.raises(FileNotFoundError, match="is a folder, not a file; give a file"):
         read_table(WHERE, "folder.jsonl")
 
 

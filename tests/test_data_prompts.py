@@ -126,6 +126,18 @@ def test_padding_falls_back_to_the_stop_token() -> None:
         padding_id("X", tokenizer)
 
 
+def test_long_tokenising_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("lit_ppo.encoding.TEXTS_AT_ONCE", 2)
+    texts = ["the", "the film", "good", "was it", "bad"]
+    tokenizer = make_tokenizer()
+    with caplog.at_level("INFO"):
+        expected = encode_prompts(tokenizer, texts)[1]
+        assert "Tokenised" not in caplog.text
+        monkeypatch.setattr("lit_ppo.encoding.SECONDS_OF_SILENCE", -1.0)
+        assert encode_prompts(tokenizer, texts)[1] == expected == [tokenizer(text)["input_ids"] for text in texts]
+    assert [record.message for record in caplog.records] == [f"Tokenised {n} of 5 texts" for n in (2, 4, 5)]
+
+
 # ---- batches
 
 

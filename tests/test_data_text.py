@@ -59,6 +59,15 @@ def test_a_batch(tmp_path: Path) -> None:
         assert labels.tolist() == ids[:n].tolist() + [-100] * (5 - n)
 
 
+def test_the_tokenizers_own_first_token_is_kept(tmp_path: Path) -> None:
+    """On a document, and only on its first piece."""
+    tokenizer = make_tokenizer(bos=True)
+    whole = tokenizer("the film was")["input_ids"]
+    assert whole[0] == tokenizer.bos_token_id
+    data = ready(write(tmp_path / "t.jsonl", ["the film was"]), tokenizer=tokenizer, max_length=3)
+    assert [row.tolist() for row in data.train_rows] == [whole[:3], [*whole[2:], EOS]]
+
+
 def test_stop_token_is_learnt_where_it_also_pads(tmp_path: Path) -> None:
     """Labels go by the mask, not by the id."""
     tokenizer = make_tokenizer(pad=False)
