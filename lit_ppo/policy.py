@@ -70,6 +70,7 @@ class Policy(L.LightningModule):
         Raises:
             ValueError: No prompts, or prompt plus new tokens beyond the model's positions.
         """
+        self.configure_model()  # without a Trainer nobody else does
         batch = self._as_batch(prompts)
         experience = self._sample(batch, samples_per_prompt or self.samples_per_prompt, do_sample, policy, stream)
         if stream is None:
@@ -86,6 +87,7 @@ class Policy(L.LightningModule):
         Shapes:
             -> (B,) float32.
         """
+        self.configure_model()
         plan = deal([1] * len(experience), n_ranks())
         rows = plan[rank()][0]
 

@@ -1,0 +1,146 @@
+"""What is refused before the first rollout, each with class, argument, value and remedy."""
+
+import json
+
+import pytest
+import torch
+
+from lit_ppo import LitPPO
+from lit_ppo.preflight import check_batch
+from lit_ppo.rewards import RewardModel
+from tests.tiny import WORDS, make_causal_lm, make_reward_model, make_tokenizer
+from tests.toys import make_data, make_module, make_trainer
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("ppo_epochs", 0, "must be an integer over 0"),
+        ("minibatch_size", -1, "must be an integer over 0"),
+        ("samples_per_prompt", 0, "must be an integer over 0"),
+        ("micro_batch_size", 0, "must be an integer over 0"),
+        ("micro_batch_tokens", 64, "give it or micro_batch_size, not both"),
+        ("temperature", 0.0, "must be a finite number over 0"),
+        ("temperature", float("inf"), "must be a finite number over 0"),
+        ("clip_range", -0.2, "must be a finite number over 0, or null for none"),
+        ("max_grad_norm", 0.0, "must be a finite number over 0, or null for none"),
+        ("kl_coef", -0.1, "must be a finite number, 0 or more"),
+        ("kl_coef", float("nan"), "must be a finite number, 0 or more"),
+        ("max_skipped_steps", -1, "must be 0 or more"),
+        ("kl_estimator", "k4", "must be one of k1, k2, k3"),
+        ("loss_reduction", "mean", "must be one of token_mean, sequence_mean"),
+        ("model_kwargs", {"dtype": "bfloat16"}, "give the Trainer a precision"),
+        ("critic", None, "GAE needs values"),
+    ],
+)
+def test_a_bad_argument_is_named_with_its_value(tiny_lm, argument, value, message):
+    with pytest.raises(ValueError, match=message) as info:
+        make_module(tiny_lm, **{argument: value})
+    assert str(info.value).startswith(f"LitPPO({argument}={value!r}): ")
+
+
+def test_actor_and_reference_of_different_vocabularies_are_refused(tmp_path, tiny_lm):
+    other = make_causal_lm(tmp_path, tokenizer=make_tokenizer(words=WORDS[:20]))
+    with pytest.raises(ValueError, match=r"LitPPO\(reference=.*its vocabulary has 23 tokens.*has 43.*must share one"):
+        make_module(tiny_lm, reference=str(other)).configure_model()
+
+
+def test_a_tokenizer_larger_than_the_actor_is_refused(tmp_path, tiny_lm):
+    make_tokenizer(tmp_path, words=[*WORDS, *"abcdefgh"])
+    with pytest.raises(ValueError, match=r"LitPPO\(tokenizer=.*tokens, the actor in .* only 43"):
+        make_module(tiny_lm, tokenizer=str(tmp_path)).configure_model()
+
+
+def test_a_critic_from_a_reward_model_that_reads_other_tokens_is_refused(tmp_path, tiny_lm):
+    words = list(reversed([*WORDS, "user", "assistant"]))
+    reward = make_reward_model(tmp_path, tokenizer=make_tokenizer(words=words))
+    with pytest.raises(ValueError, match=r"LitPPO\(critic='reward'\): the reward model's tokenizer is not the actor's"):
+        make_module(tiny_lm, rewards=RewardModel(str(reward)), critic="reward").configure_model()
+
+
+def test_a_critic_from_rewards_that_are_no_model_is_refused(tiny_lm):
+    with pytest.raises(ValueError, match=r"LitPPO\(critic='reward'\): the rewards are no RewardModel"):
+        make_module(tiny_lm, critic="reward").configure_model()
+
+
+def test_an_actor_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"LitPPO\(actor\)='missing': no such folder"):
+        make_trainer(tmp_path).fit(make_module("missing"), make_data(tmp_path))
+
+
+def test_a_minibatch_that_no_update_can_fill_is_refused(tmp_path, tiny_lm):
+    with pytest.raises(ValueError, match=r"LitPPO\(minibatch_size=15\): more than the 14 responses .*7 prompts x 2"):
+        make_trainer(tmp_path).fit(make_module(tiny_lm, minibatch_size=15, samples_per_prompt=2), make_data(tmp_path))
+    check_batch(make_module(tiny_lm, minibatch_size=14, samples_per_prompt=2), 7)
+
+
+def test_prompts_that_would_outgrow_the_model_are_refused_before_the_first_rollout(tmp_path, tiny_lm):
+    module = make_module(tiny_lm, generation={"max_new_tokens": 61})
+    with pytest.raises(ValueError, match=r"max_new_tokens': 61.*a prompt of 4 tokens.*the actor's 64 positions"):
+        make_trainer(tmp_path).fit(module, make_data(tmp_path))
+    assert module.rollouts == 0
+
+
+def test_a_failing_reward_is_found_before_the_first_rollout(tmp_path, tiny_lm):
+    def broken(prompts, responses, level):
+        raise KeyError("no such thing")
+
+    module = make_module(tiny_lm, rewards=broken)
+    with pytest.raises(ValueError, match=r"first train prompt: .*no such thing"):
+        make_trainer(tmp_path).fit(module, make_data(tmp_path))
+    assert module.rollouts == 0
+
+
+def test_validation_prompts_that_the_reward_cannot_score_are_found_before_the_first_rollout(tmp_path, tiny_lm):
+    def by_level(prompts, responses, level):
+        return [float(x) for x in level]
+
+    val = tmp_path / "val.jsonl"
+    val.write_text(json.dumps({"prompt": "the film", "level": "high"}) + "\n")
+    module = make_module(tiny_lm, rewards=by_level)
+    with pytest.raises(ValueError, match=r"first val prompt: .*high"):
+        make_trainer(tmp_path).fit(module, make_data(tmp_path, val_path=str(val)))
+    assert module.rollouts == 0
+
+
+def test_a_full_disk_is_found_before_the_first_rollout(tmp_path, tiny_lm, monkeypatch):
+    from collections import namedtuple
+
+    monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "total used free")(1, 1, 1000))
+    with pytest.raises(ValueError, match=r"default_root_dir=.*free, checkpoints need .*make room"):
+        make_trainer(tmp_path).fit(make_module(tiny_lm), make_data(tmp_path))
+
+
+def test_sampling_filters_are_warned_about(tmp_path, tiny_lm):
+    module = make_module(tiny_lm, generation={"max_new_tokens": 4, "top_k": 5})
+    with pytest.warns(UserWarning, match="top_k sample from another distribution"):
+        make_trainer(tmp_path, max_steps=1).fit(module, make_data(tmp_path))
+
+
+def test_half_precision_is_refused(tmp_path, tiny_lm):
+    trainer = make_trainer(tmp_path)
+    trainer.strategy.precision_plugin.precision = "16-mixed"
+    with pytest.raises(ValueError, match=r"16-mixed.*use 'bf16-mixed'"):
+        trainer.fit(make_module(tiny_lm), make_data(tmp_path))
+
+
+def test_the_longest_micro_batch_is_tried_and_leaves_no_trace(tmp_path, tiny_lm, monkeypatch):
+    """Longest prompt 4, 10 new tokens, 3 rows: seen by the actor before any rollout."""
+    seen = []
+    forward = LitPPO.actor_forward
+    monkeypatch.setattr(
+        LitPPO,
+        "actor_forward",
+        lambda self, model, rows, **kw: (
+            seen.append((len(rows), rows.response_mask.sum().item(), rows.prompt_mask.sum().item()))
+            or forward(self, model, rows, **kw)
+        ),
+    )
+    module = make_module(tiny_lm)
+    trainer = make_trainer(tmp_path, max_steps=0)
+    trainer.fit(module, make_data(tmp_path))
+    assert seen == [(3, 30, 12)]
+    start = make_module(tiny_lm)
+    start.configure_model()
+    assert all(p.grad is None for p in module.parameters())
+    assert all(torch.equal(v, start.state_dict()[k]) for k, v in module.state_dict().items())
