@@ -1,6 +1,5 @@
 """``lit-ppo`` as a LightningCLI: what it adds to the parser, and the order in which things are built."""
 
-import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,6 +16,7 @@ from lit_ppo.checkpoint import StepCheckpoint, find_checkpoints, find_last, step
 from lit_ppo.errors import CommandError, parsing_error
 from lit_ppo.export import ExportModel
 from lit_ppo.progress import LineProgress, PhaseBar, describe, progress_bar
+from lit_ppo.report import RunReport
 from lit_ppo.stages import Stage, StageRunner
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Parser(LightningArgumentParser):
     """Takes flags by their full name only, and says what is wrong in one line."""
 
-    config_files: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()  # of the command line being parsed
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
@@ -39,7 +39,7 @@ class Parser(LightningArgumentParser):
         options = list(parser._option_string_actions)
         for _, subparser in getattr(parser._subcommands_action, "_name_parser_map", {}).items():
             options += subparser._option_string_actions
-        raise CommandError(parsing_error(message, sorted(set(options)), Parser.config_files), exit_code=2) from ex
+        raise CommandError(parsing_error(message, sorted(set(options)), Parser.arguments), exit_code=2) from ex
 
 
 class Command(LightningCLI):
@@ -53,7 +53,7 @@ class Command(LightningCLI):
         self.session = session
         self.heartbeat = session.heartbeat
         self.resumed: Path | None = None
-        Parser.config_files = tuple(_config_files(session.arguments))
+        Parser.arguments = tuple(session.arguments)
         super().__init__(
             model_class=L.LightningModule,
             subclass_mode_model=True,
@@ -80,6 +80,7 @@ class Command(LightningCLI):
         )
         parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ExportModel, "export")
+        parser.add_lightning_class_args(RunReport, "report")
         parser.description = f"{parser.description or ''} Add --debug for tracebacks of errors.".strip()
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -87,6 +88,7 @@ class Command(LightningCLI):
         self.heartbeat.doing = "reading the configuration"
         self.config = parser.parse_args(args)
         config = self.config[self.config.subcommand]
+        _check_groups(config)
         _hand_over_data_root(config)
         for stage in config.stages or []:
             stage.config = [Path_fr(path.absolute) for path in stage.config]
@@ -103,13 +105,14 @@ class Command(LightningCLI):
     def parse_stage(self, arguments: list[str]) -> dict[str, Any]:
         """Effective configuration of ``lit-ppo fit`` with other arguments."""
         parser = self._parser("fit")
-        given, Parser.config_files = Parser.config_files, tuple(_config_files(arguments))
+        given, Parser.arguments = Parser.arguments, tuple(arguments)
         try:
             config = parser.parse_args(arguments)
+            _check_groups(config)
             _hand_over_data_root(config)
             dumped = parser.dump(config, skip_link_targets=False, skip_none=False, format="yaml")
         finally:
-            Parser.config_files = given
+            Parser.arguments = given
         return dict(yaml.safe_load(dumped))
 
     def before_instantiate_classes(self) -> None:
@@ -186,9 +189,11 @@ class Command(LightningCLI):
         print("\n" + "\n".join(f"{name + ':':13}{text}" for name, text in lines.items() if text), flush=True)
 
 
-def _config_files(arguments: list[str]) -> list[str]:
-    files = [b for a, b in itertools.pairwise(arguments) if a in ("--config", "-c")]
-    return files + [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
+def _check_groups(config: Namespace) -> None:
+    """Refuse a value where keys belong, which the parser lets pass."""
+    for group in ("trainer", "checkpoint", "export"):
+        if not isinstance(config.get(group), Namespace):
+            raise CommandError(f"{group}: {config.get(group)!r} is not a mapping; give its keys below it", exit_code=2)
 
 
 def _hand_over_data_root(config: Namespace) -> None:

@@ -3,8 +3,8 @@
 import io
 import multiprocessing
 import os
-import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,10 +43,58 @@ class Result:
         return self
 
 
+class Running:
+    """``lit-ppo`` at work in a fresh process that did not have to import anything."""
+
+    def __init__(self, *args: Any, cwd: Path, env: Mapping[str, str] | None = None, calls: int = 1) -> None:
+        cwd.mkdir(parents=True, exist_ok=True)
+        self.cwd, self.args = cwd, [str(arg) for arg in args]
+        for name in (".stdout", ".stderr"):
+            (cwd / name).write_text("")
+        context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
+        if os.name != "nt":
+            context.set_forkserver_preload(["lit_ppo.command", "tests.command"])
+        self.process = context.Process(target=_child, args=(self.args, str(cwd), {**QUIET, **(env or {})}, calls))
+        self.process.start()
+
+    def result(self, timeout: float) -> Result:
+        """How it ended; fails the test if it does not end in time."""
+        self.process.join(timeout)
+        code = self.process.exitcode
+        if code is None:
+            self.process.kill()
+            raise AssertionError(f"lit-ppo {self.args} still ran after {timeout} s\n{self.out}\n{self.err}")
+        return Result(code, self.out, self.err)
+
+    @property
+    def out(self) -> str:
+        """What it has printed so far."""
+        return (self.cwd / ".stdout").read_text()
+
+    @property
+    def err(self) -> str:
+        """What it has printed so far to standard error."""
+        return (self.cwd / ".stderr").read_text()
+
+    def wait_for(self, words: str, timeout: float = 60.0) -> None:
+        """Until it has printed the words."""
+        end = time.monotonic() + timeout
+        while words not in self.out:
+            assert self.process.is_alive(), self.out + self.err
+            assert time.monotonic() < end, self.out + self.err
+            time.sleep(0.05)
+
+    def stop(self, number: int, within: float = 10.0) -> Result:
+        """Send a signal; how it ended."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+        return self.result(within)
+
+
 def run_command(
     *args: Any, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 120.0, calls: int = 1
 ) -> Result:
-    """Run ``lit-ppo`` with these arguments in a fresh process that does not have to import anything.
+    """Run ``lit-ppo`` with these arguments and wait for its end.
 
     Args:
         *args: Arguments of the command.
@@ -55,25 +103,12 @@ def run_command(
         timeout: Seconds after which the test fails.
         calls: Number of times that ``main`` is called in that one process.
     """
-    cwd.mkdir(parents=True, exist_ok=True)
-    out, err = cwd / ".stdout", cwd / ".stderr"
-    context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
-    if os.name != "nt":
-        context.set_forkserver_preload(["lit_ppo.command", "tests.command"])
-    process = context.Process(
-        target=_child, args=([str(arg) for arg in args], str(cwd), {**QUIET, **(env or {})}, str(out), str(err), calls)
-    )
-    process.start()
-    process.join(timeout)
-    if process.exitcode is None:
-        process.kill()
-        raise AssertionError(f"lit-ppo {args} still ran after {timeout} s\n{out.read_text()}\n{err.read_text()}")
-    return Result(process.exitcode, out.read_text(), err.read_text())
+    return Running(*args, cwd=cwd, env=env, calls=calls).result(timeout)
 
 
-def _child(args: list[str], cwd: str, env: dict[str, str], out: str, err: str, calls: int) -> None:
-    for path, number, name in ((out, 1, "stdout"), (err, 2, "stderr")):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+def _child(args: list[str], cwd: str, env: dict[str, str], calls: int) -> None:
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        descriptor = os.open(Path(cwd) / f".{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, number)
         setattr(sys, name, io.TextIOWrapper(os.fdopen(number, "wb", closefd=False), line_buffering=True))
     os.chdir(cwd)
@@ -93,18 +128,3 @@ def _child(args: list[str], cwd: str, env: dict[str, str], out: str, err: str, c
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def start_command(*args: Any, cwd: Path, env: Mapping[str, str] | None = None) -> "subprocess.Popen[str]":
-    """``python -m lit_ppo`` as a process of its own, to be interrupted; output goes to ``out.txt``, ``err.txt``."""
-    cwd.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | QUIET | {"PYTHONPATH": str(REPOSITORY)} | dict(env or {})
-    with (cwd / "out.txt").open("w") as out, (cwd / "err.txt").open("w") as err:
-        return subprocess.Popen(
-            [sys.executable, "-m", "lit_ppo", *map(str, args)],
-            cwd=cwd,
-            env=environment,
-            stdout=out,
-            stderr=err,
-            text=True,
-        )
