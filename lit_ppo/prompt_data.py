@@ -134,9 +134,10 @@ class PromptDataModule(TableDataModule):
         """Tokens of the longest prompt that has been read, of whatever split."""
         return max((len(ids) for table in self._tables.values() for ids in table.prompt_ids), default=0)
 
-    def peek(self, split: str) -> PromptBatch | None:
-        """The first prompt of a split, ``"train"`` or ``"val"``, if there is one; nothing moves on."""
-        return self._tables[split].batch([0]) if split in self._tables else None
+    def peek(self, split: str, n: int = 1) -> PromptBatch | None:
+        """The first prompts of a split, ``"train"`` or ``"val"``, if there are any; nothing moves on."""
+        table = self._tables.get(split)
+        return None if table is None else table.batch(list(range(min(n, len(table)))))
 
     def set_weights(self, weights: Sequence[float] | torch.Tensor | None) -> None:
         """From the next batch on, draws the rows of a batch by weight, without replacement.
