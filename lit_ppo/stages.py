@@ -183,6 +183,7 @@ class Copy(threading.Thread):
             for target in self.targets:
                 target.write(line)
                 target.flush()
+        self.source.close()
 
 
 class Marker:

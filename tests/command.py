@@ -117,6 +117,7 @@ def _child(args: list[str], cwd: str, env: dict[str, str], calls: int) -> None:
     if str(REPOSITORY) not in sys.path:
         sys.path.insert(0, str(REPOSITORY))
     warnings.resetwarnings()
+    warnings.simplefilter("ignore", ResourceWarning)  # as in a process that Python starts itself
     import torch
 
     from lit_ppo.cli import main
