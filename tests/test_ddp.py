@@ -1,0 +1,60 @@
+"""Two processes give the numbers of one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_ppo import distributed
+from lit_ppo.distributed import gather_shares
+from tests.tiny import make_causal_lm
+from tests.toys import run
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_two_ranks_sample_log_and_learn_as_one(tmp_path):
+    """7 and 5 prompts, which two ranks do not divide; plain SGD, since an Adam step hides errors."""
+    actor = make_causal_lm(tmp_path / "lm", scale=4.0)
+    module, rows = run(tmp_path, actor)
+    command = [sys.executable, "-m", "tests.scripts.two_ranks", str(tmp_path), str(actor)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    for name, value in module.state_dict().items():
+        torch.testing.assert_close(two["weights"][name], value, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(rows, two["logged"], strict=True):
+        for name, value in ours.items():
+            if not name.startswith(("time/", "throughput/")):
+                assert theirs[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def test_one_ranks_failure_stops_all_with_its_message(monkeypatch):
+    """Rank 0 of two, as the other one reports an exception."""
+
+    def gather(everyone, mine):
+        everyone[:] = [mine, ("ValueError: reward is NaN", None)]
+
+    monkeypatch.setattr(distributed, "n_ranks", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "all_gather_object", gather)
+    with pytest.raises(RuntimeError, match="rank 1 failed: ValueError: reward is NaN"):
+        gather_shares(lambda: 1)
+
+
+def test_a_failing_rank_tells_the_others_and_raises_its_own(monkeypatch):
+    told = []
+
+    def gather(everyone, mine):
+        told.append(mine)
+        everyone[:] = [mine, (None, 2)]
+
+    def fail():
+        raise KeyError("level")
+
+    monkeypatch.setattr(distributed, "n_ranks", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "all_gather_object", gather)
+    with pytest.raises(KeyError, match="level"):
+        gather_shares(fail)
+    assert told == [("KeyError: 'level'", None)]
