@@ -110,7 +110,7 @@ class PPOModule(Protocol):
         """(B, T) KL over the vocabulary, differentiable."""
         ...
 
-    def backward_on_text(self, batch: Any, coef: float) -> tuple[Tensor, Tensor]:
+    def backward_on_text(self, batch: Any, coef: float) -> tuple[float, float]:
         """Backward of ``coef`` times the next-token loss on text: its loss and gradient norm."""
         ...
 

@@ -27,6 +27,7 @@ class Evaluation(Policy):
         experience = self.rollout(prompts, samples_per_prompt=1, stream=f"{name}/{batch_idx}")
         metrics = {
             "score": self.score(experience).mean(),
+            **{f"score/{source}": experience.extras[source].mean() for source in self.source_names},
             "kl": experience.kl.sum(1).mean(),
             "length": experience.response_mask.sum(1).float().mean(),
             "ended_fraction": experience.ended.float().mean(),
@@ -38,13 +39,12 @@ class Evaluation(Policy):
         self._predictions: list[dict[str, Any]] = []
 
     def predict_step(self, prompts: Any, batch_idx: int) -> list[dict[str, Any]]:
-        """Prompts, responses and scores of ``samples_per_prompt`` responses to each prompt."""
+        """Prompts, responses and scores of ``samples_per_prompt`` responses to each prompt; each source's by name."""
         experience = self.rollout(prompts, logprobs=False, stream=f"predict/{batch_idx}")
-        scores = self.score(experience).tolist()
-        rows = [
-            {"prompt": prompt, "response": response, "score": score}
-            for prompt, response, score in zip(experience.prompts, experience.responses, scores, strict=True)
-        ]
+        columns = {"prompt": experience.prompts, "response": experience.responses}
+        columns["score"] = self.score(experience).tolist()
+        columns.update({f"score/{source}": experience.extras[source].tolist() for source in self.source_names})
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         self._predictions += rows
         return rows
 

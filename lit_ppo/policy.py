@@ -125,6 +125,11 @@ class Policy(L.LightningModule):
             lengths, n_ranks(), micro_batch_size=self.micro_batch_size, micro_batch_tokens=self.micro_batch_tokens
         )
 
+    @property
+    def source_names(self) -> list[str]:
+        """Names of the rewards where there are several; ``score`` leaves each one's in ``extras``."""
+        return list(getattr(self.rewards, "sources", {}))
+
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Note the phase at work, for the progress bar, and its seconds."""

@@ -155,7 +155,7 @@ class OptimizerSteps(Policy):
             **{f"time/{phase}": value for phase, value in self.seconds.items()},
             "throughput/tokens_per_second": int(experience.response_mask.sum()) / seconds,
         }
-        for name in getattr(self.rewards, "sources", {}):
+        for name in self.source_names:
             metrics[f"objective/score/{name}"] = float(experience.extras[name].mean())
         self.log_dict(metrics, batch_size=1)
         for name in ("score", "kl"):

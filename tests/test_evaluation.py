@@ -56,6 +56,24 @@ def test_predictions_are_written_as_json_lines(tmp_path, tiny_lm, data):
     assert rows[0]["response"] != rows[1]["response"]
 
 
+def test_each_of_several_rewards_is_logged_under_its_name(tmp_path, tiny_lm, data):
+    def length(prompts, responses):
+        return [len(r.split()) / 7 for r in responses]
+
+    rewards = {"good": count_good, "long": {"source": length, "weight": 0.0}}
+    module = make_module(tiny_lm, rewards=rewards, minibatch_size=3)
+    logger = MemoryLogger()
+    trainer = make_trainer(tmp_path, max_steps=1, val_check_interval=1, logger=logger)
+    trainer.fit(module, data)
+    row = next(row for row in logger.rows if "objective/score" in row)
+    assert row["objective/score/good"] == row["objective/score"] != row["objective/score/long"]
+    row = next(row for row in logger.rows if "val/score" in row)
+    assert row["val/score/good"] == row["val/score"] != row["val/score/long"]
+    first = make_trainer(tmp_path, logger=False).predict(module, data)[0][0]
+    assert first["score/good"] == first["score"] == count_good([], [first["response"]])[0]
+    assert first["score/long"] == pytest.approx(length([], [first["response"]])[0])
+
+
 def test_the_result_is_a_hugging_face_folder(tmp_path, tiny_lm):
     module = make_module(tiny_lm, generation={"max_new_tokens": 10, "eos_token_id": [1, 7]})
     make_trainer(tmp_path).fit(module, make_data(tmp_path))
