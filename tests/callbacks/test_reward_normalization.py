@@ -43,6 +43,7 @@ def test_given_moments_are_used_as_they_are():
     first, second, _ = normalised(RewardNormalization(statistics="given", mean=4.0, std=2.0))
     assert first == [-1.5, -1.0, -0.5, 3.0]
     assert second == [48.0, 50.0, 47.0, 43.0]
+    assert normalised(RewardNormalization(statistics="given", mean=0.0, std=2.0), 1) == [[0.5, 1.0, 1.5, 5.0]]
 
 
 @pytest.mark.parametrize(
