@@ -10,7 +10,7 @@ from lit_ppo.functional import KLEstimator
 from lit_ppo.rollout import FILTERS, NEUTRAL, check_generation
 
 if TYPE_CHECKING:
-    from lit_ppo.module import LitPPO
+    from lit_ppo.assembly import Assembly
 
 
 def check_arguments(name: str, given: dict[str, Any]) -> None:
@@ -66,7 +66,7 @@ def reshaping(generation: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def check_models(module: "LitPPO") -> None:
+def check_models(module: "Assembly") -> None:
     """Check that the built models speak of the same tokens.
 
     Raises:

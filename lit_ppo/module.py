@@ -3,31 +3,28 @@
 import os
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
-from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from lit_ppo.advantages import GAE, AdvantageEstimator
+from lit_ppo.assembly import Assembly
 from lit_ppo.callbacks.base import fire
-from lit_ppo.checks import check_arguments, check_models
+from lit_ppo.checks import check_arguments
 from lit_ppo.evaluation import Evaluation
 from lit_ppo.experience import Experience, LossReduction, Minibatch
 from lit_ppo.functional import KLEstimator, policy_loss, token_rewards, value_loss
 from lit_ppo.metrics import in_force, log_policy
-from lit_ppo.models import Actor, Reference, load_causal_lm, load_critic, load_tokenizer
 from lit_ppo.preflight import preflight
-from lit_ppo.rewards import RewardModel, Rewards, as_source
-from lit_ppo.rollout import generation_config
+from lit_ppo.rewards import Rewards, as_source
 from lit_ppo.steps import OptimizerSteps
 
 
-class LitPPO(Evaluation, OptimizerSteps):
+class LitPPO(Assembly, Evaluation, OptimizerSteps):
     """Trains a causal language model to raise a score, by PPO.
 
     ``training_step`` is one update: sample responses, score them, turn scores into token rewards and advantages,
@@ -220,15 +217,7 @@ class LitPPO(Evaluation, OptimizerSteps):
         fire(self, "on_critic_loss", micro, losses)
         self.backward_losses("critic", micro, losses)
 
-    # Building
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The actor's tokenizer, loaded when first needed: a data module may have written it only just before."""
-        if self._tokenizer is None:
-            argument = "tokenizer" if self.paths["tokenizer"] != self.paths["actor"] else "actor"
-            self._tokenizer = load_tokenizer(f"LitPPO({argument})", str(self.paths["tokenizer"]))
-        return self._tokenizer
+    # Before the first update
 
     def setup(self, stage: str) -> None:
         """Check what the trainer was asked for; callbacks have checked theirs just before."""
@@ -241,82 +230,9 @@ class LitPPO(Evaluation, OptimizerSteps):
             # the actor's backward leaves the critic's parameters without gradients, and the other way round
             strategy._ddp_kwargs["find_unused_parameters"] = True
 
-    def configure_model(self) -> None:
-        """Load actor, critic, reference and reward model, once."""
-        if self._built:
-            return
-        name, actor_path = type(self).__name__, str(self.paths["actor"])
-        self.actor = Actor(load_causal_lm(f"{name}(actor)", actor_path, self.model_kwargs))
-        self.generation = generation_config(self.generation_fields, self.temperature, self.actor.model, self.tokenizer)
-        self.actor.model.generation_config = self.generation
-        if hasattr(self.rewards, "build"):
-            self.rewards.build()
-        self.reference = None
-        if self.paths["reference"] is not None:
-            path = actor_path if self.paths["reference"] == "actor" else str(self.paths["reference"])
-            self.reference = Reference(load_causal_lm(f"{name}(reference)", path, self.model_kwargs))
-        self.critic = None
-        if self.paths["critic"] is not None:
-            path, label = self._critic_source()
-            self.critic = load_critic(f"{name}(critic)", path, self.model_kwargs, label)
-        check_models(self)
-        self._built = True
-
-    def _critic_source(self) -> tuple[str, int | None]:
-        """Where the critic's weights come from, and which output of a reward model its head starts as."""
-        critic = str(self.paths["critic"])
-        if critic == "actor":
-            return str(self.paths["actor"]), None
-        if critic != "reward":
-            return critic, None
-        if not isinstance(self.rewards, RewardModel):
-            raise ValueError("LitPPO(critic='reward'): the rewards are no RewardModel; use critic='actor' or a path")
-        return self.rewards.path, int(self.rewards.label_index)
-
-    def configure_optimizers(self) -> Any:
-        """One optimizer and schedule each for actor and critic."""
-        optimizers: list[Optimizer] = []
-        schedules = []
-        for name, model in (("actor", self.actor), ("critic", self.critic)):
-            if model is not None:
-                optimizer_of, scheduler_of = self.factories[name]
-                optimizers.append(optimizer_of([p for p in model.parameters() if p.requires_grad]))
-                if scheduler_of is not None:
-                    schedules.append(scheduler_of(optimizers[-1]))
-        return optimizers, schedules
-
     def on_fit_start(self) -> None:
         """Try what would fail later, before the first rollout."""
         preflight(self)
-
-    # Saving
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Weights without the frozen ones: the reference is loaded from its own path, unless a callback moves it."""
-        frozen = ("rewards.",) if self.checkpoint_reference else ("rewards.", "reference.")
-        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if not k.startswith(frozen)}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the counts that random draws depend on."""
-        checkpoint["lit_ppo"] = {"rollouts": self.rollouts, "skipped_steps": self.skipped_steps}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint is one of this module's, then restore the counts."""
-        expected, found = self.state_dict().keys(), checkpoint.get("state_dict", {}).keys()
-        if "lit_ppo" not in checkpoint or expected - found:
-            missing = ", ".join(sorted(expected - found)[:3]) or "lit_ppo"
-            raise ValueError(f"the checkpoint is none of {type(self).__name__} with these models: it lacks {missing}")
-        self.rollouts = checkpoint["lit_ppo"]["rollouts"]
-        self.skipped_steps = checkpoint["lit_ppo"]["skipped_steps"]
-
-    def save_pretrained(self, dirpath: str | Path) -> None:
-        """Write the actor in Hugging Face format: weights, config, tokenizer, generation config.
-
-        Args:
-            dirpath: Folder; made if it does not exist.
-        """
-        self.actor.model.save_pretrained(dirpath)
-        self.tokenizer.save_pretrained(str(dirpath))
 
 
 def _is_plain(value: Any) -> bool:

@@ -1,0 +1,106 @@
+"""Loading and saving: models, optimizers and what a checkpoint holds."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerBase
+
+from lit_ppo.checks import check_models
+from lit_ppo.models import Actor, Reference, load_causal_lm, load_critic, load_tokenizer
+from lit_ppo.policy import Policy
+from lit_ppo.rewards import RewardModel
+from lit_ppo.rollout import generation_config
+
+
+class Assembly(Policy):
+    """Builds LitPPO from the paths that it was given, and takes it apart for checkpoints and export."""
+
+    paths: dict[str, str | None]  # actor, tokenizer, critic, reference
+    factories: dict[str, tuple[OptimizerCallable, LRSchedulerCallable | None]]
+    generation_fields: dict[str, Any]
+    model_kwargs: dict[str, Any]
+    checkpoint_reference: bool
+    skipped_steps: int
+    _tokenizer: PreTrainedTokenizerBase | None
+    _built: bool
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The actor's tokenizer, loaded when first needed: a data module may have written it only just before."""
+        if self._tokenizer is None:
+            argument = "tokenizer" if self.paths["tokenizer"] != self.paths["actor"] else "actor"
+            self._tokenizer = load_tokenizer(f"LitPPO({argument})", str(self.paths["tokenizer"]))
+        return self._tokenizer
+
+    def configure_model(self) -> None:
+        """Load actor, critic, reference and reward model, once."""
+        if self._built:
+            return
+        name, actor_path = type(self).__name__, str(self.paths["actor"])
+        self.actor = Actor(load_causal_lm(f"{name}(actor)", actor_path, self.model_kwargs))
+        self.generation = generation_config(self.generation_fields, self.temperature, self.actor.model, self.tokenizer)
+        self.actor.model.generation_config = self.generation
+        if hasattr(self.rewards, "build"):
+            self.rewards.build()
+        self.reference = None
+        if self.paths["reference"] is not None:
+            path = actor_path if self.paths["reference"] == "actor" else str(self.paths["reference"])
+            self.reference = Reference(load_causal_lm(f"{name}(reference)", path, self.model_kwargs))
+        self.critic = None
+        if self.paths["critic"] is not None:
+            path, label = self._critic_source()
+            self.critic = load_critic(f"{name}(critic)", path, self.model_kwargs, label)
+        check_models(self)
+        self._built = True
+
+    def _critic_source(self) -> tuple[str, int | None]:
+        """Where the critic's weights come from, and which output of a reward model its head starts as."""
+        critic = str(self.paths["critic"])
+        if critic == "actor":
+            return str(self.paths["actor"]), None
+        if critic != "reward":
+            return critic, None
+        if not isinstance(self.rewards, RewardModel):
+            raise ValueError("LitPPO(critic='reward'): the rewards are no RewardModel; use critic='actor' or a path")
+        return self.rewards.path, int(self.rewards.label_index)
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer and schedule each for actor and critic."""
+        optimizers: list[Optimizer] = []
+        schedules = []
+        for name, model in (("actor", self.actor), ("critic", self.critic)):
+            if model is not None:
+                optimizer_of, scheduler_of = self.factories[name]
+                optimizers.append(optimizer_of([p for p in model.parameters() if p.requires_grad]))
+                if scheduler_of is not None:
+                    schedules.append(scheduler_of(optimizers[-1]))
+        return optimizers, schedules
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Weights without the frozen ones: the reference is loaded from its own path, unless a callback moves it."""
+        frozen = ("rewards.",) if self.checkpoint_reference else ("rewards.", "reference.")
+        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if not k.startswith(frozen)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the counts that random draws depend on."""
+        checkpoint["lit_ppo"] = {"rollouts": self.rollouts, "skipped_steps": self.skipped_steps}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint is one of this module's, then restore the counts."""
+        expected, found = self.state_dict().keys(), checkpoint.get("state_dict", {}).keys()
+        if "lit_ppo" not in checkpoint or expected - found:
+            missing = ", ".join(sorted(expected - found)[:3]) or "lit_ppo"
+            raise ValueError(f"the checkpoint is none of {type(self).__name__} with these models: it lacks {missing}")
+        self.rollouts = checkpoint["lit_ppo"]["rollouts"]
+        self.skipped_steps = checkpoint["lit_ppo"]["skipped_steps"]
+
+    def save_pretrained(self, dirpath: str | Path) -> None:
+        """Write the actor in Hugging Face format: weights, config, tokenizer, generation config.
+
+        Args:
+            dirpath: Folder; made if it does not exist.
+        """
+        self.actor.model.save_pretrained(dirpath)
+        self.tokenizer.save_pretrained(str(dirpath))
