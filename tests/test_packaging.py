@@ -1,0 +1,103 @@
+"""Installing: the wheel, ``pip install .``, ``pip install -e .``, and a clone whose link is a text file."""
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.command import REPOSITORY
+
+if sys.version_info >= (3, 11):
+    import tomllib
+
+OFFLINE = ["--no-deps", "--no-build-isolation", "--quiet", "--disable-pip-version-check"]
+SHOW = "import lit_ppo, lit_ppo.callbacks as c; print(c.AdaptiveKL.__module__, c.__file__)"
+
+
+def sources(target: Path, *, link: str) -> Path:
+    """A copy of the project, the link as git makes it or as a text file."""
+    for name in ("lit_ppo", "callbacks"):
+        shutil.copytree(
+            REPOSITORY / name, target / name, ignore=lambda _, names: {"__pycache__", "callbacks"} & set(names)
+        )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, target / name)
+    if link == "link":
+        (target / "lit_ppo/callbacks").symlink_to("../callbacks")
+    else:
+        (target / "lit_ppo/callbacks").write_text("../callbacks")
+    return target
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def environment(path: Path) -> Path:
+    """An environment that has everything but this project: its Python."""
+    run(sys.executable, "-m", "venv", "--without-pip", path, cwd=path.parent)
+    folder = (
+        "Lib/site-packages"
+        if sys.platform == "win32"
+        else f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+    )
+    # A path file in a path file is not read: an editable install of this project stays out.
+    (path / folder / "outer.pth").write_text(sysconfig.get_path("purelib"))
+    return path / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+
+
+@pytest.mark.parametrize(("how", "link"), [("plain", "text"), ("editable", "text"), ("editable", "link")])
+def test_install(tmp_path: Path, how: str, link: str) -> None:
+    project = sources(tmp_path / "project", link=link)
+    python = environment(tmp_path / "venv")
+    run(python, "-m", "pip", "install", *OFFLINE, *(["-e"] if how == "editable" else []), project, cwd=tmp_path)
+    module, file = run(python, "-c", SHOW, cwd=tmp_path).split(maxsplit=1)
+    assert module == "lit_ppo.callbacks.adaptive_kl"
+    if how == "editable":  # what is edited is what is imported
+        assert Path(file.strip()).resolve().parent == (project / "callbacks").resolve()
+    assert list(python.parent.glob("lit-ppo*"))
+    refused = subprocess.run(
+        [str(python), "-c", "import callbacks"], cwd=project, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode != 0
+    assert "import lit_ppo.callbacks instead of callbacks" in refused.stderr
+
+
+@pytest.mark.parametrize("link", ["link", "text"])
+def test_wheel(tmp_path: Path, link: str) -> None:
+    project = sources(tmp_path / "project", link=link)
+    run(sys.executable, "-m", "pip", "wheel", *OFFLINE, "-w", tmp_path / "out", project, cwd=tmp_path)
+    (wheel,) = (tmp_path / "out").glob("*.whl")
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    assert "lit_ppo/callbacks/adaptive_kl.py" in names
+    assert "lit_ppo/py.typed" in names
+    assert {name.split("/")[0] for name in names} == {"lit_ppo"}
+    expected = {path.relative_to(project / "lit_ppo").as_posix() for path in (project / "lit_ppo").glob("**/*.py")}
+    expected = {name for name in expected if not name.startswith("callbacks/")}
+    assert {name.removeprefix("lit_ppo/") for name in names if not name.startswith("lit_ppo/callbacks/")} >= expected
+
+
+def test_the_link_is_tracked_as_a_link() -> None:
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("not a clone")
+    entry = run("git", "ls-files", "-s", "lit_ppo/callbacks", cwd=REPOSITORY)
+    assert entry.startswith("120000 ")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
+def test_pins_cover_the_dependencies_and_are_plain() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
+    names = {re.split(r"[\[<>=~; ]", requirement)[0].lower() for requirement in wanted}
+    lines = [line for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pinned = {line.split("==")[0].lower() for line in lines}
+    assert names <= pinned
+    assert "torch==2.13.0" in lines
+    assert not [line for line in lines if "+" in line.split(";")[0]]  # no local versions
