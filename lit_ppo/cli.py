@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lit_ppo.errors import CommandError, running_error
 from lit_ppo.heartbeat import Heartbeat
-from lit_ppo.interrupt import Interrupts
+from lit_ppo.interrupt import Interrupts, is_first_process
 
 
 def main(args: list[str] | None = None) -> int:
@@ -47,7 +47,7 @@ class Session:
         self.debug = debug
         self.checkpoints: Path | None = None  # where this run saves, once that is known
         parsed_only = any(a in ("-h", "--help") or a.startswith(("--help=", "--print_config")) for a in arguments)
-        self.heartbeat = Heartbeat(enabled=bool(arguments) and not parsed_only and _first_process())
+        self.heartbeat = Heartbeat(enabled=bool(arguments) and not parsed_only and is_first_process())
         self.interrupts = Interrupts(self.say_how_to_continue)
 
     def run(self) -> int:
@@ -92,7 +92,7 @@ class Session:
 
     def say_how_to_continue(self) -> None:
         """The command that goes on from here: the last line after an interrupt."""
-        if "LIT_PPO_STAGE" in os.environ or not _first_process():
+        if "LIT_PPO_STAGE" in os.environ or not is_first_process():
             return
         arguments = self.arguments
         if self.checkpoints is not None and any(self.checkpoints.glob("*.ckpt")):
@@ -112,10 +112,6 @@ def _without_ckpt_path(arguments: list[str]) -> list[str]:
         elif not word.startswith("--ckpt_path="):
             kept.append(word)
     return kept
-
-
-def _first_process() -> bool:
-    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """``lit-ppo`` as a LightningCLI: what it adds to the parser, and the order in which things are built."""
 
+import contextlib
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,6 +17,7 @@ import lit_ppo.all_names  # noqa: F401  short names in configurations are those 
 from lit_ppo.checkpoint import StepCheckpoint, find_checkpoints, find_last, step_of
 from lit_ppo.errors import CommandError, parsing_error
 from lit_ppo.export import ExportModel
+from lit_ppo.interrupt import is_first_process
 from lit_ppo.progress import LineProgress, PhaseBar, describe, progress_bar
 from lit_ppo.report import RunReport
 from lit_ppo.stages import Stage, StageRunner
@@ -133,7 +136,7 @@ class Command(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer, with the logger and the progress bar that this command is about."""
         config = self._get(self.config_init, "trainer")
-        if config.logger is None or config.logger is True:
+        if (config.logger is None or config.logger is True) and not config.fast_dev_run:
             kwargs["logger"] = self._logger(Path(config.default_root_dir))
         trainer: L.Trainer = super().instantiate_trainer(**kwargs)
         bars = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]  # type: ignore[attr-defined]
@@ -159,10 +162,11 @@ class Command(LightningCLI):
         resumed = self.resumed if self.subcommand == "fit" else None
         folder = resumed.parent.parent if resumed is not None else None
         if resumed is None or folder is None or not folder.name.startswith("version_"):
-            return TensorBoardLogger(save_dir=root, name="")
+            return TensorBoardLogger(root, name="", version=_claim_version(root), default_hp_metric=False)
         version = int(folder.name.removeprefix("version_"))
         # What was logged after the checkpoint is logged again: readers drop the first telling.
-        return TensorBoardLogger(save_dir=root, name="", version=version, purge_step=max(step_of(resumed), 0))
+        purge = max(step_of(resumed), 0)
+        return TensorBoardLogger(root, name="", version=version, default_hp_metric=False, purge_step=purge)
 
     def before_fit(self) -> None:
         """Let an interrupt know where this run saves."""
@@ -201,6 +205,19 @@ def _hand_over_data_root(config: Namespace) -> None:
     data = config.get("data")
     if config.data_root is not None and data is not None and "data_root" in data.get("init_args", {}):
         data.init_args.data_root = config.data_root
+
+
+def _claim_version(root: Path) -> int | None:
+    """Make the next ``version_N``: two commands that start at once must not share one."""
+    if not is_first_process():
+        return None  # the first process says where
+    root.mkdir(parents=True, exist_ok=True)
+    taken = [int(p.name[8:]) for p in root.glob("version_*") if p.name[8:].isdigit()]
+    for version in itertools.count(max(taken, default=-1) + 1):
+        with contextlib.suppress(FileExistsError):
+            (root / f"version_{version}").mkdir()
+            return version
+    return None
 
 
 def _describe(trainer: L.Trainer, bars: list[ProgressBar]) -> str | None:

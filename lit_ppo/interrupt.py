@@ -16,6 +16,14 @@ GRACE = 8.0  # seconds that an orderly shutdown may take before the process is e
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
 
 
+RANK_VARIABLES = ("LOCAL_RANK", "RANK", "SLURM_PROCID")  # set by whoever launches several processes
+
+
+def is_first_process() -> bool:
+    """False in a launched process that is not the first."""
+    return all(os.environ.get(name, "0") == "0" for name in RANK_VARIABLES)
+
+
 class Interrupts:
     """Turns the first stop signal into ``KeyboardInterrupt`` and sees to it that the process then ends.
 

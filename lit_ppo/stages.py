@@ -23,9 +23,8 @@ from jsonargparse.typing import Path_fr
 
 from lit_ppo.errors import CommandError
 from lit_ppo.heartbeat import Heartbeat
-from lit_ppo.interrupt import Interrupts, end_group
+from lit_ppo.interrupt import RANK_VARIABLES, Interrupts, end_group
 
-RANK_VARIABLES = ("LOCAL_RANK", "RANK", "SLURM_PROCID")
 WHOLE = 64 * 2**20  # bytes up to which a file is read whole; above, size and time stand for it
 PATIENCE = 4.0  # seconds an interrupted stage gets to end by itself
 
