@@ -1,0 +1,75 @@
+"""Every shipped YAML through the command's entry point; families of models through ``ppo.yaml``."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.command import REPOSITORY, run_command
+from tests.test_cli_errors import ppo_arguments
+from tests.tiny import make_causal_lm
+
+CONFIGS = REPOSITORY / "configs"
+TRICKS = sorted(path.stem for path in (CONFIGS / "tricks").glob("*.yaml"))
+ELSEWHERE = {  # which test runs the others
+    "sft.yaml": "test_supervised_configs",
+    "reward.yaml": "test_supervised_configs",
+    "sentiment": "test_supervised_configs",
+    "ppo.yaml": "test_cli_ppo",
+    "quickstart": "test_quickstart_run",
+    "quickstart.yaml": "test_quickstart_run",
+    "tricks": "here",
+    "sentiment.yaml": "here",
+}
+
+
+def test_every_yaml_has_a_test():
+    assert {path.name for path in CONFIGS.iterdir()} == set(ELSEWHERE)
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_a_trick_is_switched_on_by_its_file(trick, tmp_path, tiny_lm, tiny_reward):
+    overlay = CONFIGS / f"tricks/{trick}.yaml"
+    (name,) = [entry["class_path"] for entry in yaml.safe_load(overlay.read_text())["trainer"]["callbacks+"]]
+    arguments = ppo_arguments(tmp_path, tiny_lm, tiny_reward)
+    arguments = [*arguments, "--trainer.callbacks=null", "--config", str(overlay), "--trainer.max_steps=2"]
+    run_command("fit", *arguments, cwd=tmp_path).ok()
+    saved = yaml.safe_load((tmp_path / "runs/ppo/version_0/config.yaml").read_text())
+    assert [entry["class_path"].split(".")[-1] for entry in saved["trainer"]["callbacks"]] == [name]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_families_train_through_ppo_yaml(family, tmp_path, tiny_reward):
+    actor = make_causal_lm(tmp_path / "actor", family)
+    run_command("fit", *ppo_arguments(tmp_path, actor, tiny_reward), "--trainer.max_steps=2", cwd=tmp_path).ok()
+
+
+@pytest.mark.parametrize(("family", "name"), [("gemma2", "Gemma2ForCausalLM"), ("cohere", "CohereForCausalLM")])
+def test_families_that_cannot_be_served_are_refused_by_name(family, name, tmp_path, tiny_reward):
+    actor = make_causal_lm(tmp_path / "actor", family)
+    run_command("fit", *ppo_arguments(tmp_path, actor, tiny_reward), cwd=tmp_path).refused(name, "not supported")
+
+
+def test_the_film_review_job_on_ready_models(tmp_path, tiny_lm, tiny_reward):
+    """Its stages are tested on their own; here PPO on what they leave, and its evaluation."""
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [json.dumps({"prompt": f" the film {'was ' * i}", "id": str(i), "label": i % 2}) for i in range(12)]
+    for split in ("train", "eval"):
+        (data / f"imdb_prompts_{split}.jsonl").write_text("\n".join(rows))
+    arguments = [
+        "--config", CONFIGS / "sentiment.yaml", "--stages=null", "--data_root", data,
+        "--model.actor", tiny_lm, "--model.rewards.model", tiny_reward, "--model.generation.max_new_tokens=4",
+        "--data.path=imdb_prompts_train.jsonl", "--data.test_path=imdb_prompts_eval.jsonl",
+        "--data.predict_path=imdb_prompts_eval.jsonl", "--data.batch_size=4", "--data.val_fraction=0.2",
+        "--model.minibatch_size=4", "--trainer.limit_train_batches=2",
+    ]  # fmt: skip
+    out = run_command("fit", *arguments, cwd=tmp_path).ok().out
+    assert "prompts before and after" in out
+    model = tmp_path / "runs/sentiment/ppo/version_0/model"
+    out = run_command("test", *arguments, "--model.actor", model, "--model.reference", tiny_lm, cwd=tmp_path).ok().out
+    assert "test/kl" in out
+    run_command("predict", *arguments, "--model.actor", model, cwd=tmp_path).ok()
+    predictions = Path(tmp_path / "runs/sentiment/ppo/version_2/predictions.jsonl").read_text().splitlines()
+    assert len(predictions) == 12
