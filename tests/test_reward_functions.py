@@ -135,6 +135,8 @@ def test_any_sequence_of_numbers_will_do(returned: Any):
         (np.array(["a", "b"]), TypeError, r"returned an array that is not numbers"),
         (torch.ones(2, dtype=torch.complex64), TypeError, r"returned complex numbers"),
         ("12", TypeError, r"returned str '12'"),
+        (b"12", TypeError, r"returned bytes"),
+        ([b"1", b"2"], TypeError, r"returned bytes .* for response 0"),
         ({"a": 1.0, "b": 2.0}, TypeError, r"returned dict"),
         (None, TypeError, r"returned NoneType 'None'"),
         (1.0, TypeError, r"returned float '1\.0'"),
@@ -150,16 +152,16 @@ def test_bad_returns_name_function_value_and_what_is_expected(returned: Any, err
 
 def test_function_that_raises_is_named_with_its_line():
     def my_reward(prompts, responses):
-        return {}["a\nb"]
+        raise LookupError("two\nlines")
 
     line = my_reward.__code__.co_firstlineno + 1
     with pytest.raises(RuntimeError) as error:
         RewardFunction(my_reward)(experience(**TWO))
     message = str(error.value)
-    assert re.match(r"RewardFunction\(.*my_reward\): raised KeyError: .*; expected is", message)
+    assert re.match(r"RewardFunction\(.*my_reward\): raised LookupError: two lines .*; expected is", message)
     assert f"{os.path.basename(__file__)}, line {line})" in message
     assert "\n" not in message
-    assert isinstance(error.value.__cause__, KeyError)
+    assert isinstance(error.value.__cause__, LookupError)
 
 
 def test_interrupt_goes_through():
