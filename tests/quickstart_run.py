@@ -41,7 +41,9 @@ class Judged:
         return self.after.distinct_bigrams / self.before.distinct_bigrams
 
     def __str__(self) -> str:
-        return f"before: {self.before}\nafter:  {self.after}\nbigrams kept {self.bigrams_kept:.1%}, KL {self.kl:.2f} nats"
+        return (
+            f"before: {self.before}\nafter:  {self.after}\nbigrams kept {self.bigrams_kept:.1%}, KL {self.kl:.2f} nats"
+        )
 
 
 def judge(folder: Path, seed: int = 0, number: int = 256, result: Path | None = None) -> Judged:

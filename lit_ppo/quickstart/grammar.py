@@ -29,7 +29,7 @@ PATTERNS: Mapping[str, str] = {
     "taste": ", and {we} {judged} every {part} of it.",
     "advice": ". {^we} would {readily} recommend it to {audience}.",
     "mood": ". It left {whom} {feeling} {span}.",
-    "hearsay": ', and {speaker} called the {noun} {quality}.',
+    "hearsay": ", and {speaker} called the {noun} {quality}.",
     "question": ". Was the {noun} worth {cost}? {^answer}.",
     "comparison": ". Next to {rival}, the {noun} seemed {better}.",
     "stars": ". {^speaker} gave the {noun} {count} of five stars.",
@@ -112,7 +112,7 @@ def generate(rng: random.Random, polarity: str | None = None, pattern: str | Non
         pattern: A key of `PATTERNS`; None draws one, all equally likely.
 
     >>> generate(random.Random(1), "positive", "both")
-    'In April we streamed a mystery on a laptop, and both the acting and the camera work were flawless.'
+    'After the parade we saw a documentary, and both the editing and the camera work were wonderful.'
     """
     subject = _choose(rng, tuple(SUBJECTS))
     opening = generate_opening(rng, subject)

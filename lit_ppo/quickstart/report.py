@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from lit_ppo.quickstart.grammar import parse
 
@@ -45,7 +46,7 @@ def report(prompts: Sequence[str], responses: Sequence[str]) -> Report:
     Raises:
         ValueError: There are none, or not equally many.
 
-    >>> str(report(["We read a novel"] * 2, [". The plot was.", ", and I loved every page of it."]))
+    >>> str(report(["We read a novel in bed"] * 2, [". The plot was.", ", and I loved every page of it."]))
     '2 reviews: 50.0% positive, 50.0% in the grammar, 12 distinct bigrams, largest pattern 50.0%'
     """
     if not prompts or len(prompts) != len(responses):
@@ -56,7 +57,7 @@ def report(prompts: Sequence[str], responses: Sequence[str]) -> Report:
     bigrams = set()
     for response in responses:
         pieces = re.findall(r"\w+|[^\w\s]", response.lower())
-        bigrams |= set(zip(pieces, pieces[1:], strict=False))
+        bigrams |= set(pairwise(pieces))
     return Report(
         number=number,
         parsed=sum(review is not None for review in found) / number,

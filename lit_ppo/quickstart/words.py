@@ -55,7 +55,7 @@ SUBJECTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 # Words without polarity that fit every subject.
 PLAIN: Mapping[str, tuple[str, ...]] = {
     "when": _list("""last Monday, last Friday, last weekend, last summer, last winter, last month, two days ago,
-        three weeks ago, in January, in April, in August, in October, one morning, one evening, yesterday, recently"""),
+        three weeks ago, in January, in April, in August, in October, at noon, at midnight, yesterday, recently"""),
     "who": _list("I, we, my brother and I, my sister and I, my aunt and I, my cousin and I"),
     "event": _list("work, school, lunch, practice, the meeting, the storm, the exam, the parade, a long walk, a nap"),
     "reason": _list("""it was raining, we had time, a friend mentioned it, the power was out, the shops were closed,

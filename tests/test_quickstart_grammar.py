@@ -1,0 +1,303 @@
+"""The quickstart's grammar, its parser, its report and the files it writes."""
+
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_ppo.quickstart import ReviewText, generate, generate_opening, parse, report
+from lit_ppo.quickstart.grammar import PATTERNS, SHARES
+from lit_ppo.quickstart.words import OPINIONS, PLAIN, POLARITIES, SUBJECTS
+
+SMALL = {"n_reviews": 300, "n_labelled": 84, "n_prompts": 60, "n_eval_prompts": 40}
+FILES = {"reviews.jsonl": 300, "labelled.jsonl": 84, "prompts.jsonl": 60, "prompts_eval.jsonl": 40}
+THREE = ". We found"
+
+
+def corpus(number: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    return [generate(rng) for _ in range(number)]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("polarity", POLARITIES)
+def test_parser_finds_what_the_generator_was_asked_for(pattern: str, polarity: str) -> None:
+    rng = random.Random(f"{pattern} {polarity}")
+    for _ in range(120):
+        review = generate(rng, polarity, pattern)
+        found = parse(review)
+        assert found is not None, review
+        assert (found.pattern, found.polarity) == (pattern, polarity), review
+        assert review.startswith(found.opening)
+        assert re.fullmatch(r"[\w ]+", found.opening)
+        assert found.subject in SUBJECTS
+
+
+@pytest.mark.parametrize(
+    ("opening", "rest", "pattern", "polarity"),
+    [
+        ("We read a novel in bed", ". The prose was truly superb.", "statement", "positive"),
+        ("Yesterday I saw a comedy", ", and my family hated every scene of it.", "taste", "negative"),
+        ("After work we rented a villa", ". Was the pool worth the wait? It depends.", "question", "neutral"),
+        ("I heard a choir because it was raining", "; for couples the tempo was a joy.", "summary", "positive"),
+        # mixed: two against one, and a draw
+        (
+            "We read a novel in bed",
+            f"{THREE} the prose dull, the cover superb and the villain lovely.",
+            "list",
+            "positive",
+        ),
+        (
+            "We read a novel in bed",
+            f"{THREE} the prose dull, the cover superb and the villain ugly.",
+            "list",
+            "negative",
+        ),
+        (
+            "We read a novel in bed",
+            f"{THREE} the prose dull, the cover superb and the villain plain.",
+            "list",
+            "neutral",
+        ),
+    ],
+)
+def test_parser_reads_reviews_written_by_hand(opening: str, rest: str, pattern: str, polarity: str) -> None:
+    for review in (opening + rest, f"  {opening}{rest}\n"):
+        found = parse(review)
+        assert found is not None
+        assert (found.pattern, found.polarity, found.opening) == (pattern, polarity, opening)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        ".",
+        "We read a novel in bed",
+        "We read a novel in bed.",
+        "We read a novel in bed. The prose was truly superb",
+        "We read a novel in bed. The prose was truly superb. The cover was very dull.",
+        "We read a novel in bed. The prose was superb.",
+        "We read a novel in bed. The prose was superb superb.",
+        "We read a novel in bed. The sauce was truly superb.",  # of another subject
+        "We read a pizza in bed. The sauce was truly superb.",
+        "we read a novel in bed. The prose was truly superb.",
+        "We read a novel in bed. the prose was truly superb.",
+        "We read a novel  in bed. The prose was truly superb.",
+        "We read a novel in bed . The prose was truly superb .",
+        "We read a novel in bed. The prose was truly superbly.",
+        "We read a novel in bed. The prose was superb truly.",
+        "The prose was truly superb.",
+        "superb wonderful brilliant lovely",
+        "{^when} {who} {took} {item}. The {noun} was {degree} {quality}.",
+    ],
+)
+def test_parser_rejects_what_the_grammar_cannot_have_written(text: str) -> None:
+    assert parse(text) is None
+
+
+def test_parser_rejects_broken_reviews() -> None:
+    """A slip may by chance give another sentence of the grammar: 'half of us' without 'half of' has nothing wrong."""
+    rng = random.Random(7)
+    survived = Counter[str]()
+    for review in corpus(1500):
+        pieces = review.split(" ")
+        i, j = sorted(rng.sample(range(len(pieces)), 2))
+        slips = {
+            "cut short": pieces[:j],
+            "left out": pieces[:i] + pieces[i + 1 :],
+            "twice": [*pieces[: i + 1], *pieces[i:]],
+            "swapped": [*pieces[:i], pieces[j], *pieces[i + 1 : j], pieces[i], *pieces[j + 1 :]],
+            "backwards": pieces[::-1],
+            "a foreign word": [*pieces[:i], "zebra", *pieces[i + 1 :]],
+            "run together": [*pieces[: i + 1], "".join(pieces[i + 1 :])] if i + 2 < len(pieces) else pieces[:1],
+        }
+        for slip, broken in slips.items():
+            survived[slip] += parse(" ".join(broken)) is not None
+    assert {slip: number for slip, number in survived.items() if number > 75} == {}  # 5%
+    assert survived["a foreign word"] == survived["cut short"] == survived["backwards"] == survived["twice"] == 0
+
+
+def test_parser_takes_any_token_soup_quickly() -> None:
+    rng = random.Random(3)
+    words = sorted({word for review in corpus(500) for word in re.findall(r"\w+|[^\w\s]", review)})
+    for length in (1, 10, 100, 3000):
+        for _ in range(50):
+            assert parse(" ".join(rng.choice(words) for _ in range(length))) is None
+    assert parse("".join(chr(rng.randrange(32, 5000)) for _ in range(5000))) is None
+    assert parse(corpus(1)[0] * 500) is None
+
+
+def test_grammar_is_rich() -> None:
+    reviews = corpus(20_000)
+    assert len({word for review in reviews for word in re.findall(r"[a-z]+", review.lower())}) >= 400
+    assert len(PATTERNS) >= 8
+    assert len(set(reviews)) > 19_900
+    rng = random.Random(0)
+    openings = [generate_opening(rng) for _ in range(5_000)]
+    assert len(set(openings)) > 3_000
+    assert min(len(opening.split()) for opening in openings) >= 4
+
+
+def test_opinions_are_told_apart_by_words_alone() -> None:
+    polarity_of: dict[str, str] = {}
+    for slot in OPINIONS.values():
+        assert set(slot) == set(POLARITIES)
+        assert len({len(words) for words in slot.values()}) == 1  # no polarity is likelier by having more words
+        for polarity, words in slot.items():
+            for word in words:
+                assert polarity_of.setdefault(word, polarity) == polarity
+    plain = {word for lists in (PLAIN, *SUBJECTS.values()) for words in lists.values() for word in words}
+    assert plain.isdisjoint(polarity_of)
+
+
+def test_shares_are_those_of_the_grammar() -> None:
+    found = [parse(review) for review in corpus(12_000, seed=5)]
+    polarities = Counter(review.polarity for review in found if review)
+    patterns = Counter(review.pattern for review in found if review)
+    for polarity, share in SHARES.items():  # four standard errors of a share of 12,000 draws are 0.017
+        assert polarities[polarity] / 12_000 == pytest.approx(share, abs=0.017)
+    assert 0.2 <= SHARES["positive"] <= 0.35
+    for pattern in PATTERNS:
+        assert patterns[pattern] / 12_000 == pytest.approx(1 / len(PATTERNS), abs=0.01)
+        positive = sum(r.polarity == "positive" for r in found if r and r.pattern == pattern) / patterns[pattern]
+        assert positive == pytest.approx(SHARES["positive"], abs=0.065)  # in every pattern alike
+
+
+def test_openings_are_neutral() -> None:
+    rng = random.Random(1)
+    opinions = {word for slot in OPINIONS.values() for p in ("positive", "negative") for word in slot[p]}
+    for _ in range(500):
+        text = f" {generate_opening(rng).lower()} "
+        assert not [word for word in opinions if f" {word} " in text]
+
+
+def test_seed_gives_the_text() -> None:
+    assert corpus(50, seed=1) == corpus(50, seed=1)
+    assert corpus(50, seed=1) != corpus(50, seed=2)
+    # the same on every machine and in every Python version
+    assert corpus(2, seed=42) == [
+        "Last winter we chose a lodge. What my family remembered most was the superb bathroom.",
+        "Last summer my sister and I shared a curry. Was the sauce worth the trouble? Opinions differ.",
+    ]
+
+
+def test_report_counts() -> None:
+    """By hand: nine words and marks are 8 bigrams, then 4 of a response that does not parse, then 3 new ones."""
+    prompts = ["We read a novel in bed"] * 4
+    responses = [
+        ", and I loved every page of it.",
+        ", and I loved every page of it.",
+        ". The plot was dull",
+        ", and we hated every page of it.",
+    ]
+    found = report(prompts, responses)
+    assert (found.number, found.parsed, found.positive) == (4, 0.75, 0.5)
+    assert found.distinct_bigrams == 8 + 4 + 3
+    assert (found.largest_pattern, found.patterns) == (0.75, {"taste": 3})
+    assert "50.0% positive" in str(found)
+
+
+@pytest.mark.parametrize(("prompts", "responses"), [([], []), (["We read a novel"], [])])
+def test_report_refuses_uneven_lists(prompts: list[str], responses: list[str]) -> None:
+    with pytest.raises(ValueError, match="give a response to each"):
+        report(prompts, responses)
+
+
+def rows(root: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (root / name).read_text(encoding="utf-8").splitlines()]
+
+
+def written(root: Path, **kwargs: Any) -> dict[str, bytes]:
+    ReviewText(data_root=str(root), **{**SMALL, **kwargs}).prepare_data()
+    return {path.name: path.read_bytes() for path in sorted(root.iterdir())}
+
+
+def test_files_hold_what_the_stages_need(tmp_path: Path) -> None:
+    assert set(written(tmp_path)) == {*FILES, "written.json"}
+    assert {name: len(rows(tmp_path, name)) for name in FILES} == FILES
+    for row in rows(tmp_path, "labelled.jsonl"):
+        found = parse(row["text"])
+        assert found is not None
+        assert row["label"] == {"positive": 0.95, "neutral": 0.3, "negative": 0.05}[found.polarity]
+    balance = Counter(found.pattern for row in rows(tmp_path, "labelled.jsonl") if (found := parse(row["text"])))
+    assert set(balance.values()) == {84 // len(PATTERNS)}
+
+
+def test_held_out_openings_appear_nowhere_else(tmp_path: Path) -> None:
+    written(tmp_path, n_reviews=4000, n_labelled=2000, n_prompts=2000, n_eval_prompts=256)
+    held_out = {row["prompt"] for row in rows(tmp_path, "prompts_eval.jsonl")}
+    prompts = {row["prompt"] for row in rows(tmp_path, "prompts.jsonl")}
+    reviews = rows(tmp_path, "reviews.jsonl") + rows(tmp_path, "labelled.jsonl")
+    openings = {found.opening for row in reviews if (found := parse(row["text"]))}
+    assert (len(held_out), len(prompts)) == (256, 2000)  # all different
+    assert held_out.isdisjoint(prompts | openings)
+
+
+def test_defaults_keep_256_prompts_for_evaluation() -> None:
+    assert ReviewText().n_eval_prompts >= 256
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "changed"),
+    [
+        ("n_reviews", 301, {"reviews.jsonl"}),
+        ("n_labelled", 85, {"labelled.jsonl"}),
+        ("n_prompts", 61, {"prompts.jsonl"}),
+        ("n_eval_prompts", 41, {"prompts_eval.jsonl"}),
+        ("text_seed", 1, {"reviews.jsonl", "labelled.jsonl", "prompts.jsonl", "prompts_eval.jsonl"}),
+    ],
+)
+def test_every_argument_changes_its_files(tmp_path: Path, argument: str, value: int, changed: set[str]) -> None:
+    before = written(tmp_path)
+    after = written(tmp_path, **{argument: value})
+    assert {name for name in after if after[name] != before[name]} == changed | {"written.json"}
+    assert after == written(tmp_path / "fresh", **{argument: value})
+
+
+@pytest.mark.parametrize("argument", ["path", "labelled_path", "prompts_path", "eval_prompts_path"])
+def test_files_can_have_other_names(tmp_path: Path, argument: str) -> None:
+    assert "other.jsonl" in written(tmp_path, **{argument: "other.jsonl"})
+
+
+def test_complete_files_are_left_alone_and_incomplete_ones_written(tmp_path: Path) -> None:
+    before = written(tmp_path)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert written(tmp_path) == before
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
+    (tmp_path / "prompts.jsonl").unlink()
+    assert written(tmp_path) == before
+    (tmp_path / "written.json").unlink()  # as after an interrupt
+    (tmp_path / "reviews.jsonl").write_text("", encoding="utf-8")
+    assert written(tmp_path) == before
+
+
+def test_text_of_another_grammar_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = written(tmp_path)
+    monkeypatch.setattr("lit_ppo.quickstart.data.RATINGS", {"positive": 0.9, "neutral": 0.3, "negative": 0.05})
+    after = written(tmp_path)
+    assert {name for name in after if after[name] != before[name]} == {"labelled.jsonl", "written.json"}
+
+
+@pytest.mark.parametrize("argument", SMALL)
+def test_numbers_must_be_positive(argument: str) -> None:
+    with pytest.raises(ValueError, match=rf"ReviewText\({argument}=0\)"):
+        ReviewText(**{argument: 0})
+
+
+def test_batches_and_tokenizer_come_from_the_reviews(tmp_path: Path) -> None:
+    data = ReviewText(
+        data_root=str(tmp_path / "data"), tokenizer_path=str(tmp_path / "tokenizer"), tokenizer_vocab_size=600,
+        batch_size=8, max_length=64, val_fraction=0.1, seed=0, **SMALL,
+    )  # fmt: skip
+    data.prepare_data()
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    tokenizer = data.load_tokenizer()
+    for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        assert parse(tokenizer.decode(ids[mask.bool()], skip_special_tokens=True)) is not None
