@@ -1,6 +1,7 @@
 """Learning-rate schedules that torch lacks."""
 
 import math
+import warnings
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -51,16 +52,17 @@ class WarmupCosine(LRScheduler):
         self.warmup_steps = warmup_steps
         self.final_fraction = final_fraction
         self.total_steps = total_steps
-        if total_steps is not None:
-            self.set_total_steps(total_steps)
+        if total_steps is not None and total_steps <= warmup_steps:
+            raise ValueError(f"WarmupCosine(total_steps={total_steps}): must be above warmup_steps={warmup_steps}")
         super().__init__(optimizer, last_epoch)
 
     def set_total_steps(self, total_steps: int) -> None:
-        """Let the decay end at this step."""
+        """Let the decay end at this step; a run as short as its warm-up is told so, and goes on."""
         if total_steps <= self.warmup_steps:
-            raise ValueError(
-                f"WarmupCosine(warmup_steps={self.warmup_steps}): the run has only {total_steps} steps; "
-                "warm up for fewer, or train longer"
+            warnings.warn(
+                f"WarmupCosine(warmup_steps={self.warmup_steps}): the run has only {total_steps} steps and ends before "
+                "the learning rate reaches its peak; warm up for fewer, or train longer",
+                stacklevel=2,
             )
         self.total_steps = total_steps
 
@@ -75,5 +77,5 @@ class WarmupCosine(LRScheduler):
             if step == 0:  # the constructor's own call: no step has been taken
                 return 1.0
             raise ValueError("WarmupCosine(total_steps=None): nothing has set the run's length; give a number")
-        progress = min((step - self.warmup_steps) / (self.total_steps - self.warmup_steps), 1.0)
+        progress = min((step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1), 1.0)
         return self.final_fraction + (1.0 - self.final_fraction) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -54,12 +54,23 @@ def test_resumed_schedule_goes_on() -> None:
     [
         ({"warmup_steps": -1}, r"warmup_steps=-1\): must be 0 or more"),
         ({"final_fraction": 1.5}, r"final_fraction=1.5\): must lie between 0 and 1"),
-        ({"warmup_steps": 5, "total_steps": 5}, r"warmup_steps=5\): the run has only 5 steps"),
+        ({"warmup_steps": 5, "total_steps": 5}, r"total_steps=5\): must be above warmup_steps=5"),
     ],
 )
 def test_impossible_arguments_are_refused(kwargs: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=r"WarmupCosine\(" + message):
         rates(1, **kwargs)
+
+
+def test_a_run_shorter_than_its_warmup_is_told_so_and_goes_on() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = WarmupCosine(optimizer, warmup_steps=4)
+    with pytest.warns(UserWarning, match=r"WarmupCosine\(warmup_steps=4\): the run has only 2 steps"):
+        scheduler.set_total_steps(2)
+    for rate in (0.25, 0.5, 0.75):
+        assert scheduler.get_last_lr() == [rate]
+        optimizer.step()
+        scheduler.step()
 
 
 def test_steps_without_a_length_are_refused() -> None:
