@@ -45,7 +45,7 @@ class StepCheckpoint(Checkpoint):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Save when the step is due, and when it is the last that was asked for.
 
-        At the end of training Lightning has counted the epoch as done, so that a run with more steps would skip its rest.
+        By the end of training Lightning has counted the epoch as done: a run with more steps would skip its rest.
         """
         if trainer.global_step % self.every_n_train_steps == 0 or trainer.global_step == trainer.max_steps:
             self.save(trainer)

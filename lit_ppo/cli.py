@@ -31,7 +31,10 @@ def main(args: list[str] | None = None) -> int:
     debug = "--debug" in given
     session = Session([argument for argument in given if argument != "--debug"], debug=debug)
     with process_state():
-        return session.run()
+        code = session.run()
+    if args is None and session.interrupts.received is not None:
+        os._exit(code)  # asked to go: no waiting for what else there is in the process
+    return code
 
 
 class Session:

@@ -25,7 +25,7 @@ def describe(trainer: L.Trainer) -> str:
     loop: Any = loops.get(fn.value, trainer.predict_loop)
     if trainer.sanity_checking:
         where = "checking that validation works"
-    elif trainer.training:
+    elif trainer.training and trainer.train_dataloader is not None:
         unit = "step" if module.automatic_optimization else "update"
         where = unit + _of(trainer.global_step, _total_steps(trainer))
     elif trainer.evaluating or trainer.predicting:

@@ -146,6 +146,7 @@ class StageRunner:
             start_new_session=True,
         )
         self.interrupts.kill_children.append(lambda: end_group(process))
+        quiet, self.heartbeat.quiet = self.heartbeat.quiet, 1.5 * self.heartbeat.quiet  # the stage has its own
         with log_path.open("w", encoding="utf-8") as log:
             copies = [Copy(process.stdout, [sys.stdout, log], self.heartbeat.touch)]
             copies.append(Copy(process.stderr, [sys.stderr, log], self.heartbeat.touch))
@@ -155,6 +156,7 @@ class StageRunner:
             finally:
                 end_group(process, PATIENCE)
                 self.interrupts.kill_children.pop()
+                self.heartbeat.quiet = quiet
                 for copy in copies:
                     copy.join(timeout=5.0)
         if process.returncode != 0:
