@@ -74,6 +74,7 @@ def test_wrong_scores_of_one_of_several_name_it():
         ({"": ones}, "names must be non-empty, without dots"),
         ({"a": {"source": ones, "weight": math.nan}}, "the weight of a must be a finite number"),
         ({"a": {"source": ones, "weight": "2"}}, "the weight of a must be a finite number"),
+        ({"a": {"source": ones, "weight": True}}, "the weight of a must be a finite number"),
         ({"a": {"sauce": ones}}, r"rewards\['a'\] has the keys sauce; give source and weight"),
         ({"a": {"source": ones, "wait": 1.0}}, "give source and weight"),
     ],
