@@ -110,7 +110,5 @@ class LitRewardModel(SupervisedModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs loss and accuracy over all validation examples of all ranks."""
-        self.log("val/loss", self.val_loss.compute(), prog_bar=True)
-        self.log("val/accuracy", self.val_accuracy.compute(), prog_bar=True)
-        self.val_loss.reset()
-        self.val_accuracy.reset()
+        self.log("val/loss", self.val_loss, prog_bar=True)
+        self.log("val/accuracy", self.val_accuracy, prog_bar=True)

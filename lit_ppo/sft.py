@@ -73,7 +73,5 @@ class LitSFT(SupervisedModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs loss and perplexity over all validation tokens of all ranks."""
-        loss = self.val_loss.compute()
-        self.val_loss.reset()
-        self.log("val/loss", loss, prog_bar=True)
-        self.log("val/perplexity", loss.exp())
+        self.log("val/loss", self.val_loss, prog_bar=True)
+        self.log("val/perplexity", self.val_loss.compute().exp(), sync_dist=True)  # already the same on all ranks

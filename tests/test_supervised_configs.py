@@ -4,12 +4,15 @@ import csv
 import gzip
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.command import REPOSITORY, run_command
+from tests.command import QUIET, REPOSITORY, run_command
 
 CONFIGS = REPOSITORY / "configs"
 TEXTS = [f"The film {i} was {'really good and bright' if i % 2 else 'awful and dull'} ." for i in range(60)]
@@ -36,6 +39,28 @@ def test_sft_on_ones_own_text(tmp_path: Path, tiny_llama: Path) -> None:
     assert math.isclose(values["val/perplexity"], math.exp(values["val/loss"]), rel_tol=1e-5)
     assert "train/loss" in values
     AutoModelForCausalLM.from_pretrained(tmp_path / "runs/sft/version_0/model")
+
+
+def test_two_ranks_validate_as_one(tmp_path: Path, tiny_llama: Path) -> None:
+    """Rows of unequal length, an even number of them: a mean of the ranks' means would be another number."""
+    for name in ("train", "val"):
+        content = [{"text": " ".join(TEXTS[i : i + 1 + i % 2 * 4])} for i in range(10)]
+        rows(tmp_path / f"{name}.jsonl", content)
+    files = ["--data.init_args.val_path=val.jsonl", "--data.init_args.val_fraction=0"]
+    arguments = ["--config", CONFIGS / "sft.yaml", f"--model.init_args.model={tiny_llama}", *files]
+    arguments += ["--data.init_args.batch_size=1", "--data.init_args.max_length=64"]
+    command = [sys.executable, "-m", "lit_ppo", "validate", *map(str, arguments), "--trainer.devices=2"]
+    two_ranks = ["--trainer.accelerator=cpu", "--trainer.default_root_dir=two"]
+    environment = os.environ | QUIET | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [*command, *two_ranks], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "sync_dist" not in done.stderr  # Lightning's warning about values that differ between ranks
+    run_command("validate", *arguments, "--trainer.default_root_dir=one", cwd=tmp_path).ok()
+    one, two = (last_values(tmp_path / name) for name in ("one", "two"))
+    for tag in ("val/loss", "val/perplexity"):
+        assert math.isclose(one[tag], two[tag], rel_tol=1e-5), tag
 
 
 def test_reward_on_ones_own_pairs(tmp_path: Path, tiny_llama: Path) -> None:
