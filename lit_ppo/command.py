@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -92,7 +93,11 @@ class Command(LightningCLI):
         self.config = parser.parse_args(args)
         config = self.config[self.config.subcommand]
         _check_groups(config)
-        _hand_over_data_root(config)
+        if not _hand_over_data_root(config) and not config.stages and "LIT_PPO_STAGE" not in os.environ:
+            raise CommandError(
+                f"--data_root {config.data_root}: neither the data module nor a stage takes it; leave it out",
+                exit_code=2,
+            )
         for stage in config.stages or []:
             stage.config = [Path_fr(path.absolute) for path in stage.config]
 
@@ -113,7 +118,7 @@ class Command(LightningCLI):
             config = parser.parse_args(arguments)
             _check_groups(config)
             _hand_over_data_root(config)
-            dumped = parser.dump(config, skip_link_targets=False, skip_none=False, format="yaml")
+            dumped = parser.dump(config, skip_link_targets=False, skip_unset=False, format="yaml")
         finally:
             Parser.arguments = given
         return dict(yaml.safe_load(dumped))
@@ -200,11 +205,15 @@ def _check_groups(config: Namespace) -> None:
             raise CommandError(f"{group}: {config.get(group)!r} is not a mapping; give its keys below it", exit_code=2)
 
 
-def _hand_over_data_root(config: Namespace) -> None:
-    """Set the data module's ``data_root`` where the command's is given and the class has one."""
+def _hand_over_data_root(config: Namespace) -> bool:
+    """Set the data module's ``data_root`` where the command's is given; False if the class has none."""
     data = config.get("data")
-    if config.data_root is not None and data is not None and "data_root" in data.get("init_args", {}):
-        data.init_args.data_root = config.data_root
+    if config.data_root is None:
+        return True
+    if data is None or "data_root" not in data.get("init_args", {}):
+        return False
+    data.init_args.data_root = config.data_root
+    return True
 
 
 def _claim_version(root: Path) -> int | None:

@@ -63,6 +63,10 @@ class ToyData(L.LightningDataModule):
     val_dataloader = test_dataloader = predict_dataloader = train_dataloader
 
 
+class RootlessData(L.LightningDataModule):
+    """Takes no ``data_root``."""
+
+
 class Shout(L.Callback):
     """A callback of the user's."""
 

@@ -63,6 +63,19 @@ def test_a_bad_argument_is_refused(config: Path, tmp_path: Path, argument: str, 
     run_command("fit", "--config", config, argument, cwd=tmp_path).refused(*words)
 
 
+def test_a_data_root_that_nobody_takes_is_refused(config: Path, tmp_path: Path) -> None:
+    args = ["--data=tests.cli_toys.RootlessData", "--data_root=here"]
+    run_command("fit", "--config", config, *args, cwd=tmp_path).refused("--data_root here", "leave it out")
+
+
+def test_a_module_that_cannot_be_imported(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    result = run_command("fit", "--config", config, "--trainer.callbacks+=broken.Trick", cwd=tmp_path)
+    result.refused("trainer.callbacks", "broken.py", "invalid syntax")
+    result = run_command("fit", "--config", config, "--trainer.callbacks+=nowhere.Trick", cwd=tmp_path)
+    result.refused("trainer.callbacks", "nowhere")
+
+
 @pytest.mark.parametrize("args", [["fitt"], ["fit"], ["fit", "--config"], []])
 def test_an_incomplete_command_is_refused(tmp_path: Path, args: list[str]) -> None:
     assert run_command(*args, cwd=tmp_path).refused().code == 2
