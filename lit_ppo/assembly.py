@@ -12,6 +12,7 @@ from lit_ppo.models import Actor, Reference, load_causal_lm, load_critic, load_t
 from lit_ppo.policy import Policy
 from lit_ppo.rewards import RewardModel
 from lit_ppo.rollout import generation_config
+from lit_ppo.schedulers import per_step
 
 
 class Assembly(Policy):
@@ -75,7 +76,8 @@ class Assembly(Policy):
                 optimizer_of, scheduler_of = self.factories[name]
                 optimizers.append(optimizer_of([p for p in model.parameters() if p.requires_grad]))
                 if scheduler_of is not None:
-                    schedules.append(scheduler_of(optimizers[-1]))
+                    where = f"{type(self).__name__}({name}_scheduler)"
+                    schedules.append(per_step(where, scheduler_of(optimizers[-1]), self))
         return optimizers, schedules
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]

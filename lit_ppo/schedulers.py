@@ -2,10 +2,11 @@
 
 import math
 import warnings
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 
 class WarmupCosine(LRScheduler):
@@ -18,8 +19,8 @@ class WarmupCosine(LRScheduler):
         optimizer: Its learning rate is the peak.
         warmup_steps: Steps to reach the peak; the first is taken at ``1 / warmup_steps`` of it.
         final_fraction: What is left of the peak at the end.
-        total_steps: Step at which the decay ends; None takes the run's length (``LitSFT`` and ``LitRewardModel``
-            fill it in).
+        total_steps: Step at which the decay ends; None takes the run's length (the modules of lit_ppo fill it
+            in).
         last_epoch: As in every torch scheduler.
 
     Raises:
@@ -79,3 +80,24 @@ class WarmupCosine(LRScheduler):
             raise ValueError("WarmupCosine(total_steps=None): nothing has set the run's length; give a number")
         progress = min((step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1), 1.0)
         return self.final_fraction + (1.0 - self.final_fraction) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def per_step(where: str, scheduler: Any, module: Any) -> Any:
+    """A schedule ready to be stepped once per step of the run, with the run's length where it asks for that.
+
+    Args:
+        where: Argument that it was given as, for messages.
+        scheduler: What the factory made.
+        module: Whose run it is.
+
+    Raises:
+        ValueError: It steps on results, or asks for the length of a run that has no end.
+    """
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError(f"{where}: ReduceLROnPlateau steps on a validation result; use one that steps on a count")
+    if isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None:
+        steps = module.trainer.estimated_stepping_batches
+        if steps == math.inf:
+            raise ValueError("WarmupCosine(total_steps=None): the run has no end; set trainer.max_steps or max_epochs")
+        scheduler.set_total_steps(int(steps))
+    return scheduler

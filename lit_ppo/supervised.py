@@ -8,10 +8,9 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_ppo.schedulers import WarmupCosine
+from lit_ppo.schedulers import per_step
 from lit_ppo.tokenization import loads_the_same
 
 
@@ -105,21 +104,8 @@ class SupervisedModule(L.LightningModule):
         optimizer = self._optimizer(self.parameters())
         if self._scheduler is None:
             return optimizer
-        scheduler = self._scheduler(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise ValueError(
-                f"{type(self).__name__}(scheduler=ReduceLROnPlateau): it steps on a validation result, and schedules "
-                "here step once per optimizer step; use another one"
-            )
-        if isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None:
-            scheduler.set_total_steps(self._run_length())
+        scheduler = per_step(f"{type(self).__name__}(scheduler)", self._scheduler(optimizer), self)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _run_length(self) -> int:
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise ValueError("WarmupCosine(total_steps=None): the run has no end; set trainer.max_steps or max_epochs")
-        return int(steps)
 
     def save_pretrained(self, dirpath: str | Path) -> None:
         """Write weights, config and tokenizer (for causal LMs also the generation config) to a folder.

@@ -9,6 +9,7 @@ import torch
 
 from lit_ppo.advantages import GAE
 from lit_ppo.callbacks.base import HOOKS
+from lit_ppo.schedulers import WarmupCosine
 from tests.oracle import Oracle
 from tests.tiny import make_causal_lm, make_reward_model
 from tests.toys import count_good, logged, make_data, make_module, make_trainer, run
@@ -284,6 +285,17 @@ def test_schedules_step_once_an_update(tmp_path, gpt2, which):
     assert [row[tag] for row in rows] == pytest.approx([0.1, 0.05])
     other = {"actor": "value/lr", "critic": "policy/lr"}[which]
     assert [row[other] for row in rows] == pytest.approx([0.1, 0.1])
+
+
+def test_a_schedule_over_the_run_knows_its_length_in_updates(tmp_path, gpt2):
+    """By hand: a cosine from 0.1 over 2 updates is at its peak, then halfway."""
+    _, rows = run(tmp_path, gpt2, actor_scheduler=WarmupCosine)
+    assert [row["policy/lr"] for row in rows] == pytest.approx([0.1, 0.05])
+
+
+def test_a_schedule_that_steps_on_results_is_refused(tmp_path, gpt2):
+    with pytest.raises(ValueError, match=r"LitPPO\(critic_scheduler\): ReduceLROnPlateau steps on a validation result"):
+        run(tmp_path, gpt2, critic_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
 
 
 def test_a_frozen_actor_runs_neither_forward_nor_schedule(tmp_path, gpt2):
