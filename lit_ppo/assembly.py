@@ -76,7 +76,7 @@ class Assembly(Policy):
                 optimizer_of, scheduler_of = self.factories[name]
                 optimizers.append(optimizer_of([p for p in model.parameters() if p.requires_grad]))
                 if scheduler_of is not None:
-                    where = f"{type(self).__name__}({name}_scheduler)"
+                    where = f"{type(self).__name__}({name}_scheduler"
                     schedules.append(per_step(where, scheduler_of(optimizers[-1]), self))
         return optimizers, schedules
 

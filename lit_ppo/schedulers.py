@@ -86,7 +86,7 @@ def per_step(where: str, scheduler: Any, module: Any) -> Any:
     """A schedule ready to be stepped once per step of the run, with the run's length where it asks for that.
 
     Args:
-        where: Argument that it was given as, for messages.
+        where: Class and argument that it was given as, such as ``LitSFT(scheduler``, for messages.
         scheduler: What the factory made.
         module: Whose run it is.
 
@@ -94,7 +94,7 @@ def per_step(where: str, scheduler: Any, module: Any) -> Any:
         ValueError: It steps on results, or asks for the length of a run that has no end.
     """
     if isinstance(scheduler, ReduceLROnPlateau):
-        raise ValueError(f"{where}: ReduceLROnPlateau steps on a validation result; use one that steps on a count")
+        raise ValueError(f"{where}=ReduceLROnPlateau): it steps on a validation result; use one that steps on a count")
     if isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None:
         steps = module.trainer.estimated_stepping_batches
         if steps == math.inf:

@@ -104,7 +104,7 @@ class SupervisedModule(L.LightningModule):
         optimizer = self._optimizer(self.parameters())
         if self._scheduler is None:
             return optimizer
-        scheduler = per_step(f"{type(self).__name__}(scheduler)", self._scheduler(optimizer), self)
+        scheduler = per_step(f"{type(self).__name__}(scheduler", self._scheduler(optimizer), self)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def save_pretrained(self, dirpath: str | Path) -> None:
