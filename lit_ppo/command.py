@@ -145,8 +145,10 @@ class Command(LightningCLI):
             kwargs["logger"] = self._logger(Path(config.default_root_dir))
         trainer: L.Trainer = super().instantiate_trainer(**kwargs)
         bars = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]  # type: ignore[attr-defined]
-        self.heartbeat.doing = lambda: _describe(trainer, bars)
+        self.heartbeat.doing = lambda: describe(trainer)
         for bar in bars:
+            if isinstance(bar, PhaseBar):
+                self.heartbeat.redraw = bar.redraw
             if isinstance(bar, LineProgress):
                 bar.on_line = self.heartbeat.touch
         self.session.interrupts.kill_children.append(lambda: _kill_ranks(trainer))
@@ -227,12 +229,6 @@ def _claim_version(root: Path) -> int | None:
             (root / f"version_{version}").mkdir()
             return version
     return None
-
-
-def _describe(trainer: L.Trainer, bars: list[ProgressBar]) -> str | None:
-    if any(isinstance(bar, PhaseBar) and bar.redraw() for bar in bars):
-        return None
-    return describe(trainer)
 
 
 def _kill_ranks(trainer: L.Trainer) -> None:

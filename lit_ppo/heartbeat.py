@@ -1,6 +1,5 @@
 """A sign of life at least every few seconds, whatever the command is busy with."""
 
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,13 +13,15 @@ class Heartbeat:
         quiet: Seconds of silence after which a line is printed.
         enabled: False prints nothing, for output that others parse and for launched ranks.
 
-    ``doing`` is a text, or a function that gives one; a function that gives None has shown something itself.
+    ``doing`` is a text, or a function that gives one. ``redraw``, called every second, updates what stands on a
+    terminal, and says whether it could.
     """
 
     def __init__(self, quiet: float = 6.0, *, enabled: bool = True) -> None:
         self.quiet = quiet
         self.enabled = enabled
-        self.doing: str | Callable[[], str | None] = "starting"
+        self.doing: str | Callable[[], str] = "starting"
+        self.redraw: Callable[[], bool] = lambda: False
         self._start = self._last = time.monotonic()
         self._done = threading.Event()
 
@@ -47,13 +48,13 @@ class Heartbeat:
 
     def _watch(self) -> None:
         while not self._done.wait(1.0):
-            if time.monotonic() - self._last < self.quiet:
-                continue
-            self.touch()
             try:
+                if self.redraw():
+                    self.touch()
+                if time.monotonic() - self._last < self.quiet:
+                    continue
                 text = self.doing() if callable(self.doing) else self.doing
             except Exception as error:  # what it describes is changing under it in another thread
                 text = f"working ({type(error).__name__} while asking for details)"
-            if text:
-                print(f"{text} ... {time.monotonic() - self._start:.0f} s", flush=True)
-                sys.stdout.flush()
+            self.touch()
+            print(f"{text} ... {time.monotonic() - self._start:.0f} s", flush=True)

@@ -120,12 +120,19 @@ class PhaseBar(TQDMProgressBar):
         return metrics | ({"phase": phase_of(pl_module)} if phase_of(pl_module) else {})
 
     def redraw(self) -> bool:
-        """Show the phase and the time now; False if no training bar is there."""
-        bar = self._train_progress_bar
-        if bar is None or self.trainer.sanity_checking or not self.trainer.training:
-            return False
-        bar.set_postfix(self.get_metrics(self.trainer, self.trainer.lightning_module))
-        return True
+        """Show time and phase as they are now; False if there is no bar."""
+        trainer = self.trainer
+        if trainer.training:
+            bar = self._train_progress_bar
+            if bar is not None:
+                bar.set_postfix(self.get_metrics(trainer, trainer.lightning_module), refresh=False)
+        elif trainer.testing:
+            bar = self._test_progress_bar
+        else:
+            bar = self._predict_progress_bar if trainer.predicting else self._val_progress_bar
+        if bar is not None:
+            bar.refresh()
+        return bar is not None
 
 
 def progress_bar() -> ProgressBar:

@@ -2,10 +2,14 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
 
 from lit_ppo.heartbeat import Heartbeat
+from lit_ppo.progress import LineProgress, PhaseBar, progress_bar
+from tests.cli_toys import Toy, ToyData
 from tests.command import Running
 from tests.test_cli import config  # noqa: F401  a fixture
 
@@ -49,3 +53,32 @@ def test_never_ten_seconds_of_silence(config: Path, tmp_path: Path) -> None:  # 
         time.sleep(0.1)
     assert command.result(1).ok().out.count("step 0/1 (update) ... ") >= 1
     assert longest < 10
+
+
+def test_the_bar_of_a_terminal_names_the_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redrawn from outside while a step is running."""
+    seen: list[str] = []
+
+    class Watched(Toy):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            self.phase = "rollout"
+            assert bar.redraw()
+            seen.append(str(bar.train_progress_bar))
+            return loss
+
+    bar = PhaseBar()
+    monkeypatch.chdir(tmp_path)
+    L.Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[bar],
+        enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
+    ).fit(Watched(), ToyData())  # fmt: skip
+    assert "phase=rollout" in seen[0]
+    assert "loss=" in seen[1]
+    assert "train/loss" not in seen[1]
+
+
+def test_lines_are_for_pipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for terminal, kind in ((True, PhaseBar), (False, LineProgress)):
+        monkeypatch.setattr("sys.stdout.isatty", lambda answer=terminal: answer)
+        assert type(progress_bar()) is kind
