@@ -61,7 +61,7 @@ class RewardModel(nn.Module):
         """
         if self.model is not None:
             return
-        model = self._load_model().eval().requires_grad_(False)
+        model = self._load_model().requires_grad_(False)  # from_pretrained gives eval mode
         self.tokenizer = self._load_tokenizer()
         self.label_index = self._label_index(model.config)
         self._scores_tokens = _scores_tokens(model)

@@ -166,19 +166,29 @@ def test_chat_goes_through_the_reward_models_own_template(tmp_path: Path):
     assert scores.tolist() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("strip", ["", "| trim"])
-def test_mean_over_a_chat_response(strip: str, tmp_path: Path):
-    """Some templates strip the turns; the response's tokens are the same words, followed by the end of the turn."""
+@pytest.mark.parametrize("content", ["m['content']", "(m['content'] | trim)"])
+def test_mean_over_a_chat_response(content: str, tmp_path: Path):
+    """Some templates strip the turns; the response's tokens are the same words, right before the end of the turn."""
     tokenizer = make_tokenizer(bos=True, chat=True)
-    tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", f"(m['content'] {strip})")
+    template = tokenizer.chat_template.replace("m['content'] + ' ' +", f"{content} +")
+    tokenizer.chat_template = template
     path = make_reward_model(tmp_path, tokenizer=tokenizer, **SHARP)
-    scores = RewardModel(str(path), aggregation="mean")(
-        experience(["", ""], [f" {answer} " for answer in ANSWERS], messages=MESSAGES)
-    )
+    padding = "  " if "trim" in content else ""
+    responses = [f"{padding}{answer}{padding}" for answer in ANSWERS]
+    scores = RewardModel(str(path), aggregation="mean")(experience(["", ""], responses, messages=MESSAGES))
     for score, ids, answer in zip(scores.tolist(), chat_ids(tokenizer), ANSWERS, strict=True):
         words = len(answer.split())
         expected = token_scores(path, ids)[-words - 1 : -1]  # the end of the turn is not the response's
         assert score == pytest.approx(math.fsum(expected) / words, rel=1e-5)
+
+
+def test_mean_over_a_chat_response_that_repeats_the_prompt(tmp_path: Path):
+    tokenizer = make_tokenizer(bos=True, chat=True)
+    path = make_reward_model(tmp_path, tokenizer=tokenizer, **SHARP)
+    turns = [{"role": "user", "content": "good"}, {"role": "assistant", "content": "good"}]
+    score = RewardModel(str(path), aggregation="mean")(experience([""], ["good"], messages=[turns[:1]]))
+    ids = tokenizer.apply_chat_template(turns, return_dict=False)
+    assert score.item() == pytest.approx(token_scores(path, ids)[-2], rel=1e-5)
 
 
 def test_mean_where_the_template_rewrites_the_response(tmp_path: Path):
