@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
@@ -45,6 +46,8 @@ class Assembly(Policy):
         self.actor.model.generation_config = self.generation
         if hasattr(self.rewards, "build"):
             self.rewards.build()
+        if isinstance(self.rewards, nn.Module):
+            self.rewards.requires_grad_(False).eval()
         self.reference = None
         if self.paths["reference"] is not None:
             path = actor_path if self.paths["reference"] == "actor" else str(self.paths["reference"])

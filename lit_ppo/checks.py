@@ -30,30 +30,42 @@ def check_arguments(name: str, given: dict[str, Any]) -> None:
     for argument in ("ppo_epochs", "minibatch_size", "samples_per_prompt", "micro_batch_size", "micro_batch_tokens"):
         value = given[argument]
         optional = argument.startswith("micro_batch")
-        if not (optional and value is None) and (not isinstance(value, int) or value < 1):
+        if not (optional and value is None) and not _is_integer(value, at_least=1):
             refuse(argument, "must be an integer over 0")
     if (given["micro_batch_size"] is None) == (given["micro_batch_tokens"] is None) and given["micro_batch_size"]:
         refuse("micro_batch_tokens", "give it or micro_batch_size, not both")
     for argument in ("temperature", "max_grad_norm", "clip_range"):
         value = given[argument]
         optional = argument != "temperature"
-        if not (optional and value is None) and not 0 < value < math.inf:
+        if not (optional and value is None) and not (_is_number(value) and 0 < value < math.inf):
             refuse(argument, "must be a finite number over 0" + (", or null for none" if optional else ""))
-    if not 0 <= given["kl_coef"] < math.inf:
+    if not (_is_number(given["kl_coef"]) and 0 <= given["kl_coef"] < math.inf):
         refuse("kl_coef", "must be a finite number, 0 or more")
-    if given["max_skipped_steps"] < 0:
-        refuse("max_skipped_steps", "must be 0 or more")
+    if not _is_integer(given["max_skipped_steps"], at_least=0):
+        refuse("max_skipped_steps", "must be an integer, 0 or more")
+    if given["seed"] is not None and not _is_integer(given["seed"], at_least=0):
+        refuse("seed", "must be an integer, 0 or more")
     if given["kl_estimator"] not in get_args(KLEstimator):
         refuse("kl_estimator", f"must be one of {', '.join(get_args(KLEstimator))}")
     if given["loss_reduction"] not in get_args(LossReduction):
         refuse("loss_reduction", f"must be one of {', '.join(get_args(LossReduction))}")
     if {"dtype", "torch_dtype"} & set(given["model_kwargs"] or {}):
         refuse("model_kwargs", "trained weights are kept in float32; give the Trainer a precision instead")
+    if not hasattr(given["advantages"], "needs_values"):
+        refuse("advantages", "is no estimator: it lacks needs_values, which says whether it takes a critic's values")
     if given["critic"] is None and given["advantages"].needs_values:
         refuse("critic", f"{type(given['advantages']).__name__} needs values; give a critic, or another estimator")
     if given["critic"] is not None and not given["advantages"].needs_values:
         refuse("critic", f"{type(given['advantages']).__name__} uses no values; set critic to null")
     check_generation(given["generation"])
+
+
+def _is_integer(value: Any, at_least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def reshaping(generation: dict[str, Any]) -> list[str]:

@@ -32,7 +32,9 @@ class Evaluation(Policy):
             "length": experience.response_mask.sum(1).float().mean(),
             "ended_fraction": experience.ended.float().mean(),
         }
-        self.log_dict({f"{name}/{key}": value for key, value in metrics.items()}, batch_size=len(experience))
+        # the same on every rank; a mean over ranks changes nothing, and saves Lightning's advice to take one
+        named = {f"{name}/{key}": value for key, value in metrics.items()}
+        self.log_dict(named, batch_size=len(experience), sync_dist=True)
 
     def on_predict_start(self) -> None:
         """Begin a list of rows."""

@@ -28,7 +28,7 @@ SET_BY = {
 }
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, repr=False, eq=False)
 class Experience:
     """The rows of an update, the same on every rank.
 
@@ -67,14 +67,20 @@ class Experience:
             raise AttributeError(f"{type(self).__name__}.{name} is not set yet: {SET_BY[name]} sets it")
         raise AttributeError(f"{type(self).__name__} has no field {name!r}")
 
+    def __repr__(self) -> str:
+        """What is set, tensors by their shapes."""
+        values = {name: getattr(self, name) for name in _set_fields(self)}
+        shown = {k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in values.items()}
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in shown.items())})"
+
     def __len__(self) -> int:
         """Number of responses."""
         return len(self.responses)
 
     @property
-    def lengths(self) -> Tensor:
-        """(B,) tokens of prompt and response together."""
-        return self.prompt_mask.sum(1) + self.response_mask.sum(1)
+    def lengths(self) -> list[tuple[int, int]]:
+        """Tokens of each row's prompt and response."""
+        return list(zip(self.prompt_mask.sum(1).tolist(), self.response_mask.sum(1).tolist(), strict=True))
 
     def select(self, rows: Tensor | Sequence[int]) -> "Experience":
         """A copy with some rows, given by number or by a boolean mask.
@@ -118,7 +124,7 @@ class Experience:
                 yield Minibatch.of(self, order[start : start + size].tolist(), reduction)
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, repr=False, eq=False)
 class Minibatch(Experience):
     """The rows of one optimizer step over all ranks, or one micro-batch of them.
 
@@ -131,6 +137,7 @@ class Minibatch(Experience):
     new_values: Tensor = field(init=False)
     weights: Tensor = field(init=False)  # (B, T), each token's share of the mean; they sum to 1 over the step
     n_tokens: Tensor = field(init=False)  # response tokens of the whole step
+    reduction: LossReduction = "token_mean"
     ranks: int = 1  # gradients are averaged over ranks: the mean makes up for it
     metrics: dict[str, Tensor] = field(default_factory=dict)  # this rank's part of the step's means
 
@@ -141,11 +148,17 @@ class Minibatch(Experience):
         minibatch = cls(**{f.name: getattr(chosen, f.name) for f in fields(Experience) if f.init})
         for name in _set_fields(chosen):
             setattr(minibatch, name, getattr(chosen, name))
-        mask = minibatch.response_mask.float()
-        minibatch.n_tokens = mask.sum()
-        per_row = mask.sum(1, keepdim=True) * len(minibatch)
-        minibatch.weights = mask / (minibatch.n_tokens if reduction == "token_mean" else per_row)
+        minibatch.reduction = reduction
+        minibatch._weigh()
         return minibatch
+
+    def _weigh(self) -> None:
+        """Each token's share of the mean; a response without tokens has none."""
+        mask = self.response_mask.float()
+        self.n_tokens = mask.sum().clamp(min=1)
+        n_rows = mask.any(1).sum().clamp(min=1)
+        per_row = mask.sum(1, keepdim=True).clamp(min=1) * n_rows
+        self.weights = mask / (self.n_tokens if self.reduction == "token_mean" else per_row)
 
     def micro_batches(self, plan: Sequence[Sequence[int]], ranks: int) -> Iterator["Minibatch"]:
         """This rank's micro-batches; an empty one is a row of zero weight, so that every rank runs as many forwards.
@@ -154,6 +167,8 @@ class Minibatch(Experience):
             plan: Rows of each micro-batch.
             ranks: Number of ranks that share the step.
         """
+        self._weigh()  # a callback may have put another mask in place
+        self.metrics = {name: value / ranks for name, value in self.metrics.items()}  # noted on every rank
         for rows in plan:
             micro = self.select(rows or [0])
             assert isinstance(micro, Minibatch)
@@ -214,7 +229,7 @@ def model_inputs(experience: Experience) -> tuple[Tensor, Tensor, Tensor]:
         -> input_ids, attention_mask (b, p + t), target_mask (b, t), with p <= P and t <= T.
     """
     longest_prompt = int(experience.prompt_mask.sum(1).max())
-    longest = int(experience.response_mask.sum(1).max())
+    longest = max(1, int(experience.response_mask.sum(1).max()))
     start = experience.prompt_ids.shape[1] - longest_prompt
     target_mask = experience.response_mask[:, :longest]
     ids = torch.cat([experience.prompt_ids[:, start:], experience.response_ids[:, :longest]], dim=1)

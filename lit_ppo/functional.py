@@ -224,7 +224,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     .. math:: 1 - \mathrm{Var}(R - V) / \mathrm{Var}(R)
 
     Shapes:
-        (B, T) each -> scalar; NaN where the returns are all alike.
+        (B, T) each -> scalar; not finite where the returns are all alike.
     """
     return 1.0 - masked_var(returns - values, mask, unbiased=False) / masked_var(returns, mask, unbiased=False)
 

@@ -21,48 +21,43 @@ class HeadInputs(NamedTuple):
     bias: Tensor | None  # (V,)
 
 
-def logprobs_and_entropy(head: HeadInputs, ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability of each token and entropy of its distribution, both differentiable.
+def token_statistics(
+    head: HeadInputs, ids: Tensor, temperature: float = 1.0, kl_to: HeadInputs | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each token, and the entropy of its distribution or the exact KL to another model's.
+
+    Both are differentiable.
 
     Args:
         head: States and head.
         ids: The tokens.
         temperature: Divides the logits.
+        kl_to: The other model's states and head; None: the entropy.
 
     Shapes:
         ids (N,) -> (N,), (N,), float32 (float64 stays).
     """
 
-    def of_chunk(states: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+    def of_chunk(states: Tensor, ids: Tensor, *ref_states: Tensor) -> tuple[Tensor, Tensor]:
         logits = linear(states, head.weight, head.bias)
-        return token_logprobs(logits, ids, temperature), entropy(logits, temperature)
+        if kl_to is None:
+            second = entropy(logits, temperature)
+        else:
+            second = vocabulary_kl(logits, linear(ref_states[0], kl_to.weight, kl_to.bias), temperature)
+        return token_logprobs(logits, ids, temperature), second
 
-    logprobs, entropies = _in_chunks(of_chunk, len(head.weight), head.states, ids)
-    return logprobs, entropies
-
-
-def exact_kl(head: HeadInputs, ref: HeadInputs, temperature: float = 1.0) -> Tensor:
-    """KL over the whole vocabulary from one model to another, differentiable in the first.
-
-    Shapes:
-        -> (N,), nats.
-    """
-
-    def of_chunk(states: Tensor, ref_states: Tensor) -> tuple[Tensor, ...]:
-        logits, ref_logits = linear(states, head.weight, head.bias), linear(ref_states, ref.weight, ref.bias)
-        return (vocabulary_kl(logits, ref_logits, temperature),)
-
-    (kl,) = _in_chunks(of_chunk, len(head.weight), head.states, ref.states)
-    return kl
+    others = () if kl_to is None else (kl_to.states,)
+    return _in_chunks(of_chunk, len(head.weight), head.states, ids, *others)
 
 
 def _in_chunks(
-    function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], vocab_size: int, *tensors: Tensor
-) -> tuple[Tensor, ...]:
+    function: Callable[..., tuple[Tensor, Tensor]], vocab_size: int, *tensors: Tensor
+) -> tuple[Tensor, Tensor]:
     """Run over chunks of tokens; where there are several, their logits are computed again in the backward."""
     size = max(1, CHUNK_ELEMENTS // vocab_size)
     chunks = list(zip(*(torch.split(tensor, size) for tensor in tensors), strict=True))
     if len(chunks) == 1:
         return function(*chunks[0])
     parts = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    return tuple(torch.cat(outputs) for outputs in zip(*parts, strict=True))
+    first, second = zip(*parts, strict=True)
+    return torch.cat(first), torch.cat(second)

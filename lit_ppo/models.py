@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lit_ppo.head import HeadInputs, exact_kl, logprobs_and_entropy
+from lit_ppo.head import HeadInputs, token_statistics
 from lit_ppo.rollout import sample
 
 
@@ -67,9 +67,7 @@ class Actor(_AlwaysEval):
         """
         head = self._head_inputs(input_ids, attention_mask, target_mask)
         ids = input_ids[:, -target_mask.shape[1] :][target_mask]
-        logprobs, second = logprobs_and_entropy(head, ids, temperature)
-        if kl_to is not None:
-            second = exact_kl(head, kl_to, temperature)
+        logprobs, second = token_statistics(head, ids, temperature, kl_to)
         return spread(logprobs, target_mask), spread(second, target_mask)
 
     def generate(self, *args: Any, **kwargs: Any) -> list[list[int]]:
@@ -99,9 +97,7 @@ class Reference(Actor):
         with torch.no_grad():
             input_ids, attention_mask = args
             head = self._head_inputs(input_ids, attention_mask, kwargs["target_mask"])
-            return HeadInputs(
-                head.states, head.weight.detach().clone(), None if head.bias is None else head.bias.clone()
-            )
+            return HeadInputs(head.states, head.weight.detach(), head.bias)
 
 
 class Critic(_AlwaysEval):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_ppo.advantages import GAE, AdvantageEstimator
@@ -19,7 +19,7 @@ from lit_ppo.evaluation import Evaluation
 from lit_ppo.experience import Experience, LossReduction, Minibatch
 from lit_ppo.functional import KLEstimator, policy_loss, token_rewards, value_loss
 from lit_ppo.metrics import in_force, log_policy
-from lit_ppo.preflight import preflight
+from lit_ppo.preflight import check_batch, preflight
 from lit_ppo.rewards import Rewards, as_source
 from lit_ppo.steps import OptimizerSteps
 
@@ -48,7 +48,7 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         clip_range: Of the probability ratio; None is no clipping.
         ppo_epochs: Passes over the experience.
         minibatch_size: Responses in an optimizer step, over all ranks.
-        micro_batch_size: Most responses in one forward of one rank.
+        micro_batch_size: Most responses in one forward of one rank (sampling takes a rank's whole share at once).
         micro_batch_tokens: Instead: most tokens in one forward, padding included.
         loss_reduction: ``"token_mean"``, or ``"sequence_mean"``: over each response's tokens, then over responses.
         actor_optimizer: From parameters to optimizer. Its rate is usually a tenth of the cold start's.
@@ -117,7 +117,7 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         self.model_kwargs = dict(model_kwargs or {})
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
         self.rollouts = self.skipped_steps = 0
-        self.actor_frozen = self.checkpoint_reference = False
+        self.actor_frozen = self._actor_rests = self.checkpoint_reference = False
         self.phase, self.seconds = "", {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._built = False
@@ -126,7 +126,6 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
 
     def training_step(self, prompts: Any, batch_idx: int) -> None:
         """One update."""
-        self.seconds.clear()
         self.update(self.collect(prompts))
 
     def collect(self, prompts: Any) -> Experience:
@@ -139,6 +138,8 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
             fire(self, "on_rollout_start", prompts)
             experience = self.rollout(prompts)
             fire(self, "on_rollout_end", experience)
+        if not len(experience):
+            raise ValueError("collect: callbacks have kept none of the rows; on_rollout_end must leave at least one")
         with self.timed("score"):
             experience.raw_scores = experience.scores = self.score(experience)
             fire(self, "on_scores", experience)
@@ -157,6 +158,7 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
             fire(self, "on_rewards", experience)
             experience.advantages, experience.returns = self.advantages(experience)
             fire(self, "on_advantages", experience)
+            self._actor_rests = self.actor_frozen  # a callback may lift it at the end of this update
             for minibatch in self.minibatches(experience):
                 if experience.exhausted:
                     break
@@ -191,9 +193,8 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         """
         self.zero_gradients()
         fire(self, "on_minibatch_start", minibatch)
-        minibatch.metrics = {}
         for micro in self.micro_batches(minibatch):
-            if not self.actor_frozen:
+            if not self._actor_rests:
                 self.backward_actor(micro)
             if self.critic is not None:
                 self.backward_critic(micro)
@@ -211,7 +212,8 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
     def backward_critic(self, micro: Minibatch) -> None:
         """The critic's losses on one micro-batch, and their backward."""
         assert self.critic is not None
-        assert micro.returns is not None
+        if micro.returns is None:
+            raise ValueError(f"LitPPO(advantages={self.advantages!r}): gives no returns for the critic to learn")
         micro.new_values = self.critic_forward(self.critic, micro)
         losses = {"value": micro.mean(value_loss(micro.new_values, micro.returns))}
         fire(self, "on_critic_loss", micro, losses)
@@ -224,11 +226,26 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         # models are in eval mode for good: dropout is off in rollouts and updates alike
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
         strategy = self.trainer.strategy
-        if self.trainer.precision == "16-mixed":
-            raise ValueError("Trainer(precision='16-mixed'): loss scaling hides gradients; use 'bf16-mixed'")
+        # it comes where every step of the first update was skipped
+        warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
+        precision = self.trainer.precision
+        if precision not in ("32-true", "64-true", "bf16-mixed"):
+            raise ValueError(f"Trainer(precision={precision!r}): weights are kept in float32; use 'bf16-mixed'")
         if isinstance(strategy, DDPStrategy):
             # the actor's backward leaves the critic's parameters without gradients, and the other way round
             strategy._ddp_kwargs["find_unused_parameters"] = True
+
+    def train(self, mode: bool = True) -> "LitPPO":
+        """Frozen score sources stay in eval mode, as all our models do."""
+        super().train(mode)
+        if isinstance(self.rewards, nn.Module):
+            self.rewards.train(False)
+        return self
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Check the size of the first batch, where no data module told it before."""
+        if self.trainer.global_step == 0:
+            check_batch(self, len(batch))
 
     def on_fit_start(self) -> None:
         """Try what would fail later, before the first rollout."""
@@ -239,4 +256,6 @@ def _is_plain(value: Any) -> bool:
     """Whether a value can go into a checkpoint's hyperparameters."""
     if isinstance(value, dict):
         return all(_is_plain(entry) for entry in value.values())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
     return value is None or isinstance(value, str | int | float | bool)

@@ -17,6 +17,7 @@ from lit_ppo.experience import Experience, model_inputs
 from lit_ppo.functional import KLEstimator, kl_estimate
 from lit_ppo.models import Actor, Critic, Reference
 from lit_ppo.plan import Plan, deal
+from lit_ppo.reward_functions import check_scores
 from lit_ppo.rollout import stop_ids, uniforms
 
 
@@ -88,16 +89,15 @@ class Policy(L.LightningModule):
             -> (B,) float32.
         """
         self.configure_model()
-        plan = deal([1] * len(experience), n_ranks())
+        plan = deal([(1, 0)] * len(experience), n_ranks())
         rows = plan[rank()][0]
 
         def share() -> dict[str, Tensor]:
             if not rows:
                 return {}
             mine = experience.select(rows)
-            scores = self.rewards(mine).float().cpu()
-            extras = {k: v.cpu() for k, v in mine.extras.items() if k not in experience.extras}
-            return {**extras, "": scores}
+            scores = check_scores(self.rewards(mine), len(mine), "rewards", mine.responses)
+            return {"": scores.cpu(), **{name: mine.extras[name].cpu() for name in self.source_names}}
 
         parts = gather_shares(share)
         named = {name: torch.empty(len(experience), device=self.device) for part in parts for name in part}
@@ -119,7 +119,7 @@ class Policy(L.LightningModule):
         ids, mask, target_mask = model_inputs(rows)
         return _widen(critic(ids, mask, target_mask=target_mask), rows)
 
-    def plan(self, lengths: Sequence[int]) -> Plan:
+    def plan(self, lengths: Sequence[tuple[int, int]]) -> Plan:
         """Rows dealt to ranks and micro-batches."""
         return deal(
             lengths, n_ranks(), micro_batch_size=self.micro_batch_size, micro_batch_tokens=self.micro_batch_tokens
@@ -151,6 +151,8 @@ class Policy(L.LightningModule):
             ids = [row[mask].tolist() for row, mask in zip(first.prompt_ids, first.prompt_mask, strict=True)]
             batch = PromptBatch(first.prompts, ids, first.prompt_index, first.columns)
         else:
+            if isinstance(prompts, str) or any(isinstance(prompt, dict) for prompt in prompts):
+                raise ValueError(f"rollout(prompts={prompts!r}): one prompt; give a list of prompts")
             texts, ids = encode_prompts(self.tokenizer, prompts)
             chat = {} if all(isinstance(prompt, str) for prompt in prompts) else {"messages": list(prompts)}
             batch = PromptBatch(texts, ids, torch.arange(len(texts)), chat)
@@ -166,7 +168,11 @@ class Policy(L.LightningModule):
             ValueError: They do not.
         """
         new = int(self.generation.max_new_tokens)
-        models = {"actor": self.actor.model, "critic": self.critic and self.critic.backbone}
+        models = {
+            "actor": self.actor.model,
+            "reference": self.reference and self.reference.model,
+            "critic": self.critic and self.critic.backbone,
+        }
         for name, model in models.items():
             limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) if model else None
             if limit is not None and longest_prompt + new > limit:
@@ -184,12 +190,13 @@ class Policy(L.LightningModule):
         rows = [row for row in range(n_prompts) for _ in range(samples)]
         numbers = list(range(samples)) * n_prompts
         prompt_ids, prompt_mask = pad_ids([batch.prompt_ids[row] for row in rows], left=True, device=self.device)
-        shares = [micro_batches[0] for micro_batches in deal(prompt_mask.sum(1).tolist(), n_ranks())]
+        lengths = [(len(batch.prompt_ids[row]), 0) for row in rows]
+        shares = [micro_batches[0] for micro_batches in deal(lengths, n_ranks())]
 
-        def share() -> list[list[int]]:
+        def share() -> tuple[list[list[int]], list[list[int]]]:
             mine = shares[rank()]
             if not mine:
-                return []
+                return batch.prompt_ids, []
             draws = None
             if do_sample:
                 key = (self.seed, stream or "train", self.rollouts if stream is None else 0)
@@ -197,9 +204,15 @@ class Policy(L.LightningModule):
                     *key, [rows[i] for i in mine], [numbers[i] for i in mine], self.generation.max_new_tokens
                 )
             width = int(prompt_mask[mine].sum(1).max())
-            return model.generate(prompt_ids[mine, -width:], prompt_mask[mine, -width:], self.generation, draws)
+            inputs = (prompt_ids[mine, -width:], prompt_mask[mine, -width:])
+            return batch.prompt_ids, model.generate(*inputs, self.generation, draws)
 
-        sampled = gather_shares(share)
+        asked, sampled = zip(*gather_shares(share), strict=True)
+        if any(prompts != asked[0] for prompts in asked):
+            raise ValueError(
+                "rollout(prompts): ranks were given different prompts, and every rank needs the whole batch; use "
+                "PromptDataModule, or Trainer(use_distributed_sampler=False)"
+            )
         by_row = {
             row: ids for mine, part in zip(shares, sampled, strict=True) for row, ids in zip(mine, part, strict=True)
         }
@@ -209,7 +222,7 @@ class Policy(L.LightningModule):
         group = torch.tensor(rows, device=self.device)
         return Experience(
             prompts=[batch.prompts[row] for row in rows],
-            responses=self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            responses=self._continuations([batch.prompt_ids[row] for row in rows], ids),
             columns={name: [values[row] for row in rows] for name, values in batch.columns.items()},
             prompt_index=batch.prompt_index.to(self.device)[group],
             group=group,
@@ -219,6 +232,19 @@ class Policy(L.LightningModule):
             response_mask=response_mask,
             ended=torch.tensor([row[-1] in stops for row in ids], device=self.device),
         )
+
+    def _continuations(self, prompt_ids: list[list[int]], response_ids: list[list[int]]) -> list[str]:
+        """Responses as they continue their prompts: decoded alone, many tokenizers drop the space in front."""
+
+        def decode(rows: list[list[int]]) -> list[str]:
+            options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+            return self.tokenizer.batch_decode(rows, **options)
+
+        before = decode(prompt_ids)
+        whole = decode([prompt + response for prompt, response in zip(prompt_ids, response_ids, strict=True)])
+        alone = decode(response_ids)
+        texts = zip(whole, before, alone, strict=True)
+        return [text[len(start) :] if text.startswith(start) else rest for text, start, rest in texts]
 
     def _add_statistics(self, experience: Experience) -> None:
         """Log-probs of actor and reference, KL and values, by the same forwards that training uses."""
@@ -244,7 +270,7 @@ class Policy(L.LightningModule):
         self, function: Callable[[Experience], dict[str, Tensor]], experience: Experience
     ) -> dict[str, Tensor]:
         """Run over this rank's micro-batches and gather the rows of all; every rank runs as many forwards."""
-        plan = self.plan(experience.lengths.tolist())
+        plan = self.plan(experience.lengths)
 
         def share() -> list[dict[str, Tensor]]:
             parts = [function(experience.select(rows or [0])) for rows in plan[rank()]]

@@ -1,5 +1,6 @@
 """Prompts for PPO: every rank gets the same batches, in an order that survives a restart."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,6 +116,12 @@ class PromptDataModule(TableDataModule):
                 else self.cased(text_cell(where, table, i, column))
             )
         columns = {name: [row.get(name) for row in table.rows] for name in table.columns if name != column}
+        if not chat and columns.pop("messages", None) is not None:
+            warnings.warn(
+                f"{where}: the column 'messages' is left out: under that name rewards look for chat prompts; train on "
+                "it with prompt_column='messages', or rename it",
+                stacklevel=2,
+            )
         if chat and "messages" in columns:
             raise ValueError(
                 f"{where}: chat prompts are handed on as 'messages', which is another column here; rename it"

@@ -31,6 +31,7 @@ ELSEWHERE = {
     "min_length": "give min_new_tokens, which does not depend on the prompt",
     "num_return_sequences": "it is LitPPO's samples_per_prompt",
     "stop_strings": "responses end in a token: give eos_token_id, a list of ids if there are several",
+    "use_cache": "sampling needs it",
     "max_time": "it would make samples depend on the clock",
 }
 

@@ -23,6 +23,7 @@ class OptimizerSteps(Policy):
     """What LitPPO's update needs of optimizers, between a minibatch and the next."""
 
     actor_frozen: bool
+    _actor_rests: bool  # in this update
     max_grad_norm: float | None
     max_skipped_steps: int
     skipped_steps: int  # in a row
@@ -50,7 +51,7 @@ class OptimizerSteps(Policy):
 
     def micro_batches(self, minibatch: Minibatch) -> Iterator[Minibatch]:
         """This rank's micro-batches of the global minibatch."""
-        plan = self.plan(minibatch.lengths.tolist())
+        plan = self.plan(minibatch.lengths)
         return minibatch.micro_batches(plan[rank()], n_ranks())
 
     def backward_losses(self, model: str, micro: Minibatch, losses: dict[str, Tensor]) -> None:
@@ -93,7 +94,7 @@ class OptimizerSteps(Policy):
     def end_update(self) -> None:
         """Step the schedules and count one global step: one update, whatever was stepped or skipped in it."""
         schedulers = self.lr_schedulers() or []
-        frozen = self.actor_optimizer if self.actor_frozen else None
+        frozen = self.actor_optimizer if self._actor_rests else None
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             if scheduler.optimizer is not frozen:
                 scheduler.step()  # type: ignore[call-arg]
@@ -116,7 +117,7 @@ class OptimizerSteps(Policy):
         targets[:, 0] = False
         before = {p: p.grad.clone() for p in self.actor.parameters() if p.grad is not None}
         total = torch.zeros((), device=self.device)
-        plan = self.plan(batch["attention_mask"].sum(1).tolist())[rank()]
+        plan = self.plan([(n, 0) for n in batch["attention_mask"].sum(1).tolist()])[rank()]
         for rows in plan:
             part = {name: tensor[rows or [0]] for name, tensor in batch.items()}
             target_mask = targets[rows or [0]]
@@ -157,6 +158,6 @@ class OptimizerSteps(Policy):
         }
         for name in self.source_names:
             metrics[f"objective/score/{name}"] = float(experience.extras[name].mean())
-        self.log_dict(metrics, batch_size=1)
-        for name in ("score", "kl"):
-            self.log(name, metrics[f"objective/{name}"], prog_bar=True, logger=False, batch_size=1)
+        for name, value in metrics.items():
+            self.log(name, value, prog_bar=name in ("objective/score", "objective/kl"), batch_size=1)
+        self.seconds.clear()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lit_ppo import LitPPO
+from lit_ppo.checkpoint import StepCheckpoint
 from lit_ppo.preflight import check_batch
 from lit_ppo.rewards import RewardModel
 from tests.tiny import WORDS, make_causal_lm, make_reward_model, make_tokenizer
@@ -26,7 +27,12 @@ from tests.toys import make_data, make_module, make_trainer
         ("max_grad_norm", 0.0, "must be a finite number over 0, or null for none"),
         ("kl_coef", -0.1, "must be a finite number, 0 or more"),
         ("kl_coef", float("nan"), "must be a finite number, 0 or more"),
-        ("max_skipped_steps", -1, "must be 0 or more"),
+        ("kl_coef", None, "must be a finite number, 0 or more"),
+        ("ppo_epochs", True, "must be an integer over 0"),
+        ("max_skipped_steps", -1, "must be an integer, 0 or more"),
+        ("max_skipped_steps", 1.5, "must be an integer, 0 or more"),
+        ("seed", -1, "must be an integer, 0 or more"),
+        ("advantages", len, "is no estimator"),
         ("kl_estimator", "k4", "must be one of k1, k2, k3"),
         ("loss_reduction", "mean", "must be one of token_mean, sequence_mean"),
         ("model_kwargs", {"dtype": "bfloat16"}, "give the Trainer a precision"),
@@ -74,6 +80,19 @@ def test_a_minibatch_that_no_update_can_fill_is_refused(tmp_path, tiny_lm):
     check_batch(make_module(tiny_lm, minibatch_size=14, samples_per_prompt=2), 7)
 
 
+def test_a_minibatch_larger_than_a_plain_loaders_batch_is_refused(tmp_path, tiny_lm):
+    loader = torch.utils.data.DataLoader(["the film", "a movie"], batch_size=2, num_workers=0)
+    with pytest.raises(ValueError, match=r"LitPPO\(minibatch_size=5\): more than the 2 responses"):
+        make_trainer(tmp_path).fit(make_module(tiny_lm), loader, loader)
+
+
+@pytest.mark.parametrize("model", ["reference", "critic"])
+def test_every_models_positions_count(tmp_path, tiny_lm, model):
+    short = make_causal_lm(tmp_path / "short", n_positions=12)
+    with pytest.raises(ValueError, match=rf"beyond the {model}'s 12 positions"):
+        make_trainer(tmp_path).fit(make_module(tiny_lm, **{model: str(short)}), make_data(tmp_path))
+
+
 def test_prompts_that_would_outgrow_the_model_are_refused_before_the_first_rollout(tmp_path, tiny_lm):
     module = make_module(tiny_lm, generation={"max_new_tokens": 61})
     with pytest.raises(ValueError, match=r"max_new_tokens': 61.*a prompt of 4 tokens.*the actor's 64 positions"):
@@ -107,8 +126,10 @@ def test_a_full_disk_is_found_before_the_first_rollout(tmp_path, tiny_lm, monkey
     from collections import namedtuple
 
     monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "total used free")(1, 1, 1000))
+    make_trainer(tmp_path, max_steps=0).fit(make_module(tiny_lm), make_data(tmp_path))  # none are written
+    trainer = make_trainer(tmp_path, enable_checkpointing=True, callbacks=[StepCheckpoint()])
     with pytest.raises(ValueError, match=r"default_root_dir=.*free, checkpoints need .*make room"):
-        make_trainer(tmp_path).fit(make_module(tiny_lm), make_data(tmp_path))
+        trainer.fit(make_module(tiny_lm), make_data(tmp_path))
 
 
 def test_sampling_filters_are_warned_about(tmp_path, tiny_lm):
@@ -117,10 +138,11 @@ def test_sampling_filters_are_warned_about(tmp_path, tiny_lm):
         make_trainer(tmp_path, max_steps=1).fit(module, make_data(tmp_path))
 
 
-def test_half_precision_is_refused(tmp_path, tiny_lm):
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-true", "16-true"])
+def test_weights_in_half_precision_are_refused(tmp_path, tiny_lm, precision):
     trainer = make_trainer(tmp_path)
-    trainer.strategy.precision_plugin.precision = "16-mixed"
-    with pytest.raises(ValueError, match=r"16-mixed.*use 'bf16-mixed'"):
+    trainer.strategy.precision_plugin.precision = precision
+    with pytest.raises(ValueError, match=rf"{precision}.*use 'bf16-mixed'"):
         trainer.fit(make_module(tiny_lm), make_data(tmp_path))
 
 

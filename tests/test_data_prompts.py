@@ -424,3 +424,13 @@ def test_setup_is_quiet(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as record:
         ready(write(tmp_path / "p.jsonl", ROWS), max_prompt_length=4)
     assert not record
+
+
+def test_a_messages_column_beside_plain_prompts_is_left_out_with_a_warning(tmp_path: Path, tiny_lm: Path) -> None:
+    """Rewards take that column for chat prompts."""
+    row = {"prompt": "the film", "messages": [{"role": "user", "content": "the film"}], "level": 1}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    data = PromptDataModule(str(tmp_path / "p.jsonl"), tokenizer=str(tiny_lm))
+    with pytest.warns(UserWarning, match="the column 'messages' is left out"):
+        data.setup("fit")
+    assert data.columns == {"level": [1]}

@@ -116,7 +116,7 @@ def test_means_are_exact_however_the_step_is_split(n_ranks, micro_batch_size, re
     minibatch = Minibatch.of(experience, range(5), reduction)
     assert minibatch.mean(experience.extras["x"]).item() == pytest.approx(expected.item(), rel=1e-6)
     parts, logged = [], 0.0
-    for share in deal([1] * 5, n_ranks, micro_batch_size=micro_batch_size):
+    for share in deal([(1, 1)] * 5, n_ranks, micro_batch_size=micro_batch_size):
         minibatch.metrics = {}
         for micro in minibatch.micro_batches(share, n_ranks):
             parts.append(micro.mean(micro.extras["x"]))
@@ -124,6 +124,41 @@ def test_means_are_exact_however_the_step_is_split(n_ranks, micro_batch_size, re
         logged += minibatch.metrics["x"]
     assert (sum(parts) / n_ranks).item() == pytest.approx(expected.item(), rel=1e-6)
     assert logged.item() == pytest.approx(torch.cat(rows).mean().item(), rel=1e-6)  # metrics are token means
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+def test_a_response_without_tokens_has_no_weight(reduction):
+    """As a callback leaves it that masks whole responses out: means are those of the others."""
+    experience = make(lengths=(3, 0, 4), prompts=(1, 1, 1))
+    minibatch = Minibatch.of(experience, range(3), reduction)
+    x = torch.arange(12.0).reshape(3, 4)
+    expected = {"token_mean": (0 + 1 + 2 + 8 + 9 + 10 + 11) / 7, "sequence_mean": (1 + 9.5) / 2}[reduction]
+    parts = [micro.mean(x[i : i + 1]) for i, micro in enumerate(minibatch.micro_batches([[0], [1], [2]], 1))]
+    assert sum(parts).item() == pytest.approx(expected)
+
+
+def test_a_mask_that_a_callback_rebinds_before_the_step_counts():
+    minibatch = Minibatch.of(make(), range(5), "token_mean")
+    minibatch.response_mask = minibatch.response_mask & (torch.arange(4) < 1)
+    (micro,) = minibatch.micro_batches([list(range(5))], 1)
+    assert micro.mean(torch.ones(5, 4)).item() == pytest.approx(1.0)
+    assert (micro.weights > 0).sum() == 5
+
+
+def test_what_is_logged_before_the_micro_batches_counts_once():
+    """The global minibatch is there on every rank."""
+    logged = 0.0
+    for share in deal([(1, 1)] * 5, 2, micro_batch_size=2):
+        minibatch = Minibatch.of(make(), range(5), "token_mean")
+        minibatch.log("x", torch.full((5, 4), 3.0))
+        list(minibatch.micro_batches(share, 2))
+        logged += minibatch.metrics["x"].item()
+    assert logged == pytest.approx(3.0)
+
+
+def test_an_unfinished_experience_can_be_shown():
+    assert "response_ids=(5, 4)" in repr(make())
+    assert "rewards" not in repr(make())
 
 
 def test_model_inputs_are_cut_to_the_longest_row():

@@ -5,7 +5,7 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 
 from lit_ppo import head
-from lit_ppo.head import HeadInputs, exact_kl, logprobs_and_entropy
+from lit_ppo.head import HeadInputs, token_statistics
 
 
 def inputs(n=11, hidden=5, vocab=7, seed=0) -> HeadInputs:
@@ -26,7 +26,7 @@ def _chunks(request, monkeypatch):
 def test_values_and_gradients_are_those_of_the_whole_distribution(temperature):
     ids = torch.arange(11) % 7
     ours, plain = inputs(), inputs()
-    logprobs, entropy = logprobs_and_entropy(ours, ids, temperature)
+    logprobs, entropy = token_statistics(ours, ids, temperature)
     distribution = Categorical(logits=(plain.states @ plain.weight.T + plain.bias) / temperature)
     torch.testing.assert_close(logprobs, distribution.log_prob(ids), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(entropy, distribution.entropy(), rtol=1e-10, atol=1e-10)
@@ -41,10 +41,11 @@ def test_values_and_gradients_are_those_of_the_whole_distribution(temperature):
 def test_exact_kl_is_torchs_divergence():
     ours, ref = inputs(seed=0), inputs(seed=1)
     ref = HeadInputs(*(t.detach() for t in ref))
-    kl = exact_kl(ours, ref, temperature=0.5)
+    logprobs, kl = token_statistics(ours, torch.arange(11) % 7, temperature=0.5, kl_to=ref)
     p = Categorical(logits=(ours.states @ ours.weight.T + ours.bias) / 0.5)
     q = Categorical(logits=(ref.states @ ref.weight.T + ref.bias) / 0.5)
     torch.testing.assert_close(kl, kl_divergence(p, q), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(logprobs, p.log_prob(torch.arange(11) % 7), rtol=1e-10, atol=1e-10)
     (grad,) = torch.autograd.grad(kl.sum(), ours.states, retain_graph=True)
     (expected,) = torch.autograd.grad(kl_divergence(p, q).sum(), ours.states)
     torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-10)
@@ -55,5 +56,5 @@ def test_no_chunk_is_larger_than_the_limit(monkeypatch):
     seen = []
     monkeypatch.setattr(head, "linear", lambda s, w, b: seen.append(len(s)) or torch.nn.functional.linear(s, w, b))
     with torch.no_grad():
-        logprobs_and_entropy(inputs(), torch.arange(11) % 7)
+        token_statistics(inputs(), torch.arange(11) % 7)
     assert seen == [3, 3, 3, 2]

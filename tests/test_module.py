@@ -294,7 +294,9 @@ def test_a_schedule_over_the_run_knows_its_length_in_updates(tmp_path, gpt2):
 
 
 def test_a_schedule_that_steps_on_results_is_refused(tmp_path, gpt2):
-    with pytest.raises(ValueError, match=r"LitPPO\(critic_scheduler=ReduceLROnPlateau\): it steps on a validation result"):
+    with pytest.raises(
+        ValueError, match=r"LitPPO\(critic_scheduler=ReduceLROnPlateau\): it steps on a validation result"
+    ):
         run(tmp_path, gpt2, critic_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
 
 

@@ -31,7 +31,8 @@ def test_fields_of_a_rollout(module):
     for i, prompt in enumerate(experience.prompts):
         assert experience.prompt_ids[i][experience.prompt_mask[i]].tolist() == tokenizer(prompt).input_ids
         ids = experience.response_ids[i][experience.response_mask[i]]
-        assert experience.responses[i] == tokenizer.decode(ids, skip_special_tokens=True)
+        words = tokenizer.decode(ids, skip_special_tokens=True)
+        assert experience.responses[i] == (f" {words}" if words else "")  # as it continues the prompt
     for name in ("logprobs", "ref_logprobs", "values", "kl"):
         assert getattr(experience, name)[~experience.response_mask].eq(0).all()
         assert getattr(experience, name).dtype == torch.float32
@@ -135,3 +136,50 @@ def test_no_prompts_are_refused(module):
 def test_rolling_out_without_a_reference_from_the_reference_is_refused(tiny_lm):
     with pytest.raises(ValueError, match="there is no reference"):
         make_module(tiny_lm, reference=None).rollout(PROMPTS, policy="reference")
+
+
+@pytest.mark.parametrize("prompts", ["the film", [{"role": "user", "content": "the film"}]])
+def test_one_prompt_without_its_list_is_refused(module, prompts):
+    with pytest.raises(ValueError, match="one prompt; give a list of prompts"):
+        module.rollout(prompts)
+
+
+def test_scoring_again_renews_each_sources_scores(tiny_lm):
+    calls = []
+
+    def count(prompts, responses):
+        calls.append(1)
+        return [float(len(calls))] * len(responses)
+
+    module = make_module(tiny_lm, rewards={"a": count})
+    experience = module.rollout(PROMPTS)
+    for expected in (1.0, 2.0):
+        assert module.score(experience).tolist() == experience.extras["a"].tolist() == [expected] * 3
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"), [(torch.ones(1), "1 values for 3 responses"), (torch.tensor([1.0, torch.nan, 0.0]), "nan")]
+)
+def test_what_a_score_source_returns_is_checked(tiny_lm, scores, message):
+    module = make_module(tiny_lm, rewards=lambda experience: scores)
+    with pytest.raises(ValueError, match=message):
+        module.score(module.rollout(PROMPTS))
+
+
+def test_a_score_source_of_ones_own_is_frozen_and_in_eval_mode(tiny_lm):
+    class Source(torch.nn.Linear):
+        def forward(self, experience):
+            return torch.zeros(len(experience))
+
+    module = make_module(tiny_lm, rewards=Source(2, 2))
+    module.configure_model()
+    module.train()
+    assert not any(m.training for m in module.rewards.modules())
+    assert not any(p.requires_grad for p in module.rewards.parameters())
+
+
+def test_model_kwargs_reach_every_model(tiny_lm):
+    module = make_module(tiny_lm, model_kwargs={"attn_implementation": "eager"})
+    module.configure_model()
+    for model in (module.actor.model, module.reference.model, module.critic.backbone):
+        assert model.config._attn_implementation == "eager"

@@ -16,15 +16,19 @@ from tests.toys import logged, make_data, make_module, make_trainer
 class Poison(L.Callback):
     """Makes the actor's loss NaN in some optimizer steps, counted from 0."""
 
-    def __init__(self, *steps: int) -> None:
-        self.steps, self.step = steps, -1
+    def __init__(self, *steps: int, critic: bool = False) -> None:
+        self.steps, self.step, self.critic = steps, -1, critic
 
     def on_minibatch_start(self, trainer: Any, pl_module: Any, minibatch: Any) -> None:
         self.step += 1
 
     def on_actor_loss(self, trainer: Any, pl_module: Any, minibatch: Any, losses: Any) -> None:
-        if self.step in self.steps:
+        if self.step in self.steps and not self.critic:
             losses["policy"] = losses["policy"] * torch.nan
+
+    def on_critic_loss(self, trainer: Any, pl_module: Any, minibatch: Any, losses: Any) -> None:
+        if self.step in self.steps and self.critic:
+            losses["value"] = losses["value"] * torch.nan
 
 
 def fit(tmp_path, actor, *callbacks, max_steps=1, **overrides):
@@ -39,6 +43,11 @@ def test_the_first_non_finite_loss_stops_the_run_with_the_batchs_facts(tmp_path,
         NonFiniteError, match=r"update 1: policy_loss=nan.*max_skipped_steps=0.*5 responses|7 responses"
     ):
         fit(tmp_path, tiny_lm, Poison(0))
+
+
+def test_a_non_finite_critic_stops_the_run_too(tmp_path, tiny_lm):
+    with pytest.raises(NonFiniteError, match=r"value_loss=nan"):
+        fit(tmp_path, tiny_lm, Poison(0, critic=True))
 
 
 def test_allowed_skips_leave_the_weights_alone_and_are_counted(tmp_path, tiny_lm):
