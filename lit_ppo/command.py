@@ -202,7 +202,7 @@ class Command(LightningCLI):
 
 def _check_groups(config: Namespace) -> None:
     """Refuse a value where keys belong, which the parser lets pass."""
-    for group in ("trainer", "checkpoint", "export"):
+    for group in ("trainer", "checkpoint", "export", "report"):
         if not isinstance(config.get(group), Namespace):
             raise CommandError(f"{group}: {config.get(group)!r} is not a mapping; give its keys below it", exit_code=2)
 
