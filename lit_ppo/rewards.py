@@ -6,7 +6,7 @@ and knows nothing of others.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,16 @@ class WeightedSource(TypedDict):
     weight: float
 
 
-Rewards = ScoreSource | dict[str, ScoreSource | WeightedSource]
+class Source(Protocol):
+    """A score source of one's own, as configurations recognise it by its signature."""
+
+    def __call__(self, experience: Any) -> Any:
+        """(B,) scores."""
+        ...
+
+
+# In this order a parser can write down what it has read: a dict matches neither a class nor, later, any callable.
+Rewards = RewardModel | RewardFunction | nn.Module | Source | dict[str, WeightedSource | ScoreSource] | ScoreSource
 """What ``LitPPO(rewards=...)`` takes."""
 
 

@@ -73,3 +73,24 @@ def test_the_film_review_job_on_ready_models(tmp_path, tiny_lm, tiny_reward):
     run_command("predict", *arguments, "--model.actor", model, cwd=tmp_path).ok()
     predictions = Path(tmp_path / "runs/sentiment/ppo/version_2/predictions.jsonl").read_text().splitlines()
     assert len(predictions) == 12
+
+
+def test_the_judge_beside_the_reward_and_the_configuration_it_leaves(tmp_path, tiny_lm, tiny_reward):
+    """The saved configuration can be run again, also with several rewards."""
+    rows = [json.dumps({"prompt": f" the film {'was ' * i}"}) for i in range(3)]
+    (tmp_path / "eval.jsonl").write_text("\n".join(rows))
+    judged = (CONFIGS / "sentiment/judged.yaml").read_text()
+    for name in ("reward", "judge"):
+        judged = judged.replace(f"runs/sentiment/{name}/model", str(tiny_reward))
+    (tmp_path / "judged.yaml").write_text(judged)
+    arguments = [
+        "--config", CONFIGS / "sentiment.yaml", "--config", "judged.yaml", "--stages=null", "--model.actor", tiny_lm,
+        "--model.generation.max_new_tokens=4", "--data.path=eval.jsonl", "--data.predict_path=eval.jsonl",
+        "--data.val_fraction=0",
+    ]  # fmt: skip
+    run_command("predict", *arguments, cwd=tmp_path).ok()
+    folder = tmp_path / "runs/sentiment/ppo"
+    run_command("predict", "--config", folder / "version_0/config.yaml", cwd=tmp_path).ok()
+    first, again = ((folder / f"version_{i}/predictions.jsonl").read_text() for i in (0, 1))
+    assert first == again
+    assert json.loads(first.splitlines()[0]).keys() == {"prompt", "response", "score", "score/reward", "score/judge"}
