@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
+from lit_ppo.tokenization import train_tokenizer
 from tests.command import REPOSITORY, run_command
 from tests.test_cli_errors import ppo_arguments
-from tests.tiny import make_causal_lm
+from tests.tiny import WORDS, make_causal_lm
 
 CONFIGS = REPOSITORY / "configs"
 TRICKS = sorted(path.stem for path in (CONFIGS / "tricks").glob("*.yaml"))
@@ -41,8 +43,14 @@ def test_a_trick_is_switched_on_by_its_file(trick, tmp_path, tiny_lm, tiny_rewar
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_families_train_through_ppo_yaml(family, tmp_path, tiny_reward):
-    actor = make_causal_lm(tmp_path / "actor", family)
-    run_command("fit", *ppo_arguments(tmp_path, actor, tiny_reward), "--trainer.max_steps=2", cwd=tmp_path).ok()
+    """Byte-level BPE, as transformers gives any Qwen2 checkpoint its own tokenizer class, which reads nothing else."""
+    train_tokenizer([" ".join(WORDS)] * 3, 300, tmp_path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    actor = make_causal_lm(tmp_path / "actor", family, tokenizer=tokenizer)
+    loaded = AutoTokenizer.from_pretrained(actor)
+    assert loaded.decode(loaded("the film was").input_ids).strip() == "the film was"
+    arguments = [*ppo_arguments(tmp_path, actor, tiny_reward), "--data.max_prompt_length=40"]
+    run_command("fit", *arguments, "--trainer.max_steps=2", cwd=tmp_path).ok()
 
 
 @pytest.mark.parametrize(("family", "name"), [("gemma2", "Gemma2ForCausalLM"), ("cohere", "CohereForCausalLM")])
