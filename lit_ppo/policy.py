@@ -182,41 +182,15 @@ class Policy(L.LightningModule):
                 )
 
     def _sample(self, batch: PromptBatch, samples: int, do_sample: bool, policy: str, stream: str | None) -> Experience:
-        """Sample this rank's share of rows and gather all."""
-        model = self.actor if policy == "actor" else self.reference
-        if model is None:
-            raise ValueError("rollout(policy='reference'): there is no reference; give LitPPO one")
-        n_prompts = len(batch.prompts)
-        rows = [row for row in range(n_prompts) for _ in range(samples)]
-        numbers = list(range(samples)) * n_prompts
+        """Sample ``samples`` responses to each prompt."""
+        rows = [row for row in range(len(batch.prompts)) for _ in range(samples)]
         prompt_ids, prompt_mask = pad_ids([batch.prompt_ids[row] for row in rows], left=True, device=self.device)
-        lengths = [(len(batch.prompt_ids[row]), 0) for row in rows]
-        shares = [micro_batches[0] for micro_batches in deal(lengths, n_ranks())]
-
-        def share() -> tuple[list[list[int]], list[list[int]]]:
-            mine = shares[rank()]
-            if not mine:
-                return batch.prompt_ids, []
-            draws = None
-            if do_sample:
-                key = (self.seed, stream or "train", self.rollouts if stream is None else 0)
-                draws = uniforms(
-                    *key, [rows[i] for i in mine], [numbers[i] for i in mine], self.generation.max_new_tokens
-                )
-            width = int(prompt_mask[mine].sum(1).max())
-            inputs = (prompt_ids[mine, -width:], prompt_mask[mine, -width:])
-            return batch.prompt_ids, model.generate(*inputs, self.generation, draws)
-
-        asked, sampled = zip(*gather_shares(share), strict=True)
-        if any(prompts != asked[0] for prompts in asked):
-            raise ValueError(
-                "rollout(prompts): ranks were given different prompts, and every rank needs the whole batch; use "
-                "PromptDataModule, or Trainer(use_distributed_sampler=False)"
-            )
-        by_row = {
-            row: ids for mine, part in zip(shares, sampled, strict=True) for row, ids in zip(mine, part, strict=True)
-        }
-        ids = [by_row[i] for i in range(len(rows))]
+        draws = None
+        if do_sample:
+            numbers = list(range(samples)) * len(batch.prompts)
+            key = (self.seed, stream or "train", self.rollouts if stream is None else 0)
+            draws = uniforms(*key, rows, numbers, int(self.generation.max_new_tokens))
+        ids = self._generate(batch, policy, prompt_ids, prompt_mask, draws)
         response_ids, response_mask = pad_ids(ids, left=False, device=self.device)
         stops = stop_ids(self.generation)
         group = torch.tensor(rows, device=self.device)
@@ -232,6 +206,34 @@ class Policy(L.LightningModule):
             response_mask=response_mask,
             ended=torch.tensor([row[-1] in stops for row in ids], device=self.device),
         )
+
+    def _generate(
+        self, batch: PromptBatch, policy: str, prompt_ids: Tensor, prompt_mask: Tensor, draws: Tensor | None
+    ) -> list[list[int]]:
+        """Generate this rank's share of rows and gather all; every rank must have been given the same prompts."""
+        model = self.actor if policy == "actor" else self.reference
+        if model is None:
+            raise ValueError("rollout(policy='reference'): there is no reference; give LitPPO one")
+        lengths = [(n, 0) for n in prompt_mask.sum(1).tolist()]
+        shares = [micro_batches[0] for micro_batches in deal(lengths, n_ranks())]
+
+        def share() -> tuple[list[list[int]], list[list[int]]]:
+            mine = shares[rank()]
+            if not mine:
+                return batch.prompt_ids, []
+            width = max(lengths[row][0] for row in mine)
+            inputs = (prompt_ids[mine, -width:], prompt_mask[mine, -width:])
+            return batch.prompt_ids, model.generate(*inputs, self.generation, None if draws is None else draws[mine])
+
+        asked, sampled = zip(*gather_shares(share), strict=True)
+        if any(prompts != asked[0] for prompts in asked):
+            raise ValueError(
+                "rollout(prompts): ranks were given different prompts, and every rank needs the whole batch; use "
+                "PromptDataModule, or Trainer(use_distributed_sampler=False)"
+            )
+        pairs = (zip(mine, part, strict=True) for mine, part in zip(shares, sampled, strict=True))
+        by_row = {row: ids for pair in pairs for row, ids in pair}
+        return [by_row[row] for row in range(len(prompt_ids))]
 
     def _continuations(self, prompt_ids: list[list[int]], response_ids: list[list[int]]) -> list[str]:
         """Responses as they continue their prompts: decoded alone, many tokenizers drop the space in front."""
