@@ -79,8 +79,9 @@ class Experience:
 
     @property
     def lengths(self) -> list[tuple[int, int]]:
-        """Tokens of each row's prompt and response."""
-        return list(zip(self.prompt_mask.sum(1).tolist(), self.response_mask.sum(1).tolist(), strict=True))
+        """Tokens of each row's prompt and response, on the host."""
+        both = torch.stack([self.prompt_mask.sum(1), self.response_mask.sum(1)], dim=1)
+        return [(n_prompt, n_response) for n_prompt, n_response in both.tolist()]
 
     def select(self, rows: Tensor | Sequence[int]) -> "Experience":
         """A copy with some rows, given by number or by a boolean mask.
@@ -99,9 +100,10 @@ class Experience:
         Args:
             rows: Row numbers, or a (B,) boolean tensor.
         """
-        index = torch.as_tensor(rows, device=self.response_ids.device)
+        index = torch.as_tensor(rows)
         index = index.nonzero().squeeze(1) if index.dtype == torch.bool else index.long()
         n, listed = len(self), index.tolist()
+        index = index.to(self.response_ids.device, non_blocking=True)
         for name in _set_fields(self):
             if name == "metrics":  # one dict a step, which all micro-batches of it add to
                 continue
@@ -118,10 +120,12 @@ class Experience:
             seed: Integers that name this update; the epoch is added to them.
             reduction: What ``Minibatch.mean`` averages over.
         """
+        lengths = self.lengths
         for epoch in range(epochs):
             order = np.random.default_rng([*seed, epoch]).permutation(len(self))
             for start in range(0, len(self), size):
-                yield Minibatch.of(self, order[start : start + size].tolist(), reduction)
+                rows = order[start : start + size].tolist()
+                yield Minibatch.of(self, rows, reduction, [lengths[row] for row in rows])
 
 
 @dataclass(slots=True, kw_only=True, repr=False, eq=False)
@@ -137,18 +141,26 @@ class Minibatch(Experience):
     new_values: Tensor = field(init=False)
     weights: Tensor = field(init=False)  # (B, T), each token's share of the mean; they sum to 1 over the step
     n_tokens: Tensor = field(init=False)  # response tokens of the whole step
+    lengths: list[tuple[int, int]] = field(init=False)  # read once an update, not once a micro-batch
     reduction: LossReduction = "token_mean"
     ranks: int = 1  # gradients are averaged over ranks: the mean makes up for it
     metrics: dict[str, Tensor] = field(default_factory=dict)  # this rank's part of the step's means
 
     @classmethod
-    def of(cls, experience: Experience, rows: Sequence[int], reduction: LossReduction) -> "Minibatch":
-        """The minibatch of some rows of an experience."""
+    def of(
+        cls,
+        experience: Experience,
+        rows: Sequence[int],
+        reduction: LossReduction,
+        lengths: list[tuple[int, int]] | None = None,
+    ) -> "Minibatch":
+        """The minibatch of some rows of an experience, whose ``lengths`` may be known already."""
         chosen = experience.select(rows)
         minibatch = cls(**{f.name: getattr(chosen, f.name) for f in fields(Experience) if f.init})
         for name in _set_fields(chosen):
             setattr(minibatch, name, getattr(chosen, name))
         minibatch.reduction = reduction
+        minibatch.lengths = chosen.lengths if lengths is None else lengths
         minibatch._weigh()
         return minibatch
 
@@ -223,14 +235,14 @@ def _rows(value: Any, index: Tensor, listed: list[int], n: int) -> Any:
 
 
 def model_inputs(experience: Experience) -> tuple[Tensor, Tensor, Tensor]:
-    """What the models read, cut to the longest prompt and response of these rows.
+    """What the models read, cut to the longest prompt and response of these rows; the masks lie on the host.
 
     Shapes:
         -> input_ids, attention_mask (b, p + t), target_mask (b, t), with p <= P and t <= T.
     """
-    longest_prompt = int(experience.prompt_mask.sum(1).max())
-    longest = max(1, int(experience.response_mask.sum(1).max()))
-    start = experience.prompt_ids.shape[1] - longest_prompt
-    target_mask = experience.response_mask[:, :longest]
-    ids = torch.cat([experience.prompt_ids[:, start:], experience.response_ids[:, :longest]], dim=1)
-    return ids, torch.cat([experience.prompt_mask[:, start:], target_mask], dim=1), target_mask
+    n_prompt, n_response = torch.tensor(experience.lengths).unsqueeze(-1).unbind(1)  # (b, 1) each
+    p, t = int(n_prompt.max()), max(1, int(n_response.max()))
+    start = experience.prompt_ids.shape[1] - p
+    ids = torch.cat([experience.prompt_ids[:, start:], experience.response_ids[:, :t]], dim=1)
+    target_mask = torch.arange(t) < n_response
+    return ids, torch.cat([torch.arange(p) >= p - n_prompt, target_mask], dim=1), target_mask

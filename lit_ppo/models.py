@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -16,8 +16,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import NewGELUActivation
 
 from lit_ppo.head import HeadInputs, token_statistics
+from lit_ppo.packing import pack, reads_packed, use_packing
 from lit_ppo.rollout import sample
 
 
@@ -42,6 +44,8 @@ class Actor(_AlwaysEval):
         super().__init__()
         self.model = model
         self.eval()
+        use_fused_gelu(model)
+        use_packing(model)
         check_head(self)
 
     def forward(
@@ -58,7 +62,8 @@ class Actor(_AlwaysEval):
         Args:
             input_ids: Token ids.
             attention_mask: True at real tokens; positions are counted over these, wherever the padding is.
-            target_mask: The last T tokens' mask: True where wanted. A row's first token has no prediction.
+            target_mask: The last T tokens' mask: True where wanted. A row's first token has no prediction. Masks on
+                the host spare a GPU a synchronisation.
             temperature: Divides the logits.
             kl_to: Another model's states and head for the same target tokens, without gradients.
 
@@ -66,7 +71,8 @@ class Actor(_AlwaysEval):
             input_ids, attention_mask (B, L), target_mask (B, T) -> (B, T), (B, T), 0 where masked.
         """
         head = self._head_inputs(input_ids, attention_mask, target_mask)
-        ids = input_ids[:, -target_mask.shape[1] :][target_mask]
+        rows, columns = (index.to(input_ids.device) for index in target_mask.nonzero(as_tuple=True))
+        ids = input_ids[:, -target_mask.shape[1] :][rows, columns]
         logprobs, second = token_statistics(head, ids, temperature, kl_to)
         return spread(logprobs, target_mask), spread(second, target_mask)
 
@@ -76,8 +82,9 @@ class Actor(_AlwaysEval):
 
     def _head_inputs(self, input_ids: Tensor, attention_mask: Tensor, target_mask: Tensor) -> HeadInputs:
         head = self.model.get_output_embeddings()
-        states = backbone_states(self.model.base_model, input_ids, attention_mask, target_mask)
-        return HeadInputs(states[target_mask], head.weight, head.bias)
+        return HeadInputs(
+            states_before(self.model.base_model, input_ids, attention_mask, target_mask), head.weight, head.bias
+        )
 
 
 class Reference(Actor):
@@ -119,32 +126,38 @@ class Critic(_AlwaysEval):
             self.value_head.weight.copy_(torch.zeros_like(self.value_head.weight) if head is None else head)
             self.value_head.bias.zero_()
         self.eval()
+        use_fused_gelu(backbone)
+        use_packing(backbone)
         check_causal(backbone)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *, target_mask: Tensor) -> Tensor:
-        """Values in float32.
+        """Values in float32; the arguments are the actor's.
 
         Shapes:
             input_ids, attention_mask (B, L), target_mask (B, T) -> (B, T), 0 where masked.
         """
-        states = backbone_states(self.backbone, input_ids, attention_mask, target_mask)
-        values = self.value_head(states[target_mask].to(self.value_head.weight.dtype)).squeeze(-1)
+        states = states_before(self.backbone, input_ids, attention_mask, target_mask)
+        values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
         return spread(values.float(), target_mask)
 
 
-def backbone_states(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor, target_mask: Tensor) -> Tensor:
-    """Hidden states that predict the last T tokens: each token's state is that of the token before it.
+def states_before(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor, target_mask: Tensor) -> Tensor:
+    """Hidden states that predict the N target tokens: each token's state is that of the token before it.
 
     Shapes:
-        (B, L), (B, L), (B, T) -> (B, T, H).
+        (B, L), (B, L), (B, T) -> (N, H).
     """
-    attention_mask = attention_mask.long()
-    positions = {}
-    if "position_ids" in inspect.signature(backbone.forward).parameters:
-        positions = {"position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0)}
-    states = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
-    before: Tensor = pad(states.last_hidden_state[:, :-1], (0, 0, 1, 0))
-    return before[:, -target_mask.shape[1] :]
+    if reads_packed(backbone):
+        arguments, number = pack(input_ids, attention_mask)
+    else:
+        mask = attention_mask.to(input_ids.device)
+        arguments, number = {"input_ids": input_ids, "attention_mask": mask.long()}, torch.arange(mask.numel())
+        number = number.view(mask.shape).to(attention_mask.device)
+        if "position_ids" in inspect.signature(backbone.forward).parameters:
+            arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    states: Tensor = backbone(**arguments, use_cache=False).last_hidden_state
+    targets = number[:, -target_mask.shape[1] :].to(target_mask.device)[target_mask]
+    return states.flatten(0, 1)[targets.to(states.device) - 1]
 
 
 def spread(flat: Tensor, mask: Tensor) -> Tensor:
@@ -153,7 +166,16 @@ def spread(flat: Tensor, mask: Tensor) -> Tensor:
     Shapes:
         (N,), (B, T) -> (B, T).
     """
+    mask = mask.to(flat.device, non_blocking=True)
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+
+
+def use_fused_gelu(model: nn.Module) -> None:
+    """Replace the tanh form of GELU that is written in Python by torch's own: one pass for six."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def check_head(actor: Actor) -> None:

@@ -6,7 +6,7 @@ Plan = list[list[list[int]]]  # rank -> micro-batch -> rows
 
 
 def deal(
-    lengths: Sequence[tuple[int, int]],
+    lengths: Sequence[int],
     n_ranks: int,
     *,
     micro_batch_size: int | None = None,
@@ -18,15 +18,15 @@ def deal(
     forwards on each.
 
     Args:
-        lengths: Tokens of each row's prompt and response, which are padded apart.
+        lengths: Tokens of each row.
         n_ranks: Ranks to deal to.
         micro_batch_size: Most rows in a micro-batch.
         micro_batch_tokens: Most tokens in a micro-batch, padding included; a longer row stands alone.
 
-    >>> deal([(5, 0), (1, 0), (2, 1), (0, 2), (1, 3)], 2, micro_batch_size=2)
+    >>> deal([5, 1, 3, 2, 4], 2, micro_batch_size=2)
     [[[0, 3], [1]], [[4, 2], []]]
     """
-    longest_first = sorted(range(len(lengths)), key=lambda row: (-sum(lengths[row]), row))
+    longest_first = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     # there and back again (0 1 1 0 0 1 ...), so that no rank always gets the longer row of a pair
     shares = [[row for i, row in enumerate(longest_first) if _rank(i, n_ranks) == rank] for rank in range(n_ranks)]
     if micro_batch_tokens is None:
@@ -43,15 +43,13 @@ def _rank(position: int, n_ranks: int) -> int:
     return place if lap % 2 == 0 else n_ranks - 1 - place
 
 
-def _within(budget: int, share: Sequence[int], lengths: Sequence[tuple[int, int]]) -> Iterable[list[int]]:
+def _within(budget: int, share: Sequence[int], lengths: Sequence[int]) -> Iterable[list[int]]:
     """Cut rows, longest first, into runs whose padded size keeps to the budget."""
     run: list[int] = []
-    prompt = response = 0  # the longest of the run
     for row in share:
-        prompt, response = max(prompt, lengths[row][0]), max(response, lengths[row][1])
-        if run and (len(run) + 1) * (prompt + response) > budget:
+        if run and (len(run) + 1) * lengths[run[0]] > budget:
             yield run
-            run, (prompt, response) = [], lengths[row]
+            run = []
         run.append(row)
     if run:
         yield run

@@ -89,7 +89,7 @@ class Policy(L.LightningModule):
             -> (B,) float32.
         """
         self.configure_model()
-        plan = deal([(1, 0)] * len(experience), n_ranks())
+        plan = deal([1] * len(experience), n_ranks())
         rows = plan[rank()][0]
 
         def share() -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ class Policy(L.LightningModule):
         ids, mask, target_mask = model_inputs(rows)
         return _widen(critic(ids, mask, target_mask=target_mask), rows)
 
-    def plan(self, lengths: Sequence[tuple[int, int]]) -> Plan:
+    def plan(self, lengths: Sequence[int]) -> Plan:
         """Rows dealt to ranks and micro-batches."""
         return deal(
             lengths, n_ranks(), micro_batch_size=self.micro_batch_size, micro_batch_tokens=self.micro_batch_tokens
@@ -214,14 +214,14 @@ class Policy(L.LightningModule):
         model = self.actor if policy == "actor" else self.reference
         if model is None:
             raise ValueError("rollout(policy='reference'): there is no reference; give LitPPO one")
-        lengths = [(n, 0) for n in prompt_mask.sum(1).tolist()]
+        lengths = prompt_mask.sum(1).tolist()
         shares = [micro_batches[0] for micro_batches in deal(lengths, n_ranks())]
 
         def share() -> tuple[list[list[int]], list[list[int]]]:
             mine = shares[rank()]
             if not mine:
                 return batch.prompt_ids, []
-            width = max(lengths[row][0] for row in mine)
+            width = max(lengths[row] for row in mine)
             inputs = (prompt_ids[mine, -width:], prompt_mask[mine, -width:])
             return batch.prompt_ids, model.generate(*inputs, self.generation, None if draws is None else draws[mine])
 
@@ -272,7 +272,7 @@ class Policy(L.LightningModule):
         self, function: Callable[[Experience], dict[str, Tensor]], experience: Experience
     ) -> dict[str, Tensor]:
         """Run over this rank's micro-batches and gather the rows of all; every rank runs as many forwards."""
-        plan = self.plan(experience.lengths)
+        plan = self.plan([sum(both) for both in experience.lengths])
 
         def share() -> list[dict[str, Tensor]]:
             parts = [function(experience.select(rows or [0])) for rows in plan[rank()]]

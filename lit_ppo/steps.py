@@ -51,7 +51,7 @@ class OptimizerSteps(Policy):
 
     def micro_batches(self, minibatch: Minibatch) -> Iterator[Minibatch]:
         """This rank's micro-batches of the global minibatch."""
-        plan = self.plan(minibatch.lengths)
+        plan = self.plan([sum(both) for both in minibatch.lengths])
         return minibatch.micro_batches(plan[rank()], n_ranks())
 
     def backward_losses(self, model: str, micro: Minibatch, losses: dict[str, Tensor]) -> None:
@@ -112,17 +112,16 @@ class OptimizerSteps(Policy):
         Returns:
             The loss, a mean over tokens, without ``coef``; and the norm of the gradient added, over all ranks.
         """
-        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        batch = {name: tensor.cpu() for name, tensor in batch.items()}
         targets = batch["labels"] != -100
         targets[:, 0] = False
         before = {p: p.grad.clone() for p in self.actor.parameters() if p.grad is not None}
         total = torch.zeros((), device=self.device)
-        plan = self.plan([(n, 0) for n in batch["attention_mask"].sum(1).tolist()])[rank()]
-        for rows in plan:
+        for rows in self.plan(batch["attention_mask"].sum(1).tolist())[rank()]:
             part = {name: tensor[rows or [0]] for name, tensor in batch.items()}
-            target_mask = targets[rows or [0]]
-            logprobs, _ = self.actor(part["input_ids"], part["attention_mask"].bool(), target_mask=target_mask)
-            loss = -logprobs.sum() / targets.sum() * bool(rows)
+            ids, target_mask = part["input_ids"].to(self.device), targets[rows or [0]]
+            logprobs, _ = self.actor(ids, part["attention_mask"].bool(), target_mask=target_mask)
+            loss = -logprobs.sum() / int(targets.sum()) * bool(rows)
             self.manual_backward(coef * n_ranks() * loss)
             total += loss.detach()
         added = [p.grad - before[p] if p in before else p.grad for p in self.actor.parameters() if p.grad is not None]
