@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
-from lit_ppo.checks import check_models
+from lit_ppo.checks import ReferenceDtype, check_models, check_saved_reference
 from lit_ppo.models import Actor, Reference, load_causal_lm, load_critic, load_tokenizer
 from lit_ppo.policy import Policy
 from lit_ppo.rewards import RewardModel
@@ -23,6 +24,7 @@ class Assembly(Policy):
     factories: dict[str, tuple[OptimizerCallable, LRSchedulerCallable | None]]
     generation_fields: dict[str, Any]
     model_kwargs: dict[str, Any]
+    reference_dtype: ReferenceDtype
     checkpoint_reference: bool
     skipped_steps: int
     _tokenizer: PreTrainedTokenizerBase | None
@@ -51,7 +53,8 @@ class Assembly(Policy):
         self.reference = None
         if self.paths["reference"] is not None:
             path = actor_path if self.paths["reference"] == "actor" else str(self.paths["reference"])
-            self.reference = Reference(load_causal_lm(f"{name}(reference)", path, self.model_kwargs))
+            dtype = getattr(torch, self.reference_dtype)
+            self.reference = Reference(load_causal_lm(f"{name}(reference)", path, self.model_kwargs, dtype))
         self.critic = None
         if self.paths["critic"] is not None:
             path, label = self._critic_source()
@@ -85,6 +88,7 @@ class Assembly(Policy):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Weights without the frozen ones: the reference is loaded from its own path, unless a callback moves it."""
+        check_saved_reference(self)
         frozen = ("rewards.",) if self.checkpoint_reference else ("rewards.", "reference.")
         return {k: v for k, v in super().state_dict(*args, **kwargs).items() if not k.startswith(frozen)}
 

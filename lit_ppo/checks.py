@@ -1,7 +1,7 @@
 """What LitPPO refuses before it builds anything, and once its models are built."""
 
 import math
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from transformers import PreTrainedModel
 
@@ -11,6 +11,8 @@ from lit_ppo.rollout import FILTERS, NEUTRAL, check_generation
 
 if TYPE_CHECKING:
     from lit_ppo.assembly import Assembly
+
+ReferenceDtype = Literal["float32", "bfloat16"]
 
 
 def check_arguments(name: str, given: dict[str, Any]) -> None:
@@ -49,6 +51,10 @@ def check_arguments(name: str, given: dict[str, Any]) -> None:
         refuse("kl_estimator", f"must be one of {', '.join(get_args(KLEstimator))}")
     if given["loss_reduction"] not in get_args(LossReduction):
         refuse("loss_reduction", f"must be one of {', '.join(get_args(LossReduction))}")
+    if given["reference_dtype"] not in get_args(ReferenceDtype):
+        refuse("reference_dtype", f"must be one of {', '.join(get_args(ReferenceDtype))}")
+    if given["reference"] is None and given["reference_dtype"] != "float32":
+        refuse("reference_dtype", "there is no reference; leave it out, or give a reference")
     if {"dtype", "torch_dtype"} & set(given["model_kwargs"] or {}):
         refuse("model_kwargs", "trained weights are kept in float32; give the Trainer a precision instead")
     if not hasattr(given["advantages"], "needs_values"):
@@ -107,6 +113,19 @@ def check_models(module: "Assembly") -> None:
                 "LitPPO(critic='reward'): the reward model's tokenizer is not the actor's, so its weights mean other "
                 "tokens; use critic='actor'"
             )
+
+
+def check_saved_reference(module: "Assembly") -> None:
+    """Check that a reference which callbacks move, and checkpoints hold, can take small moves.
+
+    Raises:
+        ValueError: It is not in float32.
+    """
+    if module.checkpoint_reference and module.reference_dtype != "float32":
+        raise ValueError(
+            f"LitPPO(reference_dtype={module.reference_dtype!r}): a callback moves the reference "
+            "(checkpoint_reference=True), and small moves round away in it; use 'float32'"
+        )
 
 
 def _vocab_size(model: PreTrainedModel) -> int:

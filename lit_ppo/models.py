@@ -239,9 +239,11 @@ def load_tokenizer(argument: str, path: str) -> PreTrainedTokenizerBase:
     return tokenizer  # type: ignore[no-any-return]
 
 
-def load_causal_lm(argument: str, path: str, model_kwargs: dict[str, Any]) -> PreTrainedModel:
-    """A causal LM in float32: from a bf16 checkpoint an Adam step at 5e-7 would round away."""
-    return _from_pretrained(AutoModelForCausalLM, argument, path, dtype=torch.float32, **model_kwargs)  # type: ignore[no-any-return]
+def load_causal_lm(
+    argument: str, path: str, model_kwargs: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A causal LM, in float32 where it is trained: in bf16 an Adam step at 5e-7 would round away."""
+    return _from_pretrained(AutoModelForCausalLM, argument, path, dtype=dtype, **model_kwargs)  # type: ignore[no-any-return]
 
 
 def load_critic(argument: str, path: str, model_kwargs: dict[str, Any], label: int | None = None) -> Critic:

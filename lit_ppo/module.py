@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_ppo.advantages import GAE, AdvantageEstimator
 from lit_ppo.assembly import Assembly
 from lit_ppo.callbacks.base import fire
-from lit_ppo.checks import check_arguments
+from lit_ppo.checks import ReferenceDtype, check_arguments
 from lit_ppo.evaluation import Evaluation
 from lit_ppo.experience import Experience, LossReduction, Minibatch
 from lit_ppo.functional import KLEstimator, policy_loss, token_rewards, value_loss
@@ -37,6 +37,8 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         critic: ``"actor"`` or ``"reward"`` (start from that model's weights), a path, or None with an estimator
             that needs no values.
         reference: ``"actor"`` (a frozen copy of where the run starts from), a path, or None: no KL term.
+        reference_dtype: ``"bfloat16"`` halves the reference's memory and rounds its log-probs; the KL starts near 0
+            then, not at 0.
         rewards: A ``RewardModel``, a ``RewardFunction``, any callable ``(prompts, responses, **columns)``, or a dict
             of those by name, each plain or as ``{source: ..., weight: ...}``.
         advantages: Estimator.
@@ -72,6 +74,7 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         tokenizer: str | None = None,
         critic: str | None = "actor",
         reference: str | None = "actor",
+        reference_dtype: ReferenceDtype = "float32",
         rewards: Rewards,
         advantages: AdvantageEstimator = GAE(),  # noqa: B008  # stateless
         generation: dict[str, Any],
@@ -101,6 +104,7 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         self.automatic_optimization = False
         self.strict_loading = False  # frozen weights stay out of checkpoints; on_load_checkpoint checks the rest
         self.paths = {"actor": actor, "tokenizer": tokenizer or actor, "critic": critic, "reference": reference}
+        self.reference_dtype = reference_dtype
         self.rewards = as_source(rewards)
         self.advantages = advantages
         self.generation_fields = dict(generation)
@@ -231,6 +235,11 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         precision = self.trainer.precision
         if precision not in ("32-true", "64-true", "bf16-mixed"):
             raise ValueError(f"Trainer(precision={precision!r}): weights are kept in float32; use 'bf16-mixed'")
+        if precision == "64-true" and self.reference_dtype != "float32":
+            raise ValueError(
+                f"LitPPO(reference_dtype={self.reference_dtype!r}): Trainer(precision='64-true') makes every model "
+                "float64; use 'float32' or another precision"
+            )
         if isinstance(strategy, DDPStrategy):
             # the actor's backward leaves the critic's parameters without gradients, and the other way round
             strategy._ddp_kwargs["find_unused_parameters"] = True

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_ppo.checks import reshaping
+from lit_ppo.checks import check_saved_reference, reshaping
 from lit_ppo.experience import Experience, Minibatch
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def preflight(module: "LitPPO") -> None:
     data: Any = getattr(module.trainer, "datamodule", None)
     check_batch(module, getattr(data, "batch_size", None))
     check_disk(module)
+    check_saved_reference(module)
     filters = reshaping(module.generation_fields)
     if filters:
         rank_zero_warn(
