@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lit_ppo.functional import masked_mean
+from lit_ppo.plan import deal
 from lit_ppo.reward_functions import check_scores
+
+BATCH_SIZE = 32
 
 
 class RewardModel(nn.Module):
@@ -26,7 +29,8 @@ class RewardModel(nn.Module):
         aggregation: ``"last"``: what the model itself returns for each text alone. ``"mean"``: the mean of its
             per-token scores over the response's tokens (over an empty response, the score at the last token).
         label: Which logit is the reward, by index or name; needed where the model has several.
-        batch_size: Texts scored at a time.
+        batch_size: Most texts in one forward; by default 32.
+        batch_tokens: Instead: most tokens in one forward, padding included; a longer text stands alone.
         model_kwargs: Passed to ``from_pretrained``; float32 unless ``dtype`` is among them.
 
     Reads ``experience.prompts``, ``responses`` and ``columns``.
@@ -38,16 +42,21 @@ class RewardModel(nn.Module):
         tokenizer: str | None = None,
         aggregation: Literal["last", "mean"] = "last",
         label: int | str | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if aggregation not in ("last", "mean"):
             raise ValueError(f"RewardModel(aggregation={aggregation!r}): must be 'last' or 'mean'")
-        if not batch_size >= 1:
-            raise ValueError(f"RewardModel(batch_size={batch_size!r}): must be at least 1")
+        for argument, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
+            if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+                raise ValueError(f"RewardModel({argument}={value!r}): must be an integer, at least 1")
+        if batch_size is not None and batch_tokens is not None:
+            raise ValueError(f"RewardModel(batch_tokens={batch_tokens}): give it or batch_size, not both")
         self.path, self.tokenizer_path = str(model), str(tokenizer or model)
-        self.aggregation, self.label, self.batch_size = aggregation, label, batch_size
+        self.aggregation, self.label = aggregation, label
+        self.batch_size, self.batch_tokens = batch_size or BATCH_SIZE, batch_tokens
         self.model_kwargs = {"dtype": torch.float32} | (model_kwargs or {})
         self.model: Any = None
         self.tokenizer: Any = None
@@ -118,13 +127,15 @@ class RewardModel(nn.Module):
         self.build()
         spans = spans or [(0, len(text)) for text in texts]
         rows = self._encode(texts, spans, add_special_tokens)
-        # alike lengths together: less padding
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))
         scores = torch.empty(len(rows), device=self.model.device)
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
+        for batch in self._batches([len(ids) for ids, _ in rows]):
             scores[batch] = self._score_batch([rows[row] for row in batch])
         return check_scores(scores, len(texts), f"RewardModel(model={self.path!r})")
+
+    def _batches(self, lengths: list[int]) -> list[list[int]]:
+        """Rows of each forward, alike lengths together: less padding."""
+        budget = {"micro_batch_size": self.batch_size, "micro_batch_tokens": self.batch_tokens}
+        return deal([(length, 0) for length in lengths], n_ranks=1, **budget)[0]
 
     def _encode(
         self, texts: Sequence[str], spans: Sequence[tuple[int, int]], add_special_tokens: bool

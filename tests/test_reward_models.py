@@ -92,6 +92,49 @@ def test_forwards_hold_batch_size_texts_each(tmp_path: Path):
     assert sizes == [3, 1]
 
 
+MIXED = [" ".join(WORDS[:length]) for length in (3, 20, 1, 7, 2, 6, 5, 1)]
+
+
+@pytest.mark.parametrize(
+    ("batch_tokens", "shapes"),
+    [  # texts, longest length: their product keeps to the budget, but for the text of 20
+        (14, [(1, 20), (2, 7), (2, 5), (3, 2)]),
+        (20, [(1, 20), (2, 7), (4, 5), (1, 1)]),
+        (1, [(1, 20), (1, 7), (1, 6), (1, 5), (1, 3), (1, 2), (1, 1), (1, 1)]),
+        (160, [(8, 20)]),
+        (159, [(7, 20), (1, 1)]),
+    ],
+)
+@pytest.mark.parametrize("aggregation", ["last", "mean"])
+def test_forwards_hold_at_most_batch_tokens_padding_included(
+    aggregation: Any, batch_tokens: int, shapes: list[tuple[int, int]], tmp_path: Path
+):
+    """Lengths 20 7 6 5 3 2 1 1, cut by hand; scores are those of one text at a time."""
+    path = make_reward_model(tmp_path, **SHARP)
+    alone = RewardModel(str(path), aggregation=aggregation, batch_size=1).score_texts(MIXED)
+    source = RewardModel(str(path), aggregation=aggregation, batch_tokens=batch_tokens)
+    source.build()
+    seen: list[tuple[int, ...]] = []
+    source.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    assert source.score_texts(MIXED).tolist() == pytest.approx(alone.tolist(), rel=1e-5, abs=1e-5)
+    assert seen == shapes
+    if aggregation == "last":
+        assert alone.tolist() == pytest.approx(stock(path, MIXED), rel=1e-5, abs=1e-5)
+
+
+def test_32_texts_a_forward_by_default(tmp_path: Path):
+    source = RewardModel(str(make_reward_model(tmp_path)))
+    source.build()
+    sizes: list[int] = []
+    source.model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    source.score_texts(["a film"] * 33)
+    assert sizes == [32, 1]
+
+
 def test_tokenizer_of_another_vocabulary(tmp_path: Path):
     """The reward model reads text: its ids are its own, those of another tokenizer if that is named."""
     path = make_reward_model(tmp_path / "model", **SHARP)
@@ -331,7 +374,22 @@ def test_model_that_gives_nan_is_refused(tiny_reward: Path):
         source(experience())
 
 
-@pytest.mark.parametrize(("argument", "value"), [("aggregation", "max"), ("batch_size", 0), ("batch_size", -1)])
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("aggregation", "max"),
+        ("batch_size", 0),
+        ("batch_size", -1),
+        ("batch_size", True),
+        ("batch_tokens", 0),
+        ("batch_tokens", 2.5),
+    ],
+)
 def test_reward_model_arguments(argument: str, value: Any):
     with pytest.raises(ValueError, match=re.escape(f"RewardModel({argument}={value!r}): must be")):
         RewardModel("model", **{argument: value})
+
+
+def test_batch_size_and_batch_tokens_exclude_each_other():
+    with pytest.raises(ValueError, match=re.escape("RewardModel(batch_tokens=64): give it or batch_size, not both")):
+        RewardModel("model", batch_size=32, batch_tokens=64)
