@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lit_ppo.bf16 import warn_if_slower
 from lit_ppo.checks import check_saved_reference, reshaping
 from lit_ppo.experience import Experience, Minibatch
 
@@ -30,6 +31,7 @@ def preflight(module: "LitPPO") -> None:
     check_batch(module, getattr(data, "batch_size", None))
     check_disk(module)
     check_saved_reference(module)
+    warn_if_slower(module.trainer.precision, module.device)
     filters = reshaping(module.generation_fields)
     if filters:
         rank_zero_warn(

@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_ppo.bf16 import warn_if_slower
 from lit_ppo.schedulers import per_step
 from lit_ppo.tokenization import loads_the_same
 
@@ -98,6 +99,10 @@ class SupervisedModule(L.LightningModule):
                 f"{type(self).__name__}(tokenizer={self._tokenizer_source!r}): it has {len(self.tokenizer)} tokens "
                 f"and the model embeds {embedded}; use the model's own tokenizer"
             )
+
+    def on_fit_start(self) -> None:
+        """Say so where bf16 was asked for and is slower."""
+        warn_if_slower(self.trainer.precision, self.device)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer over all weights; the scheduler steps once per optimizer step."""
