@@ -258,7 +258,8 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
 
     def on_fit_start(self) -> None:
         """Try what would fail later, before the first rollout."""
-        preflight(self)
+        with self.trainer.precision_plugin.forward_context():  # as steps run in, and Lightning's hooks do not
+            preflight(self)
 
 
 def _is_plain(value: Any) -> bool:
