@@ -36,11 +36,12 @@ def token_statistics(
         ids (N,) -> (N,), (N,), float32 (float64 stays).
     """
     device = head.states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
-    reference = None if kl_to is None else HeadInputs(*(None if x is None else x.detach().to(dtype) for x in kl_to))
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    dtype = autocast or head.weight.dtype
+    reference = None if kl_to is None else _cast(*kl_to, autocast or kl_to.weight.dtype)
     keep = torch.is_grad_enabled()
     with torch.autocast(device, enabled=False):
-        logprobs, kl = _Statistics.apply(*head, ids, temperature, dtype, reference, keep)
+        logprobs, kl = _Statistics.apply(*head, ids, temperature, dtype, reference, keep)  # type: ignore[no-untyped-call]
     # the entropy is the KL to nothing, log q = 0, with its sign turned
     return logprobs, kl if kl_to is not None else -kl
 
@@ -67,7 +68,7 @@ class _Statistics(torch.autograd.Function):
         reference: HeadInputs | None,
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
-        head = HeadInputs(states.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        head = _cast(states, weight, bias, dtype)
         at_least_float32 = torch.promote_types(dtype, torch.float32)
         logprobs, divergence = (torch.empty(len(ids), dtype=at_least_float32, device=ids.device) for _ in range(2))
         kept: list[Tensor] = []
@@ -87,7 +88,7 @@ class _Statistics(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_logprobs: Tensor | None, d_divergence: Tensor | None) -> tuple[Tensor | None, ...]:
         states, weight, bias, ids, divergence, *kept = ctx.saved_tensors
-        head = HeadInputs(states.to(ctx.dtype), weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype))
+        head = _cast(states, weight, bias, ctx.dtype)
         wants_states, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         d_states = torch.empty_like(states) if wants_states else None
         d_weight: Tensor | None = None
@@ -117,7 +118,7 @@ def _d_logits(
     """Gradient of a chunk's logits, (n, V)."""
     if d_divergence is None:
         assert d_logprobs is not None
-        gradient = p * (d_logprobs[chunk, None] / -ctx.temperature)
+        gradient: Tensor = p * (d_logprobs[chunk, None] / -ctx.temperature)
     else:
         log_ratio = _log_ratio(p.log(), ctx.reference, chunk, ctx.temperature)
         per_logit = (log_ratio - divergence[chunk, None]) * d_divergence[chunk, None]
@@ -127,6 +128,11 @@ def _d_logits(
     if d_logprobs is not None:
         gradient.scatter_add_(1, ids[chunk, None], d_logprobs[chunk, None] / ctx.temperature)
     return gradient
+
+
+def _cast(states: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> HeadInputs:
+    """A head in the dtype of its products."""
+    return HeadInputs(states.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def _chunks(head: HeadInputs) -> Sequence[slice]:

@@ -1,6 +1,5 @@
 """Actor, critic and frozen reference around Hugging Face models: one training forward each."""
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 
 from lit_ppo.head import HeadInputs, token_statistics
-from lit_ppo.packing import pack, reads_packed, use_packing
+from lit_ppo.packing import read_tokens, use_packing
 from lit_ppo.rollout import sample
 
 
@@ -137,7 +136,8 @@ class Critic(_AlwaysEval):
             input_ids, attention_mask (B, L), target_mask (B, T) -> (B, T), 0 where masked.
         """
         states = states_before(self.backbone, input_ids, attention_mask, target_mask)
-        values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
+        with torch.autocast(states.device.type, enabled=False):  # one number a token: worth keeping exact
+            values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
         return spread(values.float(), target_mask)
 
 
@@ -147,17 +147,9 @@ def states_before(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor
     Shapes:
         (B, L), (B, L), (B, T) -> (N, H).
     """
-    if reads_packed(backbone):
-        arguments, number = pack(input_ids, attention_mask)
-    else:
-        mask = attention_mask.to(input_ids.device)
-        arguments, number = {"input_ids": input_ids, "attention_mask": mask.long()}, torch.arange(mask.numel())
-        number = number.view(mask.shape).to(attention_mask.device)
-        if "position_ids" in inspect.signature(backbone.forward).parameters:
-            arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    states: Tensor = backbone(**arguments, use_cache=False).last_hidden_state
+    states, number = read_tokens(backbone, input_ids, attention_mask)
     targets = number[:, -target_mask.shape[1] :].to(target_mask.device)[target_mask]
-    return states.flatten(0, 1)[targets.to(states.device) - 1]
+    return states[targets.to(states.device) - 1]
 
 
 def spread(flat: Tensor, mask: Tensor) -> Tensor:

@@ -60,36 +60,72 @@ AttentionInterface.register(NAME, packed_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)  # for sampling, which is not packed
 
 
-def pack(input_ids: Tensor, attention_mask: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """What a backbone reads of rows whose padding is left out, wherever it was.
+@dataclass(frozen=True)
+class RealTokens:
+    """The N real tokens among (B, L), one row after another, wherever the padding was.
+
+    Masks on the host spare a GPU a synchronisation; what is for the models lies with the ids.
+    """
+
+    ids: Tensor  # (N,)
+    positions: Tensor  # (N,), each one's place in its row
+    number: Tensor  # (B, L), on the mask's device: each real token's number
+    packing: Packing
+
+    @classmethod
+    def of(cls, input_ids: Tensor, attention_mask: Tensor) -> "RealTokens":
+        """Leave the padding out."""
+        device = input_ids.device
+        rows, columns = attention_mask.nonzero(as_tuple=True)
+        lengths = attention_mask.sum(1, keepdim=True)
+        steps = torch.arange(int(lengths.max()), device=attention_mask.device)
+        real = steps < lengths
+        places = (lengths.cumsum(0) - lengths + steps).masked_fill(~real, 0)
+        return cls(
+            ids=input_ids[rows.to(device), columns.to(device)],
+            positions=steps.expand(real.shape)[real].to(device),
+            number=(attention_mask.flatten().cumsum(0) - 1).view(attention_mask.shape),
+            packing=Packing(places.to(device), real.flatten().nonzero().squeeze(1).to(device)),
+        )
+
+    def packed(self) -> dict[str, Any]:
+        """What a backbone reads, as one row of N tokens."""
+        return {
+            "input_ids": self.ids.unsqueeze(0),
+            "position_ids": self.positions.unsqueeze(0),
+            # four dimensions say that the mask is ready: transformers then makes none of N x N
+            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.ids.device),
+            "packing": self.packing,
+        }
+
+    def side_by_side(self) -> dict[str, Any]:
+        """What a backbone reads whose attention takes no packing: (B, longest), padded on the right."""
+        places = self.packing.places
+        mask = torch.zeros(places.numel(), dtype=torch.long, device=places.device)
+        return {
+            "input_ids": self.ids[places],
+            "attention_mask": mask.index_fill(0, self.packing.taken, 1).view_as(places),
+        }
+
+
+def read_tokens(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states of the real tokens.
 
     Args:
+        backbone: Hugging Face model that returns ``last_hidden_state``.
         input_ids: Token ids.
-        attention_mask: True at real tokens; on the host it spares a GPU a synchronisation.
-
-    Returns:
-        Its arguments, and the packed number of each token, (B, L).
+        attention_mask: True at real tokens; positions are counted over these.
 
     Shapes:
-        input_ids, attention_mask (B, L); N real tokens.
+        (B, L), (B, L) -> (N, H), and (B, L) with each real token's number, on the mask's device.
     """
-    device = input_ids.device
-    lengths = attention_mask.sum(1, keepdim=True)
-    number = (attention_mask.flatten().cumsum(0) - 1).view(attention_mask.shape)
-    positions = attention_mask.cumsum(1) - 1
-    steps = torch.arange(int(lengths.max()), device=attention_mask.device)
-    real = steps < lengths
-    places = (lengths.cumsum(0) - lengths + steps).masked_fill(~real, 0)
-    rows, columns = attention_mask.nonzero(as_tuple=True)
-    packing = Packing(places.to(device), real.flatten().nonzero().squeeze(1).to(device))
-    arguments = {
-        "input_ids": input_ids[rows.to(device), columns.to(device)].unsqueeze(0),
-        "position_ids": positions[attention_mask].unsqueeze(0).to(device),
-        # four dimensions say that the mask is ready: transformers then makes none of N x N
-        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
-        "packing": packing,
-    }
-    return arguments, number
+    tokens = RealTokens.of(input_ids, attention_mask)
+    if getattr(backbone.config, "_attn_implementation", None) == NAME:
+        states: Tensor = backbone(**tokens.packed(), use_cache=False).last_hidden_state[0]
+    else:
+        padded: Tensor = backbone(**tokens.side_by_side(), use_cache=False).last_hidden_state
+        states = padded.flatten(0, 1)[tokens.packing.taken]
+    return states, tokens.number
 
 
 def use_packing(model: PreTrainedModel) -> None:
@@ -105,11 +141,6 @@ def use_packing(model: PreTrainedModel) -> None:
         model.set_attn_implementation("sdpa")
 
 
-def reads_packed(backbone: nn.Module) -> bool:
-    """Whether :func:`use_packing` has found that it can."""
-    return getattr(backbone.config, "_attn_implementation", None) == NAME
-
-
 def _takes_packing(model: PreTrainedModel) -> bool:
     parameters = inspect.signature(model.base_model.forward).parameters
     return "position_ids" in parameters and any(p.kind == p.VAR_KEYWORD for p in parameters.values())
@@ -118,14 +149,15 @@ def _takes_packing(model: PreTrainedModel) -> bool:
 def _packs_faithfully(model: PreTrainedModel) -> bool:
     """Compare two rows packed with each of them alone."""
     backbone, device = model.base_model, model.device
-    rows = torch.arange(7, device=device).unsqueeze(0) % model.get_input_embeddings().num_embeddings
+    ids = torch.arange(6, device=device).view(2, 3) % model.config.get_text_config().vocab_size
     mask = torch.tensor([[False, True, True], [True, True, True]], device=device)
     with torch.no_grad():
-        arguments, _ = pack(torch.cat([rows[:, :3], rows[:, 3:6]]), mask)
         try:
-            packed = backbone(**arguments, use_cache=False).last_hidden_state[0]
-        except (TypeError, RuntimeError):  # a family that hands on no arguments to its attention
+            packed, _ = read_tokens(backbone, ids, mask)
+        except (TypeError, RuntimeError):  # a family that hands nothing on to its attention
             return False
-        alone = [backbone(input_ids=row, use_cache=False).last_hidden_state[0] for row in (rows[:, 1:3], rows[:, 3:6])]
+        alone = [
+            backbone(input_ids=row.unsqueeze(0), use_cache=False).last_hidden_state[0] for row in (ids[0, 1:], ids[1])
+        ]
     tolerance = 1e-4 if packed.dtype in (torch.float32, torch.float64) else 5e-2
     return torch.allclose(packed.float(), torch.cat(alone).float(), rtol=tolerance, atol=tolerance)

@@ -135,7 +135,7 @@ class RewardModel(nn.Module):
     def _batches(self, lengths: list[int]) -> list[list[int]]:
         """Rows of each forward, alike lengths together: less padding."""
         budget = {"micro_batch_size": self.batch_size, "micro_batch_tokens": self.batch_tokens}
-        return deal([(length, 0) for length in lengths], n_ranks=1, **budget)[0]
+        return deal(lengths, n_ranks=1, **budget)[0]
 
     def _encode(
         self, texts: Sequence[str], spans: Sequence[tuple[int, int]], add_special_tokens: bool

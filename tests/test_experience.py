@@ -116,7 +116,7 @@ def test_means_are_exact_however_the_step_is_split(n_ranks, micro_batch_size, re
     minibatch = Minibatch.of(experience, range(5), reduction)
     assert minibatch.mean(experience.extras["x"]).item() == pytest.approx(expected.item(), rel=1e-6)
     parts, logged = [], 0.0
-    for share in deal([(1, 1)] * 5, n_ranks, micro_batch_size=micro_batch_size):
+    for share in deal([2] * 5, n_ranks, micro_batch_size=micro_batch_size):
         minibatch.metrics = {}
         for micro in minibatch.micro_batches(share, n_ranks):
             parts.append(micro.mean(micro.extras["x"]))
@@ -148,7 +148,7 @@ def test_a_mask_that_a_callback_rebinds_before_the_step_counts():
 def test_what_is_logged_before_the_micro_batches_counts_once():
     """The global minibatch is there on every rank."""
     logged = 0.0
-    for share in deal([(1, 1)] * 5, 2, micro_batch_size=2):
+    for share in deal([2] * 5, 2, micro_batch_size=2):
         minibatch = Minibatch.of(make(), range(5), "token_mean")
         minibatch.log("x", torch.full((5, 4), 3.0))
         list(minibatch.micro_batches(share, 2))

@@ -8,7 +8,7 @@ import pytest
 from lit_ppo.plan import deal
 
 RANDOM = random.Random(0)
-LENGTHS = [(RANDOM.randint(1, 20), RANDOM.randint(1, 20)) for _ in range(23)]
+LENGTHS = [RANDOM.randint(2, 40) for _ in range(23)]
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2, 3, 5])
@@ -28,26 +28,24 @@ def test_a_micro_batch_keeps_to_its_size():
 
 def test_a_micro_batch_keeps_to_its_tokens_padding_included():
     for rows in itertools.chain(*deal(LENGTHS, 2, micro_batch_tokens=60)):
-        prompt, response = (max(LENGTHS[row][i] for row in rows) for i in (0, 1)) if rows else (0, 0)
-        assert len(rows) <= 1 or len(rows) * (prompt + response) <= 60
+        assert len(rows) <= 1 or len(rows) * max(LENGTHS[row] for row in rows) <= 60
     assert max(len(rows) for rows in deal(LENGTHS, 1, micro_batch_tokens=60)[0]) > 1
 
 
 def test_a_row_beyond_the_token_budget_stands_alone():
-    assert deal([(90, 10), (1, 1), (1, 1)], 1, micro_batch_tokens=10) == [[[0], [1, 2]]]
+    assert deal([100, 2, 2], 1, micro_batch_tokens=10) == [[[0], [1, 2]]]
 
 
 def test_ranks_get_about_as_many_tokens():
     plan = deal(LENGTHS, 2, micro_batch_size=4)
-    tokens = [sum(sum(LENGTHS[row]) for rows in share for row in rows) for share in plan]
-    assert max(tokens) - min(tokens) <= max(map(sum, LENGTHS))
+    tokens = [sum(LENGTHS[row] for rows in share for row in rows) for share in plan]
+    assert max(tokens) - min(tokens) <= max(LENGTHS)
 
 
 def test_fewer_rows_than_ranks_leave_empty_micro_batches():
-    assert deal([(4, 3)], 3, micro_batch_size=2) == [[[0]], [[]], [[]]]
+    assert deal([7], 3, micro_batch_size=2) == [[[0]], [[]], [[]]]
 
 
-def test_prompts_and_responses_are_padded_apart():
-    """A long prompt and a long response together make 2 x (9 + 9) tokens, not 2 x 10."""
-    assert deal([(1, 9), (9, 1)], 1, micro_batch_tokens=20) == [[[0], [1]]]
-    assert deal([(1, 9), (9, 1)], 1, micro_batch_tokens=36) == [[[0, 1]]]
+def test_padding_counts_to_the_longest_row():
+    assert deal([4, 10], 1, micro_batch_tokens=19) == [[[1], [0]]]
+    assert deal([4, 10], 1, micro_batch_tokens=20) == [[[1, 0]]]

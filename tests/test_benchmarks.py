@@ -1,0 +1,208 @@
+"""What the benchmarks measure, without asserting on time: FLOPs, lengths, scripts, ratios, and a tiny job in full."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from benchmarks import agreement, files, report, scaling, speed, tuning
+from benchmarks.jobs import EOS, FIRST_WORD, JOBS, KEY, response_length, response_lengths, script
+from benchmarks.measure import PHASES, Clock, update_flops
+from benchmarks.scripted import Script, Scripted, scripted_multinomial
+from lit_ppo.models import Actor
+from lit_ppo.rollout import NEUTRAL
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_flops_by_hand():
+    """One row of 2 + 1 tokens, hidden 2, one layer, 5 tokens of vocabulary.
+
+    Linear 24 * 4 * 3 = 288; attention 1 + 2 + 3 = 6 pairs of 4 * 2 = 48; two models: 672. Heads 2 * 2 * (5 + 1) = 24.
+    Forward 696; with backward 2,088; two epochs 4,176.
+    """
+    assert update_flops(2, 1, 5, [(2, 1)], epochs=2) == 4176
+
+
+def test_flops_count_what_the_models_multiply():
+    """12 hidden^2 weights a layer: the linear part is two operations a weight and token."""
+    job = JOBS["tiny"]
+    model = files.make_model(job, "actor")
+    weights = sum(p.numel() for name, p in model.named_parameters() if ".h." in name and p.ndim == 2)
+    one_more = [update_flops(job.hidden, job.layers, job.vocabulary, [(n, 0)], epochs=1) for n in (0, 1)]
+    assert one_more[1] - one_more[0] == 3 * 2 * (2 * weights + 4 * job.hidden * job.layers)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_lengths_are_those_of_the_job(name):
+    job = JOBS[name]
+    prompts, responses = script(job)
+    lengths = [response_length(response) for response in responses]
+    assert (len(prompts), len(responses)) == (job.prompts, job.prompts)
+    assert (min(map(len, prompts)), max(map(len, prompts))) == (job.longest_prompt // 2, job.longest_prompt)
+    assert np.mean([len(p) for p in prompts]) == pytest.approx(0.75 * job.longest_prompt, rel=0.02)
+    assert {len(response) for response in responses} == {job.longest_response}
+    assert max(lengths) == job.longest_response
+    if job.mean_response is None:
+        assert min(lengths) == job.longest_response
+        assert not any(EOS in response for response in responses)
+    else:  # the mean of min(G, m) is (1 - (1 - p)^m) / p
+        p = 1 / job.mean_response
+        assert np.mean(lengths) == pytest.approx((1 - (1 - p) ** job.longest_response) / p, rel=0.05)
+        assert sum(EOS in response for response in responses) < job.prompts  # some are cut
+
+
+def test_scripts_are_the_same_everywhere_and_tell_prompts_apart():
+    job = JOBS["tiny"]
+    assert script(job) == script(job)
+    prompts, responses = script(job)
+    assert len({tuple(prompt[-KEY:]) for prompt in prompts}) == job.prompts
+    assert all(id >= FIRST_WORD for prompt in prompts for id in prompt)
+    assert all(response.count(EOS) <= 1 for response in responses)
+
+
+def test_a_length_that_ends_has_its_stop_token_last():
+    lengths, ended = response_lengths(JOBS["small"], np.random.default_rng(0))
+    _, responses = script(JOBS["small"])
+    found = sorted(response_length(response) for response in responses)
+    assert found == sorted(lengths.tolist())
+    assert ended.sum() == sum(EOS in response for response in responses)
+
+
+def left_padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[False] * (width - len(prompt)) + [True] * len(prompt) for prompt in prompts])
+    return ids, mask
+
+
+def test_our_sampling_says_what_the_script_says():
+    """Rows given in another order; those that end leave the batch, and their rows of the script with them."""
+    job = JOBS["tiny"]
+    prompts, responses = script(job)
+    order = [5, 0, 3, 1, 7]
+    actor = Actor(files.make_model(job, "actor"))
+    generate = actor.model.generate
+    actor.model.generate = lambda **kw: generate(**kw, logits_processor=[Scripted(Script(prompts, responses))])
+    ids, mask = left_padded([prompts[row] for row in order])
+    config = GenerationConfig(**NEUTRAL, max_new_tokens=job.longest_response, eos_token_id=EOS, pad_token_id=0)
+    sampled = actor.generate(ids, mask, config, torch.rand(len(order), job.longest_response, dtype=torch.float64))
+    assert sampled == [responses[row][: response_length(responses[row])] for row in order]
+
+
+def test_stock_sampling_says_what_the_script_says():
+    """As the other side samples: on past the stop token, with scores untouched."""
+    job = JOBS["tiny"]
+    prompts, responses = script(job)
+    model = files.make_model(job, "actor")
+    ids, mask = left_padded(prompts)
+    multinomial = torch.multinomial
+    with scripted_multinomial(Script(prompts, responses), ids):
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            max_new_tokens=job.longest_response,
+            do_sample=True,
+            eos_token_id=None,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+    assert output.sequences[:, ids.shape[1] :].tolist() == responses
+    assert torch.isfinite(output.scores[0]).sum(1).min() > 1
+    assert torch.multinomial is multinomial
+
+
+def test_text_of_the_script_is_its_tokens():
+    """The reward model reads text."""
+    prompts, _ = script(JOBS["tiny"])
+    tokenizer = files.make_tokenizer(JOBS["tiny"].vocabulary)
+    assert tokenizer(tokenizer.batch_decode(prompts))["input_ids"] == prompts
+
+
+def test_clock_gives_each_second_to_one_phase(monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 7.0])
+    monkeypatch.setattr("benchmarks.measure.perf_counter", lambda: next(now))
+    clock = Clock()
+    clock.switch("forward")
+    clock.switch("backward")
+    clock.lap()
+    assert clock.laps == [dict.fromkeys(PHASES, 0.0) | {"other": 1.0, "forward": 2.0, "backward": 4.0}]
+
+
+def test_ratios_are_taken_pair_by_pair():
+    pairs = [{"ours": {"seconds": a}, "trl": {"seconds": b}} for a, b in ((1, 2), (2, 3), (10, 40))]
+    assert speed.ratio(pairs, "seconds") == {"median": 2.0, "lowest": 1.5, "highest": 4.0}
+
+
+def test_share_of_peak_by_hand():
+    run = {"flops": 60, "updates": [dict.fromkeys(PHASES, 9.0) | {"forward": 1.0, "backward": 2.0}]}
+    assert speed.share_of_peak(run, matmul=100.0) == pytest.approx(0.2)
+
+
+def test_tuning_keeps_the_fastest_of_each_setting():
+    """x = 2 is better than 1; with it y = "b" is worse than "a"."""
+    points = list(tuning.tune({"x": [1, 2], "y": ["a", "b"]}, lambda p: 10 / p["x"] + (p["y"] == "b")))
+    assert points == [({"x": 1, "y": "a"}, 10.0), ({"x": 2, "y": "a"}, 5.0), ({"x": 2, "y": "b"}, 6.0)]
+
+
+def test_both_grids_have_as_many_points():
+    sizes = []
+    for side in ("ours", "trl"):
+        values = tuning.grid(side, JOBS["medium"])
+        sizes.append(1 + sum(len(tried) - 1 for tried in values.values()))
+    assert sizes[0] == sizes[1]
+
+
+def test_agreement_looks_at_response_tokens_and_refuses_other_tokens():
+    ours = {"response_mask": np.array([[1, 0]]), "response_ids": np.array([[7, 0]]), "x": np.array([[1.0, 9.0]])}
+    theirs = {"response_ids": np.array([[7, 5, 5]]), "x": np.array([[1.5, 0.0, 0.0]])}
+    assert agreement.largest_differences(ours, theirs, ("x",)) == {"x": 0.5}
+    with pytest.raises(ValueError, match="different tokens"):
+        agreement.largest_differences(ours, theirs | {"response_ids": np.array([[8, 5, 5]])}, ("x",))
+
+
+def test_a_tiny_job_runs_in_full_and_makes_its_tables(tmp_path):
+    """Through the command, without TRL."""
+    output = tmp_path / "tiny.json"
+    command = [sys.executable, "benchmarks/speed.py", "--jobs", "tiny", "--pairs", "2", "--output", str(output)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(output.read_text())["jobs"]["tiny"]
+    assert len(result["pairs"]) == 2
+    for pair in result["pairs"]:
+        run = pair["ours"]
+        assert run["optimizer_steps"] == 16
+        assert set(run["phases"]) == set(PHASES)
+        assert all(run["phases"][name] > 0 for name in PHASES)
+        assert sum(run["phases"].values()) == pytest.approx(run["seconds"])
+        assert run["share_of_peak"] > 0
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- tables -->\nold\n<!-- /tables -->\nafter\n")
+    report.update(page, [output])
+    text = page.read_text()
+    assert text.startswith("before\n<!-- tables -->\n")
+    assert text.endswith("<!-- /tables -->\nafter\n")
+    assert "old" not in text
+    assert "| tiny |" in text
+
+
+def test_scaling_changes_one_size_and_draws_both_sides():
+    """The mean response keeps its share of the longest: 26 of 64 is 13 of 32."""
+    job = scaling.varied(JOBS["small"], "longest_response", 32)
+    assert (job.longest_response, job.mean_response, job.prompts) == (32, 13, 32)
+    points = [
+        {"axis": "prompts", "value": value, "side": side, "seconds": float(value), "peak_bytes": value << 20}
+        for value in (8, 16)
+        for side in ("ours", "trl")
+    ]
+    root = ElementTree.fromstring(scaling.draw(points))
+    lines = root.findall(".//{http://www.w3.org/2000/svg}polyline")
+    assert len(lines) == 4  # two measures, two sides
