@@ -27,7 +27,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=["small"])
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--updates", type=int, default=1, help="measured in a run, after one that is not")
+    parser.add_argument("--updates", type=int, default=1, help="measured in a run")
+    parser.add_argument("--warmup", type=int, default=1, help="updates before those, not measured")
     parser.add_argument("--trl-python", help="interpreter that has TRL; without it LitPPO runs alone")
     for side in ("ours", "trl"):
         parser.add_argument(f"--{side}", default="defaults", help="defaults, tuned, or a JSON dict of settings")
@@ -126,11 +127,13 @@ def commit() -> str:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the command."""
     args = arguments(argv)
-    runner = Runner(args.threads, args.precision, args.trl_python, updates=args.updates)
+    runner = Runner(args.threads, args.precision, args.trl_python, warmup=args.warmup, updates=args.updates)
     results: dict[str, Any] = {
         "commit": commit(),
         "machine": platform.machine(),
-        "asked": {name: getattr(args, name) for name in ("threads", "precision", "pairs", "updates", "ours", "trl")},
+        "asked": {
+            name: getattr(args, name) for name in ("threads", "precision", "pairs", "warmup", "updates", "ours", "trl")
+        },
         "jobs": {},
     }
     for name in args.jobs:

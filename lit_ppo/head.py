@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 CHUNK_ELEMENTS = 2**22  # logits worked on at a time: 16 MiB in float32, which malloc reuses and caches like
-KEPT_ELEMENTS = 2**24  # probabilities kept for the backward; beyond that, logits are computed again
+KEPT_ELEMENTS = 2**25  # probabilities kept for the backward, 128 MiB; beyond that, logits are computed again
 
 
 class HeadInputs(NamedTuple):
@@ -120,7 +120,7 @@ def _d_logits(
         assert d_logprobs is not None
         gradient: Tensor = p * (d_logprobs[chunk, None] / -ctx.temperature)
     else:
-        log_ratio = _log_ratio(p.log(), ctx.reference, chunk, ctx.temperature)
+        log_ratio = _log_ratio(_finite(p.log()), ctx.reference, chunk, ctx.temperature)
         per_logit = (log_ratio - divergence[chunk, None]) * d_divergence[chunk, None]
         if d_logprobs is not None:
             per_logit -= d_logprobs[chunk, None]
@@ -146,13 +146,17 @@ def _log_softmax(head: HeadInputs, chunk: slice, temperature: float) -> Tensor:
     """Log-probabilities of a chunk, (n, V), at least float32."""
     logits = linear(head.states[chunk], head.weight, head.bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+    return _finite(torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1))
+
+
+def _finite(log_p: Tensor) -> Tensor:
+    """Without -inf, which times 0 would be NaN: a token that cannot occur adds nothing."""
+    return log_p.clamp_(min=torch.finfo(log_p.dtype).min)
 
 
 def _log_ratio(log_p: Tensor, reference: HeadInputs | None, chunk: slice, temperature: float) -> Tensor:
-    """``log p - log q``; 0 where p is, since 0 times -inf would be NaN: a token that cannot occur adds nothing."""
-    log_ratio = log_p if reference is None else log_p - _log_softmax(reference, chunk, temperature)
-    return log_ratio.masked_fill(log_p == -torch.inf, 0.0)
+    """``log p - log q``."""
+    return log_p if reference is None else log_p - _log_softmax(reference, chunk, temperature)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

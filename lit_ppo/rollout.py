@@ -182,7 +182,7 @@ def inverse_cdf(logits: Tensor, draws: Tensor) -> Tensor:
     Shapes:
         logits (B, V), draws (B,) in [0, 1) -> (B,).
     """
-    cdf = torch.softmax(logits.to(draws.dtype), dim=-1).cumsum(-1)
+    cdf = torch.softmax(logits, dim=-1).cumsum(-1, dtype=draws.dtype)
     position = torch.searchsorted(cdf, (draws * cdf[:, -1]).unsqueeze(1), right=True).squeeze(1)
     return position.clamp(max=logits.shape[-1] - 1)
 
