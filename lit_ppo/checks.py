@@ -41,6 +41,9 @@ def check_arguments(name: str, given: dict[str, Any]) -> None:
         optional = argument != "temperature"
         if not (optional and value is None) and not (_is_number(value) and 0 < value < math.inf):
             refuse(argument, "must be a finite number over 0" + (", or null for none" if optional else ""))
+    tolerance = given["sampling_logprobs_tolerance"]
+    if tolerance is not None and not (_is_number(tolerance) and 0 <= tolerance < math.inf):
+        refuse("sampling_logprobs_tolerance", "must be a finite number, 0 or more, or null to compute them again")
     if not (_is_number(given["kl_coef"]) and 0 <= given["kl_coef"] < math.inf):
         refuse("kl_coef", "must be a finite number, 0 or more")
     if not _is_integer(given["max_skipped_steps"], at_least=0):

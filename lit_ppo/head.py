@@ -87,6 +87,8 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_logprobs: Tensor | None, d_divergence: Tensor | None) -> tuple[Tensor | None, ...]:
+        if d_logprobs is None and d_divergence is None:
+            return (None,) * 8
         states, weight, bias, ids, divergence, *kept = ctx.saved_tensors
         head = _cast(states, weight, bias, ctx.dtype)
         wants_states, wants_weight, wants_bias, *_ = ctx.needs_input_grad

@@ -52,6 +52,9 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         minibatch_size: Responses in an optimizer step, over all ranks.
         micro_batch_size: Most responses in one forward of one rank (sampling takes a rank's whole share at once).
         micro_batch_tokens: Instead: most tokens in one forward, padding included.
+        sampling_logprobs_tolerance: None: log-probs of a rollout are computed again by the training pass. A number:
+            those of the sampling pass are kept where the training pass gives the same to within it on one micro-batch
+            a rank, logged as ``rollout/sampling_logprob_difference``; saves about 3% of an update.
         loss_reduction: ``"token_mean"``, or ``"sequence_mean"``: over each response's tokens, then over responses.
         actor_optimizer: From parameters to optimizer. Its rate is usually a tenth of the cold start's.
         critic_optimizer: The same; its rate is usually about twice the actor's.
@@ -87,6 +90,7 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         minibatch_size: int = 32,
         micro_batch_size: int | None = None,
         micro_batch_tokens: int | None = None,
+        sampling_logprobs_tolerance: float | None = None,
         loss_reduction: LossReduction = "token_mean",
         actor_optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0),
         critic_optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-6, weight_decay=0.0),
@@ -112,6 +116,8 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         self.kl_coef, self.kl_estimator, self.clip_range = kl_coef, kl_estimator, clip_range
         self.ppo_epochs, self.minibatch_size = ppo_epochs, minibatch_size
         self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
+        self.sampling_logprobs_tolerance = sampling_logprobs_tolerance
+        self.sampling_difference: float | None = None
         self.loss_reduction = loss_reduction
         self.factories: dict[str, tuple[OptimizerCallable, LRSchedulerCallable | None]] = {
             "actor": (actor_optimizer, actor_scheduler),

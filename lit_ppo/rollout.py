@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import GenerationMode
 
+from lit_ppo.functional import token_logprobs
+
 # Everything that reshapes the distribution, switched off: a checkpoint's own settings must not leak in.
 NEUTRAL: dict[str, Any] = {
     "temperature": 1.0,
@@ -102,7 +104,12 @@ def uniforms(seed: int, stream: str, update: int, rows: Sequence[int], samples: 
 
 
 def sample(
-    model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor, config: GenerationConfig, draws: Tensor | None
+    model: PreTrainedModel,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    config: GenerationConfig,
+    draws: Tensor | None,
+    logprobs: list[list[float]] | None = None,
 ) -> list[list[int]]:
     """Responses, each up to and with its first stop token.
 
@@ -112,11 +119,14 @@ def sample(
         prompt_mask: True at prompt tokens.
         config: From :func:`generation_config`.
         draws: Uniform numbers (B, max_new_tokens); None is greedy.
+        logprobs: An empty list, to be filled with the tokens' log-probs, tempered but before any other processor.
 
     Shapes:
         prompt_ids, prompt_mask (B, P) -> B lists of at most max_new_tokens ids.
     """
     responses: list[list[int]] = [[] for _ in range(len(prompt_ids))]
+    if logprobs is not None:
+        logprobs.extend([] for _ in responses)
 
     def decode(
         model: Any,
@@ -126,7 +136,7 @@ def sample(
         generation_config: Any,
         **state: Any,
     ) -> None:
-        _decode(model, input_ids, logits_processor, generation_config, draws, responses, state)
+        _decode(model, input_ids, logits_processor, config, draws, responses, logprobs, state)
 
     model.generate(  # type: ignore[operator]
         input_ids=prompt_ids,
@@ -144,20 +154,24 @@ def _decode(
     config: GenerationConfig,
     draws: Tensor | None,
     responses: list[list[int]],
+    logprobs: list[list[float]] | None,
     state: dict[str, Any],
 ) -> None:
     """Token by token; rows that have ended leave the batch, and the cache with it."""
     rows = torch.arange(len(input_ids), device=input_ids.device)
     stops = torch.tensor(stop_ids(config), device=input_ids.device)
     draws = None if draws is None else draws.to(input_ids.device, _cdf_dtype(input_ids.device))
-    tokens, ended_at = [], []
+    tokens, tokens_logprobs, alive_at = [], [], []
     outputs = model._prefill(input_ids, config, state, is_first_iteration=True)
     for t in range(config.max_new_tokens):
         state = model._update_model_kwargs_for_generation(outputs, state)
-        logits = logits_processor(input_ids, outputs.logits[:, -1].float())
+        raw = outputs.logits[:, -1].float()
+        logits = logits_processor(input_ids, raw if logprobs is None else raw.clone())  # some write in place
         token = logits.argmax(-1) if draws is None else inverse_cdf(logits, draws[rows, t])
-        tokens.append(torch.zeros(len(responses), dtype=torch.long, device=rows.device).index_copy(0, rows, token))
-        ended_at.append(rows)
+        tokens.append(token)
+        if logprobs is not None:
+            tokens_logprobs.append(token_logprobs(raw.unsqueeze(1), token.unsqueeze(1), config.temperature).squeeze(1))
+        alive_at.append(rows)
         going = ~torch.isin(token, stops)
         input_ids = torch.cat([input_ids, token.unsqueeze(1)], dim=1)
         if t + 1 == config.max_new_tokens or not going.any():
@@ -170,10 +184,12 @@ def _decode(
                 vars(processor).update(_keep_rows(vars(processor), going))
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **state)
         outputs = model(**inputs, return_dict=True)
-    table = torch.stack(tokens, dim=1).tolist()
-    for t, alive in enumerate(ended_at):
-        for row in alive.tolist():
-            responses[row].append(table[row][t])
+    alive = torch.cat(alive_at).tolist()
+    for row, token_id in zip(alive, torch.cat(tokens).tolist(), strict=True):
+        responses[row].append(token_id)
+    if logprobs is not None:
+        for row, logprob in zip(alive, torch.cat(tokens_logprobs).tolist(), strict=True):
+            logprobs[row].append(logprob)
 
 
 def inverse_cdf(logits: Tensor, draws: Tensor) -> Tensor:

@@ -155,6 +155,8 @@ class OptimizerSteps(Policy):
             **{f"time/{phase}": value for phase, value in self.seconds.items()},
             "throughput/tokens_per_second": int(experience.response_mask.sum()) / seconds,
         }
+        if self.sampling_difference is not None:
+            metrics["rollout/sampling_logprob_difference"] = self.sampling_difference
         for name in self.source_names:
             metrics[f"objective/score/{name}"] = float(experience.extras[name].mean())
         for name, value in metrics.items():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lit_ppo import PromptDataModule
+from lit_ppo.functional import token_logprobs
 from lit_ppo.rewards import RewardFunction
 from tests.tiny import make_causal_lm, make_tokenizer
 from tests.toys import count_good, make_module, write_prompts
@@ -183,3 +184,64 @@ def test_model_kwargs_reach_every_model(tiny_lm):
     module.configure_model()
     for model in (module.actor.model, module.reference.model, module.critic.backbone):
         assert model.config._attn_implementation == "eager"
+
+
+class TestSamplingLogprobs:
+    """They are kept where the training pass agrees, and the difference is logged."""
+
+    PROMPTS = ["the film was", "a story", "it felt very"]
+
+    def rollout(self, tiny_lm, monkeypatch, tolerance, **overrides):
+        """An experience, and how many rows the actor's training forward saw for it."""
+        module = make_module(tiny_lm, sampling_logprobs_tolerance=tolerance, micro_batch_size=1, **overrides)
+        seen = []
+        forward = type(module).actor_forward
+
+        def counted(self, model, rows, **kwargs):
+            seen.append(model is self.actor)
+            return forward(self, model, rows, **kwargs)
+
+        monkeypatch.setattr(type(module), "actor_forward", counted)
+        experience = module.rollout(self.PROMPTS)
+        monkeypatch.undo()
+        return module, experience, sum(seen)
+
+    def test_within_the_tolerance_one_micro_batch_is_computed_and_all_are_kept(self, tiny_lm, monkeypatch):
+        module, kept, n_kept = self.rollout(tiny_lm, monkeypatch, 1e-4, temperature=0.7)
+        assert n_kept == 1
+        assert 0 <= module.sampling_difference < 1e-5
+        _, computed, n_computed = self.rollout(tiny_lm, monkeypatch, None, temperature=0.7)
+        assert n_computed == 3
+        torch.testing.assert_close(kept.logprobs, computed.logprobs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(kept.kl, computed.kl, rtol=1e-5, atol=1e-5)
+
+    def test_beyond_it_all_are_computed_again(self, tiny_lm, monkeypatch):
+        """Off by 0.5 each, as a sampler of another make might be."""
+        from lit_ppo import rollout
+
+        monkeypatch.setattr(rollout, "token_logprobs", lambda *args: token_logprobs(*args) + 0.5)
+        module = make_module(tiny_lm, sampling_logprobs_tolerance=0.4, micro_batch_size=1)
+        experience = module.rollout(self.PROMPTS)
+        monkeypatch.undo()
+        assert module.sampling_difference == pytest.approx(0.5, abs=1e-4)
+        plain = make_module(tiny_lm, micro_batch_size=1).rollout(self.PROMPTS)
+        torch.testing.assert_close(experience.logprobs, plain.logprobs, rtol=0, atol=0)
+
+    def test_log_probs_are_those_of_the_distribution_before_filters(self, tiny_lm, monkeypatch):
+        generation = {"max_new_tokens": 5, "suppress_tokens": [5, 6]}
+        module, _, _ = self.rollout(tiny_lm, monkeypatch, 1e-4, generation=generation)
+        assert module.sampling_difference < 1e-5
+
+    def test_greedy_and_the_references_responses(self, tiny_lm):
+        """The reference's own sampling log-probs are not the actor's."""
+        module = make_module(tiny_lm, sampling_logprobs_tolerance=1e-4, temperature=0.7)
+        greedy = module.rollout(self.PROMPTS, do_sample=False)
+        plain = make_module(tiny_lm, temperature=0.7)
+        torch.testing.assert_close(
+            greedy.logprobs, plain.rollout(self.PROMPTS, do_sample=False).logprobs, rtol=1e-5, atol=1e-5
+        )
+        with torch.no_grad():
+            for parameter in module.actor.parameters():
+                parameter.mul_(1.5)
+        theirs = module.rollout(self.PROMPTS, policy="reference")
+        assert (theirs.logprobs - theirs.ref_logprobs).abs().max() > 1e-3
