@@ -50,20 +50,25 @@ def gather_shares(share: Callable[[], T]) -> list[T]:
     return [entry for _, entry in everyone]
 
 
-def sum_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
+def sum_over_ranks(values: dict[str, Tensor], alike: dict[str, Tensor] | None = None) -> dict[str, float]:
     """Sum scalars over ranks, in one collective and one synchronisation with the device.
 
     Args:
         values: Scalars under the same names on every rank.
+        alike: Scalars that are the same on every rank: not summed, brought to the host on the same way.
     """
-    if not values:
+    names, others = sorted(values), alike or {}
+    scalars = [*(values[name] for name in names), *others.values()]
+    if not scalars:
         return {}
-    names = sorted(values)
-    stacked = torch.stack([values[name].detach().double().cpu() for name in names])
-    if n_ranks() > 1:
-        stacked = stacked.to(_collective_device())
-        dist.all_reduce(stacked)
-    return dict(zip(names, stacked.tolist(), strict=True))
+    device = next((x.device for x in scalars if x.device.type != "cpu"), torch.device("cpu"))
+    precise = torch.float32 if device.type == "mps" else torch.float64
+    stacked = torch.stack([x.detach().to(device, precise) for x in scalars])
+    if n_ranks() > 1 and names:
+        summed = stacked[: len(names)].to(_collective_device())
+        dist.all_reduce(summed)
+        stacked[: len(names)] = summed.to(device)
+    return dict(zip([*names, *others], stacked.tolist(), strict=True))
 
 
 def _collective_device() -> torch.device:

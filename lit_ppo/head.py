@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-CHUNK_ELEMENTS = 2**22  # logits worked on at a time: 16 MiB in float32, which malloc reuses and caches like
+CHUNK_ELEMENTS = 2**23  # logits worked on at a time: 32 MiB in float32
 KEPT_ELEMENTS = 2**25  # probabilities kept for the backward, 128 MiB; beyond that, logits are computed again
 
 

@@ -92,8 +92,12 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         micro_batch_tokens: int | None = None,
         sampling_logprobs_tolerance: float | None = None,
         loss_reduction: LossReduction = "token_mean",
-        actor_optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0),
-        critic_optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-6, weight_decay=0.0),
+        actor_optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
+            params, lr=1e-6, weight_decay=0.0, fused=True
+        ),
+        critic_optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
+            params, lr=2e-6, weight_decay=0.0, fused=True
+        ),
         actor_scheduler: LRSchedulerCallable | None = None,
         critic_scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,

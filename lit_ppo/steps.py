@@ -64,12 +64,11 @@ class OptimizerSteps(Policy):
 
     def gather_metrics(self, minibatch: Minibatch) -> dict[str, float]:
         """The step's metrics over all ranks, and the gradient norms (before clipping)."""
-        metrics = sum_over_ranks(minibatch.metrics)
+        norms = {}
         for name in sorted(self._with_gradients):
             parameters = [p for p in getattr(self, name).parameters() if p.grad is not None]
-            norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or float("inf"))
-            metrics[f"{name}_grad_norm"] = norm.item()
-        return metrics
+            norms[f"{name}_grad_norm"] = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or float("inf"))
+        return sum_over_ranks(minibatch.metrics, alike=norms)
 
     def step_optimizers(self, metrics: dict[str, float], experience: Experience) -> None:
         """Step whoever has gradients, or skip and count where a loss or gradient is not finite.

@@ -59,7 +59,7 @@ def test_states_and_gradients_are_those_of_each_row_alone(model, side, extra):
 def test_tokens_are_numbered_row_by_row(side):
     ids, mask = batch(side)
     tokens = RealTokens.of(ids, mask)
-    assert tokens.ids.tolist() == sum(ROWS, [])
+    assert tokens.ids.tolist() == [token for row in ROWS for token in row]
     assert tokens.positions.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 0, 1, 2, 3, 4]
     assert tokens.number[mask].tolist() == list(range(14))
     assert tokens.side_by_side()["attention_mask"].tolist() == [[1] * 6, [1] * 3 + [0] * 3, [1] * 5 + [0]]
