@@ -53,6 +53,7 @@ JOBS = {
     job.name: job
     for job in (
         Job("tiny", 16, 2, 2, 100, 8, 8, 8, 4),
+        Job("narrow", 128, 2, 4, 32_000, 8, 32, 64, 26),  # what scaling.py varies: quick enough for long responses
         Job("small", 256, 4, 4, 32_000, 32, 32, 64, 26),
         Job("small-full", 256, 4, 4, 32_000, 32, 32, 64, None),
         Job("medium", 512, 6, 8, 32_000, 32, 48, 96, 38),

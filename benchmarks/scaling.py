@@ -110,7 +110,7 @@ def _share(x: float, low: float, high: float) -> float:
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--job", choices=list(JOBS), default="small")
+    parser.add_argument("--job", choices=list(JOBS), default="narrow")
     parser.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES))
     parser.add_argument("--limit", type=int, default=1024, help="longest response to try")
     parser.add_argument("--trl-python", help="interpreter that has TRL; without it LitPPO runs alone")
