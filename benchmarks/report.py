@@ -57,6 +57,19 @@ def section(results: dict[str, Any]) -> str:
             ],
         ),
     ]
+    chosen = [
+        f"{NAMES[side]} on {name}: `{json.dumps(job['settings'][side])}`"
+        for name, job in jobs.items()
+        for side in _sides(job)
+        if asked[side] == "tuned"
+    ]
+    if chosen:
+        parts.append("The fastest of each grid:\n\n" + "\n".join(f"- {line}" for line in chosen) + "\n")
+    agreements = {name: job["agreement"]["largest_difference"] for name, job in jobs.items() if "agreement" in job}
+    if agreements:
+        columns = list(next(iter(agreements.values())))
+        rows = [[name, *(f"{found[column]:.1e}" for column in columns)] for name, found in agreements.items()]
+        parts.append(table(["largest difference", *(column.replace("_", " ") for column in columns)], rows))
     return "\n".join(parts) + "\n"
 
 

@@ -1,7 +1,8 @@
 """Prompts to sampled responses: a sample depends on (seed, update, row, sample number), not on how rows are batched."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -138,13 +139,27 @@ def sample(
     ) -> None:
         _decode(model, input_ids, logits_processor, config, draws, responses, logprobs, state)
 
-    model.generate(  # type: ignore[operator]
-        input_ids=prompt_ids,
-        attention_mask=prompt_mask.long(),
-        generation_config=GenerationConfig(**{**config.to_dict(), "do_sample": draws is not None}),
-        custom_generate=decode,
-    )
+    with _weights_cast_once(prompt_ids.device.type):
+        model.generate(  # type: ignore[operator]
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask.long(),
+            generation_config=GenerationConfig(**{**config.to_dict(), "do_sample": draws is not None}),
+            custom_generate=decode,
+        )
     return responses
+
+
+@contextmanager
+def _weights_cast_once(device: str) -> Iterator[None]:
+    """Under Lightning's autocast, which casts all weights again in every forward, cast them once for all tokens."""
+    if not torch.is_autocast_enabled(device):
+        yield
+        return
+    with torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=True):
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()  # the next rollout's weights are others
 
 
 def _decode(

@@ -1,5 +1,6 @@
 """What the benchmarks measure, without asserting on time: FLOPs, lengths, scripts, ratios, and a tiny job in full."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from transformers import GenerationConfig
 from benchmarks import agreement, files, report, scaling, speed, tuning
 from benchmarks.jobs import EOS, FIRST_WORD, JOBS, KEY, response_length, response_lengths, script
 from benchmarks.measure import PHASES, Clock, update_flops
+from benchmarks.runner import Runner
 from benchmarks.scripted import Script, Scripted, scripted_multinomial
 from lit_ppo.models import Actor
 from lit_ppo.rollout import NEUTRAL
@@ -206,3 +208,41 @@ def test_scaling_changes_one_size_and_draws_both_sides():
     root = ElementTree.fromstring(scaling.draw(points))
     lines = root.findall(".//{http://www.w3.org/2000/svg}polyline")
     assert len(lines) == 4  # two measures, two sides
+
+
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("speed-*.json"))
+
+
+def test_the_pages_tables_are_those_of_the_results(tmp_path):
+    assert RESULTS
+    page = tmp_path / "performance.md"
+    committed = (ROOT / "docs" / "performance.md").read_text()
+    page.write_text(committed)
+    report.update(page, RESULTS)
+    assert page.read_text() == committed
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_both_sides_computed_the_same_before_they_were_timed(path):
+    for job in json.loads(path.read_text())["jobs"].values():
+        assert job["agreement"]["agrees"]
+        assert all(pair[side]["optimizer_steps"] == 16 for pair in job["pairs"] for side in ("ours", "trl"))
+
+
+def test_agreement_allows_more_after_a_step_of_adam(monkeypatch):
+    """Losses come in two passes: the first to 1e-5, the second to 1e-4."""
+    mask = np.ones((1, 2))
+
+    def sides(first, second):
+        same = dict.fromkeys(("logprobs", "ref_logprobs", "values", "advantages"), mask) | {"policy_loss": [0.0, 0.0]}
+        both = {"ours": [1.0, 2.0], "trl": [1.0 + first, 2.0 + second]}
+        rows = {"response_ids": mask, "response_mask": mask}
+        return lambda runner, side, folder: same | rows | {"value_loss": both[side]}
+
+    runner = Runner()
+    monkeypatch.setattr(Runner, "job_files", lambda self, job: contextlib.nullcontext(None))
+    for first, second, agrees in ((0.0, 5e-5, True), (5e-5, 0.0, False), (0.0, 5e-4, False)):
+        monkeypatch.setattr(agreement, "_captured", sides(first, second))
+        found = agreement.check(runner, JOBS["tiny"])
+        assert found["agrees"] is agrees
+        assert found["largest_difference"]["value_loss_after_a_step"] == pytest.approx(second, abs=1e-9)

@@ -5,9 +5,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lit_ppo import LitPPO
 from lit_ppo.functional import policy_loss, value_loss
+from lit_ppo.rollout import NEUTRAL, sample
 from tests.tiny import make_causal_lm
 from tests.toys import logged, make_data, make_module, make_trainer
 
@@ -169,3 +172,30 @@ def test_preflight_training_and_validation_compute_alike(tmp_path, tiny_lm, monk
     trainer.fit(make_module(tiny_lm), data)
     assert list(seen) == ["preflight", "training", "validation"]
     assert all(autocast == {precision == "bf16-mixed"} for autocast in seen.values())
+
+
+def test_sampling_casts_each_weight_once_and_again_for_the_next_rollout(tmp_path):
+    """Lightning's autocast keeps no cache; a cache that outlived its rollout would sample from old weights."""
+    model = AutoModelForCausalLM.from_pretrained(make_causal_lm(tmp_path, "gpt2", scale=4.0)).eval()
+    weight = model.base_model.h[0].mlp.c_fc.weight
+    casts = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and args[0].data_ptr() == weight.data_ptr():
+                casts.append(kwargs["dtype"])
+            return function(*args, **(kwargs or {}))
+
+    config = GenerationConfig(**NEUTRAL, max_new_tokens=6, eos_token_id=None, pad_token_id=0, do_sample=True)
+    ids = torch.tensor([[5, 6, 7]])
+    draws = torch.linspace(0.05, 0.95, 6, dtype=torch.float64).unsqueeze(0)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        with Casts():
+            first = sample(model, ids, torch.ones_like(ids), config, draws)
+        assert casts == [torch.bfloat16]
+        model.transformer.wte.weight.mul_(-1.0)
+        second = sample(model, ids, torch.ones_like(ids), config, draws)
+        fresh = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        fresh.transformer.wte.weight.mul_(-1.0)
+        assert second == sample(fresh, ids, torch.ones_like(ids), config, draws)
+    assert second != first

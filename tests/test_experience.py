@@ -173,3 +173,30 @@ def test_model_inputs_drop_padding_on_the_left():
     ids, mask, _ = model_inputs(make().select([2]))  # a prompt of 1, a response of 4
     assert ids.tolist() == [[8, 108, 109, 110, 111]]
     assert mask.all()
+
+
+def test_lengths_are_read_from_the_device_once_an_update(monkeypatch):
+    """Not once a minibatch or micro-batch, each of which would wait for a GPU."""
+    reads = []
+    lengths = Experience.lengths
+
+    monkeypatch.setattr(Experience, "lengths", property(lambda self: reads.append(1) or lengths.fget(self)))
+    experience = make()
+    expected = lengths.fget(experience)
+    seen = []
+    for minibatch in experience.minibatches(2, epochs=2, seed=(0,), reduction="token_mean"):
+        for micro in minibatch.micro_batches([[i] for i in range(len(minibatch))], 1):
+            seen += micro.lengths
+            model_inputs(micro)
+    assert sorted(seen) == sorted(expected * 2)
+    assert len(reads) == 1
+
+
+def test_masks_for_the_models_lie_on_the_host_and_are_the_experiences():
+    experience = make()
+    ids, mask, target_mask = model_inputs(experience)
+    assert torch.equal(target_mask, experience.response_mask[:, : target_mask.shape[1]])
+    whole = torch.cat([experience.prompt_mask, experience.response_mask], dim=1)
+    assert torch.equal(mask.sum(1), whole.sum(1))
+    all_ids = torch.cat([experience.prompt_ids, experience.response_ids], dim=1)
+    assert ids[mask].tolist() == all_ids[whole].tolist()

@@ -383,3 +383,10 @@ def test_frozen_weights_stay_out_of_the_state_dict(tmp_path, gpt2):
     assert {name.split(".")[0] for name in module.state_dict()} == {"actor", "critic"}
     module.checkpoint_reference = True
     assert {name.split(".")[0] for name in module.state_dict()} == {"actor", "critic", "reference"}
+
+
+def test_the_difference_of_the_sampling_passs_log_probs_is_logged(tmp_path, gpt2):
+    _, metrics = run(tmp_path, gpt2, sampling_logprobs_tolerance=1e-4)
+    assert all(0 <= step["rollout/sampling_logprob_difference"] < 1e-5 for step in metrics)
+    _, metrics = run(tmp_path, gpt2)
+    assert all("rollout/sampling_logprob_difference" not in step for step in metrics)
