@@ -61,6 +61,7 @@ def make_config(job: Job, folder: Path, updates: int, precision: str, settings: 
         temperature=1.0,
         lr_scheduler_type="constant",
         bf16=precision == "bf16-mixed",
+        use_cpu=not torch.cuda.is_available(),  # TrainingArguments refuses bf16 without a GPU otherwise
         num_sample_generations=0,
         save_strategy="no",
         report_to="none",
@@ -154,10 +155,10 @@ def capture() -> dict[str, Any]:
         logprobs, references = calls["selective_log_softmax"][:2]
         arguments, (values, _, _) = calls["get_reward"][0]
         start = arguments[3]
-        arrays["response_ids"] = arguments[1][:, start:].numpy()
-        arrays["logprobs"], arrays["ref_logprobs"] = logprobs[1].numpy(), references[1].numpy()
-        arrays["values"] = values[:, start - 1 : -1, 0].numpy()
-        arrays["advantages"] = calls["masked_whiten"][0][1].numpy()
+        arrays["response_ids"] = arguments[1][:, start:].cpu().numpy()
+        arrays["logprobs"], arrays["ref_logprobs"] = logprobs[1].cpu().numpy(), references[1].cpu().numpy()
+        arrays["values"] = values[:, start - 1 : -1, 0].cpu().numpy()
+        arrays["advantages"] = calls["masked_whiten"][0][1].cpu().numpy()
         arrays["value_loss"] = [0.5 * result.item() for _, result in calls["masked_mean"][0::3]]
         arrays["policy_loss"] = [result.item() for _, result in calls["masked_mean"][2::3]]
         return arrays

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_ppo import distributed, policy
+from lit_ppo import distributed, sampling
 from lit_ppo.distributed import gather_shares
 from tests.tiny import make_causal_lm
 from tests.toys import make_module, run
@@ -63,6 +63,6 @@ def test_a_failing_rank_tells_the_others_and_raises_its_own(monkeypatch):
 def test_ranks_that_were_given_different_prompts_are_told(tiny_lm, monkeypatch):
     """As Lightning's sampler would deal them out for a plain DataLoader."""
     module = make_module(tiny_lm)
-    monkeypatch.setattr(policy, "gather_shares", lambda share: [share(), ([[9, 9]], [])])
+    monkeypatch.setattr(sampling, "gather_shares", lambda share: [share(), ([[9, 9]], [])])
     with pytest.raises(ValueError, match=r"ranks were given different prompts.*use PromptDataModule"):
         module.rollout(["the film", "a movie"])
