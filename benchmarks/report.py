@@ -1,5 +1,7 @@
 """Writes the tables of a page from results: ``python benchmarks/report.py docs/performance.md benchmarks/results/*``.
 
+Results are what ``benchmarks/speed.py`` and ``benchmarks/scaling.py`` wrote.
+
 What stands between ``<!-- tables -->`` and ``<!-- /tables -->`` is replaced.
 """
 
@@ -33,7 +35,10 @@ def update(page: Path, results: list[Path]) -> None:
         raise ValueError(f"{page}: needs the lines {START} and {END}")
     before, rest = text.split(START, 1)
     after = rest.split(END, 1)[1]
-    tables = "\n".join(section(json.loads(path.read_text())) for path in results)
+    tables = "\n".join(
+        curves(found["points"]) if "points" in found else section(found)
+        for found in (json.loads(path.read_text()) for path in results)
+    )
     page.write_text(f"{before}{START}\n{tables}{END}{after}")
 
 
@@ -71,6 +76,18 @@ def section(results: dict[str, Any]) -> str:
         rows = [[name, *(f"{found[column]:.1e}" for column in columns)] for name, found in agreements.items()]
         parts.append(table(["largest difference", *(column.replace("_", " ") for column in columns)], rows))
     return "\n".join(parts) + "\n"
+
+
+def curves(points: list[dict[str, Any]]) -> str:
+    """The points of ``benchmarks/scaling.py`` as a table: seconds and MiB of both sides."""
+    found = {(point["axis"], point["value"], point["side"]): point for point in points}
+    rows = []
+    for axis, value in dict.fromkeys((point["axis"], point["value"]) for point in points):
+        runs = [found[axis, value, side] for side in NAMES if (axis, value, side) in found]
+        cells = [f"{run['seconds']:.2f} s, {run['peak_bytes'] / 2**20:,.0f} MiB" for run in runs]
+        rows.append([axis.replace("_", " "), f"{value:,}", *cells])
+    sides = [NAMES[side] for side in NAMES if any(point["side"] == side for point in points)]
+    return table(["varied", "value", *sides], rows)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

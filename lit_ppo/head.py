@@ -105,6 +105,8 @@ class _Statistics(torch.autograd.Function):
                 d_states[chunk] = d_logits @ head.weight
             if wants_weight:
                 d_weight = _add_product(d_weight, d_logits.T, head.states[chunk], weight.dtype)
+        if wants_weight and d_weight is None:  # no tokens
+            d_weight = torch.zeros_like(weight)
         return d_states, d_weight, d_bias, None, None, None, None, None
 
 

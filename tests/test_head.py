@@ -160,3 +160,11 @@ def test_bf16_products_are_accumulated_in_float32(monkeypatch, chunk):
     for a, b in zip(ours, exact, strict=True):
         assert a.grad.dtype == torch.float32
         assert (a.grad - b.grad).norm() < 2e-2 * b.grad.norm()  # bf16 keeps 8 bits: 4e-3 a product, and its logits
+
+
+def test_no_tokens_give_gradients_of_zero():
+    """As a micro-batch whose responses are all empty does: every rank must still have a gradient to average."""
+    ours = inputs(n=0)
+    logprobs, entropy = token_statistics(ours, torch.zeros(0, dtype=torch.long))
+    (logprobs.sum() + entropy.sum()).backward()
+    assert all(tensor.grad is not None and not tensor.grad.any() for tensor in ours)
