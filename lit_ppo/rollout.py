@@ -181,7 +181,7 @@ def _decode(
     for t in range(config.max_new_tokens):
         state = model._update_model_kwargs_for_generation(outputs, state)
         raw = outputs.logits[:, -1].float()
-        logits = logits_processor(input_ids, raw if logprobs is None else raw.clone())  # some write in place
+        logits = logits_processor(input_ids, raw)
         token = logits.argmax(-1) if draws is None else inverse_cdf(logits, draws[rows, t])
         tokens.append(token)
         if logprobs is not None:

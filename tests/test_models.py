@@ -140,3 +140,15 @@ def test_a_tokenizer_without_pad_token_pads_with_its_stop_token(tmp_path):
     make_tokenizer(tmp_path, pad=False)
     tokenizer = load_tokenizer("tokenizer", str(tmp_path))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def test_values_are_not_rounded_to_bf16_under_autocast(tiny_lm):
+    critic = load_critic("critic", str(tiny_lm), {})
+    torch.nn.init.normal_(critic.value_head.weight, generator=torch.Generator().manual_seed(0))
+    states = []
+    critic.value_head.register_forward_hook(lambda module, inputs, output: states.append(inputs[0]))
+    ids, mask, target_mask = batch()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        values = critic(ids, mask, target_mask=target_mask)
+    expected = states[0].double() @ critic.value_head.weight.double().squeeze(0)
+    torch.testing.assert_close(values[target_mask].double(), expected, rtol=1e-5, atol=1e-6)

@@ -1,5 +1,6 @@
 """LitPPO against a slow oracle, and the invariances that make its numbers trustworthy."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 
+from lit_ppo import LitPPO, LitRewardModel, LitSFT
 from lit_ppo.advantages import GAE
 from lit_ppo.callbacks.base import HOOKS
 from lit_ppo.schedulers import WarmupCosine
@@ -390,3 +392,17 @@ def test_the_difference_of_the_sampling_passs_log_probs_is_logged(tmp_path, gpt2
     assert all(0 <= step["rollout/sampling_logprob_difference"] < 1e-5 for step in metrics)
     _, metrics = run(tmp_path, gpt2)
     assert all("rollout/sampling_logprob_difference" not in step for step in metrics)
+
+
+@pytest.mark.parametrize(
+    ("module", "argument"),
+    [
+        (LitPPO, "actor_optimizer"),
+        (LitPPO, "critic_optimizer"),
+        (LitSFT, "optimizer"),
+        (LitRewardModel, "optimizer"),
+    ],
+)
+def test_default_optimizers_are_fused(module, argument):
+    optimizer_of = inspect.signature(module).parameters[argument].default
+    assert optimizer_of([torch.nn.Parameter(torch.zeros(1))]).defaults["fused"] is True

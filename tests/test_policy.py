@@ -243,5 +243,6 @@ class TestSamplingLogprobs:
         with torch.no_grad():
             for parameter in module.actor.parameters():
                 parameter.mul_(1.5)
+        module.sampling_logprobs_tolerance = 1e9  # whatever the difference
         theirs = module.rollout(self.PROMPTS, policy="reference")
         assert (theirs.logprobs - theirs.ref_logprobs).abs().max() > 1e-3
