@@ -143,7 +143,21 @@ def use_packing(model: PreTrainedModel) -> None:
 
 def _takes_packing(model: PreTrainedModel) -> bool:
     parameters = inspect.signature(model.base_model.forward).parameters
-    return "position_ids" in parameters and any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    takes_arguments = "position_ids" in parameters and any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    return takes_arguments and _hands_on_its_window(model)
+
+
+def _hands_on_its_window(model: PreTrainedModel) -> bool:
+    """Whether attention is full, or tells its window; a few tokens would not show one that only the mask knows."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        slides = getattr(config, "sliding_window", None) is not None
+    else:
+        if set(kinds) - {"full_attention", "sliding_attention"}:
+            return False
+        slides = "sliding_attention" in kinds
+    return not slides or any(hasattr(module, "sliding_window") for module in model.modules())
 
 
 def _packs_faithfully(model: PreTrainedModel) -> bool:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig
 
 from lit_ppo import packing
 from lit_ppo.models import Actor, load_causal_lm, load_critic
@@ -118,3 +118,16 @@ def test_pythons_gelu_is_replaced_by_torchs_and_gives_the_same(tmp_path):
         rtol=1e-5,
         atol=1e-5,
     )
+
+
+def test_a_family_whose_window_only_its_mask_knows_goes_without(tmp_path):
+    """Rows longer than the window are those of each row alone."""
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = MistralConfig(**shape, num_key_value_heads=1, vocab_size=30, sliding_window=3)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    alone = [model.base_model(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state[0] for row in ROWS]
+    use_packing(model)
+    assert model.config._attn_implementation == "sdpa"
+    states, _ = read_tokens(model.base_model, *batch("left", extra=2))
+    torch.testing.assert_close(states, torch.cat(alone), rtol=1e-5, atol=1e-5)
