@@ -1,23 +1,25 @@
 """The tricks, one callback a file, imported as ``lit_ppo.callbacks``."""
 
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
 if __name__ == "callbacks":
     raise ImportError("import lit_ppo.callbacks instead of callbacks: under two names every class would exist twice")
 
-from lit_ppo.callbacks.adaptive_kl import AdaptiveKL
-from lit_ppo.callbacks.advantage_normalization import AdvantageNormalization
 from lit_ppo.callbacks.base import PPOCallback, fire
-from lit_ppo.callbacks.critic_warmup import CriticWarmup
-from lit_ppo.callbacks.entropy_bonus import EntropyBonus
-from lit_ppo.callbacks.reward_normalization import RewardNormalization
-from lit_ppo.callbacks.value_clipping import ValueClipping
 
-__all__ = [
-    "AdaptiveKL",
-    "AdvantageNormalization",
-    "CriticWarmup",
-    "EntropyBonus",
-    "PPOCallback",
-    "RewardNormalization",
-    "ValueClipping",
-    "fire",
-]
+__all__ = ["PPOCallback", "fire"]
+
+# A trick is in its file and nowhere else: whoever adds one edits no list.
+for _file in pkgutil.iter_modules(__path__, f"{__name__}."):
+    for _name, _class in vars(importlib.import_module(_file.name)).items():
+        if inspect.isclass(_class) and issubclass(_class, PPOCallback) and _class.__module__ == _file.name:
+            globals()[_name] = _class
+            __all__.append(_name)
+__all__ = sorted({*__all__})
+
+
+def __getattr__(name: str) -> Any:  # tells type checkers that there is more than they see
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; the tricks are {', '.join(__all__)}")

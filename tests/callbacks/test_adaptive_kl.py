@@ -6,6 +6,16 @@ import pytest
 
 from lit_ppo.callbacks import AdaptiveKL, CriticWarmup
 from tests.callbacks.toy import Spy, Toy, run_updates
+from tests.callbacks.trick import Trick
+
+TRICK = {
+    "AdaptiveKL": Trick(
+        acts={"target": 0.5, "horizon": 10},
+        refuses={"target": 0.0, "horizon": -1},
+        knobs={"target": ({}, {"target": 0.9}), "horizon": ({}, {"horizon": 20})},
+        needs="reference",
+    )
+}
 
 
 @pytest.mark.parametrize(

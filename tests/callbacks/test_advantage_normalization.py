@@ -7,6 +7,16 @@ import torch
 
 from lit_ppo.callbacks import AdvantageNormalization
 from tests.callbacks.toy import Rows, Spy, run_updates
+from tests.callbacks.trick import Trick
+
+TRICK = {
+    "AdvantageNormalization": Trick(
+        acts={"clip": 0.5},
+        refuses={"scope": "epoch", "clip": 0.0},
+        knobs={"scope": ({}, {"scope": "minibatch"}), "clip": ({}, {"clip": None})},
+        twice=True,
+    )
+}
 
 
 def response_tokens(rows: Rows) -> list[float]:

@@ -1,6 +1,6 @@
 """What every trick keeps to, run over all public callbacks on a module that is not ours.
 
-A new trick adds its row to ``TRICKS`` and gets all of these.
+The test file of a trick says in ``TRICK`` how it is tried, and the trick gets all of these.
 """
 
 import ast
@@ -10,7 +10,7 @@ import pickle
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -19,44 +19,31 @@ import yaml
 import lit_ppo.callbacks
 from lit_ppo.callbacks import PPOCallback
 from tests.callbacks.toy import Foreign, Toy, run_updates
+from tests.callbacks.trick import Trick, made
 
 ROOT = Path(__file__).parents[2]
 
 
-class Trick(NamedTuple):
-    """How a trick is tried.
-
-    Args:
-        acts: Arguments with which it changes four updates of the toy, and with which a forgotten state shows.
-        refuses: Arguments that the constructor refuses, by name.
-        needs: The model without which it refuses to start.
-        twice: Whether two copies may stand side by side.
-    """
-
-    acts: dict[str, Any]
-    refuses: dict[str, Any]
-    needs: str | None = None
-    twice: bool = False
-
-
-TRICKS = {
-    "AdaptiveKL": Trick({"target": 0.5, "horizon": 10}, {"target": 0.0, "horizon": -1}, needs="reference"),
-    "AdvantageNormalization": Trick({"clip": 0.5}, {"scope": "epoch", "clip": 0.0}, twice=True),
-    "CriticWarmup": Trick({"updates": 3}, {"updates": 0}, needs="critic"),
-    # the toy's entropy is over 1 nat, so the bonus acts in the very first step alone
-    "EntropyBonus": Trick({"coef": 0.5, "target": 1.0}, {"coef": float("nan"), "target": -1.0}),
-    "RewardNormalization": Trick({"clip": 1.0}, {"clip": -1.0, "statistics": "epoch", "std": 2.0, "mean": 1.0}),
-    "ValueClipping": Trick({"clip_range": 0.1}, {"clip_range": float("inf")}, needs="critic"),
+TRICKS: dict[str, Trick] = {
+    name: trick
+    for path in sorted(Path(__file__).parent.glob("test_*.py"))
+    if path != Path(__file__)
+    for name, trick in getattr(importlib.import_module(f"tests.callbacks.{path.stem}"), "TRICK", {}).items()
 }
 EVERY_TRICK = pytest.mark.parametrize("name", TRICKS)
 
 
 def make(name: str, **arguments: Any) -> PPOCallback:
-    return getattr(lit_ppo.callbacks, name)(**{**TRICKS[name].acts, **arguments})
+    return getattr(lit_ppo.callbacks, name)(**{**made(TRICKS[name].acts), **arguments})
+
+
+def run_trick(trick: Any, name: str, updates: int, **kwargs: Any) -> Any:
+    """Run callbacks on the toy that suits a trick."""
+    return run_updates(trick, updates, **{**TRICKS[name].toy, **kwargs})
 
 
 def snake_case(name: str) -> str:
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def history(module: Toy) -> list[Any]:
@@ -78,15 +65,31 @@ def test_constructor_names_class_argument_and_value(name: str, argument: str):
 
 @EVERY_TRICK
 def test_acts_on_a_module_that_is_not_ours(name: str):
-    assert repr(history(run_updates(make(name), 4))) != repr(history(run_updates([], 4)))
+    assert repr(history(run_trick(make(name), name, 4))) != repr(history(run_trick([], name, 4)))
+
+
+@pytest.mark.parametrize(("name", "argument"), [(n, argument) for n in TRICKS for argument in TRICKS[n].knobs])
+def test_every_argument_changes_a_run(name: str, argument: str):
+    one, other = (make(name, **arguments) for arguments in TRICKS[name].knobs[argument])
+    assert repr(history(run_trick(one, name, 4))) != repr(history(run_trick(other, name, 4)))
+
+
+@EVERY_TRICK
+def test_every_argument_is_a_knob_that_is_tried(name: str):
+    arguments = inspect.signature(getattr(lit_ppo.callbacks, name)).parameters
+    assert TRICKS[name].knobs.keys() == arguments.keys()
+    for argument, (one, other) in TRICKS[name].knobs.items():
+        acts, default = made(TRICKS[name].acts), arguments[argument].default
+        values = [laid.get(argument, acts.get(argument, default)) for laid in (one, other)]
+        assert repr(values[0]) != repr(values[1]), f"{argument} is the same in both runs"
 
 
 @EVERY_TRICK
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_resumed_run_goes_on_identically(name: str, stop: int, tmp_path: Path):
-    whole = run_updates(make(name), 4)
-    run_updates(make(name), stop, save=tmp_path / "last.ckpt")
-    rest = run_updates(make(name), 4, resume=tmp_path / "last.ckpt")
+    whole = run_trick(make(name), name, 4)
+    run_trick(make(name), name, stop, save=tmp_path / "last.ckpt")
+    rest = run_trick(make(name), name, 4, resume=tmp_path / "last.ckpt")
     assert len(rest.actors) == 4 - stop
     torch.testing.assert_close(rest.actors, whole.actors[stop:], rtol=0, atol=0)
     torch.testing.assert_close(rest.critics, whole.critics[stop:], rtol=0, atol=0)
@@ -97,29 +100,29 @@ def test_resumed_run_goes_on_identically(name: str, stop: int, tmp_path: Path):
 @EVERY_TRICK
 def test_two_copies_work_or_are_refused_with_both_named(name: str):
     if TRICKS[name].twice:
-        assert len(run_updates([make(name), make(name)], 2).actors) == 2
+        assert len(run_trick([make(name), make(name)], name, 2).actors) == 2
         return
     with pytest.raises((ValueError, RuntimeError), match=name):  # Lightning refuses two with state by itself
-        run_updates([make(name), make(name)], 2)
-    subclass = type(f"My{name}", (getattr(lit_ppo.callbacks, name),), {})(**TRICKS[name].acts)
+        run_trick([make(name), make(name)], name, 2)
+    subclass = type(f"My{name}", (getattr(lit_ppo.callbacks, name),), {})(**made(TRICKS[name].acts))
     with pytest.raises(ValueError, match=f"My{name} and {name}|{name} and My{name}"):
-        run_updates([make(name), subclass], 2)
+        run_trick([make(name), subclass], name, 2)
 
 
 @EVERY_TRICK
 def test_pickled_copy_goes_on_identically(name: str):
     used = make(name)
-    run_updates(used, 2)
+    run_trick(used, name, 2)
     copy = pickle.loads(pickle.dumps(used))
     assert type(copy) is type(used)
     assert copy.state_dict() == used.state_dict()
-    assert repr(history(run_updates(copy, 2))) == repr(history(run_updates(used, 2)))
+    assert repr(history(run_trick(copy, name, 2))) == repr(history(run_trick(used, name, 2)))
 
 
 @EVERY_TRICK
 def test_state_is_plain_data(name: str):
     used = make(name)
-    run_updates(used, 2)
+    run_trick(used, name, 2)
     assert yaml.safe_load(yaml.safe_dump(_lists(used.state_dict()))) == _lists(used.state_dict())
 
 
@@ -135,7 +138,7 @@ def test_wrong_module_is_refused(name: str):
 
 @pytest.mark.parametrize(("name", "model"), [(name, trick.needs) for name, trick in TRICKS.items() if trick.needs])
 def test_missing_model_is_refused_before_the_first_rollout(name: str, model: str):
-    module = Toy(**{model: False})
+    module = Toy(**{**TRICKS[name].toy, model: False})
     with pytest.raises(ValueError, match=rf"{name} needs a {model}, but Toy\({model}=None\)"):
         run_updates(make(name), module=module)
     assert module.experiences == []
@@ -145,7 +148,7 @@ def test_missing_model_is_refused_before_the_first_rollout(name: str, model: str
 @EVERY_TRICK
 def test_works_without_the_models_it_does_not_need(name: str, model: str):
     if TRICKS[name].needs != model:
-        assert len(run_updates(make(name), 2, **{model: False}).actors) == 2
+        assert len(run_trick(make(name), name, 2, **{model: False}).actors) == 2
 
 
 @EVERY_TRICK
@@ -153,7 +156,8 @@ def test_yaml_builds_it(name: str):
     config = yaml.safe_load((ROOT / f"configs/tricks/{snake_case(name)}.yaml").read_text())
     (entry,) = config["trainer"]["callbacks+"]
     assert entry["class_path"] == name
-    getattr(lit_ppo.callbacks, name)(**entry["init_args"])
+    arguments = inspect.signature(getattr(lit_ppo.callbacks, name)).parameters
+    assert entry.get("init_args", {}).keys() <= arguments.keys()
 
 
 @EVERY_TRICK
@@ -178,7 +182,7 @@ def test_page_says_when_what_and_where_from(name: str):
         assert f"\n    {argument}: " in page, f"{name}'s docstring does not explain {argument}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "callbacks").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "callbacks").glob("[a-z]*.py")), ids=lambda path: path.stem)
 def test_imports_only_what_a_trick_may(path: Path):
     """A trick knows tensors, Lightning, its base and the mathematics: nothing of processes, files or our module."""
     allowed = {"torch", "lightning", "typing", "collections", "lit_ppo.functional", "lit_ppo.callbacks"}

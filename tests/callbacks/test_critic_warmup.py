@@ -8,6 +8,13 @@ import torch
 
 from lit_ppo.callbacks import CriticWarmup
 from tests.callbacks.toy import Rows, Spy, Toy, run_updates
+from tests.callbacks.trick import Trick
+
+TRICK = {
+    "CriticWarmup": Trick(
+        acts={"updates": 3}, refuses={"updates": 0}, knobs={"updates": ({}, {"updates": 2})}, needs="critic"
+    )
+}
 
 
 def moves(module: Toy, start: torch.Tensor) -> list[bool]:

@@ -8,6 +8,16 @@ import torch
 
 from lit_ppo.callbacks import CriticWarmup, EntropyBonus
 from tests.callbacks.toy import TOKENS, Spy, T, Toy, run_updates
+from tests.callbacks.trick import Trick
+
+TRICK = {
+    # the toy's entropy is over 1 nat, so the bonus acts in the very first step alone
+    "EntropyBonus": Trick(
+        acts={"coef": 0.5, "target": 1.0},
+        refuses={"coef": float("nan"), "target": -1.0},
+        knobs={"coef": ({}, {"coef": 0.1}), "target": ({}, {"target": None})},
+    )
+}
 
 
 def test_loss_is_minus_coef_times_the_mean_entropy_of_response_tokens():

@@ -8,6 +8,20 @@ import torch
 
 from lit_ppo.callbacks import RewardNormalization
 from tests.callbacks.toy import run_updates
+from tests.callbacks.trick import Trick
+
+TRICK = {
+    "RewardNormalization": Trick(
+        acts={"clip": 1.0},
+        refuses={"clip": -1.0, "statistics": "epoch", "std": 2.0, "mean": 1.0},
+        knobs={
+            "clip": ({}, {"clip": None}),
+            "statistics": ({}, {"statistics": "batch"}),
+            "mean": tuple({"statistics": "given", "std": 1.0, "mean": mean} for mean in (4.0, 5.0)),
+            "std": tuple({"statistics": "given", "std": std, "mean": 5.0} for std in (5.0, 6.0)),
+        },
+    )
+}
 
 SCORES = [[1.0, 2.0, 3.0, 10.0], [100.0, 104.0, 98.0, 90.0], [5.0, 5.0, 5.0, 5.0]]
 

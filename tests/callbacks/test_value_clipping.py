@@ -7,6 +7,16 @@ import torch
 
 from lit_ppo.callbacks import ValueClipping
 from tests.callbacks.toy import Toy, run_updates
+from tests.callbacks.trick import Trick
+
+TRICK = {
+    "ValueClipping": Trick(
+        acts={"clip_range": 0.1},
+        refuses={"clip_range": float("inf")},
+        knobs={"clip_range": ({}, {"clip_range": 0.2})},
+        needs="critic",
+    )
+}
 
 # old value 1, clip 0.2: new value, return -> half the larger squared error, whether the clipped one is larger
 TABLE = [

@@ -26,11 +26,15 @@ class Rows:
     features: Tensor
     actions: Tensor
     response_mask: Tensor
+    ended: Tensor
+    group: Tensor
+    prompt_index: Tensor
     logprobs: Tensor
+    ref_logprobs: Tensor | None
     values: Tensor | None
     kl: Tensor
-    raw_scores: Tensor
-    scores: Tensor
+    raw_scores: Tensor | None = None
+    scores: Tensor | None = None
     rewards: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
@@ -40,11 +44,23 @@ class Rows:
     new_values: Tensor | None = None
     tokens: int = 0  # response tokens of the whole optimizer step
     logged: dict[str, Tensor] = field(default_factory=dict)
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.features)
 
     def rows(self, start: int, stop: int) -> "Rows":
         """Some of the rows, as a copy that shares the step's log."""
+        return self.select(torch.arange(len(self))[start:stop])
+
+    def select(self, rows: Any) -> "Rows":
+        """Some of the rows, as a copy."""
         cut = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Rows(**{k: v[start:stop] if isinstance(v, Tensor) else v for k, v in cut.items()})
+        return Rows(**{k: v[rows] if isinstance(v, Tensor) else v for k, v in cut.items()})
+
+    def keep(self, rows: Any) -> None:
+        """Some of the rows, in place."""
+        vars(self).update(vars(self.select(rows)))
 
     def mean(self, x: Tensor) -> Tensor:
         """This micro-batch's part of the token mean over the whole step."""
@@ -64,6 +80,8 @@ class Toy(L.LightningModule):
         scores: Scores of update u, by default normal around 5 with deviation 3.
         kl_per_response: Spread evenly over each response's tokens.
         kl_coef: At the start.
+        clip_range: Of the ratio; None is no clipping.
+        ppo_epochs: Passes over the experience.
         critic: Whether there is one.
         reference: Whether there is one.
         fires: The hooks that it fires.
@@ -76,6 +94,8 @@ class Toy(L.LightningModule):
         scores: Callable[[int], Sequence[float]] | None = None,
         kl_per_response: float = 1.0,
         kl_coef: float = 0.1,
+        clip_range: float | None = None,
+        ppo_epochs: int = 1,
         critic: bool = True,
         reference: bool = True,
         fires: Callable[[str], bool] = lambda hook: True,
@@ -84,12 +104,13 @@ class Toy(L.LightningModule):
         self.automatic_optimization = False
         self.episodes, self.minibatch_size, self.kl_per_response = episodes, minibatch_size, kl_per_response
         self.given_scores, self.fires = scores, fires
-        self.kl_coef, self.actor_frozen = kl_coef, False
-        self.reference = object() if reference else None
+        self.kl_coef, self.actor_frozen, self.checkpoint_reference = kl_coef, False, False
+        self.clip_range, self.ppo_epochs, self.samples_per_prompt = clip_range, ppo_epochs, 1
         with torch.random.fork_rng():
             torch.manual_seed(1)
             self.actor = nn.Linear(FEATURES, TOKENS)
             self.critic = nn.Linear(FEATURES, 1) if critic else None
+            self.reference = nn.Linear(FEATURES, TOKENS).requires_grad_(False) if reference else None
         self.register_buffer("updates", torch.tensor(0))
         self.experiences: list[Rows] = []
         self.actors: list[Tensor] = []
@@ -111,8 +132,9 @@ class Toy(L.LightningModule):
 
     def training_step(self, batch: int, batch_idx: int) -> None:
         self.fire("on_rollout_start", ["a prompt"] * self.episodes)
-        experience = self.roll_out()
+        experience = self.rollout(int(self.updates))
         self.fire("on_rollout_end", experience)
+        experience.raw_scores = experience.scores = self.score(experience)
         self.fire("on_scores", experience)
         self.learn(experience)
         self.updates += 1
@@ -124,33 +146,53 @@ class Toy(L.LightningModule):
         values = 0.0 if experience.values is None else experience.values
         experience.advantages = experience.returns - values
         self.fire("on_advantages", experience)
-        for start in range(0, self.episodes, self.minibatch_size):
-            self.optimizer_step_of(experience, experience.rows(start, start + self.minibatch_size))
-            if experience.exhausted:
-                break
+        starts = [start for _ in range(self.ppo_epochs) for start in range(0, len(experience), self.minibatch_size)]
+        for start in starts:
+            if not experience.exhausted:
+                self.optimizer_step_of(experience, experience.rows(start, start + self.minibatch_size))
         self.fire("on_update_end", experience)
         self.remember(experience)
 
     @torch.no_grad()
-    def roll_out(self) -> Rows:
-        random = torch.Generator().manual_seed(int(self.updates))
-        lengths = torch.arange(self.episodes) % T + 1
+    def rollout(self, prompts: Any, **kwargs: Any) -> Rows:
+        """Responses to the prompts of update ``prompts``, ``samples_per_prompt`` of each."""
+        samples, update = self.samples_per_prompt, int(prompts)
+        random = torch.Generator().manual_seed(update)
+        n = self.episodes * samples
+        lengths = torch.arange(n) % T + 1
         mask = torch.arange(T) < lengths[:, None]
-        features = torch.randn(self.episodes, T, FEATURES, generator=random)
-        actions = torch.randint(TOKENS, (self.episodes, T), generator=random)
-        scores = 5 + 3 * torch.randn(self.episodes, generator=random)
-        if self.given_scores is not None:
-            scores = torch.tensor(self.given_scores(int(self.updates)))
+        features = torch.randn(n, T, FEATURES, generator=random)
+        actions = torch.randint(TOKENS, (n, T), generator=random)
+        prompt = torch.arange(self.episodes).repeat_interleave(samples)
         return Rows(
             features=features,
             actions=actions,
             response_mask=mask,
+            ended=lengths < T,
+            group=prompt,
+            prompt_index=prompt,
             logprobs=self.logprobs(features, actions) * mask,
+            ref_logprobs=None if self.reference is None else self.logprobs(features, actions, self.reference) * mask,
             values=None if self.critic is None else self.critic(features).squeeze(-1) * mask,
             kl=self.kl_per_response / lengths[:, None] * mask,
-            raw_scores=scores,
-            scores=scores,
         )
+
+    def score(self, experience: Rows) -> Tensor:
+        """What was given, else normal around 5 with deviation 3."""
+        if self.given_scores is not None:
+            return torch.tensor(self.given_scores(int(self.updates)))
+        random = torch.Generator().manual_seed(int(self.updates))
+        return 5 + 3 * torch.randn(len(experience), generator=random)
+
+    def exact_kl(self, minibatch: Rows) -> Tensor:
+        """By the definition."""
+        log_p, log_q = (model(minibatch.features).log_softmax(-1) for model in (self.actor, self.reference))
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+    @property
+    def actor_optimizer(self) -> Any:
+        optimizers = self.optimizers()
+        return optimizers[0] if isinstance(optimizers, list) else optimizers
 
     def reward_tokens(self, experience: Rows) -> Tensor:
         rewards = -self.kl_coef * experience.kl
@@ -158,8 +200,8 @@ class Toy(L.LightningModule):
             rewards[row, length - 1] += experience.scores[row]
         return rewards
 
-    def logprobs(self, features: Tensor, actions: Tensor) -> Tensor:
-        return self.actor(features).log_softmax(-1).gather(-1, actions[..., None]).squeeze(-1)
+    def logprobs(self, features: Tensor, actions: Tensor, model: nn.Module | None = None) -> Tensor:
+        return (model or self.actor)(features).log_softmax(-1).gather(-1, actions[..., None]).squeeze(-1)
 
     def optimizer_step_of(self, experience: Rows, minibatch: Rows) -> None:
         actor, critic = (self.optimizers(), None) if self.critic is None else self.optimizers()
@@ -184,7 +226,7 @@ class Toy(L.LightningModule):
             critic.step()
 
     def micro_batches(self, minibatch: Rows) -> Iterator[Rows]:
-        for start in range(0, self.minibatch_size, 2):
+        for start in range(0, len(minibatch), 2):
             yield minibatch.rows(start, start + 2)
         yield minibatch.rows(0, 0)
 
@@ -193,8 +235,11 @@ class Toy(L.LightningModule):
             logprobs = self.actor(micro.features).log_softmax(-1)
             micro.new_entropy = -(logprobs.exp() * logprobs).sum(-1)
             micro.new_logprobs = self.logprobs(micro.features, micro.actions)
-            ratio = (micro.new_logprobs - micro.logprobs).exp()
-            losses = {"policy": micro.mean(-ratio * micro.advantages)}
+            log_ratio = micro.new_logprobs - micro.logprobs
+            ratio = log_ratio.exp()
+            clipped = ratio if self.clip_range is None else ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
+            losses = {"policy": micro.mean(-torch.min(ratio * micro.advantages, clipped * micro.advantages))}
+            micro.log("approx_kl", ratio - 1 - log_ratio)
             self.fire("on_actor_loss", micro, losses)
             self.manual_backward(sum(losses.values()))
             _add(sums, losses | {"mean_entropy": micro.mean(micro.new_entropy)})
@@ -202,6 +247,7 @@ class Toy(L.LightningModule):
             micro.new_values = self.critic(micro.features).squeeze(-1)
             losses = {"value": micro.mean(0.5 * (micro.new_values - micro.returns) ** 2)}
             self.fire("on_critic_loss", micro, losses)
+            micro.log("value_loss", 0.5 * (micro.new_values - micro.returns) ** 2)
             self.manual_backward(sum(losses.values()))
             _add(sums, losses)
 

@@ -1,0 +1,36 @@
+"""How a trick is tried by the tests that run over all of them; each trick's test file has one."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Arguments = dict[str, Any] | Callable[[], dict[str, Any]]
+
+
+class Trick(NamedTuple):
+    """``TRICK = {"MyTrick": Trick(...)}`` in ``tests/callbacks/test_my_trick.py``.
+
+    Args:
+        acts: Arguments with which it changes four updates of the toy, and with which a forgotten state shows; a
+            function where they have to be made anew each time.
+        refuses: Arguments that the constructor refuses, by name.
+        knobs: For each argument two sets of arguments, laid over ``acts``, that differ in it (and in what else it
+            needs) and whose runs on the toy differ.
+        needs: The model without which it refuses to start.
+        twice: Whether two copies may stand side by side.
+        toy: Arguments of the toy on which it acts.
+        live: Laid over ``acts`` where it is tried on LitPPO instead, in a folder with ``prompts.jsonl`` (columns
+            ``prompt``, ``level``) and ``texts.jsonl`` (column ``text``).
+    """
+
+    acts: Arguments
+    refuses: dict[str, Any]
+    knobs: dict[str, tuple[dict[str, Any], dict[str, Any]]]
+    needs: str | None = None
+    twice: bool = False
+    toy: dict[str, Any] = {}
+    live: Arguments = {}
+
+
+def made(arguments: Arguments) -> dict[str, Any]:
+    """The arguments."""
+    return arguments() if callable(arguments) else dict(arguments)
