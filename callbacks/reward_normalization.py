@@ -52,7 +52,7 @@ class RewardNormalization(PPOCallback):
                     "statistics='given', and with it alone"
                 )
         self.mean, self.std = mean, None if std is None else positive(self, "std", std)
-        self._moments = (0, 0.0, 0.0)  # of everything seen: count, mean, sum of squared deviations
+        self._moments: tuple[float, float, float] = (0, 0.0, 0.0)  # count, mean, sum of squared deviations; all seen
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Refuse a second normalisation."""

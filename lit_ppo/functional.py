@@ -253,7 +253,7 @@ def adaptive_kl_coef(
     return kl_coef * (1.0 + error * n_steps / horizon)
 
 
-def merge_moments(count: int, mean: float, m2: float, x: Tensor) -> tuple[int, float, float]:
+def merge_moments(count: float, mean: float, m2: float, x: Tensor) -> tuple[float, float, float]:
     r"""Moments of all values seen, out of those so far and a batch of new ones; float64 inside.
 
     .. math::
@@ -261,7 +261,7 @@ def merge_moments(count: int, mean: float, m2: float, x: Tensor) -> tuple[int, f
         M_2' = M_2 + \sum (x - \bar x)^2 + \delta^2\, n b / (n + b)
 
     Args:
-        count: Values so far, n.
+        count: Values so far, n; or their weight, where older ones count less (``m2`` is weighted alike).
         mean: Their mean.
         m2: Sum of their squared deviations from it; ``m2 / (count - 1)`` is the unbiased variance.
         x: New values, b of them.

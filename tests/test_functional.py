@@ -103,6 +103,11 @@ def test_merged_moments_take_float32_without_losing_digits():
     assert F.merge_moments(1, 2.0**24, 0.0, torch.tensor([2.0**24 + 2])) == (2, 2.0**24 + 1, 2.0)
 
 
+def test_merged_moments_of_weighted_values():
+    """1 and 3 at half the weight, then 5: weights 0.5, 0.5, 1, mean 3.5, squares 3.125 + 0.125 + 2.25."""
+    assert F.merge_moments(1.0, 2.0, 1.0, torch.tensor([5.0])) == pytest.approx((2.0, 3.5, 5.5), rel=1e-12)
+
+
 # distributions
 
 
