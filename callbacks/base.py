@@ -245,6 +245,17 @@ def positive_or_none(callback: object, name: str, value: float | None) -> float 
     return None if value is None else positive(callback, name, value)
 
 
+def whole(callback: object, name: str, value: int, least: int) -> int:
+    """``value`` if it is a whole number from ``least`` up.
+
+    Raises:
+        ValueError: Naming class, argument and value.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{type(callback).__name__}({name}={value!r}): must be a whole number, at least {least}")
+    return value
+
+
 def one_of(callback: object, name: str, value: str, *choices: str) -> str:
     """``value`` if it is among the choices.
 
