@@ -150,6 +150,31 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
     return rewards.masked_fill(~mask, 0.0)
 
 
+def length_penalty(mask: Tensor, budget: int, coef: float, max_penalty: float | None = None) -> Tensor:
+    r"""What a response's score loses for the tokens over a budget.
+
+    .. math:: \min(c \cdot \max(|y| - L, 0), p_{max})
+
+    DAPO's soft overlong punishment is ``-length_penalty(mask, L_max - L_cache, 1 / L_cache, 1.0)``.
+
+    Source: Yu et al. 2025, arXiv:2503.14476, section 3.4, equation 13.
+
+    Args:
+        mask: True at response tokens; their number is the length, ``|y|``.
+        budget: Tokens that are free, ``L``.
+        coef: Score for each further token, ``c``.
+        max_penalty: Bound, ``p_max``; None for no bound.
+
+    Shapes:
+        mask (B, T) -> (B,), float32, never negative.
+
+    >>> mask = torch.arange(6) < torch.tensor([[2], [4], [6]])
+    >>> length_penalty(mask, budget=3, coef=0.25, max_penalty=0.5)
+    tensor([0.0000, 0.2500, 0.5000])
+    """
+    return (coef * (mask.sum(1) - budget).float()).clamp(0.0, max_penalty)
+
+
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
     r"""Generalised advantage estimation over the tokens of each response.
 

@@ -108,6 +108,37 @@ def test_merged_moments_of_weighted_values():
     assert F.merge_moments(1.0, 2.0, 1.0, torch.tensor([5.0])) == pytest.approx((2.0, 3.5, 5.5), rel=1e-12)
 
 
+# scores
+
+
+@pytest.mark.parametrize(
+    ("budget", "coef", "bound", "expected"),
+    [
+        (3, 0.5, None, [0.0, 0.0, 1.0, 0.0, 1.0]),  # lengths 1, 3, 5, 2, 5
+        (2, 0.5, 1.0, [0.0, 0.5, 1.0, 0.0, 1.0]),
+        (0, 1.0, 2.5, [1.0, 2.5, 2.5, 2.0, 2.5]),
+        (9, 1.0, None, [0.0] * 5),
+    ],
+)
+def test_length_penalty_by_hand(budget: int, coef: float, bound: float | None, expected: list[float]):
+    assert F.length_penalty(MASK, budget, coef, bound).tolist() == expected
+    assert F.length_penalty(torch.nn.functional.pad(MASK, (0, 4)), budget, coef, bound).tolist() == expected
+
+
+def test_length_penalty_expresses_dapos_ramp():
+    """Equation 13, case by case: longest 20 tokens, the last 8 of them ever dearer."""
+    longest, cache = 20, 8
+    lengths = range(26)
+    mask = torch.arange(25) < torch.tensor(lengths)[:, None]
+    for length, penalty in zip(lengths, F.length_penalty(mask, longest - cache, 1 / cache, 1.0).tolist(), strict=True):
+        if length <= longest - cache:
+            assert penalty == 0.0
+        elif length <= longest:
+            assert -penalty == ((longest - cache) - length) / cache
+        else:
+            assert -penalty == -1.0
+
+
 # distributions
 
 

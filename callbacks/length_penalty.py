@@ -1,0 +1,50 @@
+"""Keep responses within a budget of tokens."""
+
+from typing import Any
+
+import lightning as L
+
+from lit_ppo.callbacks.base import (
+    ExperienceLike,
+    PPOCallback,
+    PPOModule,
+    positive,
+    positive_or_none,
+    refuse_beside,
+    whole,
+)
+from lit_ppo.functional import length_penalty
+
+
+class LengthPenalty(PPOCallback):
+    """Takes ``coef`` off the score for each response token over ``budget``; ``raw_scores`` stay.
+
+    Use it when responses grow longer without growing better, as reward models tend to prefer long ones. Unlike a hard
+    limit it tells the policy how far it is from the budget. DAPO's soft overlong punishment, with its longest response
+    ``L_max`` and interval ``L_cache``, is ``budget=L_max - L_cache, coef=1 / L_cache, max_penalty=1``. Its unit is
+    that of the scores as the callbacks before it in the list have left them. Costs nothing.
+
+    Args:
+        budget: Tokens that are free, the stop token included.
+        coef: Score for each further token.
+        max_penalty: The most that is taken off; None for no bound.
+
+    Reads ``experience.response_mask``; reads and writes ``experience.scores``. Logs ``reward/length_penalty``: the
+    mean of what is taken off.
+    Source: Yu et al. 2025, arXiv:2503.14476, section 3.4, equation 13.
+    """
+
+    def __init__(self, budget: int, coef: float, max_penalty: float | None = None) -> None:
+        self.budget = whole(self, "budget", budget, least=0)
+        self.coef = positive(self, "coef", coef)
+        self.max_penalty = positive_or_none(self, "max_penalty", max_penalty)
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse a second budget."""
+        refuse_beside(self, trainer, LengthPenalty, why="both would penalise the same tokens")
+
+    def on_scores(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
+        """Lower the scores of long responses."""
+        penalty = length_penalty(experience.response_mask, self.budget, self.coef, self.max_penalty)
+        experience.scores = experience.scores - penalty
+        pl_module.log("reward/length_penalty", float(penalty.mean()))
