@@ -44,9 +44,10 @@ def fire(pl_module: L.LightningModule, hook: str, *args: Any) -> None:
 class ExperienceLike(Protocol):
     """What flows through an update. Callbacks rebind fields; tensors are not edited in place.
 
-    Shapes: ``raw_scores``, ``scores``, ``ended`` (B,); the other tensors (B, T), 0 where masked.
+    Shapes: ``raw_scores``, ``scores``, ``ended``, ``group`` (B,); the other tensors (B, T), 0 where masked.
     """
 
+    group: Tensor
     response_mask: Tensor
     ended: Tensor
     logprobs: Tensor
@@ -276,6 +277,20 @@ def refuse_beside(callback: L.Callback, trainer: L.Trainer, *others: type[L.Call
     for other in trainer.callbacks:  # type: ignore[attr-defined]
         if other is not callback and isinstance(other, others):
             raise ValueError(f"{type(callback).__name__} and {type(other).__name__}: {why}; keep one of them")
+
+
+def refuse_behind(callback: L.Callback, trainer: L.Trainer, *others: type[L.Callback], why: str) -> None:
+    """Refuse to stand behind another callback in the list.
+
+    Raises:
+        ValueError: Naming both, and why.
+    """
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        if other is callback:
+            return
+        if isinstance(other, others):
+            name, ahead = type(callback).__name__, type(other).__name__
+            raise ValueError(f"{name} stands behind {ahead}: {why}; put {name} ahead of {ahead}")
 
 
 def refuse_same_loss(callback: L.Callback, trainer: L.Trainer, *others: type[L.Callback]) -> None:

@@ -45,6 +45,7 @@ class Rows:
     tokens: int = 0  # response tokens of the whole optimizer step
     logged: dict[str, Tensor] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
+    greedy: bool = False
 
     def __len__(self) -> int:
         return len(self.features)
@@ -155,7 +156,9 @@ class Toy(L.LightningModule):
 
     @torch.no_grad()
     def rollout(self, prompts: Any, **kwargs: Any) -> Rows:
-        """Responses to the prompts of update ``prompts``, ``samples_per_prompt`` of each."""
+        """Responses to the prompts of update ``prompts``, ``samples_per_prompt`` of each; or greedy ones to rows."""
+        if isinstance(prompts, Rows):
+            return self.greedy(prompts, **kwargs)
         samples, update = self.samples_per_prompt, int(prompts)
         random = torch.Generator().manual_seed(update)
         n = self.episodes * samples
@@ -177,8 +180,19 @@ class Toy(L.LightningModule):
             kl=self.kl_per_response / lengths[:, None] * mask,
         )
 
+    def greedy(self, rows: Rows, policy: str, samples_per_prompt: int, do_sample: bool, **kwargs: Any) -> Rows:
+        """The most likely actions at the positions of each group's first row."""
+        assert (samples_per_prompt, do_sample) == (1, False)
+        groups = rows.group.tolist()
+        chosen = rows.select([groups.index(group) for group in dict.fromkeys(groups)])
+        chosen.actions = getattr(self, policy)(chosen.features).argmax(-1)
+        chosen.group, chosen.greedy = torch.arange(len(chosen)), True
+        return chosen
+
     def score(self, experience: Rows) -> Tensor:
-        """What was given, else normal around 5 with deviation 3."""
+        """What was given, else normal around 5 with deviation 3; of greedy responses the sum of their actions."""
+        if experience.greedy:
+            return (experience.actions * experience.response_mask).sum(1).float()
         if self.given_scores is not None:
             return torch.tensor(self.given_scores(int(self.updates)))
         random = torch.Generator().manual_seed(int(self.updates))
