@@ -226,6 +226,21 @@ def require_model(callback: L.Callback, pl_module: Any, name: str) -> None:
         )
 
 
+def require_token_rewards(callback: L.Callback, pl_module: Any) -> None:
+    """Check that the module's estimator, where it has one, reads the token rewards that the callback writes.
+
+    Raises:
+        ValueError: It does not. Names both.
+    """
+    estimator = getattr(pl_module, "advantages", None)
+    if not getattr(estimator, "needs_rewards", True):
+        raise ValueError(
+            f"{type(callback).__name__} changes token rewards, which "
+            f"{type(pl_module).__name__}(advantages={type(estimator).__name__}) does not read: it takes the scores as "
+            "they are; remove the callback, put the KL into the loss with KLLoss, or use another estimator"
+        )
+
+
 def positive(callback: object, name: str, value: float) -> float:
     """``value`` if it is a finite number over 0.
 

@@ -11,10 +11,14 @@ from lit_ppo.functional import gae
 class AdvantageEstimator(ABC):
     """What ``LitPPO(advantages=...)`` takes; configurations call its subclasses by their short names.
 
-    ``needs_values`` says whether a critic has to provide ``experience.values``.
+    Class attributes say what it reads: ``needs_values`` that a critic has to provide ``experience.values``,
+    ``needs_groups`` that it compares the responses to one prompt, of which there must be several, ``needs_rewards``
+    that it reads token rewards, rather than scores alone.
     """
 
     needs_values: bool
+    needs_groups = False
+    needs_rewards = True
 
     @abstractmethod
     def __call__(self, experience: Any) -> tuple[Tensor, Tensor | None]:

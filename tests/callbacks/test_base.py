@@ -6,8 +6,18 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 
+from lit_ppo.advantages import GAE
 from lit_ppo.callbacks import PPOCallback, fire
-from lit_ppo.callbacks.base import HOOKS, one_of, positive, positive_or_none, refuse_same_loss, require, require_model
+from lit_ppo.callbacks.base import (
+    HOOKS,
+    one_of,
+    positive,
+    positive_or_none,
+    refuse_same_loss,
+    require,
+    require_model,
+    require_token_rewards,
+)
 from tests.callbacks.toy import Foreign, Spy, Toy, run_updates
 
 
@@ -97,3 +107,13 @@ def test_same_loss_is_refused_with_both_named():
     refuse_same_loss(mine, SimpleNamespace(callbacks=[mine, other]), PPOCallback)
     with pytest.raises(ValueError, match="PPOCallback and Other: both replace the same loss term; keep one of them"):
         refuse_same_loss(mine, SimpleNamespace(callbacks=[mine, other]), PPOCallback, Other)
+
+
+def test_token_rewards_are_required_where_an_estimator_says_that_it_reads_none():
+    scores_alone = type("ScoresAlone", (), {"needs_rewards": False})()
+    for module in (Foreign(), SimpleNamespace(advantages=object()), SimpleNamespace(advantages=GAE())):
+        require_token_rewards(PPOCallback(), module)
+    with pytest.raises(
+        ValueError, match=r"PPOCallback changes token rewards, .*\(advantages=ScoresAlone\) .*with KLLoss"
+    ):
+        require_token_rewards(PPOCallback(), SimpleNamespace(advantages=scores_alone))
