@@ -66,7 +66,33 @@ def check_arguments(name: str, given: dict[str, Any]) -> None:
         refuse("critic", f"{type(given['advantages']).__name__} needs values; give a critic, or another estimator")
     if given["critic"] is not None and not given["advantages"].needs_values:
         refuse("critic", f"{type(given['advantages']).__name__} uses no values; set critic to null")
+    check_estimator(name, given["advantages"], given["samples_per_prompt"], given["kl_coef"])
     check_generation(given["generation"])
+
+
+def check_estimator(name: str, advantages: Any, samples_per_prompt: int, kl_coef: float) -> None:
+    """Check what an estimator learns from; callbacks may set both numbers at any update.
+
+    Args:
+        name: The module's class, for messages.
+        advantages: The estimator.
+        samples_per_prompt: In force.
+        kl_coef: In force.
+
+    Raises:
+        ValueError: Names both sides.
+    """
+    estimator = type(advantages).__name__
+    if getattr(advantages, "needs_groups", False) and samples_per_prompt < 2:
+        raise ValueError(
+            f"{name}(samples_per_prompt={samples_per_prompt!r}): {estimator} compares the responses to one prompt; "
+            "sample at least 2, or use another estimator"
+        )
+    if not getattr(advantages, "needs_rewards", True) and kl_coef > 0:
+        raise ValueError(
+            f"{name}(kl_coef={kl_coef!r}): {estimator} reads scores alone, so a KL in the token rewards would be "
+            "without effect; set kl_coef to 0 and put the KL into the loss with lit_ppo.callbacks.KLLoss"
+        )
 
 
 def _is_integer(value: Any, at_least: int) -> bool:

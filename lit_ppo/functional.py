@@ -204,6 +204,94 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     return advantages, (advantages + values).masked_fill(~mask, 0.0)
 
 
+def group_relative_advantages(scores: Tensor, group: Tensor, mask: Tensor, scale: bool = True) -> Tensor:
+    r"""GRPO's advantages: each score against those of its group, the same at every token of a response.
+
+    .. math:: \hat A_{i,t} = (s_i - \mu_g) / \sqrt{\sigma_g^2 + 10^{-8}}
+
+    The variance is the unbiased one. Scores that are all alike, or alone in their group, give 0. A response without
+    tokens counts for nothing.
+
+    Args:
+        scores: One a response.
+        group: Rows with the same number belong together, wherever they lie.
+        mask: True at response tokens.
+        scale: False leaves out the division.
+
+    Source: Shao et al. 2024, arXiv:2402.03300, section 4.1.2; without ``scale`` Liu et al. 2025, arXiv:2503.20783.
+
+    Shapes:
+        scores, group (B,), mask (B, T) -> (B, T), 0 where masked.
+
+    >>> scores, mask = torch.tensor([1.0, 3.0, 5.0, 2.0]), torch.ones(4, 1, dtype=torch.bool)
+    >>> group_relative_advantages(scores, torch.tensor([0, 0, 0, 1]), mask)[:, 0]
+    tensor([-1.,  0.,  1.,  0.])
+    """
+    mean, variance, _ = _group_moments(scores, group, mask)
+    deviation = scores - mean
+    advantages = deviation * torch.rsqrt(variance + 1e-8) if scale else deviation
+    return mask * advantages.unsqueeze(1)
+
+
+def leave_one_out_advantages(rewards: Tensor, group: Tensor, mask: Tensor) -> Tensor:
+    r"""RLOO's advantages: each response's return less the mean of the others', the same at each of its tokens.
+
+    .. math:: R_i = \sum_t r_{i,t}, \quad \hat A_{i,t} = R_i - \frac{1}{n_g - 1} \sum_{j \in g,\, j \ne i} R_j
+
+    A response that is alone in its group gets 0; one without tokens counts for nothing.
+
+    Args:
+        rewards: Per token.
+        group: Rows with the same number belong together, wherever they lie.
+        mask: True at response tokens.
+
+    Source: Ahmadian et al. 2024, arXiv:2402.14740, section 2.3.
+
+    Shapes:
+        rewards, mask (B, T), group (B,) -> (B, T), 0 where masked.
+
+    >>> rewards, mask = torch.tensor([[0.0, 1.0], [3.0, 0.0], [0.0, 5.0]]), torch.ones(3, 2, dtype=torch.bool)
+    >>> leave_one_out_advantages(rewards, torch.tensor([0, 0, 0]), mask)[:, 0]  # 1 - 4, 3 - 3, 5 - 2
+    tensor([-3.,  0.,  3.])
+    """
+    returns = rewards.masked_fill(~mask, 0.0).sum(1)
+    mean, _, size = _group_moments(returns, group, mask)
+    advantages = (returns - mean) * size / (size - 1).clamp(min=1)
+    return mask * advantages.unsqueeze(1)
+
+
+def _group_moments(x: Tensor, group: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, unbiased variance and size of each row's group, (B,) each; rows without tokens are a group of their own."""
+    apart = group.masked_fill(~mask.any(1), -1)
+    numbers, place, size = apart.unique(return_inverse=True, return_counts=True)
+    members = numbers.unsqueeze(1) == apart  # (groups, B)
+    one = x[members.int().argmax(1)]  # of each group; by differences from it, rows that are alike vary by 0 exactly
+    mean = one + masked_mean((x - one[place]).expand_as(members), members, dim=1)
+    squares = (x - mean[place]).square()
+    variance = masked_mean(squares.expand_as(members), members, dim=1) * size / (size - 1).clamp(min=1)
+    return mean[place], variance[place], size[place]
+
+
+def reinforce_advantages(rewards: Tensor, mask: Tensor) -> Tensor:
+    r"""REINFORCE++'s advantages: rewards to go, whitened over all response tokens of the batch.
+
+    .. math:: G_{i,t} = \sum_{u \ge t} r_{i,u} = s_i - \beta \sum_{u \ge t} KL_{i,u}, \quad
+        \hat A_{i,t} = (G_{i,t} - \mu_G) / \sqrt{\sigma_G^2 + 10^{-8}}
+
+    Source: Hu et al. 2025, arXiv:2501.03262, section 3.
+
+    Shapes:
+        rewards, mask (B, T) -> (B, T), 0 where masked.
+
+    >>> rewards, mask = torch.tensor([[-1.0, 2.0], [3.0, 0.0]]), torch.tensor([[True, True], [True, False]])
+    >>> reinforce_advantages(rewards, mask)  # of 1, 2 and 3
+    tensor([[-1.,  0.],
+            [ 1.,  0.]])
+    """
+    to_go = rewards.masked_fill(~mask, 0.0).flip(1).cumsum(1).flip(1)
+    return whiten(to_go, mask)
+
+
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float | None = 0.2) -> Tensor:
     r"""PPO's clipped surrogate, negated, per token; no reduction.
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_ppo.advantages import GAE, AdvantageEstimator
 from lit_ppo.assembly import Assembly
 from lit_ppo.callbacks.base import fire
-from lit_ppo.checks import ReferenceDtype, check_arguments
+from lit_ppo.checks import ReferenceDtype, check_arguments, check_estimator
 from lit_ppo.evaluation import Evaluation
 from lit_ppo.experience import Experience, LossReduction, Minibatch
 from lit_ppo.functional import KLEstimator, policy_loss, token_rewards, value_loss
@@ -150,6 +150,7 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         """
         with self.timed("rollout"):
             fire(self, "on_rollout_start", prompts)
+            check_estimator(type(self).__name__, self.advantages, self.samples_per_prompt, self.kl_coef)
             experience = self.rollout(prompts)
             fire(self, "on_rollout_end", experience)
         if not len(experience):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lit_ppo import LitPPO
+from lit_ppo.advantages import GroupRelative, LeaveOneOut, Reinforce
 from lit_ppo.checkpoint import StepCheckpoint
 from lit_ppo.preflight import check_batch
 from lit_ppo.rewards import RewardModel
@@ -43,6 +44,28 @@ def test_a_bad_argument_is_named_with_its_value(tiny_lm, argument, value, messag
     with pytest.raises(ValueError, match=message) as info:
         make_module(tiny_lm, **{argument: value})
     assert str(info.value).startswith(f"LitPPO({argument}={value!r}): ")
+
+
+@pytest.mark.parametrize("estimator", [GroupRelative(), LeaveOneOut(), Reinforce()], ids=repr)
+def test_a_critic_that_nobody_asks_is_refused(tiny_lm, estimator):
+    name = type(estimator).__name__
+    with pytest.raises(ValueError, match=rf"LitPPO\(critic='actor'\): {name} uses no values; set critic to null"):
+        make_module(tiny_lm, advantages=estimator, samples_per_prompt=2, kl_coef=0.0)
+
+
+@pytest.mark.parametrize("estimator", [GroupRelative(), LeaveOneOut()], ids=repr)
+def test_one_response_has_no_group(tiny_lm, estimator):
+    name = type(estimator).__name__
+    with pytest.raises(ValueError, match=rf"LitPPO\(samples_per_prompt=1\): {name} compares .* sample at least 2"):
+        make_module(tiny_lm, advantages=estimator, critic=None, kl_coef=0.0)
+    make_module(tiny_lm, advantages=Reinforce(), critic=None)
+
+
+def test_a_kl_that_nobody_reads_is_refused(tiny_lm):
+    critic_free = {"critic": None, "samples_per_prompt": 2, "kl_coef": 0.1}
+    with pytest.raises(ValueError, match=r"LitPPO\(kl_coef=0.1\): GroupRelative reads scores alone.*KLLoss"):
+        make_module(tiny_lm, advantages=GroupRelative(), **critic_free)
+    make_module(tiny_lm, advantages=LeaveOneOut(), **critic_free)
 
 
 def test_actor_and_reference_of_different_vocabularies_are_refused(tmp_path, tiny_lm):

@@ -330,6 +330,92 @@ def test_full_length_response_has_its_score_on_the_last_column():
     assert rewards.tolist() == [[0.0, 0.0, 2.0]]
 
 
+# advantages without a critic
+
+GROUPS = [7, 3, 7, 7, 3]  # not in a row
+
+
+def others(row: int) -> list[int]:
+    return [i for i in range(B) if GROUPS[i] == GROUPS[row] and i != row]
+
+
+def spread(numbers: list[float]) -> list[list[float]]:
+    """A number a response, at each of its tokens."""
+    return [[number * (t < n) for t in range(T)] for number, n in zip(numbers, LENGTHS, strict=True)]
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_group_relative_advantages_are_their_definition(scale: bool):
+    scores = normal(B)
+    expected = []
+    for i, score in enumerate(scores.tolist()):
+        group = [score, *(scores[j].item() for j in others(i))]
+        variance = statistics.variance(group)
+        expected.append((score - statistics.fmean(group)) / (math.sqrt(variance + 1e-8) if scale else 1.0))
+    advantages = F.group_relative_advantages(scores, torch.tensor(GROUPS), MASK, scale)
+    close(advantages, spread(expected))
+
+
+def test_group_relative_advantages_by_hand():
+    """1, 3, 8: mean 4, deviations -3, -1, 4, variance 26 / 2 = 13; 5 and 9: mean 7, variance 8."""
+    scores, mask = torch.tensor([1.0, 5.0, 3.0, 8.0, 9.0]), torch.ones(5, 1, dtype=torch.bool)
+    group = torch.tensor([0, 1, 0, 0, 1])
+    deviations = [-3.0, -2.0, -1.0, 4.0, 2.0]
+    assert F.group_relative_advantages(scores, group, mask, scale=False)[:, 0].tolist() == deviations
+    roots = [13**0.5, 8**0.5, 13**0.5, 13**0.5, 8**0.5]
+    scaled = [deviation / root for deviation, root in zip(deviations, roots, strict=True)]
+    assert F.group_relative_advantages(scores, group, mask)[:, 0].tolist() == pytest.approx(scaled, rel=1e-6)
+
+
+def test_leave_one_out_advantages_are_their_definition():
+    rewards = normal(B, T)
+    totals = [math.fsum(rewards[i, :n].tolist()) for i, n in enumerate(LENGTHS)]
+    expected = [total - statistics.fmean(totals[j] for j in others(i)) for i, total in enumerate(totals)]
+    close(F.leave_one_out_advantages(filled(rewards), torch.tensor(GROUPS), MASK), spread(expected))
+
+
+def test_reinforce_advantages_are_their_definition():
+    rewards = normal(B, T)
+    to_go = [[math.fsum(rewards[i, t:n].tolist()) for t in range(n)] for i, n in enumerate(LENGTHS)]
+    flat = [value for row in to_go for value in row]
+    mean, root = statistics.fmean(flat), math.sqrt(statistics.variance(flat) + 1e-8)
+    expected = [[(value - mean) / root for value in row] + [0.0] * (T - len(row)) for row in to_go]
+    close(F.reinforce_advantages(filled(rewards), MASK), expected)
+
+
+@pytest.mark.parametrize("score", [0.0, 0.1, 1000.1, -1e6])
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+def test_responses_that_are_all_alike_teach_exactly_nothing(score: float, n: int):
+    """0.1 added up thrice and divided by 3 is not 0.1 in float32; what is left over would be blown up."""
+    scores, group, mask = torch.full((n,), score), torch.full((n,), 4), torch.ones(n, 2, dtype=torch.bool)
+    rewards = torch.stack([torch.zeros(n), scores], dim=1)
+    assert not F.group_relative_advantages(scores, group, mask).any()
+    assert not F.leave_one_out_advantages(rewards, group, mask).any()
+
+
+def test_alone_in_its_group_a_response_gets_zero_and_the_others_their_due():
+    group, mask = torch.tensor([0, 1, 0]), torch.ones(3, 1, dtype=torch.bool)
+    rewards = torch.tensor([[1.0], [9.0], [2.0]])
+    assert F.leave_one_out_advantages(rewards, group, mask)[:, 0].tolist() == [-1.0, 0.0, 1.0]
+    expected = [-(0.5**0.5), 0.0, 0.5**0.5]
+    assert F.group_relative_advantages(rewards[:, 0], group, mask)[:, 0].tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_response_without_tokens_counts_for_nothing_in_its_group():
+    """The row of 50 is masked out: 1 and 3 are all that there is to compare."""
+    group, mask = torch.tensor([0, 0, 0]), torch.tensor([[True], [False], [True]])
+    rewards = torch.tensor([[1.0], [50.0], [3.0]])
+    assert F.leave_one_out_advantages(rewards, group, mask)[:, 0].tolist() == [-2.0, 0.0, 2.0]
+    assert F.group_relative_advantages(rewards[:, 0], group, mask, scale=False)[:, 0].tolist() == [-1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("order", [[4, 3, 2, 1, 0], [2, 0, 4, 1, 3]])
+def test_group_advantages_move_with_their_rows(order: list[int]):
+    scores, rewards, group = normal(B), normal(B, T, seed=1), torch.tensor(GROUPS)
+    for function, x in ((F.group_relative_advantages, scores), (F.leave_one_out_advantages, rewards)):
+        close(function(x[order], group[order], MASK[order]), function(x, group, MASK)[order])
+
+
 # losses
 
 
@@ -417,6 +503,8 @@ MASKED: dict[str, Callable[[Tensor, Tensor], object]] = {
     "token_rewards": lambda x, m: F.token_rewards(torch.arange(5.0, dtype=x.dtype)[: len(x)], x, m, 0.1),
     "gae of rewards": lambda x, m: F.gae(x, torch.ones_like(x), m),
     "gae of values": lambda x, m: F.gae(torch.ones_like(x), x, m),
+    "leave_one_out_advantages": lambda x, m: F.leave_one_out_advantages(x, torch.tensor([0, 1, 0, 0, 1]), m),
+    "reinforce_advantages": lambda x, m: F.reinforce_advantages(x, m),
     "explained_variance": lambda x, m: F.explained_variance(x, x.square(), m),
 }
 EVERY_MASKED = pytest.mark.parametrize("function", MASKED.values(), ids=MASKED.keys())
