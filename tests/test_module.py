@@ -377,6 +377,44 @@ def test_critic_from_the_reward_model_and_from_a_path(tmp_path, gpt2):
         assert value.equal(from_path.critic.state_dict()[name])
 
 
+def test_gradient_clipping_can_be_the_only_restraint(tmp_path, gpt2, monkeypatch):
+    """Neither reference nor ratio clipping: the weights are those of a KL that weighs nothing, none of it loaded."""
+    bare = {"clip_range": None, "max_grad_norm": 0.05}
+    weighs_nothing, _, _ = record(tmp_path, gpt2, kl_coef=0.0, **bare)
+    monkeypatch.setattr("lit_ppo.assembly.Reference", None)  # would not take a model
+    module, recorder, trainer = record(tmp_path, gpt2, reference=None, kl_coef=0.5, **bare)
+    assert all(value.equal(weighs_nothing.state_dict()[name]) for name, value in module.state_dict().items())
+    assert [row["objective/kl"] for row in logged(trainer)] == [0.0, 0.0]
+    assert max(metrics["actor_grad_norm"] for metrics in recorder.metrics) > 0.05
+    unclipped, _, _ = record(tmp_path, gpt2, reference=None, clip_range=None, max_grad_norm=None)
+    assert any(not value.equal(unclipped.state_dict()[name]) for name, value in module.state_dict().items())
+
+
+def test_what_the_critic_starts_from_is_what_the_first_rollout_sees(tmp_path, gpt2):
+    """A reward model's critic values a response so far by the stock model's score of it, a causal LM's by 0."""
+    from transformers import AutoModelForSequenceClassification
+
+    from lit_ppo.rewards import RewardModel
+
+    reward, other = make_reward_model(tmp_path / "reward"), make_causal_lm(tmp_path / "other", seed=7, scale=4.0)
+    stock = AutoModelForSequenceClassification.from_pretrained(reward).eval()
+    stock.config.pad_token_id = None  # a sampled one is a token like any other
+    rewards = RewardModel(str(reward))
+    runs = {c: record(tmp_path, gpt2, critic=c, rewards=rewards) for c in ("actor", str(other), "reward", str(reward))}
+    for critic in ("actor", str(other)):
+        assert not runs[critic][1].experiences[0].values.any()
+    for critic in ("reward", str(reward)):
+        experience = runs[critic][1].experiences[0]
+        for i, (prompt, response) in enumerate(rows_of(experience)):
+            for t in range(len(response)):
+                score = stock(input_ids=torch.tensor([prompt + response[:t]])).logits[0, 0].item()
+                assert experience.values[i, t].item() == pytest.approx(score, rel=1e-4, abs=1e-6)
+    first, second = (runs[critic][0].critic.state_dict() for critic in ("reward", str(reward)))
+    assert all(value.equal(second[name]) for name, value in first.items())
+    losses = [logged(trainer)[1]["value/loss"] for _, _, trainer in runs.values()]
+    assert len({round(loss, 6) for loss in losses}) == 3
+
+
 def test_frozen_weights_stay_out_of_the_state_dict(tmp_path, gpt2):
     from lit_ppo.rewards import RewardModel
 
