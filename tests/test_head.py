@@ -99,7 +99,8 @@ def test_logits_are_computed_again_only_where_they_were_not_kept(monkeypatch, ke
     assert len(seen) == computed
 
 
-def test_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch):
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch, with_reference):
     """No tensor is larger than a chunk, the head itself aside; without the limit one of N x V shows up."""
     largest = []
 
@@ -114,9 +115,10 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch):
     def run():
         largest.clear()
         tensors = inputs(n=64, hidden=3, vocab=50)
+        ref = HeadInputs(*(t.detach() for t in inputs(n=64, hidden=3, vocab=50, seed=1))) if with_reference else None
         with Sizes():
-            logprobs, entropy = token_statistics(tensors, torch.arange(64) % 50)
-            (logprobs + entropy).sum().backward()
+            logprobs, entropy_or_kl = token_statistics(tensors, torch.arange(64) % 50, kl_to=ref)
+            (logprobs + entropy_or_kl).sum().backward()
         return max(largest)
 
     assert run() == 64 * 50
