@@ -8,6 +8,7 @@ from collections.abc import Sized
 from typing import Any, Protocol
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 HOOKS: dict[str, str] = {
@@ -112,7 +113,10 @@ class PPOModule(Protocol):
         ...
 
     def backward_on_text(self, batch: Any, coef: float) -> tuple[float, float]:
-        """Backward of ``coef`` times the next-token loss on text: its loss and gradient norm."""
+        """Backward of ``coef`` times the next-token loss on text, the same on every rank: its loss, its gradient norm.
+
+        The batch is what the data module's collation made, on the host.
+        """
         ...
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
@@ -241,6 +245,19 @@ def require_token_rewards(callback: L.Callback, pl_module: Any) -> None:
         )
 
 
+def make_ready(data: L.LightningDataModule, trainer: L.Trainer) -> None:
+    """Prepare and set up data that a callback brings, for ``fit``: once on the first process, then on each.
+
+    Args:
+        data: It gets the trainer, as the trainer's own data module does.
+        trainer: The trainer.
+    """
+    data.trainer = trainer
+    rank_zero_only(data.prepare_data)()
+    trainer.strategy.barrier("data of a callback")
+    data.setup("fit")
+
+
 def positive(callback: object, name: str, value: float) -> float:
     """``value`` if it is a finite number over 0.
 
@@ -261,14 +278,14 @@ def positive_or_none(callback: object, name: str, value: float | None) -> float 
     return None if value is None else positive(callback, name, value)
 
 
-def whole(callback: object, name: str, value: int, least: int) -> int:
-    """``value`` if it is a whole number from ``least`` up.
+def at_least(callback: object, name: str, value: int, minimum: int) -> int:
+    """``value`` if it is a whole number from ``minimum`` on.
 
     Raises:
-        ValueError: Naming class, argument and value.
+        ValueError: Naming class, argument, value and minimum.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{type(callback).__name__}({name}={value!r}): must be a whole number, at least {least}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{type(callback).__name__}({name}={value!r}): must be a whole number, at least {minimum}")
     return value
 
 

@@ -8,10 +8,10 @@ from lit_ppo.callbacks.base import (
     ExperienceLike,
     PPOCallback,
     PPOModule,
+    at_least,
     positive,
     positive_or_none,
     refuse_beside,
-    whole,
 )
 from lit_ppo.functional import length_penalty
 
@@ -35,7 +35,7 @@ class LengthPenalty(PPOCallback):
     """
 
     def __init__(self, budget: int, coef: float, max_penalty: float | None = None) -> None:
-        self.budget = whole(self, "budget", budget, least=0)
+        self.budget = at_least(self, "budget", budget, 0)
         self.coef = positive(self, "coef", coef)
         self.max_penalty = positive_or_none(self, "max_penalty", max_penalty)
 

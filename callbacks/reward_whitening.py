@@ -5,7 +5,13 @@ from typing import Any
 import lightning as L
 import torch
 
-from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule, refuse_beside, whole
+from lit_ppo.callbacks.base import (
+    ExperienceLike,
+    PPOCallback,
+    PPOModule,
+    at_least,
+    refuse_beside,
+)
 from lit_ppo.functional import scale
 
 
@@ -27,11 +33,12 @@ class RewardWhitening(PPOCallback):
     """
 
     def __init__(self, rows: int | None = None, unbiased: bool = True) -> None:
-        self.rows = None if rows is None else whole(self, "rows", rows, least=1)
+        self.rows = None if rows is None else at_least(self, "rows", rows, 1)
         self.unbiased = unbiased
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse a second whitening."""
+        """Refuse a second whitening, and an estimator that would not see it."""
+        require_token_rewards(self, pl_module)
         refuse_beside(self, trainer, RewardWhitening, why="the rewards would have unit variance already")
 
     def on_rewards(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:

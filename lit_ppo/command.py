@@ -208,14 +208,22 @@ def _check_groups(config: Namespace) -> None:
 
 
 def _hand_over_data_root(config: Namespace) -> bool:
-    """Set the data module's ``data_root`` where the command's is given; False if the class has none."""
-    data = config.get("data")
+    """Set ``data_root`` of the data, and of data that callbacks bring, where it is given; False if nobody has one."""
     if config.data_root is None:
         return True
-    if data is None or "data_root" not in data.get("init_args", {}):
-        return False
-    data.init_args.data_root = config.data_root
-    return True
+    callbacks = config.trainer.get("callbacks") or []
+    brought = [
+        (callback.get("init_args") or {}).get("data")
+        for callback in (callbacks if isinstance(callbacks, list) else [callbacks])
+    ]
+    takers = [
+        data.init_args
+        for data in (config.get("data"), *brought)
+        if isinstance(data, Namespace) and "data_root" in data.get("init_args", {})
+    ]
+    for taker in takers:
+        taker.data_root = config.data_root
+    return bool(takers)
 
 
 def _claim_version(root: Path) -> int | None:

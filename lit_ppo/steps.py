@@ -13,6 +13,7 @@ from lit_ppo.metrics import LOSS_NAMES, SKIPPED, failure_facts, of_experience, o
 from lit_ppo.policy import Policy
 
 _GROUPS = {"actor": "policy", "critic": "value"}
+_POSITIONS = "max_position_embeddings"
 
 
 class NonFiniteError(RuntimeError):
@@ -104,23 +105,28 @@ class OptimizerSteps(Policy):
     def backward_on_text(self, batch: dict[str, Tensor], coef: float) -> tuple[float, float]:
         """Add the gradient of ``coef`` times the next-token loss on a text batch, the same one on every rank.
 
+        The actor steps where PPO's own losses make it step. Called before them, it keeps no second set of gradients.
+
         Args:
             batch: ``input_ids``, ``attention_mask`` and ``labels`` (-100 where there is nothing to predict), (B, L).
             coef: Weight of the loss.
 
         Returns:
             The loss, a mean over tokens, without ``coef``; and the norm of the gradient added, over all ranks.
+
+        Raises:
+            ValueError: The labels are not the ids of the same place, or a text is beyond the actor's positions.
         """
         batch = {name: tensor.cpu() for name, tensor in batch.items()}
-        targets = batch["labels"] != -100
-        targets[:, 0] = False
+        targets = text_targets(batch, getattr(self.actor.model.config.get_text_config(), _POSITIONS, None))
+        n_tokens = max(1, int(targets.sum()))
         before = {p: p.grad.clone() for p in self.actor.parameters() if p.grad is not None}
         total = torch.zeros((), device=self.device)
         for rows in self.plan(batch["attention_mask"].sum(1).tolist())[rank()]:
             part = {name: tensor[rows or [0]] for name, tensor in batch.items()}
             ids, target_mask = part["input_ids"].to(self.device), targets[rows or [0]]
             logprobs, _ = self.actor(ids, part["attention_mask"].bool(), target_mask=target_mask)
-            loss = -logprobs.sum() / int(targets.sum()) * bool(rows)
+            loss = -logprobs.sum() / n_tokens * bool(rows)
             self.manual_backward(coef * n_ranks() * loss)
             total += loss.detach()
         added = [p.grad - before[p] if p in before else p.grad for p in self.actor.parameters() if p.grad is not None]
@@ -161,3 +167,32 @@ class OptimizerSteps(Policy):
         for name, value in metrics.items():
             self.log(name, value, prog_bar=name in ("objective/score", "objective/kl"), batch_size=1)
         self.seconds.clear()
+
+
+def text_targets(batch: dict[str, Tensor], limit: int | None) -> Tensor:
+    """Which tokens of a text batch are predicted: those with a label and another token before them.
+
+    Args:
+        batch: See :meth:`OptimizerSteps.backward_on_text`.
+        limit: Tokens that the model has positions for.
+
+    Raises:
+        ValueError: See there.
+
+    Shapes:
+        -> (B, L), boolean.
+    """
+    real = batch["attention_mask"].bool()
+    longest = int(real.sum(1).max())
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"backward_on_text: a text of {longest} tokens is beyond the actor's {limit} positions; lower the data's "
+            "max_length"
+        )
+    targets = (batch["labels"] != -100) & real & (real.cumsum(1) > 1)
+    if (batch["labels"] != batch["input_ids"])[targets].any():
+        raise ValueError(
+            "backward_on_text: labels must be input_ids, or -100 where there is nothing to predict; they are not to "
+            "be shifted"
+        )
+    return targets

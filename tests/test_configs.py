@@ -34,6 +34,7 @@ def test_every_yaml_has_a_test():
 def test_a_trick_is_switched_on_by_its_file(trick, tmp_path, tiny_lm, tiny_reward):
     overlay = CONFIGS / f"tricks/{trick}.yaml"
     (name,) = [entry["class_path"] for entry in yaml.safe_load(overlay.read_text())["trainer"]["callbacks+"]]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"the {w} was good"}) + "\n" for w in WORDS))
     arguments = ppo_arguments(tmp_path, tiny_lm, tiny_reward)
     arguments = [*arguments, "--trainer.callbacks=null", "--config", str(overlay), "--trainer.max_steps=2"]
     run_command("fit", *arguments, cwd=tmp_path).ok()

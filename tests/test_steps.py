@@ -114,6 +114,42 @@ def test_text_gradients_are_those_of_the_stock_loss(tmp_path, tiny_lm, micro_bat
         torch.testing.assert_close(ours[name], 2 * grad, rtol=1e-4, atol=1e-6)
 
 
+def test_text_may_be_padded_on_the_left_and_need_not_predict_all(tmp_path, tiny_lm):
+    """The stock loss of each row alone; a row's first token has no prediction, whatever its label says."""
+    text = {
+        "input_ids": torch.tensor([[5, 6, 7, 8], [0, 0, 12, 13]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]),
+        "labels": torch.tensor([[5, -100, 7, 8], [-100, -100, 12, 13]]),
+    }
+    stock = AutoModelForCausalLM.from_pretrained(tiny_lm).eval()
+    sums = [
+        stock(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.item() * n
+        for ids, labels, n in (([5, 6, 7, 8], [5, -100, 7, 8], 2), ([12, 13], [12, 13], 1))
+    ]
+    module = make_module(tiny_lm)
+    module.configure_model()
+    module.manual_backward = lambda loss: loss.backward()
+    assert module.backward_on_text(text, 1.0)[0] == pytest.approx(sum(sums) / 3, rel=1e-5)
+
+
+def test_text_without_anything_to_predict_adds_nothing(tmp_path, tiny_lm):
+    ids = torch.tensor([[5, 6, 7]])
+    module = make_module(tiny_lm)
+    module.configure_model()
+    module.manual_backward = lambda loss: loss.backward()
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, -100)}
+    assert module.backward_on_text(text, 1.0) == (0.0, 0.0)
+
+
+def test_shifted_labels_are_refused(tiny_lm):
+    module = make_module(tiny_lm)
+    module.configure_model()
+    ids = torch.tensor([[5, 6, 7]])
+    shifted = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([[6, 7, -100]])}
+    with pytest.raises(ValueError, match="backward_on_text: labels must be input_ids, or -100"):
+        module.backward_on_text(shifted, 1.0)
+
+
 def test_exact_kl_is_the_sum_over_the_vocabulary(tmp_path):
     actor = make_causal_lm(tmp_path / "a", seed=0, scale=4.0)
     reference = make_causal_lm(tmp_path / "r", seed=1, scale=4.0)

@@ -221,6 +221,7 @@ class Toy(L.LightningModule):
         actor, critic = (self.optimizers(), None) if self.critic is None else self.optimizers()
         for optimizer in filter(None, (actor, critic)):
             optimizer.zero_grad()
+        self.with_gradients: set[str] = set()
         minibatch.tokens, minibatch.logged = int(minibatch.response_mask.sum()), {}
         self.fire("on_minibatch_start", minibatch)
         sums: dict[str, float] = {}
@@ -229,14 +230,16 @@ class Toy(L.LightningModule):
         metrics = {name: float(value) for name, value in minibatch.logged.items()}
         if not self.actor_frozen:
             metrics["entropy"] = sums.pop("mean_entropy")
+        if "actor" in self.with_gradients:
+            metrics["actor_grad_norm"] = self.norm_of_gradients()
         self.fire("on_minibatch_end", experience, metrics)
         self.steps.append(metrics)
         self.losses.append(sums)
         if experience.exhausted:
             return
-        if not self.actor_frozen:
+        if "actor" in self.with_gradients:
             actor.step()
-        if critic is not None:
+        if "critic" in self.with_gradients:
             critic.step()
 
     def micro_batches(self, minibatch: Rows) -> Iterator[Rows]:
@@ -255,15 +258,31 @@ class Toy(L.LightningModule):
             losses = {"policy": micro.mean(-torch.min(ratio * micro.advantages, clipped * micro.advantages))}
             micro.log("approx_kl", ratio - 1 - log_ratio)
             self.fire("on_actor_loss", micro, losses)
-            self.manual_backward(sum(losses.values()))
+            self.backward_losses("actor", losses)
             _add(sums, losses | {"mean_entropy": micro.mean(micro.new_entropy)})
         if self.critic is not None:
             micro.new_values = self.critic(micro.features).squeeze(-1)
             losses = {"value": micro.mean(0.5 * (micro.new_values - micro.returns) ** 2)}
             self.fire("on_critic_loss", micro, losses)
             micro.log("value_loss", 0.5 * (micro.new_values - micro.returns) ** 2)
-            self.manual_backward(sum(losses.values()))
+            self.backward_losses("critic", losses)
             _add(sums, losses)
+
+    def backward_losses(self, model: str, losses: dict[str, Tensor]) -> None:
+        """No losses, no backward and no step."""
+        if losses:
+            self.manual_backward(sum(losses.values()))
+            self.with_gradients.add(model)
+
+    def backward_on_text(self, batch: dict[str, Tensor], coef: float) -> tuple[float, float]:
+        """Of :class:`ToyTexts`: the mean over all tokens of the batch."""
+        loss = -self.logprobs(batch["features"], batch["actions"]).mean()
+        self.manual_backward(coef * loss)
+        return loss.item(), self.norm_of_gradients()
+
+    def norm_of_gradients(self) -> float:
+        """The actor's."""
+        return float(nn.utils.get_total_norm([p.grad for p in self.actor.parameters() if p.grad is not None]))
 
     def remember(self, experience: Rows) -> None:
         self.experiences.append(experience)
@@ -276,6 +295,40 @@ class Toy(L.LightningModule):
 def _add(sums: dict[str, float], losses: dict[str, Tensor]) -> None:
     for name, value in losses.items():
         sums[name] = sums.get(name, 0.0) + float(value.detach())
+
+
+class ToyTexts(L.LightningDataModule):
+    """Five texts that the toy can learn from, in batches of two; knows nothing of lit_ppo.
+
+    Args:
+        seed: Of the texts and, if the one who draws them asks for it, of their order.
+        shuffle: As a ``DataLoader`` takes it.
+    """
+
+    def __init__(self, seed: int = 0, shuffle: bool = True) -> None:
+        super().__init__()
+        self.seed, self.shuffle = seed, shuffle
+        self.calls: list[str] = []
+        self.pages = 0  # read so far, says this data module
+
+    def prepare_data(self) -> None:
+        self.calls.append("prepare_data")
+
+    def setup(self, stage: str) -> None:
+        self.calls.append(f"setup {stage}" + (" with a trainer" if self.trainer is not None else ""))
+        random = torch.Generator().manual_seed(self.seed)
+        features = torch.randn(5, T, FEATURES, generator=random)
+        actions = torch.randint(TOKENS, (5, T), generator=random)
+        self.rows = [{"row": i, "features": features[i], "actions": actions[i]} for i in range(5)]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.rows, batch_size=2, shuffle=self.shuffle)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"pages": self.pages}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.pages = state_dict["pages"]
 
 
 class Spy(L.Callback):

@@ -1,5 +1,6 @@
 """Run the toy job on two processes, each of which checks that it is one of two with work of its own."""
 
+import pydoc
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ class Spy(LitPPO):
         super().on_fit_start()
 
 
-def main(folder: Path, actor: Path) -> None:
+def main(folder: Path, actor: Path, callbacks: str | None = None) -> None:
+    """Args: the job's folder, the actor's, and where the function lies that makes callbacks for the job."""
     module = make_module(actor)
     module.__class__ = Spy
-    trainer = make_trainer(folder / "two", devices=2)
+    make_callbacks: Any = pydoc.locate(callbacks) if callbacks else lambda folder: []
+    trainer = make_trainer(folder / "two", devices=2, callbacks=make_callbacks(folder))
     trainer.fit(module, make_data(folder))
     assert trainer.world_size == 2
     shares: list[Any] = [None, None]
@@ -37,4 +40,4 @@ def main(folder: Path, actor: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
