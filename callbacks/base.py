@@ -45,10 +45,12 @@ def fire(pl_module: L.LightningModule, hook: str, *args: Any) -> None:
 class ExperienceLike(Protocol):
     """What flows through an update. Callbacks rebind fields; tensors are not edited in place.
 
-    Shapes: ``raw_scores``, ``scores``, ``ended``, ``group`` (B,); the other tensors (B, T), 0 where masked.
+    Shapes: ``group``, ``prompt_index``, ``raw_scores``, ``scores``, ``ended`` (B,); the other tensors (B, T), 0 where
+    masked.
     """
 
     group: Tensor
+    prompt_index: Tensor
     response_mask: Tensor
     ended: Tensor
     logprobs: Tensor
@@ -258,6 +260,25 @@ def make_ready(data: L.LightningDataModule, trainer: L.Trainer) -> None:
     data.setup("fit")
 
 
+def require_weighted_rows(callback: L.Callback, trainer: L.Trainer, pl_module: Any) -> Any:
+    """The data module, once it is set up, if it can draw rows by weight.
+
+    Raises:
+        TypeError: It cannot, or there is none. Names callback, module and data module.
+    """
+    data = getattr(trainer, "datamodule", None)
+    missing = [name for name in ("columns", "set_weights") if not hasattr(data, name)]
+    if missing:
+        lacks = (
+            "without a data module" if data is None else f"on {type(data).__name__}, which lacks {', '.join(missing)}"
+        )
+        raise TypeError(
+            f"{type(callback).__name__} draws prompts by weight, but {type(pl_module).__name__} is trained {lacks}; "
+            "train it on a PromptDataModule, or remove the callback"
+        )
+    return data
+
+
 def positive(callback: object, name: str, value: float) -> float:
     """``value`` if it is a finite number over 0.
 
@@ -287,6 +308,28 @@ def at_least(callback: object, name: str, value: int, minimum: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{type(callback).__name__}({name}={value!r}): must be a whole number, at least {minimum}")
     return value
+
+
+def fraction(callback: object, name: str, value: float) -> float:
+    """``value`` if it is a number over 0 and under 1.
+
+    Raises:
+        ValueError: Naming class, argument and value.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise ValueError(f"{type(callback).__name__}({name}={value!r}): {name} must be a number over 0 and under 1")
+    return value
+
+
+def exactly_one(callback: object, **arguments: Any) -> None:
+    """Check that one of the arguments was given, and the others are None.
+
+    Raises:
+        ValueError: Naming class, arguments and values.
+    """
+    if sum(value is not None for value in arguments.values()) != 1:
+        shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        raise ValueError(f"{type(callback).__name__}({shown}): give exactly one of {' and '.join(arguments)}")
 
 
 def one_of(callback: object, name: str, value: str, *choices: str) -> str:

@@ -389,3 +389,36 @@ def merge_moments(count: float, mean: float, m2: float, x: Tensor) -> tuple[floa
     total = count + new
     spread = float((x - x.mean()).square().sum())
     return total, mean + delta * new / total, m2 + spread + delta**2 * count * new / total
+
+
+def linear_schedule(start: float, end: float, step: int, steps: int) -> float:
+    r"""A straight line from ``start`` at step 0 to ``end`` at step ``steps``, then ``end``.
+
+    .. math:: s + (e - s) \min(t / T, 1)
+
+    >>> [round(linear_schedule(0.2, 1.0, step, steps=4), 2) for step in range(6)]
+    [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
+    """
+    done = min(step / steps, 1.0)
+    return start * (1.0 - done) + end * done
+
+
+def sampling_priorities(successes: Tensor, responses: Tensor, floor: float) -> Tensor:
+    r"""Weights by which prompts are drawn: each one's share of failures, at least ``floor``.
+
+    .. math:: w_i = \max(1 - s_i / n_i, w_{min}), \quad w_i = 1 \text{ where } n_i = 0
+
+    Source: Kimi Team 2025, arXiv:2501.12599, section 2.3.4 (prioritized sampling; without the floor).
+
+    Args:
+        successes: Of each prompt, s; a response may be a part of one.
+        responses: To each prompt so far, n.
+        floor: Weight of a prompt that is always solved.
+
+    Shapes:
+        (N,), (N,) -> (N,).
+
+    >>> sampling_priorities(torch.tensor([0.0, 1.0, 4.0]), torch.tensor([0.0, 4.0, 4.0]), floor=0.1)
+    tensor([1.0000, 0.7500, 0.1000])
+    """
+    return (1.0 - successes / responses.clamp(min=1)).clamp(min=floor)

@@ -137,6 +137,11 @@ class PromptDataModule(TableDataModule):
         return self._fit_state("columns").table.columns
 
     @property
+    def n_rows(self) -> int:
+        """Training rows, each of which takes a weight in :meth:`set_weights`."""
+        return len(self._fit_state("n_rows").table)
+
+    @property
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt that has been read, of whatever split."""
         return max((len(ids) for table in self._tables.values() for ids in table.prompt_ids), default=0)

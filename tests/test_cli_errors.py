@@ -104,7 +104,8 @@ PPO = {
 
 def ppo_arguments(folder: Path, lm: Path, reward: Path) -> list[str]:
     """``configs/ppo.yaml`` with paths and sizes overridden."""
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"the {w} was"}) + "\n" for w in WORDS[:16]))
+    rows = [{"prompt": f"the {word} was", "level": i} for i, word in enumerate(WORDS[:16])]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     paths = [f"--model.actor={lm}", f"--model.rewards.model={reward}", "--data.path=prompts.jsonl"]
     sizes = ["--data.batch_size=8", "--model.minibatch_size=4", "--model.micro_batch_size=2"]
     lengths = [

@@ -47,7 +47,8 @@ def snake_case(name: str) -> str:
 
 
 def history(module: Toy) -> list[Any]:
-    return [*module.actors, *module.critics, *module.kl_coefs, *module.losses, *module.steps]
+    weights = [*module.actors, *module.critics, *module.references]
+    return [*weights, *module.kl_coefs, *module.losses, *module.steps]
 
 
 def test_table_has_every_public_callback():
@@ -93,6 +94,7 @@ def test_resumed_run_goes_on_identically(name: str, stop: int, tmp_path: Path):
     assert len(rest.actors) == 4 - stop
     torch.testing.assert_close(rest.actors, whole.actors[stop:], rtol=0, atol=0)
     torch.testing.assert_close(rest.critics, whole.critics[stop:], rtol=0, atol=0)
+    torch.testing.assert_close(rest.references, whole.references[stop:], rtol=0, atol=0)
     assert rest.kl_coefs == whole.kl_coefs[stop:]
     assert rest.losses == whole.losses[2 * stop :]
 

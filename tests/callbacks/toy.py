@@ -72,6 +72,30 @@ class Rows:
         self.logged[name] = self.logged.get(name, torch.zeros(())) + self.mean(x.detach())
 
 
+class ToyData(L.LightningDataModule):
+    """The toy's data set: every row once an update, or all rows that have a weight, drawn by it one after another.
+
+    It saves nothing: a trick that sets weights has to set them again.
+    """
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.columns = {"level": list(range(rows)), "size": [float(-row) for row in range(rows)]}
+        self.weights: Tensor | None = None
+
+    def set_weights(self, weights: Any) -> None:
+        self.weights = None if weights is None else torch.as_tensor(weights, dtype=torch.float64).clone()
+
+    def drawn(self, update: int) -> list[int]:
+        assert self.weights is not None
+        n, random = int(self.weights.count_nonzero()), torch.Generator().manual_seed(update)
+        rows: list[int] = torch.multinomial(self.weights, n, generator=random).tolist()
+        return rows
+
+    def train_dataloader(self) -> DataLoader[int]:
+        return DataLoader([0], batch_size=None)  # an epoch is an update
+
+
 class Toy(L.LightningModule):
     """Fires every hook; keeps what the tests look at, one entry an update (``steps``: one an optimizer step).
 
@@ -116,6 +140,7 @@ class Toy(L.LightningModule):
         self.experiences: list[Rows] = []
         self.actors: list[Tensor] = []
         self.critics: list[Tensor] = []
+        self.references: list[Tensor] = []
         self.kl_coefs: list[float] = []
         self.losses: list[dict[str, float]] = []
         self.steps: list[dict[str, float]] = []
@@ -128,17 +153,22 @@ class Toy(L.LightningModule):
         models = [self.actor] if self.critic is None else [self.actor, self.critic]
         return [torch.optim.SGD(model.parameters(), lr=0.05) for model in models]
 
-    def train_dataloader(self) -> DataLoader[int]:
-        return DataLoader([0], batch_size=None)  # an epoch is an update
-
     def training_step(self, batch: int, batch_idx: int) -> None:
         self.fire("on_rollout_start", ["a prompt"] * self.episodes)
         experience = self.rollout(int(self.updates))
+        self.draw(experience)
         self.fire("on_rollout_end", experience)
         experience.raw_scores = experience.scores = self.score(experience)
         self.fire("on_scores", experience)
         self.learn(experience)
         self.updates += 1
+
+    def draw(self, experience: Rows) -> None:
+        """Leave the responses to the prompts that the data draws, where it draws by weight."""
+        data: Any = self.trainer.datamodule
+        if data.weights is not None:
+            responses = [(experience.prompt_index == row).nonzero()[:, 0] for row in data.drawn(int(self.updates))]
+            experience.keep(torch.cat(responses))
 
     def learn(self, experience: Rows) -> None:
         experience.rewards = self.reward_tokens(experience)
@@ -289,6 +319,8 @@ class Toy(L.LightningModule):
         self.actors.append(self.actor.weight.detach().clone())
         if self.critic is not None:
             self.critics.append(self.critic.weight.detach().clone())
+        if self.reference is not None:
+            self.references.append(self.reference.weight.clone())
         self.kl_coefs.append(self.kl_coef)
 
 
@@ -395,12 +427,13 @@ def run_updates(
         **toy: Arguments of :class:`Toy`.
     """
     module = Toy(**toy) if module is None else module
+    data = ToyData(module.episodes) if isinstance(module, Toy) else None
     trainer = trainer_of([callbacks] if isinstance(callbacks, L.Callback) else callbacks, updates)
     with warnings.catch_warnings():  # Lightning's advice on workers, and on a toy's few batches
         warnings.filterwarnings("ignore", ".*LeafSpec.*")
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*GPU available but not used.*")
-        trainer.fit(module, ckpt_path=resume)
+        trainer.fit(module, datamodule=data, ckpt_path=resume)
     if save is not None:
         trainer.save_checkpoint(save)
     return module

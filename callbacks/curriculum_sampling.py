@@ -1,0 +1,100 @@
+"""Easy prompts first."""
+
+from typing import Any
+
+import lightning as L
+import torch
+
+from lit_ppo.callbacks.base import (
+    ExperienceLike,
+    PPOCallback,
+    PPOModule,
+    at_least,
+    fraction,
+    refuse_beside,
+    require_weighted_rows,
+)
+from lit_ppo.functional import linear_schedule
+
+
+class CurriculumSampling(PPOCallback):
+    """Draws prompts from the easiest share of the data set, which grows to all of it.
+
+    Use it when most prompts are too hard at first to earn any reward, and the data set says how hard each one is.
+    Afterwards every prompt is seen once an epoch again. An update has fewer prompts as long as fewer than a batch may
+    be drawn. Costs nothing. Needs a ``PromptDataModule``.
+
+    Args:
+        column: Column of the data set with each prompt's difficulty: finite numbers, smaller is easier, of which only
+            the order matters. Of equally hard prompts the earlier in the file comes first.
+        updates: Updates over which the share grows, by the same amount after each.
+        start: Share of the prompts that the first update draws from.
+
+    Reads ``trainer.datamodule.columns``; writes ``trainer.datamodule.set_weights``. Logs ``data/drawable_fraction``,
+    the share that the update was drawn from.
+    Source: Bengio et al. 2009, "Curriculum learning", ICML; Platanios et al. 2019, arXiv:1903.09848, equation 1
+    (linear competence).
+    """
+
+    def __init__(self, column: str, updates: int, start: float = 0.2) -> None:
+        self.column = column
+        self.updates = at_least(self, "updates", updates, 1)
+        self.start = fraction(self, "start", start)
+        self._done = 0
+        self._easy_first: list[int] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse data without a difficulty, and a second curriculum."""
+        refuse_beside(self, trainer, CurriculumSampling, why="both would set the sampling weights")
+        if stage == "fit":
+            difficulty = self._difficulty(require_weighted_rows(self, trainer, pl_module).columns)
+            self._easy_first = sorted(range(len(difficulty)), key=difficulty.__getitem__)  # stable: ties stay in order
+
+    def _difficulty(self, columns: dict[str, list[Any]]) -> list[float]:
+        where, known = f"CurriculumSampling(column={self.column!r})", ", ".join(map(repr, columns)) or "none"
+        if self.column not in columns:
+            raise ValueError(f"{where}: the data set has no such column; besides the prompt it has {known}")
+        return [_number(where, known, row, value) for row, value in enumerate(columns[self.column])]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Before the first batch is drawn."""
+        self._set_weights(trainer)
+
+    def on_update_end(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
+        """Let the next update draw from more."""
+        pl_module.log("data/drawable_fraction", self._share())
+        self._done += 1
+        self._set_weights(trainer)
+
+    def _share(self) -> float:
+        return linear_schedule(self.start, 1.0, self._done, self.updates)
+
+    def _set_weights(self, trainer: Any) -> None:
+        if self._done > self.updates:  # the weights may be another callback's by now
+            return
+        weights = None
+        if self._done < self.updates:
+            weights = torch.zeros(len(self._easy_first))
+            n_drawable = int(len(weights) * self._share() + 1.0 - 1e-6)  # rounded up, unless by a rounding error
+            weights[self._easy_first[:n_drawable]] = 1.0
+        trainer.datamodule.set_weights(weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Updates done."""
+        return {"done": self._done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the count up again."""
+        self._done = state_dict["done"]
+
+
+def _number(where: str, known: str, row: int, value: Any) -> float:
+    try:
+        number = float(value)  # a CSV file's columns are text
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not abs(number) < float("inf"):
+        raise ValueError(
+            f"{where}: row {row} has {value!r}, not a finite number; besides the prompt the columns are {known}"
+        )
+    return number
