@@ -308,6 +308,36 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
 
 
+def dual_clip_policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float | None = 0.2, c: float = 3.0
+) -> Tensor:
+    r"""PPO's clipped surrogate with a second bound where the advantage is negative; negated, per token.
+
+    .. math::
+        A < 0: \ -\max(\min(\rho A, \mathrm{clip}(\rho, 1 - \epsilon, 1 + \epsilon) A), c A), \quad
+        \rho = \pi / \pi_{old}
+
+    Elsewhere it is :func:`policy_loss`. A token whose ratio is over ``c`` gets no gradient: its loss is ``-c A``.
+
+    Args:
+        logprobs: Of the policy that learns.
+        old_logprobs: Of the policy that sampled.
+        advantages: A.
+        clip_range: Epsilon; None is no clipping, the second bound aside.
+        c: Ratio at which the second bound begins, over 1.
+
+    Source: Ye et al. 2020, arXiv:1912.09729, its section on dual-clip PPO.
+
+    Shapes:
+        (B, T) each -> (B, T).
+
+    >>> dual_clip_policy_loss(torch.tensor([5.0, 5.0]).log(), torch.zeros(2), torch.tensor([-1.0, 1.0]))
+    tensor([ 3.0000, -1.2000])
+    """
+    loss = policy_loss(logprobs, old_logprobs, advantages, clip_range)
+    return torch.where(advantages < 0, torch.minimum(loss, -c * advantages), loss)
+
+
 def value_loss(values: Tensor, returns: Tensor) -> Tensor:
     """Half the squared error, per token; no reduction.
 

@@ -455,6 +455,33 @@ def test_policy_gradient_is_zero_where_clipped_and_minus_the_advantage_at_a_rati
     assert new.grad.tolist() == [-3.0, 0.0, 0.0]
 
 
+DUAL_CLIP_TABLE = [
+    (5.0, -1.0, -3.0),  # over c: bounded, at c times the advantage
+    (5.0, -2.0, -6.0),
+    (2.9, -1.0, -2.9),  # under c: as without the bound
+    (0.5, -1.0, -0.8),  # the clip
+    (5.0, 1.0, 1.2),  # no bound on the other side
+    (0.5, 1.0, 0.5),
+    (5.0, 0.0, 0.0),
+]
+
+
+def test_dual_clip_table():
+    """Clip 0.2 and c = 3: objective of each ratio and advantage, and where there is no gradient."""
+    ratios, advantages, objectives = (torch.tensor(column) for column in zip(*DUAL_CLIP_TABLE, strict=True))
+    new = ratios.log().requires_grad_()
+    loss = F.dual_clip_policy_loss(new, torch.zeros_like(new), advantages)
+    assert (-loss).tolist() == pytest.approx(objectives.tolist(), rel=1e-6)
+    loss.sum().backward()
+    assert new.grad.tolist() == pytest.approx([0.0, 0.0, 2.9, 0.0, 0.0, -0.5, 0.0], rel=1e-6)
+
+
+def test_dual_clip_without_a_clip_range_and_with_another_bound():
+    ratios, advantages = torch.tensor([0.1, 1.4, 1.6, 9.0]), torch.tensor([-1.0, -1.0, -1.0, 1.0])
+    loss = F.dual_clip_policy_loss(ratios.log(), torch.zeros(4), advantages, clip_range=None, c=1.5)
+    assert (-loss).tolist() == pytest.approx([-0.1, -1.4, -1.5, 9.0], rel=1e-6)
+
+
 def test_value_losses_per_token():
     new, old, returns = normal(9, 9), normal(9, 9, seed=1), normal(9, 9, seed=2)
     plain, clipped = F.value_loss(new, returns), F.clipped_value_loss(new, old, returns, 0.3)
