@@ -1,0 +1,77 @@
+"""Every trick beside every other, and on every kind of module: two updates, or refused before the first rollout."""
+
+import json
+import re
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lit_ppo.callbacks
+from lit_ppo import PromptDataModule
+from lit_ppo.advantages import GroupRelative, LeaveOneOut, Reinforce
+from tests.callbacks.test_contract import TRICKS
+from tests.callbacks.trick import made
+from tests.tiny import WORDS, make_causal_lm
+from tests.toys import make_module, make_trainer
+
+CRITIC_FREE = {"critic": None, "advantages": Reinforce()}
+MODULES: dict[str, dict[str, Any]] = {
+    "reference=None": {"reference": None},
+    "critic=None": CRITIC_FREE,
+    "GroupRelative": {"critic": None, "advantages": GroupRelative(), "samples_per_prompt": 2, "kl_coef": 0.0},
+    "LeaveOneOut": {"critic": None, "advantages": LeaveOneOut(), "samples_per_prompt": 2},
+    "Reinforce": CRITIC_FREE,
+}
+# Both sides of each refusal; everything else trains.
+REFUSED: set[tuple[str, str]] = set()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and the files that tricks read."""
+    folder = tmp_path_factory.mktemp("matrix")
+    make_causal_lm(folder / "lm", scale=4.0)
+    rows = [{"prompt": " ".join(WORDS[i : i + 1 + i % 4]), "level": i} for i in range(12)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [{"text": " ".join(WORDS[i : i + 6])} for i in range(12)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    return folder
+
+
+def two_updates(names: tuple[str, ...], **module: Any) -> tuple[str | None, int]:
+    """The refusal, if there was one, and the number of updates made."""
+    tricks = [getattr(lit_ppo.callbacks, name)(**made(TRICKS[name].acts) | made(TRICKS[name].live)) for name in names]
+    made_module = make_module(Path("lm"), **{"generation": {"max_new_tokens": 4}, "minibatch_size": 4, **module})
+    trainer = make_trainer(Path(), callbacks=tricks)
+    try:
+        trainer.fit(made_module, PromptDataModule("prompts.jsonl", batch_size=6, seed=0))
+    except (ValueError, TypeError) as error:
+        assert made_module.rollouts == trainer.global_step == 0, "refused too late"
+        return str(error), 0
+    return None, trainer.global_step
+
+
+def check(one: str, other: str, names: tuple[str, ...], **module: Any) -> None:
+    refusal, updates = two_updates(names, **module)
+    if (one, other) in REFUSED:
+        assert refusal is not None, f"{one} beside {other} is said to be refused"
+        for side in (one, other):
+            assert re.search(re.escape(side.replace("=None", "")), refusal), f"{side} is not named: {refusal}"
+    else:
+        assert refusal is None
+        assert updates == 2
+
+
+@pytest.mark.parametrize(("one", "other"), [*combinations(TRICKS, 2)])
+def test_each_pair(one: str, other: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    check(one, other, (one, other))
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("trick", TRICKS)
+def test_each_on_each_kind_of_module(trick: str, module: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    check(trick, module, (trick,), **MODULES[module])
