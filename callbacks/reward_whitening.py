@@ -11,6 +11,7 @@ from lit_ppo.callbacks.base import (
     PPOModule,
     at_least,
     refuse_beside,
+    require_token_rewards,
 )
 from lit_ppo.functional import scale
 
