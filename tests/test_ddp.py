@@ -9,17 +9,19 @@ import torch
 
 from lit_ppo import distributed, sampling
 from lit_ppo.distributed import gather_shares
+from tests.scripts.two_ranks import JOBS
 from tests.tiny import make_causal_lm
 from tests.toys import make_module, run
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_two_ranks_sample_log_and_learn_as_one(tmp_path):
+@pytest.mark.parametrize("job", JOBS)
+def test_two_ranks_sample_log_and_learn_as_one(tmp_path, job):
     """7 and 5 prompts, which two ranks do not divide; plain SGD, since an Adam step hides errors."""
     actor = make_causal_lm(tmp_path / "lm", scale=4.0)
-    module, rows = run(tmp_path, actor)
-    command = [sys.executable, "-m", "tests.scripts.two_ranks", str(tmp_path), str(actor)]
+    module, rows = run(tmp_path, actor, **JOBS[job])
+    command = [sys.executable, "-m", "tests.scripts.two_ranks", str(tmp_path), str(actor), job]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     two = torch.load(tmp_path / "two.pt", weights_only=True)

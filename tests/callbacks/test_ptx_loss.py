@@ -319,7 +319,7 @@ def test_two_ranks_read_and_learn_as_one(tmp_path, lm):
     write_texts(tmp_path)
     module, trainer = fit(tmp_path, lm, *two_rank_callbacks(tmp_path), max_steps=2)
     callbacks = f"{__name__}.two_rank_callbacks"
-    command = [sys.executable, "-m", "tests.scripts.two_ranks", str(tmp_path), str(lm), callbacks]
+    command = [sys.executable, "-m", "tests.scripts.two_ranks", str(tmp_path), str(lm), "critic", callbacks]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     two = torch.load(tmp_path / "two.pt", weights_only=True)

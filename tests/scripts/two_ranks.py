@@ -8,8 +8,14 @@ from typing import Any
 import torch
 
 from lit_ppo import LitPPO
+from lit_ppo.advantages import GroupRelative
 from lit_ppo.experience import Experience
 from tests.toys import logged, make_data, make_module, make_trainer
+
+JOBS: dict[str, dict[str, Any]] = {
+    "critic": {},
+    "group": {"advantages": GroupRelative(), "critic": None, "samples_per_prompt": 2, "kl_coef": 0.0},
+}
 
 
 class Spy(LitPPO):
@@ -24,9 +30,9 @@ class Spy(LitPPO):
         super().on_fit_start()
 
 
-def main(folder: Path, actor: Path, callbacks: str | None = None) -> None:
-    """Args: the job's folder, the actor's, and where the function lies that makes callbacks for the job."""
-    module = make_module(actor)
+def main(folder: Path, actor: Path, job: str, callbacks: str | None = None) -> None:
+    """Args: the job's folder, the actor's, a key of ``JOBS``, and where the function lies that makes callbacks for it."""
+    module = make_module(actor, **JOBS[job])
     module.__class__ = Spy
     make_callbacks: Any = pydoc.locate(callbacks) if callbacks else lambda folder: []
     trainer = make_trainer(folder / "two", devices=2, callbacks=make_callbacks(folder))
