@@ -41,10 +41,10 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
             then, not at 0.
         rewards: A ``RewardModel``, a ``RewardFunction``, any callable ``(prompts, responses, **columns)``, or a dict
             of those by name, each plain or as ``{source: ..., weight: ...}``.
-        advantages: Estimator.
+        advantages: Estimator; of those in ``lit_ppo.advantages`` only ``GAE`` takes a critic.
         generation: Fields of ``transformers.GenerationConfig``; ``max_new_tokens`` is needed.
         temperature: Of sampling and of all log-probs.
-        samples_per_prompt: Responses to each prompt.
+        samples_per_prompt: Responses to each prompt; several where the estimator compares them.
         kl_coef: Weight of the KL to the reference in the token rewards.
         kl_estimator: ``"k1"``, ``"k2"`` or ``"k3"``.
         clip_range: Of the probability ratio; None is no clipping.

@@ -12,8 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 import lit_ppo.callbacks
+from lit_ppo.advantages import AdvantageEstimator
 from tests.command import REPOSITORY, run_command
 from tests.test_cli_errors import ppo_arguments
+from tests.test_recipes import RECIPES
 from tests.tiny import WORDS
 
 README = (REPOSITORY / "README.md").read_text()
@@ -57,6 +59,16 @@ def test_files_that_are_named_exist() -> None:
 def test_every_trick_has_a_row() -> None:
     rows = set(re.findall(r"^\| \[`(\w+)`\]", README, re.MULTILINE))
     assert rows == set(lit_ppo.callbacks.__all__) - {"PPOCallback", "fire"}
+
+
+def test_every_estimator_has_a_row() -> None:
+    table = README[README.index("## Advantages") : README.index("## Your own data")]
+    rows = re.findall(r"^\| `(\w+)` \| .*arxiv\.org/abs/[\d.]+\)", table, re.MULTILINE)
+    ours = [
+        estimator for estimator in AdvantageEstimator.__subclasses__() if estimator.__module__.startswith("lit_ppo")
+    ]
+    assert set(rows) == {estimator.__name__ for estimator in ours}
+    assert set(re.findall(r"configs/\w+\.yaml", table)) == {f"configs/{name}.yaml" for name in RECIPES}
 
 
 @pytest.mark.filterwarnings("default")  # Lightning's advice to a first script
