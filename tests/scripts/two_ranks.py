@@ -31,7 +31,7 @@ class Spy(LitPPO):
 
 
 def main(folder: Path, actor: Path, job: str, callbacks: str | None = None) -> None:
-    """Args: the job's folder, the actor's, a key of ``JOBS``, and where the function lies that makes callbacks for it."""
+    """Args: folder of the job and of the actor, a key of ``JOBS``, where the function lies that makes callbacks."""
     module = make_module(actor, **JOBS[job])
     module.__class__ = Spy
     make_callbacks: Any = pydoc.locate(callbacks) if callbacks else lambda folder: []
