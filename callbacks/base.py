@@ -45,8 +45,8 @@ def fire(pl_module: L.LightningModule, hook: str, *args: Any) -> None:
 class ExperienceLike(Protocol):
     """What flows through an update. Callbacks rebind fields; tensors are not edited in place.
 
-    Shapes: ``group``, ``prompt_index``, ``raw_scores``, ``scores``, ``ended`` (B,); the other tensors (B, T), 0 where
-    masked.
+    Shapes: ``group`` (shared by the samples of one prompt), ``prompt_index``, ``raw_scores``, ``scores``, ``ended`` (B,);
+    the other tensors (B, T), 0 where masked.
     """
 
     group: Tensor
@@ -64,6 +64,10 @@ class ExperienceLike(Protocol):
     returns: Tensor | None
     exhausted: bool
     extras: dict[str, Any]
+
+    def keep(self, rows: Tensor) -> None:
+        """Cut to some rows in place; possible until ``on_scores``."""
+        ...
 
 
 class MinibatchLike(ExperienceLike, Protocol):

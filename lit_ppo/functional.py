@@ -452,3 +452,21 @@ def sampling_priorities(successes: Tensor, responses: Tensor, floor: float) -> T
     tensor([1.0000, 0.7500, 0.1000])
     """
     return (1.0 - successes / responses.clamp(min=1)).clamp(min=floor)
+def best_of_groups(scores: Tensor, group: Tensor) -> Tensor:
+    """The row with the highest score of each group, in the order of rows; of equal ones the first.
+
+    Args:
+        scores: One a row.
+        group: Rows of one group share a number.
+
+    Shapes:
+        (B,), (B,) -> (G,), one a group.
+
+    >>> best_of_groups(torch.tensor([1.0, 3.0, 2.0, 2.0]), torch.tensor([7, 7, 4, 4]))
+    tensor([1, 2])
+    """
+    best_first = scores.argsort(descending=True, stable=True)
+    number = group.unique(return_inverse=True)[1][best_first]
+    places = torch.arange(len(scores), device=scores.device)
+    first = torch.full_like(places, len(scores)).scatter_reduce(0, number, places, "amin")
+    return best_first[first[first < len(scores)]].sort().values

@@ -77,6 +77,17 @@ def of_steps(steps: list[dict[str, float]]) -> dict[str, float]:
     return means
 
 
+def forget_last_update(trainer: Any) -> None:
+    """Drop what ``training_step`` has logged: Lightning would log it again with every later update of the epoch.
+
+    Args:
+        trainer: Between two updates.
+    """
+    for logged in trainer._results.result_metrics:
+        if logged.meta.fx == "training_step" and not logged.meta.on_epoch:
+            logged.reset()
+
+
 def failure_facts(module: "OptimizerSteps", losses: dict[str, float], experience: Experience) -> str:
     """What a person needs to know about a batch whose loss or gradient is not finite."""
     numbers: dict[str, Any] = {"scores": experience.scores, "KL": experience.kl, "advantages": experience.advantages}

@@ -18,7 +18,7 @@ from lit_ppo.checks import ReferenceDtype, check_arguments, check_estimator
 from lit_ppo.evaluation import Evaluation
 from lit_ppo.experience import Experience, LossReduction, Minibatch
 from lit_ppo.functional import KLEstimator, policy_loss, token_rewards, value_loss
-from lit_ppo.metrics import in_force, log_policy
+from lit_ppo.metrics import forget_last_update, in_force, log_policy
 from lit_ppo.preflight import check_batch, preflight
 from lit_ppo.rewards import Rewards, as_source
 from lit_ppo.steps import OptimizerSteps
@@ -263,7 +263,8 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         return self
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Check the size of the first batch, where no data module told it before."""
+        """Forget what the last update logged; check the first batch's size, where no data module told it before."""
+        forget_last_update(self.trainer)
         if self.trainer.global_step == 0:
             check_batch(self, len(batch))
 

@@ -595,3 +595,23 @@ def test_every_function_is_tested_here():
     for name, function in inspect.getmembers(F, inspect.isfunction):
         if function.__module__ == F.__name__ and not name.startswith("_"):
             assert f"F.{name}(" in text, f"tests/test_functional.py does not test {name}"
+
+
+# ---- best of groups
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_best_of_groups_by_going_through_the_rows(seed):
+    """Few different scores, so that groups have ties: the first of the best wins."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(-2, 3, (30,), generator=generator).float()
+    group = torch.randint(-4, 8, (30,), generator=generator)
+    best: dict[int, int] = {}
+    for row, (score, number) in enumerate(zip(scores.tolist(), group.tolist(), strict=True)):
+        if number not in best or score > scores[best[number]]:
+            best[number] = row
+    assert F.best_of_groups(scores, group).tolist() == sorted(best.values())
+
+
+def test_best_of_groups_of_one_are_all_rows():
+    assert F.best_of_groups(torch.tensor([0.0, -1.0, 2.0]), torch.tensor([5, 3, 4])).tolist() == [0, 1, 2]
