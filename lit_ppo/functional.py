@@ -452,6 +452,8 @@ def sampling_priorities(successes: Tensor, responses: Tensor, floor: float) -> T
     tensor([1.0000, 0.7500, 0.1000])
     """
     return (1.0 - successes / responses.clamp(min=1)).clamp(min=floor)
+
+
 def best_of_groups(scores: Tensor, group: Tensor) -> Tensor:
     """The row with the highest score of each group, in the order of rows; of equal ones the first.
 
