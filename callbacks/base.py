@@ -45,7 +45,7 @@ def fire(pl_module: L.LightningModule, hook: str, *args: Any) -> None:
 class ExperienceLike(Protocol):
     """What flows through an update. Callbacks rebind fields; tensors are not edited in place.
 
-    Shapes: ``group`` (shared by the samples of one prompt), ``prompt_index``, ``raw_scores``, ``scores``, ``ended`` (B,);
+    Shapes: ``group`` (samples of one prompt share it), ``prompt_index``, ``raw_scores``, ``scores``, ``ended`` (B,);
     the other tensors (B, T), 0 where masked.
     """
 

@@ -472,3 +472,52 @@ def best_of_groups(scores: Tensor, group: Tensor) -> Tensor:
     places = torch.arange(len(scores), device=scores.device)
     first = torch.full_like(places, len(scores)).scatter_reduce(0, number, places, "amin")
     return best_first[first[first < len(scores)]].sort().values
+def moving_average(average: Tensor, new: Tensor, decay: float) -> Tensor:
+    r"""An exponential moving average, one step on.
+
+    .. math:: \theta' = \theta + (1 - d) (\theta_{new} - \theta) = d\, \theta + (1 - d)\, \theta_{new}
+
+    Args:
+        average: So far; the first form keeps it as it is, to the last bit, where ``new`` is equal to it.
+        new: The new value, in the same dtype.
+        decay: What is left of the old after a step, d.
+
+    >>> moving_average(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 2.0]), decay=0.75)
+    tensor([1.2500, 2.0000])
+    """
+    return torch.add(average, new - average, alpha=1.0 - decay)
+
+
+def adaptive_learning_rate(
+    rate: float, kl: float, target: float, factor: float, minimum: float, maximum: float
+) -> float:
+    r"""The next learning rate: lower where an update has moved the policy far, higher where it has moved it little.
+
+    .. math::
+        \alpha' = \begin{cases}
+            \max(\alpha / f, \alpha_{min}) & KL > 2\, target \\
+            \min(\alpha f, \alpha_{max}) & 10^{-9} < KL < target / 2 \\
+            \alpha & \text{else}
+        \end{cases}
+
+    A KL of 0, but for rounding, is one that nothing was measured of: there was no step before.
+
+    Args:
+        rate: In force, alpha.
+        kl: Approximate KL of the update, from the policy that sampled to the one being trained.
+        target: Where it should be, to within a factor of 2.
+        factor: Of one change, f, over 1.
+        minimum: Lowest rate.
+        maximum: Highest rate.
+
+    Source: Rudin et al. 2021, arXiv:2109.11978, its code (``rsl_rl``, schedule ``adaptive``); after the penalty of
+    Schulman et al. 2017, arXiv:1707.06347, section 4.
+
+    >>> [adaptive_learning_rate(0.06, kl, 0.01, factor=1.5, minimum=0.05, maximum=1.0) for kl in (0.002, 0.01, 0.03)]
+    [0.09, 0.06, 0.05]
+    """
+    if kl > 2.0 * target:
+        return max(rate / factor, minimum)
+    if 1e-9 < kl < 0.5 * target:
+        return min(rate * factor, maximum)
+    return rate

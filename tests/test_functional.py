@@ -582,6 +582,40 @@ def _tensors(result: object) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
+# schedules, weights and averages
+
+
+@pytest.mark.parametrize(("step", "expected"), [(0, 0.7), (1, 0.6), (3, 0.4), (4, 0.3), (9, 0.3)])
+def test_linear_schedule_is_a_line_and_then_its_end(step, expected):
+    assert F.linear_schedule(0.7, 0.3, step, steps=4) == pytest.approx(expected, rel=1e-12)
+    assert F.linear_schedule(0.7, 0.3, 4, steps=4) == 0.3  # exactly
+
+
+def test_sampling_priorities_are_shares_of_failures():
+    priorities = F.sampling_priorities(torch.tensor([0.0, 3.0, 8.0]), torch.tensor([0.0, 4.0, 8.0]), floor=0.125)
+    assert priorities.tolist() == [1.0, 0.25, 0.125]
+
+
+def test_moving_average():
+    """A quarter of the way; and, to the last bit, none where there is none to go."""
+    assert F.moving_average(torch.tensor([2.0, -1.0]), torch.tensor([4.0, 1.0]), 0.75).tolist() == [2.5, -0.5]
+    goal = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    assert F.moving_average(goal, goal.clone(), 0.99).equal(goal)
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [(0.021, 0.04), (0.02, 0.06), (0.005, 0.06), (0.0049, 0.09), (1.0, 0.04), (0.0, 0.06), (1e-11, 0.06)],
+)
+def test_adaptive_learning_rate_keeps_to_a_factor_of_two(kl, expected):
+    assert F.adaptive_learning_rate(0.06, kl, 0.01, 1.5, minimum=0.001, maximum=1.0) == pytest.approx(expected)
+
+
+def test_adaptive_learning_rate_stays_within_bounds():
+    assert F.adaptive_learning_rate(0.06, 1.0, 0.01, 1.5, minimum=0.05, maximum=0.08) == 0.05
+    assert F.adaptive_learning_rate(0.06, 1e-3, 0.01, 1.5, minimum=0.05, maximum=0.08) == 0.08
+
+
 # the file itself
 
 

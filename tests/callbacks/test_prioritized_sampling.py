@@ -13,7 +13,6 @@ import torch
 from lit_ppo import PromptDataModule
 from lit_ppo.callbacks import PrioritizedSampling, RewardNormalization
 from lit_ppo.checkpoint import StepCheckpoint
-from lit_ppo.functional import sampling_priorities
 from tests.callbacks.toy import Spy, Toy, ToyData, run_updates
 from tests.callbacks.trick import Trick
 from tests.tiny import WORDS, make_causal_lm
@@ -63,11 +62,6 @@ def test_on_a_scale_responses_are_parts_of_a_success():
 def test_what_is_always_solved_keeps_a_weight():
     (_, weights) = weights_after([([0, 1, 2, 3], [1.0] * 4)], threshold=0.0, floor=0.2)
     assert weights == [0.2] * 4
-
-
-def test_priorities_of_the_pure_function():
-    priorities = sampling_priorities(torch.tensor([0.0, 3.0, 8.0]), torch.tensor([0.0, 4.0, 8.0]), floor=0.125)
-    assert priorities.tolist() == [1.0, 0.25, 0.125]
 
 
 def brute_force(experiences: list[Any], n_rows: int, threshold: float, floor: float = 0.05) -> list[float]:
