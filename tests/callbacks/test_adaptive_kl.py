@@ -1,18 +1,26 @@
 """AdaptiveKL against coefficients worked by hand."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lit_ppo.callbacks import AdaptiveKL, CriticWarmup
 from tests.callbacks.toy import Spy, Toy, run_updates
 from tests.callbacks.trick import Trick
+from tests.toys import logged, make_data, make_module, make_trainer
 
 TRICK = {
     "AdaptiveKL": Trick(
-        acts={"target": 0.5, "horizon": 10},
-        refuses={"target": 0.0, "horizon": -1},
-        knobs={"target": ({}, {"target": 0.9}), "horizon": ({}, {"horizon": 20})},
+        acts={"target": 0.9, "horizon": 10, "final_target": 1.2, "decay_updates": 4},
+        refuses={"target": 0.0, "horizon": -1, "per": "episode", "final_target": 0.0, "decay_updates": 0},
+        knobs={
+            "target": ({}, {"target": 1.0}),
+            "horizon": ({}, {"horizon": 20}),
+            "per": ({}, {"per": "token"}),
+            "final_target": ({}, {"final_target": 1.0}),
+            "decay_updates": ({}, {"decay_updates": 2}),
+        },
         needs="reference",
     )
 }
@@ -38,6 +46,55 @@ def test_kl_is_summed_over_each_response_not_averaged_over_tokens():
     """Lengths 1 to 4 at 3 nats each: a response has 3 nats, a token of them 12 / 10."""
     module = run_updates(AdaptiveKL(target=3.0, horizon=8), episodes=8, kl_per_response=3.0, kl_coef=0.1)
     assert module.kl_coefs == pytest.approx([0.1], rel=1e-6)
+
+
+def test_kl_per_token_is_the_mean_over_all_response_tokens():
+    """Lengths 1 to 4 twice, at 3 nats each: 24 nats over 20 tokens are 1.2, 0.2 over a target of 1; times 8 / 8."""
+    module = run_updates(AdaptiveKL(1.0, horizon=8, per="token"), episodes=8, kl_per_response=3.0, kl_coef=0.1)
+    assert module.kl_coefs == pytest.approx([0.1 * 1.2], rel=1e-6)
+    module = run_updates(AdaptiveKL(1.25, horizon=8, per="token"), episodes=8, kl_per_response=3.0, kl_coef=0.1)
+    assert module.kl_coefs == pytest.approx([0.1 * 0.96], rel=1e-6)
+
+
+def test_a_moving_target_is_a_straight_line_and_then_its_end():
+    """KL 1, targets 1, 0.95, 0.9, 0.9: errors 0, 1/19, 1/9, 1/9 in proportion; 8 episodes of a horizon of 8."""
+    trick = AdaptiveKL(target=1.0, horizon=8, final_target=0.9, decay_updates=2)
+    module = run_updates(trick, 4, episodes=8, kl_per_response=1.0, kl_coef=0.1)
+    factors = [1.0, 20 / 19, 20 / 19 * 10 / 9, 20 / 19 * (10 / 9) ** 2]
+    assert module.kl_coefs == pytest.approx([0.1 * factor for factor in factors], rel=1e-6)
+
+
+def test_a_moving_target_waits_while_the_actor_is_frozen():
+    """The first update after the warm-up still aims at 1, the second at 0.9."""
+    tricks = [CriticWarmup(2), AdaptiveKL(target=1.0, horizon=8, final_target=0.9, decay_updates=1)]
+    module = run_updates(tricks, 4, episodes=8, kl_per_response=1.0, kl_coef=0.1)
+    assert module.kl_coefs == pytest.approx([0.1, 0.1, 0.1, 0.1 * 10 / 9], rel=1e-6)
+
+
+@pytest.mark.parametrize("arguments", [{"final_target": 3.0}, {"decay_updates": 5}])
+def test_a_final_target_needs_its_updates_and_the_other_way_round(arguments: dict[str, Any]):
+    with pytest.raises(ValueError, match=r"AdaptiveKL\(final_target=.*, decay_updates=.*\): give both or neither"):
+        AdaptiveKL(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "factors", "targets"),
+    [
+        # KL 0 in the first update: an error of -1, clipped; 0.2 * 7 / 70 = 0.02; then far over the target
+        ({"target": 1e-4, "horizon": 70}, [1.0, 0.98], None),
+        ({"target": 1e-4, "horizon": 70, "final_target": 1e3, "decay_updates": 1}, [1.0, 0.98], [1e-4, 1e3, 1e3]),
+    ],
+)
+def test_on_litppo_the_logged_coefficient_and_target_move(
+    tmp_path: Path, tiny_lm: Path, arguments: dict[str, Any], factors: list[float], targets: list[float] | None
+):
+    """12 prompts in batches of 7 and 5: the third coefficient has moved by 0.2 * 5 / 70, up or down by the target."""
+    trainer = make_trainer(tmp_path, callbacks=[AdaptiveKL(**arguments)], max_steps=3)
+    trainer.fit(make_module(tiny_lm, kl_estimator="k3", kl_coef=0.5), make_data(tmp_path))
+    rows = logged(trainer)
+    factors = [*factors, 0.98 * (1 + 1 / 70 if targets is None else 1 - 1 / 70)]
+    assert [row["objective/kl_coef"] for row in rows] == pytest.approx([0.5 * factor for factor in factors])
+    assert [row.get("objective/kl_target") for row in rows] == (pytest.approx(targets) if targets else [None] * 3)
 
 
 def test_target_and_horizon_default_to_the_papers():
