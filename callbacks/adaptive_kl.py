@@ -8,13 +8,13 @@ from lit_ppo.callbacks.base import (
     ExperienceLike,
     PPOCallback,
     PPOModule,
+    at_least,
     one_of,
     positive,
     positive_or_none,
     refuse_beside,
     require,
     require_model,
-    whole,
 )
 from lit_ppo.functional import adaptive_kl_coef, linear_schedule, masked_mean
 
@@ -52,7 +52,7 @@ class AdaptiveKL(PPOCallback):
         self.horizon = positive(self, "horizon", horizon)
         self.per = one_of(self, "per", per, "response", "token")
         self.final_target = positive_or_none(self, "final_target", final_target)
-        self.decay_updates = None if decay_updates is None else whole(self, "decay_updates", decay_updates)
+        self.decay_updates = None if decay_updates is None else at_least(self, "decay_updates", decay_updates, 1)
         if (final_target is None) != (decay_updates is None):
             raise ValueError(
                 f"AdaptiveKL(final_target={final_target!r}, decay_updates={decay_updates!r}): give both or neither"

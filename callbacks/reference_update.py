@@ -9,12 +9,12 @@ from lit_ppo.callbacks.base import (
     ExperienceLike,
     PPOCallback,
     PPOModule,
+    at_least,
     exactly_one,
     fraction,
     refuse_beside,
     require,
     require_model,
-    whole,
 )
 from lit_ppo.functional import moving_average
 
@@ -39,7 +39,7 @@ class ReferenceUpdate(PPOCallback):
 
     def __init__(self, every: int | None = None, decay: float | None = None) -> None:
         exactly_one(self, every=every, decay=decay)
-        self.every = None if every is None else whole(self, "every", every)
+        self.every = None if every is None else at_least(self, "every", every, 1)
         self.decay = None if decay is None else fraction(self, "decay", decay)
         self._done = 0
 

@@ -472,6 +472,8 @@ def best_of_groups(scores: Tensor, group: Tensor) -> Tensor:
     places = torch.arange(len(scores), device=scores.device)
     first = torch.full_like(places, len(scores)).scatter_reduce(0, number, places, "amin")
     return best_first[first[first < len(scores)]].sort().values
+
+
 def moving_average(average: Tensor, new: Tensor, decay: float) -> Tensor:
     r"""An exponential moving average, one step on.
 
