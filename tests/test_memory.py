@@ -53,7 +53,6 @@ def peak_of_update(folder: Path, length: int) -> int:
         generation={"max_new_tokens": length, "min_new_tokens": length},
         minibatch_size=ROWS,
         micro_batch_size=ROWS,
-        critic=None,
         ppo_epochs=1,
     )
     live = LiveBytes()
@@ -77,7 +76,7 @@ def test_memory_grows_by_states_not_by_vocabulary(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(head, "KEPT_ELEMENTS", 16 * VOCABULARY)
     words = [f"w{i}" for i in range(VOCABULARY - 3)]
     make_causal_lm(tmp_path / "lm", tokenizer=make_tokenizer(words=words), n_positions=320)
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "w1 w2"}\n' * 1 + '{"prompt": "w3"}\n' * (ROWS - 1))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "w1 w2"}\n' * ROWS)
     rows = [{"text": " ".join(words[i : i + 400])} for i in range(ROWS)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     short, long = (peak_of_update(tmp_path, length) for length in (64, 256))
