@@ -102,6 +102,8 @@ def test_rows_of_a_group_share_the_baseline_of_its_first_row():
     assert seven != six
     expected = experience.raw_scores - torch.tensor([seven, two, seven, one])
     torch.testing.assert_close(experience.scores, expected)
+    assert 2 * seven + two + one != 4 / 3 * (seven + two + one)
+    assert module.trainer.logged_metrics["reward/baseline"].item() == pytest.approx((2 * seven + two + one) / 4)
 
 
 @pytest.mark.parametrize("samples", [1, 2])
