@@ -4,13 +4,14 @@ Dimension letters: B batch, P prompt, T response, V vocabulary, N tokens, H hidd
 entropies and KL are in nats. Masks are boolean, True where a response token is.
 """
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
 KLEstimator = Literal["k1", "k2", "k3"]
+Count = TypeVar("Count", int, float)
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
@@ -397,6 +398,7 @@ def adaptive_kl_coef(
 
 
 def merge_moments(count: float, mean: float, m2: float, x: Tensor) -> tuple[float, float, float]:
+def merge_moments(count: Count, mean: float, m2: float, x: Tensor) -> tuple[Count, float, float]:
     r"""Moments of all values seen, out of those so far and a batch of new ones; float64 inside.
 
     .. math::
@@ -405,15 +407,18 @@ def merge_moments(count: float, mean: float, m2: float, x: Tensor) -> tuple[floa
 
     Args:
         count: Values so far, n; or their weight, where older ones count less (``m2`` is weighted alike).
+        count: Values so far, n; where older ones count less than one each, their weight (and ``m2`` weighted alike).
         mean: Their mean.
         m2: Sum of their squared deviations from it; ``m2 / (count - 1)`` is the unbiased variance.
-        x: New values, b of them.
+        x: New values, b of them; none change nothing.
 
     Source: Chan, Golub and LeVeque 1979, the pairwise form of Welford's algorithm.
 
     >>> merge_moments(2, 2.0, 2.0, torch.tensor([5.0]))  # 1 and 3, then 5
     (3, 3.0, 8.0)
     """
+    if not x.numel():
+        return count, mean, m2
     x = x.double()
     new, delta = x.numel(), float(x.mean()) - mean
     total = count + new
@@ -523,3 +528,15 @@ def adaptive_learning_rate(
     if 1e-9 < kl < 0.5 * target:
         return min(rate * factor, maximum)
     return rate
+def popart_rescaling(mean: float, std: float, new_mean: float, new_std: float) -> tuple[float, float]:
+    r"""Factor and shift of a normalised prediction with which it means the same under new statistics.
+
+    .. math:: \sigma' (a \tilde V + b) + \mu' = \sigma \tilde V + \mu, \quad
+        a = \sigma / \sigma', \quad b = (\mu - \mu') / \sigma'
+
+    Source: van Hasselt et al. 2016, arXiv:1602.07714, proposition 1.
+
+    >>> popart_rescaling(mean=0.0, std=1.0, new_mean=6.0, new_std=2.0)  # a prediction of 8 becomes 1, 2 above 6
+    (0.5, -3.0)
+    """
+    return std / new_std, (mean - new_mean) / new_std

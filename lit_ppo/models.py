@@ -140,6 +140,17 @@ class Critic(_AlwaysEval):
             values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
         return spread(values.float(), target_mask)
 
+    @torch.no_grad()
+    def rescale_head(self, factor: float, shift: float) -> None:
+        """Turn every value V into ``factor * V + shift``; element by element, so that shards of the head do it alike.
+
+        Args:
+            factor: Of all values.
+            shift: Added to all values.
+        """
+        self.value_head.weight.mul_(factor)
+        self.value_head.bias.mul_(factor).add_(shift)
+
 
 def states_before(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor, target_mask: Tensor) -> Tensor:
     """Hidden states that predict the N target tokens: each token's state is that of the token before it.

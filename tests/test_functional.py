@@ -99,6 +99,13 @@ def test_merged_moments_are_those_of_all_values():
     assert m2 / (count - 1) == pytest.approx(statistics.variance(values), rel=1e-8)
 
 
+def test_merged_moments_of_weighted_values_and_of_none():
+    """1 and 3 at half weight (count 1, mean 2, m2 1), then 5: mean (0.5 + 1.5 + 5) / 2 = 3.5; m2 by definition."""
+    m2 = 0.5 * 2.5**2 + 0.5 * 0.5**2 + 1.5**2
+    assert F.merge_moments(1.0, 2.0, 1.0, torch.tensor([5.0])) == pytest.approx((2.0, 3.5, m2), rel=1e-12)
+    assert F.merge_moments(3, 2.0, 1.0, torch.tensor([])) == (3, 2.0, 1.0)
+
+
 def test_merged_moments_take_float32_without_losing_digits():
     assert F.merge_moments(1, 2.0**24, 0.0, torch.tensor([2.0**24 + 2])) == (2, 2.0**24 + 1, 2.0)
 
@@ -502,6 +509,13 @@ def test_explained_variance():
     close(F.explained_variance(returns, returns, MASK), 1.0)
     close(F.explained_variance(torch.zeros_like(returns), returns, MASK), 0.0)
     assert not F.explained_variance(values, torch.ones(B, T), MASK).isfinite()  # nothing to explain
+
+
+def test_popart_rescaling_keeps_predictions():
+    """Mean 10, deviation 4 to mean -2, deviation 0.5: 1.5 is 16 in score units, and (16 + 2) / 0.5 = 36 afterwards."""
+    factor, shift = F.popart_rescaling(10.0, 4.0, -2.0, 0.5)
+    assert (factor, shift) == (8.0, 24.0)
+    assert 1.5 * factor + shift == 36.0
 
 
 # the controller

@@ -102,6 +102,18 @@ def test_values_come_from_the_token_before_and_ignore_padding(tiny_lm, left):
         torch.testing.assert_close(values[i], (states @ critic.value_head.weight[0]), rtol=1e-5, atol=1e-5)
 
 
+def test_a_rescaled_head_scales_and_shifts_every_value(tiny_lm):
+    critic = load_critic("critic", str(tiny_lm), {})
+    torch.nn.init.normal_(critic.value_head.weight, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.constant_(critic.value_head.bias, 0.5)
+    ids, mask, target_mask = batch()
+    before = critic(ids, mask, target_mask=target_mask)
+    critic.rescale_head(3.0, -2.0)
+    after = critic(ids, mask, target_mask=target_mask)
+    torch.testing.assert_close(after, (3.0 * before - 2.0) * target_mask, rtol=1e-5, atol=1e-5)
+    assert critic.value_head.weight.requires_grad
+
+
 def test_a_critic_from_the_actor_starts_at_zero(tiny_lm):
     ids, mask, target_mask = batch()
     assert load_critic("critic", str(tiny_lm), {})(ids, mask, target_mask=target_mask).eq(0).all()

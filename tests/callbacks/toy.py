@@ -94,6 +94,13 @@ class ToyData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[int]:
         return DataLoader([0], batch_size=None)  # an epoch is an update
+class Critic(nn.Linear):
+    """Values, and what callbacks may do to them."""
+
+    @torch.no_grad()
+    def rescale_head(self, factor: float, shift: float) -> None:
+        self.weight.mul_(factor)
+        self.bias.mul_(factor).add_(shift)
 
 
 class Toy(L.LightningModule):
@@ -134,7 +141,7 @@ class Toy(L.LightningModule):
         with torch.random.fork_rng():
             torch.manual_seed(1)
             self.actor = nn.Linear(FEATURES, TOKENS)
-            self.critic = nn.Linear(FEATURES, 1) if critic else None
+            self.critic = Critic(FEATURES, 1) if critic else None
             self.reference = nn.Linear(FEATURES, TOKENS).requires_grad_(False) if reference else None
         self.register_buffer("updates", torch.tensor(0))
         self.experiences: list[Rows] = []
