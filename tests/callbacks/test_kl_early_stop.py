@@ -1,0 +1,127 @@
+"""KLEarlyStop: which step is the last, and that the one which finds the KL too large is not taken."""
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from lit_ppo.callbacks import CriticWarmup, KLEarlyStop
+from tests.callbacks.toy import Rows, Spy, Toy, run_updates
+from tests.callbacks.trick import Trick
+from tests.tiny import make_causal_lm
+from tests.toys import logged, make_data, make_module, make_trainer
+
+TRICK = {
+    # the toy's second step of an update finds a KL, its first has none
+    "KLEarlyStop": Trick(acts={"target": 1e-6}, refuses={"target": 0.0}, knobs={"target": ({}, {"target": 1e3})})
+}
+
+
+class Given(L.Callback):
+    """Puts given numbers in place of the KL that each optimizer step finds."""
+
+    def __init__(self, *kl: float) -> None:
+        self.kl = list(kl)
+
+    def on_minibatch_end(self, trainer: Any, pl_module: Any, experience: Any, metrics: dict[str, float]) -> None:
+        metrics["approx_kl"] = self.kl.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("kl", "taken"),
+    [
+        ([0.0, 0.010, 0.0151, 0.012], 2),  # the third finds it over 0.015 and is not taken, nor is the fourth
+        ([0.0, 0.010, 0.0150, 0.012], 4),  # at the level is not over it
+        ([0.02, 0.0, 0.0, 0.0], 0),
+        ([0.0, 0.0, 0.0, 0.02], 3),
+        ([0.0, float("nan"), 0.02, 0.0], 2),  # what is not finite is the module's to skip
+    ],
+)
+def test_steps_taken(kl: list[float], taken: int):
+    """Two passes of two minibatches are four steps; actor and critic stand where so many plain steps leave them."""
+    at_each_step = Spy("on_minibatch_end", lambda module, *_: [p.clone() for p in module.parameters()])
+    run_updates(at_each_step, ppo_epochs=3)
+    module = run_updates([Given(*kl), KLEarlyStop(0.015)], ppo_epochs=2)
+    torch.testing.assert_close([*module.parameters()], at_each_step.seen[taken], rtol=0, atol=0)
+    assert module.experiences[0].exhausted == (taken < 4)
+    assert module.trainer.callback_metrics["policy/early_stop"].item() == float(taken < 4)
+
+
+def test_every_update_is_judged_anew():
+    """Stopped, not stopped, stopped: the log says so update by update."""
+    kl = Given(1.0, *[0.0] * 2, 0.0, 1.0)
+    stopped = Spy("on_train_batch_end", lambda module, *_: module.trainer.callback_metrics["policy/early_stop"].item())
+    module = run_updates([kl, KLEarlyStop(0.5), stopped], 3)
+    assert stopped.seen == [1.0, 0.0, 1.0]
+    assert len(module.steps) == 1 + 2 + 2
+
+
+def test_another_update_of_the_same_rollout_takes_no_step():
+    """The policy that sampled is still too far away."""
+
+    class TwoUpdates(Toy):
+        def learn(self, experience: Rows) -> None:
+            super().learn(experience)
+            super().learn(experience)
+
+    module = run_updates([Given(0.0, 1.0), KLEarlyStop(0.5)], module=TwoUpdates())
+    assert len(module.steps) == 2
+
+
+def test_a_frozen_actor_has_no_kl_and_the_critic_learns_on():
+    module = run_updates([CriticWarmup(1), KLEarlyStop(1e-9)], ppo_epochs=2)
+    assert len(module.steps) == 4
+    assert all("approx_kl" not in step for step in module.steps)
+
+
+class Weights(L.Callback):
+    """Weights and KL at each optimizer step, before it is taken, and how many steps optimizers took."""
+
+    def __init__(self) -> None:
+        self.kl: list[float] = []
+        self.weights: list[dict[str, torch.Tensor]] = []
+        self.steps = 0
+
+    def on_minibatch_end(self, trainer: Any, pl_module: Any, experience: Any, metrics: dict[str, float]) -> None:
+        self.kl.append(metrics["approx_kl"])
+        self.weights.append({name: value.clone() for name, value in pl_module.state_dict().items()})
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.steps += 1
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory):
+    return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
+
+
+def test_on_the_real_module(tmp_path, lm):
+    """The run ends as the plain one stood before the step at which its KL passes the level."""
+    plain = Weights()
+    trainer = make_trainer(tmp_path, callbacks=[plain], max_steps=1)
+    trainer.fit(make_module(lm, ppo_epochs=4), make_data(tmp_path))
+    assert len(plain.kl) == 8  # four passes of 5 and 2 rows
+    assert plain.steps == 16
+    target = 0.9 * max(plain.kl)
+    last = next(i for i, kl in enumerate(plain.kl) if kl > target)
+    assert 2 <= last < 7
+    ours, module = Weights(), make_module(lm, ppo_epochs=4)
+    trainer = make_trainer(tmp_path, callbacks=[ours, KLEarlyStop(target)], max_steps=1)
+    trainer.fit(module, make_data(tmp_path))
+    assert ours.kl == plain.kl[: last + 1]
+    assert ours.steps == 2 * last  # the actor's and the critic's
+    for name, value in module.state_dict().items():
+        torch.testing.assert_close(value, plain.weights[last][name], rtol=0, atol=0)
+    for name in ("actor.model.transformer.wte.weight", "critic.value_head.weight"):
+        assert not torch.equal(plain.weights[last][name], plain.weights[last - 1][name])
+    (row,) = logged(trainer)
+    assert row["policy/early_stop"] == 1.0
+    assert row["policy/approx_kl"] == pytest.approx(sum(ours.kl) / len(ours.kl), rel=1e-6)
+    assert trainer.global_step == 1
+
+
+def test_an_update_that_stays_near_is_logged_as_whole(tmp_path, lm):
+    trainer = make_trainer(tmp_path, callbacks=[KLEarlyStop(10.0)])
+    trainer.fit(make_module(lm), make_data(tmp_path))
+    assert [row["policy/early_stop"] for row in logged(trainer)] == [0.0, 0.0]
