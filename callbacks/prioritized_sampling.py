@@ -68,19 +68,19 @@ class PrioritizedSampling(PPOCallback):
 
     def on_scores(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
         """Count successes."""
-        success = self._success(experience.raw_scores.cpu().double())
+        success = self._success(experience.raw_scores).cpu().double()
         rows = experience.prompt_index.cpu()
         self._successes = self._successes.index_add(0, rows, success)
         self._responses = self._responses.index_add(0, rows, torch.ones_like(success))
-        pl_module.log("data/success_rate", float(success.mean()))
 
     def on_update_end(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
         """Set the weights that the next update's prompts are drawn by."""
+        pl_module.log("data/success_rate", float(self._success(experience.raw_scores).mean()))
         self._set_weights(trainer)
 
     def _success(self, scores: Tensor) -> Tensor:
         if self.threshold is not None:
-            return (scores >= self.threshold).double()
+            return (scores >= self.threshold).float()
         assert self.scale is not None
         failure, success = self.scale
         return ((scores - failure) / (success - failure)).clamp(0.0, 1.0)

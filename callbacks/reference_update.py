@@ -44,8 +44,7 @@ class ReferenceUpdate(PPOCallback):
         self._done = 0
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Have the reference saved; refuse a module that could not, and a second mover."""
-        require(self, pl_module, "checkpoint_reference")
+        """Have the reference saved; refuse a second mover."""
         refuse_beside(self, trainer, ReferenceUpdate, why="both would move the reference")
         pl_module.checkpoint_reference = True
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lit_ppo import PromptDataModule
-from lit_ppo.callbacks import CurriculumSampling, PrioritizedSampling
+from lit_ppo.callbacks import CurriculumSampling
 from lit_ppo.checkpoint import StepCheckpoint
 from tests.callbacks.toy import Spy, Toy, ToyData, run_updates
 from tests.callbacks.trick import Trick
@@ -95,15 +95,6 @@ def test_what_is_no_number_is_refused_with_its_row_and_the_columns(value: Any):
     message = rf"CurriculumSampling\(column='level'\): row 1 has {value!r}, .*'level', 'topic'".replace("[1]", r"\[1\]")
     with pytest.raises(ValueError, match=message):
         set_up([1, value, 3])
-
-
-@pytest.mark.parametrize("order", [1, -1])
-def test_two_that_set_the_weights_are_refused(order: int):
-    tricks = [CurriculumSampling("level", 2), PrioritizedSampling(threshold=1.0)][::order]
-    with pytest.raises(
-        ValueError, match="PrioritizedSampling and CurriculumSampling: both would set the sampling weig"
-    ):
-        run_updates(tricks)
 
 
 def test_data_that_cannot_be_weighed_is_refused_by_name():

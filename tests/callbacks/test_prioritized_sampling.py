@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lit_ppo import PromptDataModule
-from lit_ppo.callbacks import PrioritizedSampling, RewardNormalization
+from lit_ppo.callbacks import CurriculumSampling, PrioritizedSampling, RewardNormalization
 from lit_ppo.checkpoint import StepCheckpoint
 from tests.callbacks.toy import Spy, Toy, ToyData, run_updates
 from tests.callbacks.trick import Trick
@@ -105,6 +105,15 @@ def test_data_without_a_number_of_rows_is_refused():
         trick.setup(SimpleNamespace(callbacks=[trick], datamodule=data), Toy(), "fit")
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_that_set_the_weights_are_refused(order: int):
+    tricks = [CurriculumSampling("level", 2), PrioritizedSampling(threshold=1.0)][::order]
+    with pytest.raises(
+        ValueError, match="PrioritizedSampling and CurriculumSampling: both would set the sampling weig"
+    ):
+        run_updates(tricks)
+
+
 # On LitPPO
 
 THRESHOLD = 1.0
@@ -140,7 +149,7 @@ def test_the_rows_of_an_update_follow_the_weights_after_the_one_before(tmp_path:
         rng = np.random.default_rng([6, update, 1])
         assert rows_of(experience) == rng.choice(10, size=4, replace=False, p=weights / weights.sum()).tolist()
     assert len(set(brute_force(experiences[:4], 10, THRESHOLD))) > 2
-    successes = [(experience.raw_scores >= THRESHOLD).double().mean().item() for experience in experiences]
+    successes = [(experience.raw_scores >= THRESHOLD).float().mean().item() for experience in experiences]
     assert 0 < min(successes) < max(successes) < 1
     assert [row["data/success_rate"] for row in logged(trainer)] == pytest.approx(successes)
     assert sum(trick.state_dict()["responses"]) == 5 * 4 * 2  # validation and the trial before the run count nothing
