@@ -4,14 +4,13 @@ Dimension letters: B batch, P prompt, T response, V vocabulary, N tokens, H hidd
 entropies and KL are in nats. Masks are boolean, True where a response token is.
 """
 
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
 KLEstimator = Literal["k1", "k2", "k3"]
-Count = TypeVar("Count", int, float)
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
@@ -398,7 +397,6 @@ def adaptive_kl_coef(
 
 
 def merge_moments(count: float, mean: float, m2: float, x: Tensor) -> tuple[float, float, float]:
-def merge_moments(count: Count, mean: float, m2: float, x: Tensor) -> tuple[Count, float, float]:
     r"""Moments of all values seen, out of those so far and a batch of new ones; float64 inside.
 
     .. math::
@@ -406,7 +404,6 @@ def merge_moments(count: Count, mean: float, m2: float, x: Tensor) -> tuple[Coun
         M_2' = M_2 + \sum (x - \bar x)^2 + \delta^2\, n b / (n + b)
 
     Args:
-        count: Values so far, n; or their weight, where older ones count less (``m2`` is weighted alike).
         count: Values so far, n; where older ones count less than one each, their weight (and ``m2`` weighted alike).
         mean: Their mean.
         m2: Sum of their squared deviations from it; ``m2 / (count - 1)`` is the unbiased variance.
@@ -528,6 +525,8 @@ def adaptive_learning_rate(
     if 1e-9 < kl < 0.5 * target:
         return min(rate * factor, maximum)
     return rate
+
+
 def popart_rescaling(mean: float, std: float, new_mean: float, new_std: float) -> tuple[float, float]:
     r"""Factor and shift of a normalised prediction with which it means the same under new statistics.
 

@@ -94,6 +94,8 @@ class ToyData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[int]:
         return DataLoader([0], batch_size=None)  # an epoch is an update
+
+
 class Critic(nn.Linear):
     """Values, and what callbacks may do to them."""
 
