@@ -32,7 +32,7 @@ class CurriculumSampling(PPOCallback):
 
     Reads ``trainer.datamodule.columns``; writes ``trainer.datamodule.set_weights``. Logs ``data/drawable_fraction``,
     the share that the update was drawn from.
-    Source: Bengio et al. 2009, "Curriculum learning", ICML; Platanios et al. 2019, arXiv:1903.09848, equation 1
+    Source: Bengio et al. 2009, "Curriculum learning", ICML; Platanios et al. 2019, arXiv:1903.09848
     (linear competence).
     """
 

@@ -35,7 +35,7 @@ class PrioritizedSampling(PPOCallback):
     Reads ``experience.raw_scores``, ``prompt_index``; writes ``trainer.datamodule.set_weights``. Logs
     ``data/success_rate``, the mean over the update's responses: below that of the whole data set, as the harder
     prompts are drawn.
-    Source: Kimi Team 2025, arXiv:2501.12599, section 2.3.4 (prioritized sampling).
+    Source: Kimi Team 2025, arXiv:2501.12599, section 2.3 (prioritized sampling).
     """
 
     def __init__(

@@ -33,8 +33,8 @@ class ReferenceUpdate(PPOCallback):
 
     Reads ``pl_module.actor``; writes ``pl_module.reference``, and ``pl_module.checkpoint_reference``, so that it is
     saved. The module logs the KL to the moved reference as ``objective/kl``.
-    Source: Gorbatovski et al. 2024, arXiv:2404.09656, section 3 (hard and soft update); Ramé et al. 2024,
-    arXiv:2406.16768, section 3.1 (moving average as the anchor).
+    Source: Gorbatovski et al. 2024, arXiv:2404.09656 (hard and soft update); Ramé et al. 2024,
+    arXiv:2406.16768 (moving average as the anchor).
     """
 
     def __init__(self, every: int | None = None, decay: float | None = None) -> None:

@@ -440,7 +440,7 @@ def sampling_priorities(successes: Tensor, responses: Tensor, floor: float) -> T
 
     .. math:: w_i = \max(1 - s_i / n_i, w_{min}), \quad w_i = 1 \text{ where } n_i = 0
 
-    Source: Kimi Team 2025, arXiv:2501.12599, section 2.3.4 (prioritized sampling; without the floor).
+    Source: Kimi Team 2025, arXiv:2501.12599, section 2.3 (prioritized sampling; without the floor).
 
     Args:
         successes: Of each prompt, s; a response may be a part of one.
