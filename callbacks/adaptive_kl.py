@@ -4,18 +4,8 @@ from typing import Any, Literal
 
 import lightning as L
 
-from lit_ppo.callbacks.base import (
-    ExperienceLike,
-    PPOCallback,
-    PPOModule,
-    at_least,
-    one_of,
-    positive,
-    positive_or_none,
-    refuse_beside,
-    require,
-    require_model,
-)
+from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
+from lit_ppo.callbacks.checks import at_least, one_of, positive, positive_or_none, refuse_beside, require, require_model
 from lit_ppo.functional import adaptive_kl_coef, linear_schedule, masked_mean
 
 

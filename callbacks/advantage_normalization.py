@@ -4,7 +4,8 @@ from typing import Literal
 
 import lightning as L
 
-from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule, one_of, positive_or_none
+from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule
+from lit_ppo.callbacks.checks import one_of, positive_or_none
 from lit_ppo.functional import whiten
 
 

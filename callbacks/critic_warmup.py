@@ -4,7 +4,8 @@ from typing import Any
 
 import lightning as L
 
-from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule, refuse_beside, require, require_model
+from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
+from lit_ppo.callbacks.checks import refuse_beside, require, require_model
 
 
 class CriticWarmup(PPOCallback):

@@ -5,15 +5,8 @@ from typing import Any
 import lightning as L
 import torch
 
-from lit_ppo.callbacks.base import (
-    ExperienceLike,
-    PPOCallback,
-    PPOModule,
-    at_least,
-    fraction,
-    refuse_beside,
-    require_weighted_rows,
-)
+from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
+from lit_ppo.callbacks.checks import at_least, fraction, refuse_beside, require_weighted_rows
 from lit_ppo.functional import linear_schedule
 
 

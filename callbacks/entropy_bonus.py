@@ -5,15 +5,8 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from lit_ppo.callbacks.base import (
-    ExperienceLike,
-    MinibatchLike,
-    PPOCallback,
-    PPOModule,
-    positive,
-    positive_or_none,
-    refuse_beside,
-)
+from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule
+from lit_ppo.callbacks.checks import positive, positive_or_none, refuse_beside
 
 
 class EntropyBonus(PPOCallback):

@@ -2,7 +2,8 @@
 
 import lightning as L
 
-from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule, positive, refuse_beside
+from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
+from lit_ppo.callbacks.checks import positive, refuse_beside
 
 
 class KLEarlyStop(PPOCallback):

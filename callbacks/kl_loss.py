@@ -5,16 +5,8 @@ from typing import Any, Literal
 import lightning as L
 from torch import Tensor
 
-from lit_ppo.callbacks.base import (
-    MinibatchLike,
-    PPOCallback,
-    PPOModule,
-    one_of,
-    positive,
-    refuse_beside,
-    require,
-    require_model,
-)
+from lit_ppo.callbacks.base import MinibatchLike, PPOCallback, PPOModule
+from lit_ppo.callbacks.checks import one_of, positive, refuse_beside, require, require_model
 from lit_ppo.functional import KLEstimator, kl_estimate
 
 

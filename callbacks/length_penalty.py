@@ -4,15 +4,8 @@ from typing import Any
 
 import lightning as L
 
-from lit_ppo.callbacks.base import (
-    ExperienceLike,
-    PPOCallback,
-    PPOModule,
-    at_least,
-    positive,
-    positive_or_none,
-    refuse_beside,
-)
+from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
+from lit_ppo.callbacks.checks import at_least, positive, positive_or_none, refuse_beside
 from lit_ppo.functional import length_penalty
 
 

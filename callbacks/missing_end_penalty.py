@@ -5,7 +5,8 @@ from typing import Any
 import lightning as L
 import torch
 
-from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule, positive_or_none, refuse_beside
+from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
+from lit_ppo.callbacks.checks import positive_or_none, refuse_beside
 
 
 class MissingEndPenalty(PPOCallback):

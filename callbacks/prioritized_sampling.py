@@ -6,15 +6,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lit_ppo.callbacks.base import (
-    ExperienceLike,
-    PPOCallback,
-    PPOModule,
-    exactly_one,
-    fraction,
-    refuse_beside,
-    require_weighted_rows,
-)
+from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
+from lit_ppo.callbacks.checks import exactly_one, fraction, refuse_beside, require_weighted_rows
 from lit_ppo.callbacks.curriculum_sampling import CurriculumSampling
 from lit_ppo.functional import sampling_priorities
 

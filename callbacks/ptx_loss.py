@@ -7,16 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
-from lit_ppo.callbacks.base import (
-    ExperienceLike,
-    MinibatchLike,
-    PPOCallback,
-    PPOModule,
-    make_ready,
-    positive,
-    refuse_beside,
-    require,
-)
+from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule, make_ready
+from lit_ppo.callbacks.checks import positive, refuse_beside, require
 
 
 class PTXLoss(PPOCallback):

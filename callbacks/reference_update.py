@@ -5,17 +5,8 @@ from typing import Any
 import lightning as L
 import torch
 
-from lit_ppo.callbacks.base import (
-    ExperienceLike,
-    PPOCallback,
-    PPOModule,
-    at_least,
-    exactly_one,
-    fraction,
-    refuse_beside,
-    require,
-    require_model,
-)
+from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
+from lit_ppo.callbacks.checks import at_least, exactly_one, fraction, refuse_beside, require, require_model
 from lit_ppo.functional import moving_average
 
 

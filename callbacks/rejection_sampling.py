@@ -6,15 +6,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lit_ppo.callbacks.base import (
-    ExperienceLike,
-    MinibatchLike,
-    PPOCallback,
-    PPOModule,
-    at_least,
-    refuse_beside,
-    require,
-)
+from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule
+from lit_ppo.callbacks.checks import at_least, refuse_beside, require
 from lit_ppo.functional import best_of_groups
 
 

@@ -4,16 +4,8 @@ from typing import Any, Literal
 
 import lightning as L
 
-from lit_ppo.callbacks.base import (
-    ExperienceLike,
-    PPOCallback,
-    PPOModule,
-    one_of,
-    refuse_behind,
-    refuse_beside,
-    require,
-    require_model,
-)
+from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
+from lit_ppo.callbacks.checks import one_of, refuse_behind, refuse_beside, require, require_model
 from lit_ppo.callbacks.reward_clipping import RewardClipping
 from lit_ppo.callbacks.reward_normalization import RewardNormalization
 from lit_ppo.callbacks.reward_scaling import RewardScaling

@@ -5,7 +5,8 @@ from typing import Any, Literal
 import lightning as L
 from torch import Tensor
 
-from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule, one_of, refuse_beside
+from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
+from lit_ppo.callbacks.checks import one_of, refuse_beside
 from lit_ppo.callbacks.reward_normalization import RewardNormalization
 from lit_ppo.functional import merge_moments
 

@@ -5,14 +5,8 @@ from typing import Any
 import lightning as L
 import torch
 
-from lit_ppo.callbacks.base import (
-    ExperienceLike,
-    PPOCallback,
-    PPOModule,
-    at_least,
-    refuse_beside,
-    require_token_rewards,
-)
+from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
+from lit_ppo.callbacks.checks import at_least, refuse_beside, require_token_rewards
 from lit_ppo.functional import scale
 
 

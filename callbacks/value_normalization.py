@@ -5,15 +5,8 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from lit_ppo.callbacks.base import (
-    ExperienceLike,
-    MinibatchLike,
-    PPOCallback,
-    PPOModule,
-    refuse_beside,
-    require,
-    require_model,
-)
+from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule
+from lit_ppo.callbacks.checks import refuse_beside, require, require_model
 from lit_ppo.functional import merge_moments, popart_rescaling
 
 # Returns that are (almost) all alike have no deviation to divide by: the least one is what the method's authors use

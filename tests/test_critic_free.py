@@ -11,7 +11,7 @@ import torch
 from lit_ppo import assembly
 from lit_ppo.advantages import GAE, GroupRelative, LeaveOneOut, Reinforce
 from lit_ppo.callbacks import AdaptiveKL, CriticWarmup, PPOCallback, ValueClipping
-from lit_ppo.callbacks.base import require_token_rewards
+from lit_ppo.callbacks.checks import require_token_rewards
 from lit_ppo.checkpoint import StepCheckpoint
 from tests.oracle import Oracle
 from tests.test_module import record, rows_of

@@ -8,8 +8,8 @@ import pytest
 
 from lit_ppo.advantages import GAE
 from lit_ppo.callbacks import PPOCallback, fire
-from lit_ppo.callbacks.base import (
-    HOOKS,
+from lit_ppo.callbacks.base import HOOKS
+from lit_ppo.callbacks.checks import (
     at_least,
     fraction,
     one_of,

@@ -1,0 +1,171 @@
+"""What tricks check of their arguments, of the module and of each other; messages name class, argument and value."""
+
+from typing import Any
+
+import lightning as L
+
+
+def require(callback: L.Callback, pl_module: Any, *names: str) -> None:
+    """Check that the module offers what the callback needs.
+
+    Raises:
+        TypeError: Naming both, and what is missing.
+    """
+    missing = [name for name in names if not hasattr(pl_module, name)]
+    if missing:
+        raise TypeError(
+            f"{type(callback).__name__} needs {', '.join(missing)} on the module, "
+            f"which {type(pl_module).__name__} lacks; add it, or remove the callback"
+        )
+
+
+def require_model(callback: L.Callback, pl_module: Any, name: str) -> None:
+    """Check, once models are built, that the module has one of them.
+
+    Args:
+        callback: Who needs it.
+        pl_module: The module.
+        name: ``critic`` or ``reference``.
+
+    Raises:
+        TypeError: The module knows nothing of it.
+        ValueError: It is None. Both name callback and module.
+    """
+    require(callback, pl_module, name)
+    if getattr(pl_module, name) is None:
+        raise ValueError(
+            f"{type(callback).__name__} needs a {name}, but {type(pl_module).__name__}({name}=None) has none; "
+            f"give it a {name}, or remove the callback"
+        )
+
+
+def require_token_rewards(callback: L.Callback, pl_module: Any) -> None:
+    """Check that the module's estimator, where it has one, reads the token rewards that the callback writes.
+
+    Raises:
+        ValueError: It does not. Names both.
+    """
+    estimator = getattr(pl_module, "advantages", None)
+    if not getattr(estimator, "needs_rewards", True):
+        raise ValueError(
+            f"{type(callback).__name__} changes token rewards, which "
+            f"{type(pl_module).__name__}(advantages={type(estimator).__name__}) does not read: it takes the scores as "
+            "they are; remove the callback, put the KL into the loss with KLLoss, or use another estimator"
+        )
+
+
+def require_weighted_rows(callback: L.Callback, trainer: L.Trainer, pl_module: Any) -> Any:
+    """The data module, once it is set up, if it can draw rows by weight.
+
+    Raises:
+        TypeError: It cannot, or there is none. Names callback, module and data module.
+    """
+    data = getattr(trainer, "datamodule", None)
+    missing = [name for name in ("columns", "set_weights") if not hasattr(data, name)]
+    if missing:
+        lacks = (
+            "without a data module" if data is None else f"on {type(data).__name__}, which lacks {', '.join(missing)}"
+        )
+        raise TypeError(
+            f"{type(callback).__name__} draws prompts by weight, but {type(pl_module).__name__} is trained {lacks}; "
+            "train it on a PromptDataModule, or remove the callback"
+        )
+    return data
+
+
+def positive(callback: object, name: str, value: float) -> float:
+    """``value`` if it is a finite number over 0.
+
+    Raises:
+        ValueError: Naming class, argument and value.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ValueError(f"{type(callback).__name__}({name}={value!r}): {name} must be a number > 0")
+    return value
+
+
+def positive_or_none(callback: object, name: str, value: float | None) -> float | None:
+    """``value`` if it is None or over 0.
+
+    Raises:
+        ValueError: Naming class, argument and value.
+    """
+    return None if value is None else positive(callback, name, value)
+
+
+def at_least(callback: object, name: str, value: int, minimum: int) -> int:
+    """``value`` if it is a whole number from ``minimum`` on.
+
+    Raises:
+        ValueError: Naming class, argument, value and minimum.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{type(callback).__name__}({name}={value!r}): must be a whole number, at least {minimum}")
+    return value
+
+
+def fraction(callback: object, name: str, value: float) -> float:
+    """``value`` if it is a number over 0 and under 1.
+
+    Raises:
+        ValueError: Naming class, argument and value.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise ValueError(f"{type(callback).__name__}({name}={value!r}): {name} must be a number over 0 and under 1")
+    return value
+
+
+def exactly_one(callback: object, **arguments: Any) -> None:
+    """Check that one of the arguments was given, and the others are None.
+
+    Raises:
+        ValueError: Naming class, arguments and values.
+    """
+    if sum(value is not None for value in arguments.values()) != 1:
+        shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        raise ValueError(f"{type(callback).__name__}({shown}): give exactly one of {' and '.join(arguments)}")
+
+
+def one_of(callback: object, name: str, value: str, *choices: str) -> str:
+    """``value`` if it is among the choices.
+
+    Raises:
+        ValueError: Naming class, argument, value and choices.
+    """
+    if value not in choices:
+        raise ValueError(f"{type(callback).__name__}({name}={value!r}): must be one of {', '.join(map(repr, choices))}")
+    return value
+
+
+def refuse_beside(callback: L.Callback, trainer: L.Trainer, *others: type[L.Callback], why: str) -> None:
+    """Refuse another callback that cannot work beside this one; the class itself may be among ``others``.
+
+    Raises:
+        ValueError: Naming both, and why.
+    """
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        if other is not callback and isinstance(other, others):
+            raise ValueError(f"{type(callback).__name__} and {type(other).__name__}: {why}; keep one of them")
+
+
+def refuse_behind(callback: L.Callback, trainer: L.Trainer, *others: type[L.Callback], why: str) -> None:
+    """Refuse to stand behind another callback in the list.
+
+    Raises:
+        ValueError: Naming both, and why.
+    """
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        if other is callback:
+            return
+        if isinstance(other, others):
+            name, ahead = type(callback).__name__, type(other).__name__
+            raise ValueError(f"{name} stands behind {ahead}: {why}; put {name} ahead of {ahead}")
+
+
+def refuse_same_loss(callback: L.Callback, trainer: L.Trainer, *others: type[L.Callback]) -> None:
+    """Refuse a second callback that replaces the same loss term.
+
+    Raises:
+        ValueError: Naming both.
+    """
+    refuse_beside(callback, trainer, *others, why="both replace the same loss term")
