@@ -21,7 +21,7 @@ import lit_ppo.advantages
 import lit_ppo.rewards
 import lit_ppo.schedulers
 from lit_ppo import LitRewardModel, LitSFT, PreferenceDataModule, PromptDataModule, TextDataModule
-from lit_ppo.advantages import GAE
+from lit_ppo.advantages import GAE, GroupRelative
 from lit_ppo.checkpoint import StepCheckpoint
 from lit_ppo.export import ExportModel
 from lit_ppo.report import RunReport
@@ -199,6 +199,7 @@ def pairs_of(**pairs: Any) -> dict[str, Any]:
     }
 
 
+CRITIC_FREE: Arguments = {"actor": Path("lm"), "critic": None, "kl_coef": 0.0}
 READ = {
     "path": ("rows.jsonl", "more.jsonl"),
     "val_path": (None, "held.jsonl"),
@@ -300,6 +301,13 @@ KNOBS = {
         ),
     ),
     "GAE": Knobs(run_with("advantages")(GAE), {}, pairs_of(gamma=(1.0, 0.9), lam=(0.95, 0.5))),
+    "GroupRelative": Knobs(
+        lambda scale: run_ppo(advantages=GroupRelative(scale), samples_per_prompt=2, **CRITIC_FREE),
+        {},
+        pairs_of(scale=(True, False)),
+    ),
+    "LeaveOneOut": Knobs(run_ppo, {}, {}),
+    "Reinforce": Knobs(run_ppo, {}, {}),
     "RewardModel": Knobs(
         run_with("rewards")(RewardModel),
         {"model": "reward"},
