@@ -1,18 +1,31 @@
-"""CriticWarmup: N freezes exactly N."""
+"""CriticWarmup: N freezes exactly N; a level that is reached ends it sooner; passes are put back."""
 
 import itertools
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
 from lit_ppo.callbacks import CriticWarmup
-from tests.callbacks.toy import Rows, Spy, Toy, run_updates
+from tests.callbacks.toy import Rows, Spy, Toy, run_updates, trainer_of
 from tests.callbacks.trick import Trick
+from tests.tiny import make_causal_lm
+from tests.toys import logged, make_data, make_module, make_trainer
 
 TRICK = {
     "CriticWarmup": Trick(
-        acts={"updates": 3}, refuses={"updates": 0}, knobs={"updates": ({}, {"updates": 2})}, needs="critic"
+        acts={"updates": 3},
+        refuses={"updates": 0, "value_loss": 0.0, "explained_variance": 1.0, "ppo_epochs": 0},
+        knobs={
+            "updates": ({}, {"updates": 2}),
+            # the toy's first update has 16.2, and 0.034
+            "value_loss": ({}, {"value_loss": 17.0}),
+            "explained_variance": ({}, {"explained_variance": 0.03}),
+            "ppo_epochs": ({}, {"ppo_epochs": 2}),
+        },
+        needs="critic",
     )
 }
 
@@ -83,3 +96,188 @@ def test_module_without_the_switch_is_refused_before_the_first_rollout():
     with pytest.raises(TypeError, match="CriticWarmup needs actor_frozen on the module, which Toy lacks"):
         run_updates(CriticWarmup(1), module=module)
     assert module.experiences == []
+
+
+class Given(L.Callback):
+    """Puts given value losses in place of those of each optimizer step, and values that explain so much of each update.
+
+    Half the returns leave a quarter of their variance: 0.75 is explained; zeros explain nothing.
+    """
+
+    def __init__(self, losses: Any = (), halves: Any = ()) -> None:
+        self.losses, self.halves = list(losses), list(halves)
+
+    def on_advantages(self, trainer: Any, pl_module: Any, experience: Any) -> None:
+        if self.halves:
+            experience.values = (0.5 if self.halves.pop(0) else 0.0) * experience.returns
+
+    def on_minibatch_end(self, trainer: Any, pl_module: Any, experience: Any, metrics: dict[str, float]) -> None:
+        if self.losses:
+            metrics["value_loss"] = self.losses.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("losses", "frozen"),
+    [
+        ([2.0, 4.5, 4.0, 2.0, 9.0, 9.0, 9.0, 9.0], 2),  # 3.25, then 3: at the level is good enough
+        ([1.0, 1.0] * 4, 1),
+        ([9.0, 1.0, 9.0, 1.0, 9.0, 1.0, 3.0, 3.0], 4),  # the mean of two steps, neither the last nor the least
+        ([float("nan"), 1.0, 1.0, 1.0, 9.0, 9.0, 9.0, 9.0], 2),  # a step that was skipped says nothing
+    ],
+)
+def test_ends_after_the_update_whose_mean_value_loss_is_at_the_level(losses: list[float], frozen: int):
+    module = run_updates([Given(losses), CriticWarmup(value_loss=3.0)], 4)
+    assert moves(module, START) == [False] * frozen + [True] * (4 - frozen)
+
+
+@pytest.mark.parametrize(("level", "frozen"), [(0.74, 2), (0.76, 4)])
+def test_ends_after_the_update_whose_values_explained_enough(level: float, frozen: int):
+    module = run_updates([Given(halves=[False, True, False, False]), CriticWarmup(explained_variance=level)], 4)
+    assert moves(module, START) == [False] * frozen + [True] * (4 - frozen)
+
+
+def test_variance_is_explained_of_response_tokens_alone():
+    """What lies outside the mask would spoil it."""
+
+    class Garbage(L.Callback):
+        def on_update_end(self, trainer: Any, pl_module: Any, experience: Any) -> None:
+            experience.values = experience.values.masked_fill(~experience.response_mask, 1e3)
+
+    tricks = [Given(halves=[True] * 3), Garbage(), CriticWarmup(explained_variance=0.74)]
+    assert moves(run_updates(tricks, 3), START) == [False, True, True]
+
+
+def test_returns_that_are_all_alike_say_nothing():
+    tricks = [Given(halves=[True] * 3), CriticWarmup(explained_variance=0.5)]
+    module = run_updates(tricks, 3, episodes=4, kl_coef=0.0, scores=lambda update: [2.0] * 4)
+    assert moves(module, START) == [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "frozen"),
+    [
+        ({"updates": 3, "value_loss": 3.0, "explained_variance": 0.7}, 1),
+        ({"updates": 3, "value_loss": 1.0, "explained_variance": 0.7}, 2),
+        ({"updates": 3, "value_loss": 1.0, "explained_variance": 0.9}, 3),
+        ({"value_loss": 1.0, "explained_variance": 0.9}, 4),
+    ],
+)
+def test_whatever_is_reached_first_ends_it(arguments: dict[str, Any], frozen: int):
+    """The loss is 3 from the first update on; the second explains 0.75."""
+    given = Given([3.0] * 8, halves=[False, True, False, False])
+    assert moves(run_updates([given, CriticWarmup(**arguments)], 4), START) == [False] * frozen + [True] * (4 - frozen)
+
+
+def test_it_does_not_begin_again():
+    """The loss rises after the end."""
+    module = run_updates([Given([1.0, 1.0, *[9.0] * 6]), CriticWarmup(value_loss=3.0)], 4)
+    assert moves(module, START) == [False, True, True, True]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_resume_with_a_level(stop: int, tmp_path: Path):
+    """Reached in the second update; after it the losses are high again."""
+    losses = [9.0, 9.0, 1.0, 1.0, 9.0, 9.0, 9.0, 9.0]
+    before = run_updates([Given(losses), CriticWarmup(value_loss=3.0)], stop, save=tmp_path / "last.ckpt")
+    rest = [Given(losses[2 * stop :]), CriticWarmup(value_loss=3.0)]
+    after = run_updates(rest, 4, resume=tmp_path / "last.ckpt")
+    assert moves(before, START) + moves(after, before.actors[-1]) == [False, False, True, True]
+
+
+@pytest.mark.parametrize("silent", [None, "on_rollout_start", "on_rewards"])
+def test_more_passes_meanwhile(silent: str | None):
+    """Two steps a pass: three passes in each of two frozen updates, then the module's own one."""
+    steps = Spy("on_update_end", lambda module, experience: len(module.steps))
+    ppo_epochs = Spy("on_train_batch_end", lambda module, *_: module.ppo_epochs)
+    run_updates([CriticWarmup(2, ppo_epochs=3), steps, ppo_epochs], 4, fires=lambda hook: hook != silent)
+    assert steps.seen == [6, 12, 14, 16]
+    assert ppo_epochs.seen == [1] * 4  # between updates it is the module's own
+
+
+def test_a_run_resumed_in_mid_warm_up_ends_with_the_constructors_passes(tmp_path: Path):
+    def steps_of(updates: int, ppo_epochs: int, **paths: Path) -> list[int]:
+        steps = Spy("on_update_end", lambda module, experience: len(module.steps))
+        module = run_updates([CriticWarmup(2, ppo_epochs=3), steps], updates, ppo_epochs=ppo_epochs, **paths)
+        assert module.ppo_epochs == ppo_epochs
+        return steps.seen
+
+    assert steps_of(1, 2, save=tmp_path / "last.ckpt") == [6]
+    assert steps_of(4, 2, resume=tmp_path / "last.ckpt") == [6, 10, 14]
+    assert steps_of(4, 1, resume=tmp_path / "last.ckpt") == [6, 8, 10]
+
+
+def test_two_updates_of_one_rollout_both_have_more_passes():
+    class TwoUpdates(Toy):
+        def learn(self, experience: Rows) -> None:
+            super().learn(experience)
+            super().learn(experience)
+
+    module = run_updates(CriticWarmup(3, ppo_epochs=3), 2, module=TwoUpdates())
+    assert len(module.steps) == 3 * 6 + 2
+    assert module.ppo_epochs == 1
+
+
+def test_something_must_end_it():
+    with pytest.raises(ValueError, match="unless value_loss or explained_variance says when the warm-up ends"):
+        CriticWarmup(ppo_epochs=2)
+
+
+@pytest.mark.parametrize("ppo_epochs", [0, -1, 1.5, "2"])
+def test_only_whole_numbers_of_passes(ppo_epochs: Any):
+    with pytest.raises(
+        ValueError, match=rf"CriticWarmup\(ppo_epochs={ppo_epochs!r}\): must be a whole number of passes"
+    ):
+        CriticWarmup(1, ppo_epochs=ppo_epochs)
+
+
+def test_module_without_passes_is_refused_where_they_are_set():
+    module = Toy()
+    del module.ppo_epochs
+    CriticWarmup(1).setup(trainer_of([], 1), module, "fit")
+    with pytest.raises(TypeError, match="CriticWarmup needs ppo_epochs on the module, which Toy lacks"):
+        run_updates(CriticWarmup(1, ppo_epochs=2), module=module)
+
+
+# On the real module
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory):
+    return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
+
+
+def rows_of(
+    folder: Path, lm: Path, *callbacks: L.Callback, updates: int = 4, **overrides: Any
+) -> list[dict[str, float]]:
+    def halve(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+
+    trainer = make_trainer(folder, callbacks=list(callbacks), max_steps=updates)
+    trainer.fit(make_module(lm, actor_scheduler=halve, **overrides), make_data(folder))
+    return logged(trainer)
+
+
+def test_the_logged_value_loss_decides_on_the_real_module(tmp_path, lm):
+    """The actor learns from the update after the one whose ``value/loss`` is at the level; its schedule waits."""
+    losses = [row["value/loss"] for row in rows_of(tmp_path, lm, CriticWarmup(4))]
+    assert losses[0] > losses[1] > losses[2]
+    rows = rows_of(tmp_path, lm, CriticWarmup(4, value_loss=losses[1] * (1 + 1e-6)))
+    assert ["policy/loss" in row for row in rows] == [False, False, True, True]
+    assert [row["policy/lr"] for row in rows] == pytest.approx([0.1, 0.1, 0.1, 0.05])
+
+
+def test_the_logged_explained_variance_decides_on_the_real_module(tmp_path, lm):
+    given = Given(halves=[False, True, False, False])
+    rows = rows_of(tmp_path, lm, given, CriticWarmup(explained_variance=0.74))
+    assert [row["value/explained_variance"] for row in rows[:2]] == pytest.approx([0.0, 0.75], abs=1e-5)
+    assert ["policy/loss" in row for row in rows] == [False, False, True, True]
+
+
+def test_more_passes_bring_the_loss_down_further_on_the_real_module(tmp_path, lm):
+    """Minibatches of five: seven rows make two steps a pass, in six passes; then five rows one, in the module's two."""
+    count = Spy("on_minibatch_end", lambda module, experience, metrics: module.trainer.global_step)
+    slow = {"critic_optimizer": lambda params: torch.optim.SGD(params, lr=0.01)}
+    many = rows_of(tmp_path, lm, CriticWarmup(1, ppo_epochs=6), count, updates=2, **slow)
+    few = rows_of(tmp_path, lm, CriticWarmup(1), updates=2, **slow)
+    assert [count.seen.count(update) for update in (0, 1)] == [12, 2]
+    assert many[0]["value/loss"] < few[0]["value/loss"]
