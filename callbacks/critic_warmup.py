@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import positive_or_none, refuse_beside, require, require_model
+from lit_ppo.callbacks.checks import at_least, positive_or_none, refuse_beside, require, require_model
 from lit_ppo.functional import explained_variance as explained_variance_of
 
 
@@ -45,14 +45,14 @@ class CriticWarmup(PPOCallback):
                 "CriticWarmup(updates=None): must be a whole number of updates, at least 1, unless value_loss or "
                 "explained_variance says when the warm-up ends"
             )
-        self.updates = _count_or_none("updates", "updates", updates)
+        self.updates = None if updates is None else at_least(self, "updates", updates, 1)
         self.value_loss = positive_or_none(self, "value_loss", value_loss)
         self.explained_variance = positive_or_none(self, "explained_variance", explained_variance)
         if explained_variance is not None and not explained_variance < 1:
             raise ValueError(
                 f"CriticWarmup(explained_variance={explained_variance!r}): must be under 1, which no critic reaches"
             )
-        self.ppo_epochs = _count_or_none("ppo_epochs", "passes", ppo_epochs)
+        self.ppo_epochs = None if ppo_epochs is None else at_least(self, "ppo_epochs", ppo_epochs, 1)
         self._done = 0
         self._length: int | None = None  # updates that the warm-up took; None while it is on
         self._value_losses: list[float] = []  # of this update's steps
@@ -117,9 +117,3 @@ class CriticWarmup(PPOCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the count up again."""
         self._done, self._length = state_dict["done"], state_dict["length"]
-
-
-def _count_or_none(name: str, unit: str, value: int | None) -> int | None:
-    if value is not None and (not isinstance(value, int) or value < 1):
-        raise ValueError(f"CriticWarmup({name}={value!r}): must be a whole number of {unit}, at least 1")
-    return value

@@ -124,7 +124,8 @@ def _d_logits(
         assert d_logprobs is not None
         gradient: Tensor = p * (d_logprobs[chunk, None] / -ctx.temperature)
     else:
-        log_ratio = _log_ratio(_finite(p.log()), ctx.reference, chunk, ctx.temperature)
+        # a probability of 0 takes its log out of the gradient, if only that log is no infinity once weighted
+        log_ratio = _log_ratio(p.log().clamp_(min=-1e4), ctx.reference, chunk, ctx.temperature)
         per_logit = (log_ratio - divergence[chunk, None]) * d_divergence[chunk, None]
         if d_logprobs is not None:
             per_logit -= d_logprobs[chunk, None]
