@@ -9,9 +9,11 @@ if TYPE_CHECKING:
     from lit_ppo.module import LitPPO
     from lit_ppo.reward_modeling import LitRewardModel
     from lit_ppo.sft import LitSFT
+    from lit_ppo.strategies import FSDP2Strategy
 
 __all__ = [
     "Experience",
+    "FSDP2Strategy",
     "LitPPO",
     "LitRewardModel",
     "LitSFT",
@@ -23,6 +25,7 @@ __all__ = [
 # Imported when first asked for: torch and transformers take seconds, and the command speaks before that.
 _HOMES = {
     "Experience": "experience",
+    "FSDP2Strategy": "strategies",
     "LitPPO": "module",
     "LitRewardModel": "reward_modeling",
     "LitSFT": "sft",

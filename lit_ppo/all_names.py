@@ -7,4 +7,5 @@ import lit_ppo.module
 import lit_ppo.reward_modeling
 import lit_ppo.rewards
 import lit_ppo.schedulers
-import lit_ppo.sft  # noqa: F401
+import lit_ppo.sft
+import lit_ppo.strategies  # noqa: F401

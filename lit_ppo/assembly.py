@@ -1,7 +1,8 @@
 """Loading and saving: models, optimizers and what a checkpoint holds."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -10,11 +11,15 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from lit_ppo.checks import ReferenceDtype, check_models, check_saved_reference
-from lit_ppo.models import Actor, Reference, load_causal_lm, load_critic, load_tokenizer
+from lit_ppo.distributed import rank
+from lit_ppo.models import Actor, Reference, checkpoint_activations, load_causal_lm, load_critic, load_tokenizer
 from lit_ppo.policy import Policy
 from lit_ppo.rewards import RewardModel
 from lit_ppo.rollout import generation_config
 from lit_ppo.schedulers import per_step
+from lit_ppo.sharding import build, shard, whole_weights
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Assembly(Policy):
@@ -25,6 +30,7 @@ class Assembly(Policy):
     generation_fields: dict[str, Any]
     model_kwargs: dict[str, Any]
     reference_dtype: ReferenceDtype
+    activation_checkpointing: bool
     checkpoint_reference: bool
     skipped_steps: int
     _tokenizer: PreTrainedTokenizerBase | None
@@ -43,24 +49,49 @@ class Assembly(Policy):
         if self._built:
             return
         name, actor_path = type(self).__name__, str(self.paths["actor"])
-        self.actor = Actor(load_causal_lm(f"{name}(actor)", actor_path, self.model_kwargs))
+        self.actor = self._placed(lambda: Actor(load_causal_lm(f"{name}(actor)", actor_path, self.model_kwargs)))
         self.generation = generation_config(self.generation_fields, self.temperature, self.actor.model, self.tokenizer)
         self.actor.model.generation_config = self.generation
-        if hasattr(self.rewards, "build"):
-            self.rewards.build()
-        if isinstance(self.rewards, nn.Module):
-            self.rewards.requires_grad_(False).eval()
+        self._build_rewards()
         self.reference = None
         if self.paths["reference"] is not None:
             path = actor_path if self.paths["reference"] == "actor" else str(self.paths["reference"])
             dtype = getattr(torch, self.reference_dtype)
-            self.reference = Reference(load_causal_lm(f"{name}(reference)", path, self.model_kwargs, dtype))
+            self.reference = self._placed(
+                lambda: Reference(load_causal_lm(f"{name}(reference)", path, self.model_kwargs, dtype)), frozen=True
+            )
         self.critic = None
         if self.paths["critic"] is not None:
-            path, label = self._critic_source()
-            self.critic = load_critic(f"{name}(critic)", path, self.model_kwargs, label)
+            start, label = self._critic_source()
+            self.critic = self._placed(lambda: load_critic(f"{name}(critic)", start, self.model_kwargs, label))
         check_models(self)
         self._built = True
+
+    @property
+    def _strategy(self) -> Any:
+        """The Trainer's; None without one."""
+        return None if self._trainer is None else self._trainer.strategy
+
+    def _placed(self, make: Callable[[], M], *, frozen: bool = False) -> M:
+        """Build a model and leave this rank its share of it, where the strategy shards."""
+        model = build(self._strategy, make)
+        if self.activation_checkpointing and not frozen:
+            checkpoint_activations(model)
+        return shard(self._strategy, model, frozen=frozen)
+
+    def _build_rewards(self) -> None:
+        """Load what scores; of our own kind of reward model, each rank keeps a share."""
+        for source in self.reward_models:
+            built = build(self._strategy, source.built)
+            if built is not source:  # another rank built it
+                vars(source).clear()
+                vars(source).update(vars(built))
+            source.requires_grad_(False).eval()
+            source.model = shard(self._strategy, source.model, frozen=True)
+        if hasattr(self.rewards, "build"):
+            self.rewards.build()
+        if isinstance(self.rewards, nn.Module):
+            self.rewards.requires_grad_(False).eval()
 
     def _critic_source(self) -> tuple[str, int | None]:
         """Where the critic's weights come from, and which output of a reward model its head starts as."""
@@ -108,8 +139,12 @@ class Assembly(Policy):
     def save_pretrained(self, dirpath: str | Path) -> None:
         """Write the actor in Hugging Face format: weights, config, tokenizer, generation config.
 
+        To be called on every rank where the strategy shards; the first one writes.
+
         Args:
             dirpath: Folder; made if it does not exist.
         """
-        self.actor.model.save_pretrained(dirpath)
-        self.tokenizer.save_pretrained(str(dirpath))
+        weights = whole_weights(self.actor, "model.")
+        if weights is None or rank() == 0:
+            self.actor.model.save_pretrained(dirpath, state_dict=weights)
+            self.tokenizer.save_pretrained(str(dirpath))

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import lightning as L
 
+from lit_ppo.sharding import is_sharded
+
 
 class ExportModel(L.Callback):
     """After ``fit`` writes the trained model with ``save_pretrained``, for ``from_pretrained`` to load.
@@ -42,12 +44,14 @@ class ExportModel(L.Callback):
         if trainer.fast_dev_run or not hasattr(pl_module, "save_pretrained"):  # type: ignore[attr-defined]
             return
         target = Path(self.dirpath or Path(log_dir or trainer.default_root_dir) / "model")
+        partial, old = (target.with_name(f"{target.name}.{word}") for word in ("partial", "old"))
         if trainer.is_global_zero:
-            partial, old = (target.with_name(f"{target.name}.{word}") for word in ("partial", "old"))
             for leftover in (partial, old):
                 shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
+        if trainer.is_global_zero or is_sharded(pl_module):  # then every rank brings its share
             pl_module.save_pretrained(partial)  # type: ignore[operator]
+        if trainer.is_global_zero:
             if target.exists():
                 target.rename(old)
             partial.rename(target)

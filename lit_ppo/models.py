@@ -1,11 +1,13 @@
 """Actor, critic and frozen reference around Hugging Face models: one training forward each."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -20,10 +22,14 @@ from transformers.activations import NewGELUActivation
 from lit_ppo.head import HeadInputs, token_statistics
 from lit_ppo.packing import read_tokens, use_packing
 from lit_ppo.rollout import sample
+from lit_ppo.sharding import blocks
 
 
 class _AlwaysEval(nn.Module):
     """Dropout stays off in rollouts and updates alike: PPO's ratio must be 1 before the first step."""
+
+    sharded = False  # its weights are whole only while its forward runs
+    exact: tuple[str, ...] = ()  # parts that are to compute in float32 where the others need not
 
     def train(self, mode: bool = True) -> "_AlwaysEval":
         return super().train(False)
@@ -103,7 +109,9 @@ class Reference(Actor):
         with torch.no_grad():
             input_ids, attention_mask = args
             head = self._head_inputs(input_ids, attention_mask, kwargs["target_mask"])
-            return HeadInputs(head.states, head.weight.detach(), head.bias)
+            # a sharded model takes its whole weights away again when its forward ends
+            keep = torch.clone if self.sharded else torch.detach
+            return HeadInputs(head.states, keep(head.weight), None if head.bias is None else keep(head.bias))
 
 
 class Critic(_AlwaysEval):
@@ -116,6 +124,8 @@ class Critic(_AlwaysEval):
     Raises:
         ValueError: The backbone looks at later tokens.
     """
+
+    exact = ("value_head",)
 
     def __init__(self, backbone: PreTrainedModel, head: Tensor | None = None) -> None:
         super().__init__()
@@ -171,6 +181,15 @@ def spread(flat: Tensor, mask: Tensor) -> Tensor:
     """
     mask = mask.to(flat.device, non_blocking=True)
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Keep only the inputs of a model's blocks for the backward, which computes the rest again.
+
+    transformers' own checkpointing is off in eval mode, in which our models always are.
+    """
+    for block in blocks(model):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def use_fused_gelu(model: nn.Module) -> None:

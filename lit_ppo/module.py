@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+import lit_ppo.strategies  # noqa: F401  # registers fsdp2
 from lit_ppo.advantages import GAE, AdvantageEstimator
 from lit_ppo.assembly import Assembly
 from lit_ppo.callbacks.base import fire
@@ -63,6 +64,8 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         max_grad_norm: Of actor and critic each; None is no clipping.
         max_skipped_steps: Optimizer steps in a row that may be skipped because loss or gradient is not finite; one
             more ends the run.
+        activation_checkpointing: Keep only what goes into each block of actor and critic for the backward, and
+            compute the rest again: far less memory, a third more time.
         model_kwargs: For ``from_pretrained`` of actor, critic and reference, such as ``attn_implementation``.
         seed: Of sampling and of minibatches; by default that of ``seed_everything``.
 
@@ -102,6 +105,7 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         critic_scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
         max_skipped_steps: int = 0,
+        activation_checkpointing: bool = False,
         model_kwargs: dict[str, Any] | None = None,
         seed: int | None = None,
     ) -> None:
@@ -128,6 +132,7 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
             "critic": (critic_optimizer, critic_scheduler),
         }
         self.max_grad_norm, self.max_skipped_steps = max_grad_norm, max_skipped_steps
+        self.activation_checkpointing = activation_checkpointing
         self.model_kwargs = dict(model_kwargs or {})
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
         self.rollouts = self.skipped_steps = 0
@@ -208,7 +213,7 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         """
         self.zero_gradients()
         fire(self, "on_minibatch_start", minibatch)
-        for micro in self.micro_batches(minibatch):
+        for micro in self.accumulated(self.micro_batches(minibatch)):
             if not self._actor_rests:
                 self.backward_actor(micro)
             if self.critic is not None:

@@ -1,7 +1,7 @@
 """Models, rollouts and scores: the half of LitPPO that fires no hooks and takes no steps."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from time import perf_counter
 from typing import Any, Literal
 
@@ -15,7 +15,9 @@ from lit_ppo.functional import KLEstimator, kl_estimate
 from lit_ppo.models import Actor, Critic
 from lit_ppo.plan import Plan, deal
 from lit_ppo.reward_functions import check_scores
+from lit_ppo.reward_models import RewardModel
 from lit_ppo.sampling import Sampling
+from lit_ppo.sharding import gathered
 
 
 class Policy(Sampling):
@@ -86,7 +88,10 @@ class Policy(Sampling):
             scores = check_scores(self.rewards(mine), len(mine), "rewards", mine.responses)
             return {"": scores.cpu(), **{name: mine.extras[name].cpu() for name in self.source_names}}
 
-        parts = gather_shares(share)
+        with ExitStack() as whole:
+            for source in self.reward_models:
+                whole.enter_context(gathered(source.model))
+            parts = gather_shares(share)
         named = {name: torch.empty(len(experience), device=self.device) for part in parts for name in part}
         for part, micro_batches in zip(parts, plan, strict=True):
             for name, values in part.items():
@@ -111,6 +116,11 @@ class Policy(Sampling):
         return deal(
             lengths, n_ranks(), micro_batch_size=self.micro_batch_size, micro_batch_tokens=self.micro_batch_tokens
         )
+
+    @property
+    def reward_models(self) -> list[RewardModel]:
+        """Those among the rewards."""
+        return [part for part in self.modules() if isinstance(part, RewardModel)]
 
     @property
     def source_names(self) -> list[str]:

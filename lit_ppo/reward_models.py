@@ -87,6 +87,11 @@ class RewardModel(nn.Module):
         self._limit = _positions(model.config, self.tokenizer)
         self.model = model
 
+    def built(self) -> "RewardModel":
+        """Itself, after :meth:`build`."""
+        self.build()
+        return self
+
     def train(self, mode: bool = True) -> "RewardModel":
         """Stay in eval mode, whatever the module around is switched to."""
         return super().train(False)

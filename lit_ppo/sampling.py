@@ -15,6 +15,7 @@ from lit_ppo.experience import Experience
 from lit_ppo.models import Actor, Critic, Reference
 from lit_ppo.plan import deal
 from lit_ppo.rollout import stop_ids, uniforms
+from lit_ppo.sharding import gathered
 
 
 class Sampling(L.LightningModule):
@@ -128,7 +129,8 @@ class Sampling(L.LightningModule):
             ids = model.generate(*inputs, self.generation, None if draws is None else draws[mine], logprobs)
             return batch.prompt_ids, list(zip(ids, logprobs or [[]] * len(ids), strict=True))
 
-        asked, sampled = zip(*gather_shares(share), strict=True)
+        with gathered(model):
+            asked, sampled = zip(*gather_shares(share), strict=True)
         if any(prompts != asked[0] for prompts in asked):
             raise ValueError(
                 "rollout(prompts): ranks were given different prompts, and every rank needs the whole batch; use "

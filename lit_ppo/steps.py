@@ -1,17 +1,20 @@
 """Optimizer steps under Lightning's manual optimization: accumulate, clip, skip, step, count."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_ppo.distributed import n_ranks, rank, sum_over_ranks
 from lit_ppo.experience import Experience, Minibatch, model_inputs
 from lit_ppo.metrics import LOSS_NAMES, SKIPPED, failure_facts, of_experience, of_steps
 from lit_ppo.policy import Policy
+from lit_ppo.sharding import clip_gradients, total_norm, without_gradient_sync
 
+T = TypeVar("T")
 _GROUPS = {"actor": "policy", "critic": "value"}
 _POSITIONS = "max_position_embeddings"
 
@@ -55,6 +58,16 @@ class OptimizerSteps(Policy):
         plan = self.plan([sum(both) for both in minibatch.lengths])
         return minibatch.micro_batches(plan[rank()], n_ranks())
 
+    def accumulated(self, batches: Iterable[T]) -> Iterator[T]:
+        """One after the other; only in the backwards of the last do ranks exchange gradients."""
+        iterator = iter(batches)
+        batch = next(iterator)
+        for following in iterator:
+            with without_gradient_sync(self.trainer.strategy, self.actor, self.critic):
+                yield batch
+            batch = following
+        yield batch
+
     def backward_losses(self, model: str, micro: Minibatch, losses: dict[str, Tensor]) -> None:
         """Backward of the sum; no losses, no backward and no step."""
         for name, loss in losses.items():
@@ -67,8 +80,7 @@ class OptimizerSteps(Policy):
         """The step's metrics over all ranks, and the gradient norms (before clipping)."""
         norms = {}
         for name in sorted(self._with_gradients):
-            parameters = [p for p in getattr(self, name).parameters() if p.grad is not None]
-            norms[f"{name}_grad_norm"] = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or float("inf"))
+            norms[f"{name}_grad_norm"] = clip_gradients(getattr(self, name), self.max_grad_norm)
         return sum_over_ranks(minibatch.metrics, alike=norms)
 
     def step_optimizers(self, metrics: dict[str, float], experience: Experience) -> None:
@@ -122,7 +134,7 @@ class OptimizerSteps(Policy):
         n_tokens = max(1, int(targets.sum()))
         before = {p: p.grad.clone() for p in self.actor.parameters() if p.grad is not None}
         total = torch.zeros((), device=self.device)
-        for rows in self.plan(batch["attention_mask"].sum(1).tolist())[rank()]:
+        for rows in self.accumulated(self.plan(batch["attention_mask"].sum(1).tolist())[rank()]):
             part = {name: tensor[rows or [0]] for name, tensor in batch.items()}
             ids, target_mask = part["input_ids"].to(self.device), targets[rows or [0]]
             logprobs, _ = self.actor(ids, part["attention_mask"].bool(), target_mask=target_mask)
@@ -130,7 +142,7 @@ class OptimizerSteps(Policy):
             self.manual_backward(coef * n_ranks() * loss)
             total += loss.detach()
         added = [p.grad - before[p] if p in before else p.grad for p in self.actor.parameters() if p.grad is not None]
-        return sum_over_ranks({"loss": total})["loss"], float(nn.utils.get_total_norm(added))
+        return sum_over_ranks({"loss": total})["loss"], float(total_norm(self.actor, added))
 
     def exact_kl(self, minibatch: Minibatch) -> Tensor:
         """KL to the reference over the whole vocabulary, per token and differentiable.

@@ -1,0 +1,267 @@
+"""One update on one process and the same update on several ranks, by every strategy.
+
+``python -m tests.equivalence`` prints the table: the largest relative difference of any parameter's gradient or change.
+"""
+
+import contextlib
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.tensor import DTensor
+
+from lit_ppo import LitPPO
+from lit_ppo.callbacks import AdaptiveKL, EntropyBonus, PPOCallback, RewardNormalization
+from lit_ppo.distributed import n_ranks, rank
+from lit_ppo.rewards import RewardModel
+from lit_ppo.sharding import whole_weights
+from tests.ranks import on_ranks
+from tests.tiny import make_causal_lm, make_reward_model
+from tests.toys import logged, make_data, make_module, make_trainer
+
+
+@dataclass(frozen=True)
+class Case:
+    """How an update is run."""
+
+    family: str = "gpt2"
+    strategy: str = "auto"
+    micro_batch_size: int = 3
+    activation_checkpointing: bool = False
+    tied: bool = True
+    features: bool = False  # text in the loss, exact KL, an update that ends early
+
+    @property
+    def base(self) -> "Case":
+        """The same on one process."""
+        return Case(self.family, tied=self.tied, features=self.features)
+
+    def __str__(self) -> str:
+        """For a table's row."""
+        model = f"{self.family}{'' if self.tied else ', untied'}"
+        extra = [name for name in ("activation_checkpointing", "features") if getattr(self, name)]
+        return ", ".join([f"{self.strategy:5} {model}, micro-batches of {self.micro_batch_size}", *extra])
+
+
+class CPUFSDP(FSDPStrategy):
+    """FSDP1 on CPUs, which Lightning refuses."""
+
+    model_sharded_context = contextlib.nullcontext
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+class Spy(LitPPO):
+    """Notes which rows this rank's forwards saw, and the whole gradients of each step before clipping."""
+
+    def actor_forward(self, model: Any, rows: Any, **kwargs: Any) -> Any:
+        self.seen.update(rows.prompts)
+        return super().actor_forward(model, rows, **kwargs)
+
+    def rollout(self, *args: Any, **kwargs: Any) -> Any:
+        experience = super().rollout(*args, **kwargs)
+        self.samples.append(experience.response_ids)
+        self.lengths.update(experience.response_mask.sum(1).tolist())
+        return experience
+
+    def on_fit_start(self) -> None:
+        self.samples, self.lengths, self.gradients = [], set(), []
+        self.seen: set[str] = set()
+        super().on_fit_start()
+        self.seen.clear()
+
+    def step_optimizers(self, *args: Any) -> None:
+        self.gradients.append({**whole_gradients("actor", self.actor), **whole_gradients("critic", self.critic)})
+        super().step_optimizers(*args)
+
+
+class Features(PPOCallback):
+    """What tricks may call: a text's gradient before the minibatch, the exact KL in the loss, an early end."""
+
+    def on_minibatch_start(self, trainer: Any, pl_module: Any, minibatch: Any) -> None:
+        ids = torch.arange(3, 18).view(5, 3)
+        mask = torch.ones_like(ids)
+        mask[2, 2] = mask[4, 1:] = 0
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+        self.text = pl_module.backward_on_text(batch, 0.5)
+
+    def on_actor_loss(self, trainer: Any, pl_module: Any, minibatch: Any, losses: dict[str, Tensor]) -> None:
+        losses["kl"] = 0.3 * minibatch.mean(pl_module.exact_kl(minibatch))
+
+    def on_minibatch_end(self, trainer: Any, pl_module: Any, experience: Any, metrics: dict[str, float]) -> None:
+        metrics["text_loss"], metrics["text_norm"] = self.text
+        experience.exhausted = metrics["approx_kl"] > 1e-9  # the second step's: it is cancelled
+
+
+def whole_gradients(name: str, model: Any) -> dict[str, Tensor]:
+    """Every parameter's gradient, put together from the ranks; collective."""
+    if isinstance(model, FSDP1):
+        with FSDP1.summon_full_params(model, writeback=False, with_grads=True):
+            named = {n.replace("_fsdp_wrapped_module.", ""): p.grad for n, p in model.named_parameters()}
+            return {f"{name}.{n}": g.clone() for n, g in named.items() if g is not None}
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {
+        f"{name}.{n}": (g.full_tensor() if isinstance(g, DTensor) else g).detach().clone() for n, g in gradients.items()
+    }
+
+
+def weights(module: Any) -> dict[str, Tensor]:
+    """Actor and critic whole, on the first rank; collective."""
+    named: dict[str, Tensor] = {}
+    for name in ("actor", "critic"):
+        model = getattr(module, name)
+        whole = whole_weights(model)
+        own = model.state_dict() if whole is None else whole
+        named |= {f"{name}.{n}": tensor.clone() for n, tensor in own.items()}
+    return named
+
+
+def make_models(folder: Path, case: Case) -> tuple[Path, Path]:
+    """An actor, and a reward model from which the critic starts: one whose head is zeros has no gradient within."""
+    actor, reward = (folder / f"{kind}-{case.family}-{case.tied}" for kind in ("actor", "reward"))
+    if not reward.exists() and rank() == 0:
+        make_causal_lm(actor, case.family, scale=4.0, tie_word_embeddings=case.tied)
+        make_reward_model(reward, case.family)
+    return actor, reward
+
+
+def update(case: Case, folder: Path) -> dict[str, Any]:
+    """Two optimizer steps; what they did, on the first rank."""
+    actor, reward = make_models(folder, case)
+    module: Any = make_module(
+        actor,
+        critic="reward",
+        rewards=RewardModel(str(reward)),
+        micro_batch_size=case.micro_batch_size,
+        activation_checkpointing=case.activation_checkpointing,
+        minibatch_size=7,
+        max_grad_norm=None,
+    )
+    module.__class__ = Spy
+    callbacks: list[Any] = [RewardNormalization(), AdaptiveKL(target=0.01, horizon=50), EntropyBonus(coef=0.02)]
+    callbacks += [Features()] if case.features else []
+    strategy: Any = CPUFSDP() if case.strategy == "fsdp" else case.strategy
+    trainer = make_trainer(
+        folder / "run", devices=n_ranks(), strategy=strategy, max_steps=1, max_epochs=1, callbacks=callbacks
+    )
+    trainer.fit(module, make_data(folder))
+    assert trainer.world_size == n_ranks()
+    return {"module": module, "logged": logged(trainer)[0]}
+
+
+def result(case: Case, folder: Path) -> dict[str, Any]:
+    """What an update did, in a form that can be saved."""
+    run = update(case, folder)
+    module = run["module"]
+    after = weights(module)
+    if n_ranks() > 1:
+        check_ranks(case, module)
+    return {
+        "samples": module.samples,
+        "lengths": module.lengths,
+        "gradients": module.gradients,
+        "weights": after,
+        "logged": run["logged"],
+    }
+
+
+def check_ranks(case: Case, module: Any) -> None:
+    """Each rank had work of its own, and under FSDP holds its share alone."""
+    assert dist.get_world_size() == n_ranks() > 1
+    shares: list[Any] = [None] * n_ranks()
+    dist.all_gather_object(shares, sorted(module.seen))
+    assert len({tuple(rows) for rows in shares}) == n_ranks(), "ranks did the same work"
+    if case.strategy.startswith("fsdp"):
+        parameters = [p for name in ("actor", "critic", "reference") for p in getattr(module, name).parameters()]
+        held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
+        total: list[Any] = [None] * n_ranks()
+        dist.all_gather_object(total, held)
+        assert held < 0.7 * sum(total), f"rank {rank()} holds {held} of {sum(total)} parameters"
+
+
+def run_cases(cases: list[Case], folder: Path) -> None:
+    """On each rank; the first one leaves the results."""
+    warnings.simplefilter("ignore")
+    for number, case in enumerate(cases):
+        found = result(case, folder)
+        if rank() == 0:
+            torch.save(found, folder / f"{n_ranks()}-{number}.pt")
+        dist.barrier()
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """Norm of the difference relative to the norm."""
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm().clamp(min=1e-30))
+
+
+def differences(many: dict[str, Any], one: dict[str, Any], start: dict[str, Tensor]) -> dict[str, float]:
+    """Largest relative difference of any parameter, of gradients and of changes."""
+    assert len(many["gradients"]) == len(one["gradients"])
+    pairs = list(zip(many["gradients"], one["gradients"], strict=True))
+    assert all(ours.keys() == theirs.keys() for ours, theirs in pairs)
+    gradients = {n: max(relative(ours[n], theirs[n]) for ours, theirs in pairs) for n in one["gradients"][0]}
+    changes = {
+        n: relative(many["weights"][n].double() - start[n].double(), one["weights"][n].double() - start[n].double())
+        for n in one["gradients"][0]
+    }
+    return {"gradients": max(gradients.values()), "changes": max(changes.values())}
+
+
+def compare(cases: list[Case], n: int, folder: Path) -> dict[Case, dict[str, Any]]:
+    """Run the cases on ``n`` ranks and their like on one process."""
+    ones = {case.base: result(case.base, folder) for case in dict.fromkeys(case.base for case in cases)}
+    on_ranks(n, run_cases, cases, folder, folder=folder / f"{n}-ranks")
+    found = {}
+    for number, case in enumerate(cases):
+        many = torch.load(folder / f"{n}-{number}.pt", weights_only=False)
+        module = make_module(
+            make_models(folder, case)[0], critic="reward", rewards=RewardModel(str(make_models(folder, case)[1]))
+        )
+        module.configure_model()
+        found[case] = {"one": ones[case.base], "many": many, **differences(many, ones[case.base], weights(module))}
+    return found
+
+
+CASES = {
+    2: [
+        Case(strategy="ddp", micro_batch_size=2),
+        Case("llama", "ddp", 1, activation_checkpointing=True, features=True),
+        Case(strategy="fsdp2", micro_batch_size=2, features=True),
+        Case(strategy="fsdp2", micro_batch_size=1, activation_checkpointing=True),
+        Case("llama", "fsdp2", 9, tied=False),
+        Case("llama", "fsdp2", 1, activation_checkpointing=True, features=True),
+        Case(strategy="fsdp", micro_batch_size=2, features=True),
+        Case("llama", "fsdp", 1, activation_checkpointing=True, tied=False),
+    ],
+    3: [
+        Case(strategy="ddp", micro_batch_size=1),
+        Case(strategy="fsdp2", micro_batch_size=2, features=True),
+        Case("llama", "fsdp2", 1, activation_checkpointing=True, tied=False),
+        Case("llama", "fsdp", 2, features=True),
+    ],
+}
+
+
+def main() -> None:
+    """Print the table."""
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        for n, cases in CASES.items():
+            for case, found in compare(cases, n, Path(folder)).items():
+                print(
+                    f"{n} ranks, {case}: gradients {found['gradients']:.1e}, changes {found['changes']:.1e}", flush=True
+                )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

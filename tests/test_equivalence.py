@@ -1,0 +1,34 @@
+"""One update on one process is the same update on two and three ranks, by every strategy."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.equivalence import CASES, Case, compare
+
+ALL = [(n, case) for n, cases in CASES.items() for case in cases]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, Case], dict[str, Any]]:
+    """Ranks are started once for all cases: that takes longer than the cases."""
+    folder: Path = tmp_path_factory.mktemp("equivalence")
+    return {(n, case): found for n, cases in CASES.items() for case, found in compare(cases, n, folder).items()}
+
+
+@pytest.mark.parametrize(("n", "case"), ALL, ids=lambda value: str(value))
+def test_ranks_sample_learn_and_log_as_one_process(n, case, compared):
+    """7 prompts, which neither 2 nor 3 ranks divide; plain SGD, unclipped; gradients and changes of every parameter."""
+    found = compared[n, case]
+    one, many = found["one"], found["many"]
+    assert len(one["lengths"]) > 2, "responses of one length show nothing"
+    assert all(ours.equal(theirs) for ours, theirs in zip(many["samples"], one["samples"], strict=True))
+    assert len(one["gradients"]) == (1 if case.features else 2)
+    assert min(gradient.norm() for gradient in one["gradients"][0].values()) > 1e-5, "nothing to compare"
+    assert found["gradients"] < 1e-5
+    assert found["changes"] < 1e-5
+    assert many["logged"].keys() == one["logged"].keys()
+    for name, value in one["logged"].items():
+        if not name.startswith(("time/", "throughput/")):
+            assert many["logged"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
