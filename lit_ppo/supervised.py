@@ -11,7 +11,9 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_ppo.bf16 import warn_if_slower
+from lit_ppo.distributed import rank
 from lit_ppo.schedulers import per_step
+from lit_ppo.sharding import build, shard, whole_weights
 from lit_ppo.tokenization import loads_the_same
 
 
@@ -63,14 +65,18 @@ class SupervisedModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Load the model, or build it with weights that depend on the seed alone."""
-        if self.model is not None:
-            return
+        if self.model is None:
+            strategy = None if self._trainer is None else self._trainer.strategy
+            self.model = shard(strategy, build(strategy, self._make))
+
+    def _make(self) -> PreTrainedModel:
         with torch.random.fork_rng():
             torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", 0)))
             model = self._from_scratch() if isinstance(self._source, dict) else self._from_pretrained(self._source)
         self._check_vocabulary(model)
         model.config.pad_token_id = self.tokenizer.pad_token_id  # by it a classifier finds a text's last token
-        self.model = model.train()  # loaded models come in eval mode, and Lightning leaves them so
+        model.train()  # loaded models come in eval mode, and Lightning leaves them so
+        return model
 
     def _from_scratch(self) -> PreTrainedModel:
         tokenizer = self.tokenizer
@@ -115,13 +121,17 @@ class SupervisedModule(L.LightningModule):
     def save_pretrained(self, dirpath: str | Path) -> None:
         """Write weights, config and tokenizer (for causal LMs also the generation config) to a folder.
 
+        To be called on every rank where the strategy shards; the first one writes.
+
         Args:
             dirpath: Folder to write; created if it is not there.
         """
         self.configure_model()
         assert self.model is not None
-        self.model.save_pretrained(str(dirpath))
-        self.tokenizer.save_pretrained(str(dirpath))
+        weights = whole_weights(self.model)
+        if weights is None or rank() == 0:
+            self.model.save_pretrained(str(dirpath), state_dict=weights)
+            self.tokenizer.save_pretrained(str(dirpath))
 
 
 def load(module: SupervisedModule, argument: str, auto_class: Any, source: str, **kwargs: Any) -> Any:

@@ -29,6 +29,7 @@ ELSEWHERE = {  # which test runs the others
     "quickstart": "test_quickstart_run",
     "quickstart.yaml": "test_quickstart_run",
     "tricks": "here",
+    "strategy": "test_strategy_configs",
     "sentiment.yaml": "here",
 }
 

@@ -1,7 +1,7 @@
 """Models in shares: built without whole copies, loaded bit for bit, exchanging gradients once a step, saved whole."""
 
-import contextlib
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +9,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from lit_ppo import FSDP2Strategy, LitSFT, TextDataModule
+from lit_ppo import FSDP2Strategy, LitPPO, LitSFT
+from lit_ppo.callbacks import CriticWarmup
 from lit_ppo.checkpoint import StepCheckpoint
 from lit_ppo.distributed import n_ranks, rank
 from lit_ppo.export import ExportModel
-from lit_ppo.models import Actor, Reference, load_causal_lm
+from lit_ppo.models import Actor, load_causal_lm
 from lit_ppo.rewards import RewardModel
-from lit_ppo.sharding import blocks, build, gathered, shard, whole_weights
-from tests.equivalence import CPUFSDP
+from lit_ppo.sharding import build, gathered, shard, whole_weights
 from tests.ranks import on_ranks
-from tests.tiny import make_causal_lm, make_reward_model, make_tokenizer
+from tests.supervised import HOW_TESTS_USE_LIGHTNING, loader
+from tests.tiny import make_causal_lm, make_reward_model
 from tests.toys import logged, make_data, make_module, make_trainer
 
 FAMILIES = {
@@ -35,72 +37,62 @@ TARGETS = torch.tensor([[True, True], [True, True]])
 
 
 class Strategy:
-    """As much of a strategy as building and sharding ask for."""
+    """As much of a strategy as building and sharding ask for; notes how much of a model a rank holds whole."""
 
     root_device = torch.device("cpu")
 
-    def __init__(self, **options: Any) -> None:
-        self.strategy = FSDP2Strategy(**options)
-        self.strategy._device_mesh = dist.init_device_mesh("cpu", (n_ranks(), 1), mesh_dim_names=("data_parallel", "x"))
-        self.strategy.parallel_devices = [self.root_device] * n_ranks()
-        self.strategy.shard.__func__  # the real one
-        self.shard = self.strategy.shard
+    def __init__(self) -> None:
+        mesh = dist.init_device_mesh("cpu", (n_ranks(), 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+        self.real = FSDP2Strategy()
+        self.real._device_mesh = mesh
+        self.model: Any = None
+        self.most = 0
+
+    def shard(self, module: Any, **options: Any) -> Any:
+        whole = [p for p in self.model.parameters() if not isinstance(p, DTensor) and not p.is_meta]
+        self.most = max(self.most, sum(p.numel() for p in whole))
+        return self.real.shard(module, **options)
 
 
 # On each rank
 
 
 def load_families(folder: Path) -> None:
-    warnings.simplefilter("ignore")
-    most = 0
-
-    class Watched(Strategy):
-        """Notes how much of the model lies whole on this rank at a time."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.most = 0
-            self.shard = self.watch
-
-        def watch(self, module: Any, **options: Any) -> Any:
-            whole = sum(p.numel() for p in self.model.parameters() if not isinstance(p, DTensor) and not p.is_meta)
-            self.most = max(self.most, whole)
-            return self.strategy.shard(module, **options)
-
     for name in FAMILIES:
         stock = AutoModelForCausalLM.from_pretrained(folder / name)
-        with torch.no_grad():
-            expected = Reference(stock)(IDS, MASK, target_mask=TARGETS)
-        strategy = Watched()
-        strategy.model = build(strategy, lambda name=name: Actor(load_causal_lm("actor", str(folder / name), {})))
-        assert all(p.is_meta for p in strategy.model.parameters()) == (rank() > 0)
-        size = sum(p.numel() for p in strategy.model.parameters())
-        actor = shard(strategy, strategy.model)
-        assert len(blocks(stock)) == 2
-        if rank() > 0:
-            assert strategy.most < 0.8 * size, "this rank held a whole copy"
-        held = sum(p.to_local().numel() for p in actor.parameters())
-        assert held < 0.6 * size
-        with torch.no_grad():
-            found = actor(IDS, MASK, target_mask=TARGETS)
-        assert all(ours.equal(theirs) for ours, theirs in zip(found, expected, strict=True)), name
+        state, buffers = stock.state_dict(), dict(stock.named_buffers())
+        actor, most = load(folder / name)
+        size = sum(p.numel() for p in stock.parameters())
+        assert most < 0.8 * size or rank() == 0, "this rank held a whole copy"
+        assert sum(p.to_local().numel() for p in actor.parameters()) < 0.6 * size
         whole = whole_weights(actor, "model.")
+        assert whole is not None
         if rank() == 0:
-            own = stock.state_dict()
-            assert whole.keys() == own.keys()
-            assert all(whole[key].equal(tensor) for key, tensor in own.items())
-            tied = [len({state[key].data_ptr() for key in state}) for state in (whole, own)]
-            assert tied[0] == tied[1], name
+            assert whole.keys() == state.keys()
+            assert all(whole[key].equal(tensor) for key, tensor in state.items())
+            assert [len({tensors[key].data_ptr() for key in tensors}) for tensors in (whole,)] == [
+                len(dict.fromkeys(tensor.data_ptr() for tensor in state.values()))
+            ], "tied weights came apart"
         with gathered(actor):
-            buffers, theirs = dict(actor.model.named_buffers()), dict(stock.named_buffers())
-            assert buffers.keys() == theirs.keys()
-            assert all(buffers[key].equal(tensor) and not tensor.is_meta for key, tensor in theirs.items())
-            assert all(p.equal(q) for p, q in zip(actor.model.parameters(), stock.parameters(), strict=True))
-            assert sum(p.numel() for p in actor.parameters()) == size
-        assert all(isinstance(p, DTensor) for p in actor.parameters()), "still whole after sampling"
-        most = max(most, strategy.most)
-        embedding = actor.model.get_input_embeddings().weight
-        assert (embedding is actor.model.get_output_embeddings().weight) == stock.config.tie_word_embeddings
+            ours = dict(actor.model.named_buffers())
+            assert ours.keys() == buffers.keys()
+            assert all(ours[key].equal(tensor) for key, tensor in buffers.items())
+            pairs = zip(actor.model.parameters(), stock.parameters(), strict=True)
+            assert all(p.equal(q) for p, q in pairs)
+        assert all(isinstance(p, DTensor) for p in actor.parameters()), "still whole afterwards"
+        with torch.no_grad():
+            expected = Actor(stock)(IDS, MASK, target_mask=TARGETS)
+            for _ in range(2):
+                found = actor(IDS, MASK, target_mask=TARGETS)
+                assert all(ours.equal(theirs) for ours, theirs in zip(found, expected, strict=True)), name
+
+
+def load(path: Path) -> tuple[Any, int]:
+    """An actor in shares, and how many of its weights this rank ever held whole."""
+    strategy = Strategy()
+    strategy.model = build(strategy, lambda: Actor(load_causal_lm("actor", str(path), {})))
+    assert all(p.is_meta for p in strategy.model.parameters()) == (rank() > 0)
+    return shard(strategy, strategy.model), strategy.most
 
 
 def fail_on_the_first(folder: Path) -> None:
@@ -109,40 +101,218 @@ def fail_on_the_first(folder: Path) -> None:
     assert ("rank 0 failed" in str(caught.value)) == (rank() > 0)
 
 
-def count_collectives(folder: Path) -> None:
-    warnings.simplefilter("ignore")
-    counted = {}
-    for name in ("fsdp2", "each", "ddp"):
-        for micro_batch_size in (1, 2):
-            strategy = FSDP2Strategy(sync_every_micro_batch=True) if name == "each" else name
-            module: Any = make_module(folder / "gpt2", micro_batch_size=micro_batch_size, minibatch_size=8, ppo_epochs=1)
-            trainer = make_trainer(folder, devices=n_ranks(), strategy=strategy, max_steps=1)
-            with Counting() as counting:
-                step = module.backward_minibatch
-
-                def counted_step(minibatch: Any, step: Any = step, counting: Any = counting) -> Any:
-                    counting.n.clear()
-                    metrics = step(minibatch)
-                    counting.of_step = dict(counting.n)
-                    return metrics
-
-                module.backward_minibatch = counted_step
-                trainer.fit(module, make_data(folder, batch_size=8))
-            counted[name, micro_batch_size] = counting.of_step
-    if rank() == 0:
-        torch.save(counted, folder / "counted.pt")
-
-
-class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+class Counting(TorchDispatchMode):
     """Counts collectives by name."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.n: dict[str, int] = {}
-        self.of_step: dict[str, int] = {}
+        self.n: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace in ("c10d", "_c10d_functional"):
-            name = function.__name__.split(".")[0]
-            self.n[name] = self.n.get(name, 0) + 1
+            self.n[function.__name__.split(".")[0].strip("_")] += 1
         return function(*args, **kwargs or {})
+
+
+class Counted(LitPPO):
+    """Counts the collectives of the first optimizer step."""
+
+    def backward_minibatch(self, minibatch: Any) -> dict[str, float]:
+        with Counting() as counting:
+            metrics = super().backward_minibatch(minibatch)
+        self.collectives = counting.n
+        return metrics
+
+
+def count_collectives(folder: Path) -> None:
+    found = {}
+    for name in ("fsdp2", "each", "ddp"):
+        for size in (1, 2):
+            strategy = FSDP2Strategy(sync_every_micro_batch=True) if name == "each" else name
+            options = {"minibatch_size": 8, "micro_batch_size": size, "ppo_epochs": 1}
+            module: Any = make_module(folder / "gpt2", **options)
+            module.__class__ = Counted
+            trainer = make_trainer(folder, devices=n_ranks(), strategy=strategy, max_steps=1)
+            trainer.fit(module, make_data(folder, batch_size=8))
+            whole = whole_weights(module.actor, "model.") or module.actor.model.state_dict()
+            found[name, size] = module.collectives, whole
+    if rank() == 0:
+        torch.save(found, folder / "counted.pt")
+
+
+def adam(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=1e-3, fused=True)
+
+
+def fit(folder: Path, strategy: Any, *, updates: int, start: Path | None = None, name: str) -> Any:
+    """Train up to so many updates from a checkpoint; leaves a checkpoint and an exported model under ``name``."""
+    reward = RewardModel(str(folder / "reward"))
+    module = make_module(folder / "gpt2", rewards=reward, actor_optimizer=adam, critic_optimizer=adam)
+    callbacks = [
+        CriticWarmup(updates=1),
+        StepCheckpoint(every_n_train_steps=9, dirpath=str(folder / name)),
+        ExportModel(str(folder / name / "model")),
+    ]
+    trainer = make_trainer(
+        folder, devices=n_ranks(), strategy=strategy, max_steps=updates, callbacks=callbacks, enable_checkpointing=True
+    )
+    trainer.fit(module, make_data(folder), ckpt_path=None if start is None else str(start), weights_only=True)
+    return module, trainer
+
+
+def save_and_load(folder: Path, n: int) -> None:
+    """Train, then save what is loaded from one process's checkpoints, and go on from them."""
+    fit(folder, "fsdp2", updates=2, name=f"fsdp2-{n}")
+    for step in (1, 2):
+        for strategy in ("fsdp2", "ddp"):
+            start = folder / f"one-{step}" / f"step-{step:06d}.ckpt"
+            _, trainer = fit(folder, strategy, updates=step, start=start, name=f"{strategy}-{n}-again-{step}")
+            trainer.save_checkpoint(folder / f"{strategy}-{n}-again-{step}.ckpt")
+    fit(folder, "fsdp2", updates=2, start=folder / "one-1/step-000001.ckpt", name=f"fsdp2-{n}-on")
+
+
+def offload(folder: Path) -> None:
+    """Frozen models' shares in host memory: on CPUs the way of the weights, not the saving, can be seen."""
+    for precision in (None, "bfloat16"):
+        strategy = FSDP2Strategy(mixed_precision=precision, offload_frozen=True)
+        module: Any = make_module(folder / "gpt2", rewards=RewardModel(str(folder / "reward")))
+        trainer = make_trainer(folder, devices=n_ranks(), strategy=strategy, max_steps=1)
+        trainer.fit(module, make_data(folder))
+        assert all(p.dtype == torch.float32 for p in module.parameters())
+        if rank() == 0:
+            torch.save(logged(trainer), folder / f"offload-{precision}.pt")
+
+
+def supervised(folder: Path) -> None:
+    module = LitSFT(str(folder / "gpt2"), optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    trainer = make_trainer(folder, devices=n_ranks(), strategy="fsdp2", max_steps=2, inference_mode=True)
+    batches = [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}] * 2
+    trainer.fit(module, loader(batches))
+    assert all(isinstance(p, DTensor) for p in module.model.parameters())
+    module.save_pretrained(folder / "sft-sharded")
+
+
+def everything(folder: Path) -> None:
+    warnings.simplefilter("ignore")
+    for part in (load_families, fail_on_the_first, count_collectives, offload, supervised):
+        print(part.__name__, flush=True)
+        part(folder)
+        dist.barrier()
+    save_and_load(folder, 2)
+
+
+def alone(folder: Path) -> None:
+    fit(folder, "auto", updates=2, start=folder / "fsdp2-2/step-000002.ckpt", name="one-export")
+
+
+# The tests
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks leave behind."""
+    folder = tmp_path_factory.mktemp("sharding")
+    for name, (family, options) in FAMILIES.items():
+        make_causal_lm(folder / name, family, scale=4.0, **options)
+    make_reward_model(folder / "reward")
+    for step in (1, 2):
+        fit(folder, "auto", updates=step, name=f"one-{step}")
+    on_ranks(2, everything, folder, folder=folder / "ranks")
+    on_ranks(1, alone, folder, folder=folder / "alone")
+    return folder
+
+
+def test_gradients_are_exchanged_once_an_optimizer_step(folder):
+    """Actor: two blocks and the rest. Critic: the value head as well. 7 units, for 2 or 4 micro-batches."""
+    found = torch.load(folder / "counted.pt", weights_only=False)
+    n = {key: counts for key, (counts, _) in found.items()}
+    assert n["fsdp2", 1]["reduce_scatter_base"] == n["fsdp2", 2]["reduce_scatter_base"] == 7
+    assert n["each", 1]["reduce_scatter_base"] == 4 * 7
+    assert n["each", 2]["reduce_scatter_base"] == 2 * 7
+    assert n["ddp", 1] == n["ddp", 2]
+    assert n["ddp", 1]["allreduce"] > 0
+    expected = found["each", 2][1]
+    for _, weights in found.values():
+        for name, tensor in weights.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def tensors(folder: Path, name: str) -> dict[str, Any]:
+    """Weights and optimizer states of a checkpoint, flat."""
+    checkpoint = torch.load(folder / name, weights_only=True)
+    flat = dict(checkpoint["state_dict"])
+    for number, state in enumerate(checkpoint["optimizer_states"]):
+        flat[f"{number}.groups"] = state["param_groups"]
+        flat |= {f"{number}.{p}.{key}": value for p, values in state["state"].items() for key, value in values.items()}
+    return flat
+
+
+def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert value.equal(other[name]) if isinstance(value, torch.Tensor) else value == other[name], name
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("step", [1, 2])  # after the first the actor's optimizer has taken no step: it was warm-up
+def test_a_checkpoint_of_one_process_goes_through_ranks_unchanged(folder, strategy, step):
+    one = tensors(folder, f"one-{step}/step-{step:06d}.ckpt")
+    assert ("0.0.step" in one) == (step == 2)
+    assert_equal(tensors(folder, f"{strategy}-2-again-{step}.ckpt"), one)
+
+
+def test_a_checkpoint_of_ranks_loads_on_one_process(folder):
+    name = "fsdp2-2/step-000002.ckpt"
+    module, trainer = fit(folder, "auto", updates=2, start=folder / name, name="one-again")
+    trainer.save_checkpoint(folder / "one-again.ckpt")
+    assert_equal(tensors(folder, "one-again.ckpt"), tensors(folder, name))
+    assert module.rollouts == 2
+
+
+def test_a_run_that_goes_on_under_another_strategy_ends_where_it_would_have(folder):
+    """After the checkpoint comes the actor's first Adam step, of size 1e-3."""
+    one, on = tensors(folder, "one-2/step-000002.ckpt"), tensors(folder, "fsdp2-2-on/step-000002.ckpt")
+    for name, value in one.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(on[name], value, rtol=1e-4, atol=2e-5, msg=name)
+
+
+def test_the_exported_model_is_the_same_byte_for_byte(folder):
+    """Of ranks, and of one process that has loaded their checkpoint."""
+    ours, theirs = folder / "fsdp2-2/model", folder / "one-export/model"
+    names = {path.name for path in ours.iterdir()}
+    assert names == {path.name for path in theirs.iterdir()} >= {"model.safetensors", "tokenizer.json"}
+    for name in names:
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+    stock = AutoModelForCausalLM.from_pretrained(folder / "gpt2")
+    trained = AutoModelForCausalLM.from_pretrained(ours)
+    assert any(not p.equal(q) for p, q in zip(stock.parameters(), trained.parameters(), strict=True))
+
+
+def test_offloaded_frozen_models_and_half_precision(folder):
+    exact, rounded = (torch.load(folder / f"offload-{precision}.pt")[0] for precision in (None, "bfloat16"))
+    module = make_module(folder / "gpt2", rewards=RewardModel(str(folder / "reward")))
+    trainer = make_trainer(folder, max_steps=1)
+    trainer.fit(module, make_data(folder))
+    (one,) = logged(trainer)
+    for name in ("objective/score", "policy/grad_norm", "value/grad_norm", "policy/ratio"):
+        assert exact[name] == pytest.approx(one[name], rel=1e-4), name
+    assert rounded["policy/ratio"] == pytest.approx(1.0, abs=0.05)
+    assert rounded["objective/score"] != exact["objective/score"]
+
+
+@HOW_TESTS_USE_LIGHTNING
+def test_the_cold_start_on_ranks(folder, tmp_path):
+    """Both ranks are given the same batch here, so that one process does the same."""
+    module = LitSFT(str(folder / "gpt2"), optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    batches = [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}] * 2
+    make_trainer(tmp_path, max_steps=2).fit(module, loader(batches))
+    sharded = AutoModelForCausalLM.from_pretrained(folder / "sft-sharded")
+    assert sharded.config.architectures == ["GPT2LMHeadModel"]
+    for ours, theirs in zip(sharded.parameters(), module.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_arguments_that_cannot_be():
+    with pytest.raises(ValueError, match=r"FSDP2Strategy\(mixed_precision='half'\): must be one of bfloat16"):
+        FSDP2Strategy(mixed_precision="half")
