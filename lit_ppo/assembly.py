@@ -17,7 +17,8 @@ from lit_ppo.policy import Policy
 from lit_ppo.rewards import RewardModel
 from lit_ppo.rollout import generation_config
 from lit_ppo.schedulers import per_step
-from lit_ppo.sharding import build, shard, whole_weights
+from lit_ppo.sharding import build, shard
+from lit_ppo.whole import whole_weights
 
 M = TypeVar("M", bound=nn.Module)
 

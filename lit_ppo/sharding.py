@@ -10,11 +10,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullStateDictConfig, StateDictType
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from lit_ppo.distributed import rank
 
@@ -23,7 +22,7 @@ M = TypeVar("M", bound=nn.Module)
 
 def shards(strategy: Any) -> bool:
     """Whether a Trainer's strategy keeps weights in shares."""
-    return hasattr(strategy, "shard") or isinstance(strategy, FSDPStrategy)
+    return hasattr(strategy, "shard")
 
 
 def build(strategy: Any, make: Callable[[], M]) -> M:
@@ -69,12 +68,11 @@ def shard(strategy: Any, model: M, *, frozen: bool = False) -> M:
     """
     if not shards(strategy):
         return model
-    wrap = strategy.shard if hasattr(strategy, "shard") else _fsdp1_wrapper(strategy)
     exact = [getattr(model, name) for name in getattr(model, "exact", ())]
     model.sharded = True  # type: ignore[assignment]
     for module in [*exact, *blocks(model), model]:
         _receive(module, strategy.root_device)
-        wrapped = wrap(module, frozen=frozen, exact=module in exact)
+        wrapped = strategy.shard(module, frozen=frozen, exact=module in exact)
         if wrapped is not module and module is not model:
             _replace(model, module, wrapped)
     return cast(M, wrapped)
@@ -84,55 +82,6 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     """The layers of a Hugging Face model that are never split, inner ones first."""
     names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     return [module for module in reversed(list(model.modules())) if type(module).__name__ in names]
-
-
-def load_shares(module: nn.Module, whole: dict[str, Tensor], *, strict: bool) -> None:
-    """Load a state dict of whole tensors; each rank takes its share of them."""
-    own = module.state_dict()
-    module.load_state_dict({name: share_of(own.get(name), tensor) for name, tensor in whole.items()}, strict=strict)
-
-
-def share_of(like: Any, whole: Tensor) -> Tensor:
-    """This rank's share of a tensor that every rank has whole, cut as another one is."""
-    if not isinstance(like, DTensor):
-        return whole
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
-def whole_on_first_rank(tensor: Any) -> Any:
-    """A tensor put together from all ranks' shares, on the host of the first one; None on others. Collective."""
-    if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()
-    return tensor.detach().cpu() if rank() == 0 else None
-
-
-def whole_weights(root: nn.Module, prefix: str = "") -> dict[str, Tensor] | None:
-    """A state dict of whole tensors, tied ones tied, on the first rank; empty on others. Collective.
-
-    Args:
-        root: What :func:`shard` returned.
-        prefix: Only names that begin so, without it.
-
-    Returns:
-        None if nothing is sharded: the model's own state dict is it.
-    """
-    if isinstance(root, FSDP1):
-        elsewhere = torch.device(root.compute_device or "cpu").type != "cpu"
-        config = FullStateDictConfig(offload_to_cpu=elsewhere, rank0_only=elsewhere)
-        with FSDP1.state_dict_type(root, StateDictType.FULL_STATE_DICT, config):
-            state = root.state_dict()
-        named = root.named_parameters(remove_duplicate=False)
-        parameters: dict[str, Any] = {name.replace("_fsdp_wrapped_module.", ""): p for name, p in named}
-        first: dict[Any, Tensor] = {}
-        state = {name: first.setdefault(parameters.get(name, name), tensor) for name, tensor in state.items()}
-        state = state if rank() == 0 else {}
-    elif is_sharded(root):
-        own = root.state_dict(keep_vars=True)
-        gathered = {tensor: whole_on_first_rank(tensor) for tensor in dict.fromkeys(own.values())}
-        state = {name: gathered[tensor] for name, tensor in own.items()} if rank() == 0 else {}
-    else:
-        return None
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -248,24 +197,6 @@ def _receive(module: nn.Module, device: torch.device) -> None:
                         whole = nn.Parameter(whole, requires_grad=tensor.requires_grad)
                     received[tensor] = whole
                 tensors[name] = received[tensor]
-
-
-def _fsdp1_wrapper(strategy: FSDPStrategy) -> Callable[..., nn.Module]:
-    """Lightning's own wrapping would put actor and critic into one unit, whose parts cannot run alone."""
-    device = strategy.root_device
-    options = {"device_id": device if device.index is None else device.index} | strategy.kwargs
-    options.pop("auto_wrap_policy", None)
-
-    def wrap(module: nn.Module, *, frozen: bool, exact: bool) -> nn.Module:
-        return FSDP1(
-            module,
-            cpu_offload=strategy.cpu_offload,
-            mixed_precision=None if exact else strategy.mixed_precision_config,
-            sharding_strategy=strategy.sharding_strategy,
-            **options,
-        )
-
-    return wrap
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

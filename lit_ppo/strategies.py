@@ -1,32 +1,29 @@
-"""FSDP2 for Lightning: ``Trainer(strategy="fsdp2")`` once this module is imported."""
+"""Strategies that share models out: ``Trainer(strategy="fsdp2")`` or ``"fsdp"``, once this module is imported."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
 
 import torch
-from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from torch import Tensor, nn
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
+    FullyShardedDataParallel,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.optim import Optimizer
 
-from lit_ppo.sharding import load_shares, share_of, whole_on_first_rank
+from lit_ppo.whole import WholeCheckpoints
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-class FSDP2Strategy(ModelParallelStrategy):
+class FSDP2Strategy(WholeCheckpoints, ModelParallelStrategy):
     """Shards weights, gradients and optimizer states over all ranks with PyTorch's ``fully_shard``.
 
     A model's blocks are gathered one at a time; sampling and scoring gather a whole model for as long as they run.
@@ -117,64 +114,31 @@ class FSDP2Strategy(ModelParallelStrategy):
             for unit in units:
                 unit.set_requires_gradient_sync(True, recurse=False)
 
-    # Checkpoints: whole tensors in one file, under the names and numbers that an unsharded run gives them
 
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """Lightning hands over optimizer states as it does on one process."""
-        return True
+class FSDP1Strategy(WholeCheckpoints, FSDPStrategy):
+    """FSDP's first version: Lightning's strategy with a unit for each model, and checkpoints as FSDP2Strategy's.
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole weights on the first rank, nothing on others. Collective."""
-        assert self.lightning_module is not None
-        state = {name: whole_on_first_rank(tensor) for name, tensor in self.lightning_module.state_dict().items()}
-        return state if self.is_global_zero else {}
+    Lightning alone would put actor and critic into one unit, whose parts cannot run by themselves.
 
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """An optimizer's state in whole tensors on the first rank, nothing on others. Collective."""
-        plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        state = _whole(plain.state_dict())
-        return state if self.is_global_zero else {}
+    Args:
+        **options: Of ``lightning.pytorch.strategies.FSDPStrategy``.
+    """
 
-    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint; whole tensors stay in the file until each rank takes its share."""
-        checkpoint: dict[str, Any] = torch.load(
-            checkpoint_path, map_location="cpu", mmap=True, weights_only=weights_only
+    def shard(self, module: nn.Module, *, frozen: bool = False, exact: bool = False) -> nn.Module:
+        """Wrap a module; the arguments are those of :meth:`FSDP2Strategy.shard`."""
+        for parameter in module.parameters():
+            if not hasattr(parameter, "whole_shape"):
+                parameter.whole_shape = parameter.shape  # type: ignore[attr-defined]
+        options = {"device_id": self.root_device} | self.kwargs
+        options.pop("auto_wrap_policy", None)
+        return FullyShardedDataParallel(
+            module,
+            cpu_offload=self.cpu_offload,
+            mixed_precision=None if exact else self.mixed_precision_config,
+            sharding_strategy=self.sharding_strategy,
+            **options,
         )
-        return checkpoint
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Take this rank's share of the weights."""
-        assert self.lightning_module is not None
-        load_shares(self.lightning_module, checkpoint["state_dict"], strict=strict)
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take this rank's share of the optimizer states."""
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            numbers = [number for group in state["param_groups"] for number in group["params"]]
-            shares = {
-                number: {name: _share(parameter, value) for name, value in state["state"][number].items()}
-                for number, parameter in zip(numbers, parameters, strict=True)
-                if number in state["state"]
-            }
-            optimizer.load_state_dict({**state, "state": shares})
 
 
-def _share(parameter: Tensor, value: Any) -> Any:
-    """This rank's share of what an optimizer keeps for each weight; a count of steps is for all of them."""
-    per_weight = isinstance(value, Tensor) and value.shape == parameter.shape
-    return share_of(parameter, value) if per_weight else value
-
-
-def _whole(state: Any) -> Any:
-    if isinstance(state, Tensor):
-        return whole_on_first_rank(state)
-    if isinstance(state, dict):
-        return {name: _whole(value) for name, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(map(_whole, state))
-    return state
-
-
-StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Shards over all ranks (FSDP2)", override=True)
+for _name, _strategy in {"fsdp2": FSDP2Strategy, "fsdp": FSDP1Strategy}.items():
+    StrategyRegistry.register(_name, _strategy, description=str(_strategy.__doc__).splitlines()[0], override=True)

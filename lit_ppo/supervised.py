@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from lit_ppo.bf16 import warn_if_slower
 from lit_ppo.distributed import rank
 from lit_ppo.schedulers import per_step
-from lit_ppo.sharding import build, shard, whole_weights
+from lit_ppo.sharding import build, shard
 from lit_ppo.tokenization import loads_the_same
+from lit_ppo.whole import whole_weights
 
 
 class SupervisedModule(L.LightningModule):

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.tensor import DTensor
@@ -22,7 +21,8 @@ from lit_ppo import LitPPO
 from lit_ppo.callbacks import AdaptiveKL, EntropyBonus, PPOCallback, RewardNormalization
 from lit_ppo.distributed import n_ranks, rank
 from lit_ppo.rewards import RewardModel
-from lit_ppo.sharding import whole_weights
+from lit_ppo.strategies import FSDP1Strategy
+from lit_ppo.whole import whole_weights
 from tests.ranks import on_ranks
 from tests.tiny import make_causal_lm, make_reward_model
 from tests.toys import logged, make_data, make_module, make_trainer
@@ -51,7 +51,7 @@ class Case:
         return ", ".join([f"{self.strategy:5} {model}, micro-batches of {self.micro_batch_size}", *extra])
 
 
-class CPUFSDP(FSDPStrategy):
+class CPUFSDP(FSDP1Strategy):
     """FSDP1 on CPUs, which Lightning refuses."""
 
     model_sharded_context = contextlib.nullcontext

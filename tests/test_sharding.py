@@ -19,7 +19,9 @@ from lit_ppo.distributed import n_ranks, rank
 from lit_ppo.export import ExportModel
 from lit_ppo.models import Actor, load_causal_lm
 from lit_ppo.rewards import RewardModel
-from lit_ppo.sharding import build, gathered, shard, whole_weights
+from lit_ppo.sharding import build, gathered, shard
+from lit_ppo.whole import whole_weights
+from tests.equivalence import CPUFSDP
 from tests.ranks import on_ranks
 from tests.supervised import HOW_TESTS_USE_LIGHTNING, loader
 from tests.tiny import make_causal_lm, make_reward_model
@@ -163,12 +165,14 @@ def fit(folder: Path, strategy: Any, *, updates: int, start: Path | None = None,
 def save_and_load(folder: Path, n: int) -> None:
     """Train, then save what is loaded from one process's checkpoints, and go on from them."""
     fit(folder, "fsdp2", updates=2, name=f"fsdp2-{n}")
+    fit(folder, CPUFSDP(), updates=2, name=f"fsdp-{n}")
     for step in (1, 2):
-        for strategy in ("fsdp2", "ddp"):
+        for name, strategy in {"fsdp2": "fsdp2", "ddp": "ddp", "fsdp": CPUFSDP()}.items():
             start = folder / f"one-{step}" / f"step-{step:06d}.ckpt"
-            _, trainer = fit(folder, strategy, updates=step, start=start, name=f"{strategy}-{n}-again-{step}")
-            trainer.save_checkpoint(folder / f"{strategy}-{n}-again-{step}.ckpt")
-    fit(folder, "fsdp2", updates=2, start=folder / "one-1/step-000001.ckpt", name=f"fsdp2-{n}-on")
+            _, trainer = fit(folder, strategy, updates=step, start=start, name=f"{name}-{n}-again-{step}")
+            trainer.save_checkpoint(folder / f"{name}-{n}-again-{step}.ckpt")
+    for name, strategy in {"fsdp2": "fsdp2", "fsdp": CPUFSDP()}.items():
+        fit(folder, strategy, updates=2, start=folder / "one-1/step-000001.ckpt", name=f"{name}-{n}-on")
 
 
 def offload(folder: Path) -> None:
@@ -184,7 +188,7 @@ def offload(folder: Path) -> None:
 
 
 def supervised(folder: Path) -> None:
-    module = LitSFT(str(folder / "gpt2"), optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    module = LitSFT(str(folder / "llama"), optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
     trainer = make_trainer(folder, devices=n_ranks(), strategy="fsdp2", max_steps=2, inference_mode=True)
     batches = [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}] * 2
     trainer.fit(module, loader(batches))
@@ -202,7 +206,8 @@ def everything(folder: Path) -> None:
 
 
 def alone(folder: Path) -> None:
-    fit(folder, "auto", updates=2, start=folder / "fsdp2-2/step-000002.ckpt", name="one-export")
+    for name in ("fsdp2", "fsdp"):
+        fit(folder, "auto", updates=2, start=folder / f"{name}-2/step-000002.ckpt", name=f"one-export-{name}")
 
 
 # The tests
@@ -253,7 +258,7 @@ def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
         assert value.equal(other[name]) if isinstance(value, torch.Tensor) else value == other[name], name
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp", "fsdp"])
 @pytest.mark.parametrize("step", [1, 2])  # after the first the actor's optimizer has taken no step: it was warm-up
 def test_a_checkpoint_of_one_process_goes_through_ranks_unchanged(folder, strategy, step):
     one = tensors(folder, f"one-{step}/step-{step:06d}.ckpt")
@@ -261,25 +266,28 @@ def test_a_checkpoint_of_one_process_goes_through_ranks_unchanged(folder, strate
     assert_equal(tensors(folder, f"{strategy}-2-again-{step}.ckpt"), one)
 
 
-def test_a_checkpoint_of_ranks_loads_on_one_process(folder):
-    name = "fsdp2-2/step-000002.ckpt"
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
+def test_a_checkpoint_of_ranks_loads_on_one_process(folder, strategy):
+    name = f"{strategy}-2/step-000002.ckpt"
     module, trainer = fit(folder, "auto", updates=2, start=folder / name, name="one-again")
     trainer.save_checkpoint(folder / "one-again.ckpt")
     assert_equal(tensors(folder, "one-again.ckpt"), tensors(folder, name))
     assert module.rollouts == 2
 
 
-def test_a_run_that_goes_on_under_another_strategy_ends_where_it_would_have(folder):
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
+def test_a_run_that_goes_on_under_another_strategy_ends_where_it_would_have(folder, strategy):
     """After the checkpoint comes the actor's first Adam step, of size 1e-3."""
-    one, on = tensors(folder, "one-2/step-000002.ckpt"), tensors(folder, "fsdp2-2-on/step-000002.ckpt")
+    one, on = tensors(folder, "one-2/step-000002.ckpt"), tensors(folder, f"{strategy}-2-on/step-000002.ckpt")
     for name, value in one.items():
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(on[name], value, rtol=1e-4, atol=2e-5, msg=name)
 
 
-def test_the_exported_model_is_the_same_byte_for_byte(folder):
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
+def test_the_exported_model_is_the_same_byte_for_byte(folder, strategy):
     """Of ranks, and of one process that has loaded their checkpoint."""
-    ours, theirs = folder / "fsdp2-2/model", folder / "one-export/model"
+    ours, theirs = folder / f"{strategy}-2/model", folder / f"one-export-{strategy}/model"
     names = {path.name for path in ours.iterdir()}
     assert names == {path.name for path in theirs.iterdir()} >= {"model.safetensors", "tokenizer.json"}
     for name in names:
@@ -304,11 +312,11 @@ def test_offloaded_frozen_models_and_half_precision(folder):
 @HOW_TESTS_USE_LIGHTNING
 def test_the_cold_start_on_ranks(folder, tmp_path):
     """Both ranks are given the same batch here, so that one process does the same."""
-    module = LitSFT(str(folder / "gpt2"), optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    module = LitSFT(str(folder / "llama"), optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
     batches = [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}] * 2
     make_trainer(tmp_path, max_steps=2).fit(module, loader(batches))
     sharded = AutoModelForCausalLM.from_pretrained(folder / "sft-sharded")
-    assert sharded.config.architectures == ["GPT2LMHeadModel"]
+    assert sharded.config.architectures == ["LlamaForCausalLM"]
     for ours, theirs in zip(sharded.parameters(), module.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 

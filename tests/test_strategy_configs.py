@@ -12,7 +12,7 @@ STRATEGIES = {
     "ddp": [],
     "fsdp2": ["--trainer.strategy.mixed_precision=bfloat16", "--trainer.strategy.offload_frozen=true"],
     "fsdp2_multinode": [],
-    "fsdp": ["--trainer.strategy=tests.equivalence.CPUFSDP", "--trainer.enable_checkpointing=false"],
+    "fsdp": ["--config=cpu.yaml"],
 }
 
 
@@ -36,6 +36,9 @@ def test_an_overlay_trains_and_exports(name, tmp_path, tiny_lm, tiny_reward):
     arguments = ppo_arguments(tmp_path, tiny_lm, tiny_reward)
     arguments += ["--config", str(REPOSITORY / f"configs/strategy/{name}.yaml"), *STRATEGIES[name]]
     arguments += [f"--trainer.default_root_dir={tmp_path}/runs", f"--data.path={tmp_path}/prompts.jsonl"]
+    for i in range(2):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "cpu.yaml").write_text("trainer: {strategy: {class_path: tests.equivalence.CPUFSDP}}")
     nodes = 2 if name.endswith("multinode") else 1
     arguments += ["--trainer.max_steps=1", f"--trainer.devices={2 // nodes}"]
     running = [Running("fit", *arguments, cwd=tmp_path / str(i), env=env) for i, env in enumerate(environments(nodes))]
@@ -43,7 +46,7 @@ def test_an_overlay_trains_and_exports(name, tmp_path, tiny_lm, tiny_reward):
         process.result(100).ok()
     AutoModelForCausalLM.from_pretrained(tmp_path / "runs/version_0/model")
     saved = [path.name for path in (tmp_path / "runs/version_0/checkpoints").glob("*")]
-    assert saved == ([] if name == "fsdp" else ["step-000001.ckpt"])
+    assert saved == ["step-000001.ckpt"]
 
 
 def test_the_first_fsdp_wants_gpus(tmp_path, tiny_lm, tiny_reward):
