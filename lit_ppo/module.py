@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -22,6 +22,7 @@ from lit_ppo.functional import KLEstimator, policy_loss, token_rewards, value_lo
 from lit_ppo.metrics import forget_last_update, in_force, log_policy
 from lit_ppo.preflight import check_batch, preflight
 from lit_ppo.rewards import Rewards, as_source
+from lit_ppo.sharding import shards
 from lit_ppo.steps import OptimizerSteps
 
 
@@ -256,6 +257,13 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
                 f"LitPPO(reference_dtype={self.reference_dtype!r}): Trainer(precision='64-true') makes every model "
                 "float64; use 'float32' or another precision"
             )
+        if isinstance(strategy, FSDPStrategy) and self.reference_dtype != "float32":
+            raise ValueError(
+                f"LitPPO(reference_dtype={self.reference_dtype!r}): strategy 'fsdp' makes every model float32; use "
+                "'fsdp2', or 'float32'"
+            )
+        if shards(strategy) and precision == "64-true":
+            raise ValueError(f"Trainer(precision={precision!r}): models are sharded in float32; use '32-true'")
         if isinstance(strategy, DDPStrategy):
             # the actor's backward leaves the critic's parameters without gradients, and the other way round
             strategy._ddp_kwargs["find_unused_parameters"] = True

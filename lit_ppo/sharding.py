@@ -6,10 +6,12 @@ Where no strategy shards, everything here leaves models as they are.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
@@ -22,7 +24,7 @@ M = TypeVar("M", bound=nn.Module)
 
 def shards(strategy: Any) -> bool:
     """Whether a Trainer's strategy keeps weights in shares."""
-    return hasattr(strategy, "shard")
+    return hasattr(strategy, "shard") or isinstance(strategy, FSDPStrategy)
 
 
 def build(strategy: Any, make: Callable[[], M]) -> M:
@@ -68,14 +70,31 @@ def shard(strategy: Any, model: M, *, frozen: bool = False) -> M:
     """
     if not shards(strategy):
         return model
+    unit = getattr(strategy, "shard", None) or partial(fsdp1_unit, strategy)
     exact = [getattr(model, name) for name in getattr(model, "exact", ())]
     model.sharded = True  # type: ignore[assignment]
     for module in [*exact, *blocks(model), model]:
         _receive(module, strategy.root_device)
-        wrapped = strategy.shard(module, frozen=frozen, exact=module in exact)
+        wrapped = unit(module, frozen=frozen, exact=module in exact)
         if wrapped is not module and module is not model:
             _replace(model, module, wrapped)
     return cast(M, wrapped)
+
+
+def fsdp1_unit(strategy: FSDPStrategy, module: nn.Module, *, frozen: bool, exact: bool) -> nn.Module:
+    """Wrap a module as Lightning's strategy was told to; the arguments are those of ``FSDP2Strategy.shard``."""
+    for parameter in module.parameters():
+        if not hasattr(parameter, "whole_shape"):
+            parameter.whole_shape = parameter.shape  # type: ignore[attr-defined]
+    options = {"device_id": strategy.root_device} | strategy.kwargs
+    options.pop("auto_wrap_policy", None)
+    return FSDP1(
+        module,
+        cpu_offload=strategy.cpu_offload,
+        mixed_precision=None if exact else strategy.mixed_precision_config,
+        sharding_strategy=strategy.sharding_strategy,
+        **options,
+    )
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -11,13 +11,13 @@ from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
-    FullyShardedDataParallel,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
 
+from lit_ppo.sharding import fsdp1_unit
 from lit_ppo.whole import WholeCheckpoints
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -126,18 +126,7 @@ class FSDP1Strategy(WholeCheckpoints, FSDPStrategy):
 
     def shard(self, module: nn.Module, *, frozen: bool = False, exact: bool = False) -> nn.Module:
         """Wrap a module; the arguments are those of :meth:`FSDP2Strategy.shard`."""
-        for parameter in module.parameters():
-            if not hasattr(parameter, "whole_shape"):
-                parameter.whole_shape = parameter.shape  # type: ignore[attr-defined]
-        options = {"device_id": self.root_device} | self.kwargs
-        options.pop("auto_wrap_policy", None)
-        return FullyShardedDataParallel(
-            module,
-            cpu_offload=self.cpu_offload,
-            mixed_precision=None if exact else self.mixed_precision_config,
-            sharding_strategy=self.sharding_strategy,
-            **options,
-        )
+        return fsdp1_unit(self, module, frozen=frozen, exact=exact)
 
 
 for _name, _strategy in {"fsdp2": FSDP2Strategy, "fsdp": FSDP1Strategy}.items():

@@ -133,7 +133,7 @@ def _joined(parameters: list[Tensor], state: dict[int, dict[str, Any]]) -> dict[
     whole: dict[int, dict[str, Any]] = {}
     for number in sorted({number for numbers in _of_all_ranks(list(held)) for number in numbers}):
         parts = [part for part in _of_all_ranks({k: _whole_or(v) for k, v in held.get(number, {}).items()}) if part]
-        shape = parameters[number].whole_shape  # type: ignore[attr-defined]
+        shape = parameters[number].whole_shape
         whole[number] = {
             name: torch.cat([part[name] for part in parts]).view(shape) if _is_run(value) else value
             for name, value in parts[0].items()

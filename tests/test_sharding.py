@@ -1,7 +1,7 @@
 """Models in shares: built without whole copies, loaded bit for bit, exchanging gradients once a step, saved whole."""
 
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from lit_ppo import FSDP2Strategy, LitPPO, LitSFT
@@ -109,10 +110,13 @@ class Counting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.n: Counter[str] = Counter()
+        self.dtypes: dict[str, set[torch.dtype]] = defaultdict(set)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace in ("c10d", "_c10d_functional"):
-            self.n[function.__name__.split(".")[0].strip("_")] += 1
+            name = function.__name__.split(".")[0].strip("_")
+            self.n[name] += 1
+            self.dtypes[name] |= {tensor.dtype for tensor in tree_leaves(args) if isinstance(tensor, torch.Tensor)}
         return function(*args, **kwargs or {})
 
 
@@ -175,16 +179,45 @@ def save_and_load(folder: Path, n: int) -> None:
         fit(folder, strategy, updates=2, start=folder / "one-1/step-000001.ckpt", name=f"{name}-{n}-on")
 
 
-def offload(folder: Path) -> None:
-    """Frozen models' shares in host memory: on CPUs the way of the weights, not the saving, can be seen."""
-    for precision in (None, "bfloat16"):
-        strategy = FSDP2Strategy(mixed_precision=precision, offload_frozen=True)
-        module: Any = make_module(folder / "gpt2", rewards=RewardModel(str(folder / "reward")))
-        trainer = make_trainer(folder, devices=n_ranks(), strategy=strategy, max_steps=1)
-        trainer.fit(module, make_data(folder))
-        assert all(p.dtype == torch.float32 for p in module.parameters())
-        if rank() == 0:
-            torch.save(logged(trainer), folder / f"offload-{precision}.pt")
+PRECISIONS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {  # of the strategy, the trainer, the module
+    "offloaded": ({"offload_frozen": True}, "32-true", {}),
+    "bf16 weights": ({"mixed_precision": "bfloat16"}, "32-true", {}),
+    "bf16-mixed": ({}, "bf16-mixed", {}),
+    "bf16 both": ({"mixed_precision": "bfloat16"}, "bf16-mixed", {}),
+    "bf16 reference": ({}, "32-true", {"reference_dtype": "bfloat16"}),
+}
+
+
+def precisions(folder: Path) -> None:
+    """Offloading can be seen to change nothing; what it saves, only on GPUs."""
+    found = {}
+    for name, (options, precision, overrides) in PRECISIONS.items():
+        module: Any = make_module(folder / "gpt2", rewards=RewardModel(str(folder / "reward")), **overrides)
+        strategy = FSDP2Strategy(**options)
+        trainer = make_trainer(folder, devices=n_ranks(), strategy=strategy, precision=precision, max_steps=1)
+        with Counting() as counting:
+            trainer.fit(module, make_data(folder))
+        trained = {p.dtype for model in (module.actor, module.critic) for p in model.parameters()}
+        assert trained == {torch.float32}
+        assert {p.dtype for p in module.reference.parameters()} == {getattr(torch, module.reference_dtype)}
+        found[name] = logged(trainer)[0], counting.dtypes
+    if rank() == 0:
+        torch.save(found, folder / "precisions.pt")
+
+
+def fail_alone(folder: Path) -> None:
+    """A reward that raises on one rank, while each holds a share of the reward model beside it."""
+
+    def on_the_second(prompts: list[str], responses: list[str]) -> list[float]:
+        if rank() == 1:
+            raise KeyError("level")
+        return [0.0] * len(prompts)
+
+    rewards = {"model": RewardModel(str(folder / "reward")), "other": on_the_second}
+    trainer = make_trainer(folder, devices=n_ranks(), strategy="fsdp2", max_steps=1)
+    with pytest.raises((RuntimeError, ValueError), match="level") as caught:
+        trainer.fit(make_module(folder / "gpt2", rewards=rewards), make_data(folder))
+    assert ("rank 1 failed" in str(caught.value)) == (rank() == 0)
 
 
 def supervised(folder: Path) -> None:
@@ -198,7 +231,7 @@ def supervised(folder: Path) -> None:
 
 def everything(folder: Path) -> None:
     warnings.simplefilter("ignore")
-    for part in (load_families, fail_on_the_first, count_collectives, offload, supervised):
+    for part in (load_families, fail_on_the_first, fail_alone, count_collectives, precisions, supervised):
         print(part.__name__, flush=True)
         part(folder)
         dist.barrier()
@@ -297,16 +330,35 @@ def test_the_exported_model_is_the_same_byte_for_byte(folder, strategy):
     assert any(not p.equal(q) for p, q in zip(stock.parameters(), trained.parameters(), strict=True))
 
 
-def test_offloaded_frozen_models_and_half_precision(folder):
-    exact, rounded = (torch.load(folder / f"offload-{precision}.pt")[0] for precision in (None, "bfloat16"))
+def test_offloading_and_lower_precision(folder):
+    """Where sampling is in float32, samples are one process's; sums of gradients are always taken in float32."""
+    found = torch.load(folder / "precisions.pt", weights_only=False)
     module = make_module(folder / "gpt2", rewards=RewardModel(str(folder / "reward")))
     trainer = make_trainer(folder, max_steps=1)
     trainer.fit(module, make_data(folder))
     (one,) = logged(trainer)
-    for name in ("objective/score", "policy/grad_norm", "value/grad_norm", "policy/ratio"):
-        assert exact[name] == pytest.approx(one[name], rel=1e-4), name
-    assert rounded["policy/ratio"] == pytest.approx(1.0, abs=0.05)
-    assert rounded["objective/score"] != exact["objective/score"]
+    names = ("objective/score", "response/length", "policy/grad_norm", "value/grad_norm", "policy/ratio")
+    for name in names:
+        assert found["offloaded"][0][name] == pytest.approx(one[name], rel=1e-4), name
+    for name in names[:2]:
+        assert found["bf16 reference"][0][name] == pytest.approx(one[name], rel=1e-4), name
+    assert found["bf16 reference"][0]["objective/kl"] != one["objective/kl"]
+    for how, (row, dtypes) in found.items():
+        assert dtypes["reduce_scatter_base"] == {torch.float32}, how
+        assert (torch.bfloat16 in dtypes["allgather_base"]) == ("weights" in how or "both" in how or "refer" in how)
+        assert row["policy/ratio"] == pytest.approx(1.0, abs=0.05), how
+        assert row["policy/grad_norm"] == pytest.approx(one["policy/grad_norm"], rel=0.5), how
+
+
+def test_what_the_first_fsdp_cannot_do(folder, tmp_path):
+    module = make_module(folder / "gpt2", reference_dtype="bfloat16")
+    module._trainer = make_trainer(tmp_path, strategy=CPUFSDP())
+    with pytest.raises(ValueError, match=r"reference_dtype='bfloat16'\): strategy 'fsdp' makes every model float32"):
+        module.setup("fit")
+    module = make_module(folder / "gpt2")
+    module._trainer = make_trainer(tmp_path, strategy="fsdp2", precision="64-true")
+    with pytest.raises(ValueError, match=r"precision='64-true'\): models are sharded in float32"):
+        module.setup("fit")
 
 
 @HOW_TESTS_USE_LIGHTNING
