@@ -130,7 +130,10 @@ class Assembly(Policy):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is one of this module's, then restore the counts."""
-        expected, found = self.state_dict().keys(), checkpoint.get("state_dict", {}).keys()
+        frozen = ("rewards.",) if self.checkpoint_reference else ("rewards.", "reference.")
+        names = {name.replace("_fsdp_wrapped_module.", "") for name, _ in self.named_parameters(remove_duplicate=False)}
+        expected = {name for name in names if not name.startswith(frozen)}  # without gathering any weights
+        found = checkpoint.get("state_dict", {}).keys()
         if "lit_ppo" not in checkpoint or expected - found:
             missing = ", ".join(sorted(expected - found)[:3]) or "lit_ppo"
             raise ValueError(f"the checkpoint is none of {type(self).__name__} with these models: it lacks {missing}")

@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel
 
 from lit_ppo.experience import LossReduction
@@ -148,12 +149,17 @@ def check_saved_reference(module: "Assembly") -> None:
     """Check that a reference which callbacks move, and checkpoints hold, can take small moves.
 
     Raises:
-        ValueError: It is not in float32.
+        ValueError: It is not in float32, or in shares that do not see moves.
     """
     if module.checkpoint_reference and module.reference_dtype != "float32":
         raise ValueError(
             f"LitPPO(reference_dtype={module.reference_dtype!r}): a callback moves the reference "
             "(checkpoint_reference=True), and small moves round away in it; use 'float32'"
+        )
+    if module.checkpoint_reference and isinstance(module.reference, FullyShardedDataParallel):
+        raise ValueError(
+            "Trainer(strategy='fsdp'): a callback moves the reference (checkpoint_reference=True), and FSDP's first "
+            "version would go on with copies of what it was; use 'fsdp2'"
         )
 
 

@@ -86,7 +86,7 @@ class Spy(LitPPO):
 
 
 class Features(PPOCallback):
-    """What tricks may call: a text's gradient before the minibatch, the exact KL in the loss, an early end."""
+    """What tricks may do: a text's gradient before the minibatch, the exact KL in the loss, an early end."""
 
     def on_minibatch_start(self, trainer: Any, pl_module: Any, minibatch: Any) -> None:
         ids = torch.arange(3, 18).view(5, 3)
@@ -102,6 +102,13 @@ class Features(PPOCallback):
         metrics["text_loss"], metrics["text_norm"] = self.text
         experience.exhausted = metrics["approx_kl"] > 1e-9  # the second step's: it is cancelled
 
+    def on_update_end(self, trainer: Any, pl_module: Any, experience: Any) -> None:
+        if isinstance(pl_module.reference, FSDP1):  # refused: see test_sharding.move_the_reference
+            return
+        with torch.no_grad():  # as a trick that moves the reference
+            for ours, theirs in zip(pl_module.reference.parameters(), pl_module.actor.parameters(), strict=True):
+                ours.add_(theirs, alpha=0.5)
+
 
 def whole_gradients(name: str, model: Any) -> dict[str, Tensor]:
     """Every parameter's gradient, put together from the ranks; collective."""
@@ -116,9 +123,9 @@ def whole_gradients(name: str, model: Any) -> dict[str, Tensor]:
 
 
 def weights(module: Any) -> dict[str, Tensor]:
-    """Actor and critic whole, on the first rank; collective."""
+    """All models whole, on the first rank; collective."""
     named: dict[str, Tensor] = {}
-    for name in ("actor", "critic"):
+    for name in ("actor", "critic", "reference"):
         model = getattr(module, name)
         whole = whole_weights(model)
         own = model.state_dict() if whole is None else whole

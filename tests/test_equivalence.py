@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.equivalence import CASES, Case, compare
 
@@ -28,6 +29,9 @@ def test_ranks_sample_learn_and_log_as_one_process(n, case, compared):
     assert min(gradient.norm() for gradient in one["gradients"][0].values()) > 1e-5, "nothing to compare"
     assert found["gradients"] < 1e-5
     assert found["changes"] < 1e-5
+    for name, weight in one["weights"].items():
+        if name.startswith("reference") and case.strategy != "fsdp":
+            torch.testing.assert_close(many["weights"][name], weight, rtol=1e-5, atol=1e-6)
     assert many["logged"].keys() == one["logged"].keys()
     for name, value in one["logged"].items():
         if not name.startswith(("time/", "throughput/")):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lit_ppo.models import Actor, Critic, Reference, load_causal_lm, load_critic, load_tokenizer
+from lit_ppo.models import Actor, Critic, Reference, checkpoint_activations, load_causal_lm, load_critic, load_tokenizer
+from lit_ppo.sharding import blocks
 from tests.tiny import make_causal_lm, make_reward_model, make_tokenizer
 
 ROWS = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17]]  # the last two tokens of each are targets
@@ -164,3 +165,25 @@ def test_values_are_not_rounded_to_bf16_under_autocast(tiny_lm):
         values = critic(ids, mask, target_mask=target_mask)
     expected = states[0].double() @ critic.value_head.weight.double().squeeze(0)
     torch.testing.assert_close(values[target_mask].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_checkpointed_activations_are_computed_again_and_give_the_same_gradients(tmp_path, family):
+    """Two blocks: two forwards, and two again in the backward."""
+    path = make_causal_lm(tmp_path, family)
+    ids, mask = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.bool)
+    gradients, counts = [], []
+    for checkpointed in (False, True):
+        actor = Actor(load_causal_lm("actor", str(path), {}))
+        mlps = [block.mlp for block in blocks(actor)]
+        calls: list[int] = []
+        for mlp in mlps:
+            mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        if checkpointed:
+            checkpoint_activations(actor)
+        logprobs, entropy = actor(ids, mask, target_mask=mask[:, 1:])
+        (logprobs.sum() + entropy.sum()).backward()
+        gradients.append([p.grad for p in actor.parameters()])
+        counts.append(len(calls))
+    assert counts == [2, 4]
+    assert all(one.equal(other) for one, other in zip(*gradients, strict=True))

@@ -197,12 +197,22 @@ def precisions(folder: Path) -> None:
         trainer = make_trainer(folder, devices=n_ranks(), strategy=strategy, precision=precision, max_steps=1)
         with Counting() as counting:
             trainer.fit(module, make_data(folder))
+        # the reward model and the reference: two blocks and the rest each
+        assert len(strategy._offloaded) == (6 if name == "offloaded" else 0)
         trained = {p.dtype for model in (module.actor, module.critic) for p in model.parameters()}
         assert trained == {torch.float32}
         assert {p.dtype for p in module.reference.parameters()} == {getattr(torch, module.reference_dtype)}
         found[name] = logged(trainer)[0], counting.dtypes
     if rank() == 0:
         torch.save(found, folder / "precisions.pt")
+
+
+def move_the_reference(folder: Path) -> None:
+    module = make_module(folder / "gpt2")
+    module.checkpoint_reference = True
+    trainer = make_trainer(folder, devices=n_ranks(), strategy=CPUFSDP(), max_steps=1)
+    with pytest.raises(ValueError, match=r"strategy='fsdp'\): a callback moves the reference"):
+        trainer.fit(module, make_data(folder))
 
 
 def fail_alone(folder: Path) -> None:
@@ -231,7 +241,15 @@ def supervised(folder: Path) -> None:
 
 def everything(folder: Path) -> None:
     warnings.simplefilter("ignore")
-    for part in (load_families, fail_on_the_first, fail_alone, count_collectives, precisions, supervised):
+    for part in (
+        load_families,
+        fail_on_the_first,
+        fail_alone,
+        move_the_reference,
+        count_collectives,
+        precisions,
+        supervised,
+    ):
         print(part.__name__, flush=True)
         part(folder)
         dist.barrier()
