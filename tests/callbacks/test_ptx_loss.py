@@ -97,6 +97,12 @@ def test_rests_while_the_actor_is_frozen():
     assert not any("ptx/grad_norm_share" in step for step in module.steps[:4])
 
 
+def test_an_actor_that_freezes_later_reports_no_old_numbers():
+    freeze = Spy("on_update_end", lambda module, experience: setattr(module, "actor_frozen", True))
+    module = run_updates([PTXLoss(ToyTexts(), 0.5), freeze], 2)
+    assert ["ptx/loss" in step for step in module.steps] == [True] * 2 + [False] * 2
+
+
 # ---- the texts, on the toy
 
 
@@ -129,6 +135,20 @@ def test_without_a_seed_of_the_data_it_is_the_modules():
     made = ToyTexts()
     made.setup("fit")
     assert read(3) == read(3) == read_in(3, ToyTexts(seed=3)) != read(4)
+    other = Reader()
+    other.seed = 4
+    run_updates(PTXLoss(ToyTexts(seed=3), 0.5), 3, module=other)
+    assert other.read == read(3)  # the data's own goes first
+
+
+def test_a_second_fit_reads_on_by_the_data_that_it_is_given():
+    """The third batch of the first epoch and the first of the second."""
+    trick, module = PTXLoss(ToyTexts(seed=1), 0.5), Reader()
+    run_updates(trick)
+    trick.data = ToyTexts(seed=3)
+    run_updates(trick, module=module)
+    assert module.read == read_in(2, ToyTexts(seed=3))[2:]
+    assert module.read[0] != read_in(2, ToyTexts(seed=1))[2]
 
 
 def test_a_loader_that_does_not_shuffle_is_read_as_it_comes():
