@@ -49,6 +49,7 @@ class AdaptiveKL(PPOCallback):
             )
         self._done = 0
         self._kl_coef: float | None = None  # None until an update or a checkpoint sets it
+        self._start: float | None = None  # the module's own, which this one started from
         self._rests = False
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
@@ -66,9 +67,11 @@ class AdaptiveKL(PPOCallback):
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Go on with the adapted coefficient after a resume."""
-        if self._kl_coef is not None:
+        """Go on with the adapted coefficient after a resume, or start from the module's if that was changed."""
+        if self._kl_coef is not None and self._start in (None, pl_module.kl_coef):
             pl_module.kl_coef = self._kl_coef
+        else:
+            self._start, self._kl_coef = pl_module.kl_coef, None
 
     def on_rewards(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
         """See whether the actor moves in this update."""
@@ -96,9 +99,9 @@ class AdaptiveKL(PPOCallback):
         return linear_schedule(self.target, self.final_target, self._done, self.decay_updates)
 
     def state_dict(self) -> dict[str, Any]:
-        """The coefficient in force, and the updates done."""
-        return {"kl_coef": self._kl_coef, "done": self._done}
+        """The coefficient in force, where it started, and the updates done."""
+        return {"kl_coef": self._kl_coef, "start": self._start, "done": self._done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them up again."""
-        self._kl_coef, self._done = state_dict["kl_coef"], state_dict["done"]
+        self._kl_coef, self._start, self._done = (state_dict[name] for name in ("kl_coef", "start", "done"))

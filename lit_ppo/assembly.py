@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_ppo.checks import ReferenceDtype, check_models, check_saved_reference
 from lit_ppo.distributed import rank
 from lit_ppo.models import Actor, Reference, checkpoint_activations, load_causal_lm, load_critic, load_tokenizer
+from lit_ppo.optimizer_settings import BuiltOptimizer, restore_settings
 from lit_ppo.policy import Policy
 from lit_ppo.rewards import RewardModel
 from lit_ppo.rollout import generation_config
@@ -36,6 +37,8 @@ class Assembly(Policy):
     skipped_steps: int
     _tokenizer: PreTrainedTokenizerBase | None
     _built: bool
+    _optimizers_built: dict[str, BuiltOptimizer]
+    _resumed: tuple[dict[str, Any], list[Any]] | None  # settings and states of a checkpoint, until training starts
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -107,16 +110,30 @@ class Assembly(Policy):
 
     def configure_optimizers(self) -> Any:
         """One optimizer and schedule each for actor and critic."""
-        optimizers: list[Optimizer] = []
-        schedules = []
-        for name, model in (("actor", self.actor), ("critic", self.critic)):
-            if model is not None:
-                optimizer_of, scheduler_of = self.factories[name]
-                optimizers.append(optimizer_of([p for p in model.parameters() if p.requires_grad]))
-                if scheduler_of is not None:
-                    where = f"{type(self).__name__}({name}_scheduler"
-                    schedules.append(per_step(where, scheduler_of(optimizers[-1]), self))
-        return optimizers, schedules
+        self._optimizers_built = {
+            name: self._build_optimizer(name, model)
+            for name, model in (("actor", self.actor), ("critic", self.critic))
+            if model is not None
+        }
+        built = self._optimizers_built.values()
+        return [entry.optimizer for entry in built], [entry.schedule for entry in built if entry.schedule is not None]
+
+    def _build_optimizer(self, name: str, model: nn.Module) -> BuiltOptimizer:
+        optimizer_of, scheduler_of = self.factories[name]
+        optimizer = optimizer_of([p for p in model.parameters() if p.requires_grad])
+        where = f"{type(self).__name__}({name}"
+
+        def schedule(optimizer: Optimizer) -> Any:
+            assert scheduler_of is not None
+            return per_step(f"{where}_scheduler", scheduler_of(optimizer), self)
+
+        return BuiltOptimizer(f"{where}_optimizer", optimizer, schedule if scheduler_of is not None else None)
+
+    def on_train_start(self) -> None:
+        """Have rates and schedules that a resumed run was given take effect."""
+        if self._resumed is not None:
+            restore_settings(self.trainer, self._optimizers_built, *self._resumed, steps=self.trainer.global_step)
+            self._resumed = None
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Weights without the frozen ones: the reference is loaded from its own path, unless a callback moves it."""
@@ -126,7 +143,10 @@ class Assembly(Policy):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the counts that random draws depend on."""
-        checkpoint["lit_ppo"] = {"rollouts": self.rollouts, "skipped_steps": self.skipped_steps}
+        settings = {name: entry.settings for name, entry in self._optimizers_built.items()}
+        checkpoint["lit_ppo"] = {
+            "rollouts": self.rollouts, "skipped_steps": self.skipped_steps, "optimizers": settings
+        }  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is one of this module's, then restore the counts."""
@@ -139,6 +159,7 @@ class Assembly(Policy):
             raise ValueError(f"the checkpoint is none of {type(self).__name__} with these models: it lacks {missing}")
         self.rollouts = checkpoint["lit_ppo"]["rollouts"]
         self.skipped_steps = checkpoint["lit_ppo"]["skipped_steps"]
+        self._resumed = checkpoint["lit_ppo"]["optimizers"], checkpoint.get("lr_schedulers", [])
 
     def save_pretrained(self, dirpath: str | Path) -> None:
         """Write the actor in Hugging Face format: weights, config, tokenizer, generation config.

@@ -7,16 +7,23 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
+from lit_ppo.distributed import gather_shares
 from lit_ppo.errors import CommandError
+from lit_ppo.preemption import StopRequest
+from lit_ppo.whole_files import PARTIAL, put_in_place, use_whole_files
 
-PARTIAL = ".partial"
+RUN = "lit_ppo_run"  # key of what this callback adds to a checkpoint
 
 
 class StepCheckpoint(Checkpoint):
     """Saves the run every so many steps and at the end, keeping the newest checkpoints.
 
-    Each is written under another name and renamed once it is whole, so that what lies there can be loaded. One step
-    is one optimizer step in supervised training and one PPO update with ``LitPPO``.
+    Each is written under another name and renamed once it is whole and on the disk, so that what lies there can be
+    loaded. One step is one optimizer step in supervised training and one PPO update with ``LitPPO``. Where validation
+    follows a step, the checkpoint does so after it: a resumed run then misses nothing that is logged.
+
+    SIGTERM, and SLURM's signal that a job is to be requeued, let the step at work end, save it and end the run; a
+    second signal ends it at once.
 
     Args:
         every_n_train_steps: Steps between two checkpoints.
@@ -31,46 +38,106 @@ class StepCheckpoint(Checkpoint):
         self.every_n_train_steps = every_n_train_steps
         self.keep = keep
         self.dirpath = dirpath
+        self.config: dict[str, Any] | None = None  # the run's, where a command has one
+        self.log_again = False  # on resume: tell the logger what the checkpoint's own step logged
+        self.stop_request = StopRequest()
         self._last_step = -1
+        self._logged: dict[str, float] = {}  # by the step that the run was resumed from
+        self._after_validation = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the folder, on all ranks alike."""
+        use_whole_files(trainer)
         if self.dirpath is None and stage == "fit":
             self.dirpath = str(Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What a resumed run starts from lies there already."""
+        """What a resumed run starts from lies there already; what that step logged may not."""
         self._last_step = trainer.global_step
+        self.stop_request.listen(trainer)
+        if self.log_again:
+            trainer._logger_connector.log_metrics({**self._logged})  # type: ignore[dict-item]
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Save when the step is due, and when it is the last that was asked for.
 
         By the end of training Lightning has counted the epoch as done: a run with more steps would skip its rest.
         """
-        if trainer.global_step % self.every_n_train_steps == 0 or trainer.global_step == trainer.max_steps:
+        stop = self.stop_request.agreed()
+        due = trainer.global_step % self.every_n_train_steps == 0 or trainer.global_step == trainer.max_steps
+        now = bool(stop) or trainer.should_stop
+        self._after_validation = due and not now and _validation_follows(trainer)
+        if now or (due and not self._after_validation):
+            self.save(trainer)
+        if stop:
+            self.stop_request.obey(trainer, stop)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save what waited for it."""
+        if self._after_validation and not trainer.sanity_checking:
+            self._after_validation = False
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save what has been learnt since."""
         self.save(trainer)
+        self.stop_request.close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave signals to others."""
+        self.stop_request.close()
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the configuration, and what the step logs: the logger may be told only after the checkpoint is there."""
+        logged = {} if self._told(trainer) else trainer._logger_connector.metrics["log"]
+        checkpoint[RUN] = {"config": self.config, "logged": {name: float(value) for name, value in logged.items()}}
+
+    @staticmethod
+    def _told(trainer: L.Trainer) -> bool:
+        """Whether the logger has this step already, or is not to have it."""
+        return trainer.validating or not trainer._logger_connector.should_update_logs
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """What the step logged."""
+        self._logged = (checkpoint.get(RUN) or {}).get("logged", {})
 
     def save(self, trainer: L.Trainer) -> None:
-        """Save this step, unless it has been saved; collective over ranks."""
+        """Save this step, unless it has been saved; collective over ranks.
+
+        Raises:
+            CheckpointError: It cannot be written.
+        """
         step = trainer.global_step
         if step == self._last_step or trainer.fast_dev_run or self.dirpath is None:  # type: ignore[attr-defined]
             return
         self._last_step = step
         path = Path(self.dirpath) / f"step-{step:06d}.ckpt"
         partial = path.with_name(path.name + PARTIAL)
-        trainer.save_checkpoint(partial, weights_only=False)
+        # not trainer.save_checkpoint, in which ranks would wait for one that has failed
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        gather_shares(lambda: trainer.strategy.save_checkpoint(checkpoint, partial))
+        gather_shares(lambda: self._publish(trainer, partial, path))
+
+    def _publish(self, trainer: L.Trainer, partial: Path, path: Path) -> None:
         if trainer.is_global_zero:
-            if path.exists():
-                trainer.strategy.remove_checkpoint(path)
-            partial.rename(path)
-            kept = sorted(path.parent.glob("step-*.ckpt"), key=lambda p: (step_of(p), p.name))
+            put_in_place(partial, path)
+            kept = sorted(path.parent.glob("step-*.ckpt"), key=_age)
             for old in [*kept[: -self.keep], *path.parent.glob(f"step-*{PARTIAL}")]:
                 trainer.strategy.remove_checkpoint(old)
-        trainer.strategy.barrier("checkpoint in place")
+
+
+def _validation_follows(trainer: L.Trainer) -> bool:
+    """Whether Lightning will validate between this batch and the next."""
+    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+    if fetcher is None or not loop._should_check_val_fx(fetcher):
+        return False
+    loop.val_loop.setup_data()
+    return not loop.val_loop.skip
+
+
+def _age(checkpoint: Path) -> tuple[int, int]:
+    """Newer ones are greater; by the clock first, as a run that went back to an earlier step writes smaller ones."""
+    return checkpoint.stat().st_mtime_ns, step_of(checkpoint)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -86,7 +153,7 @@ def step_of(checkpoint: Path) -> int:
 def find_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of one run folder, or one checkpoint folder, oldest first."""
     found = [*folder.glob("checkpoints/*.ckpt"), *folder.glob("*.ckpt")]
-    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, step_of(path)))
+    return sorted(found, key=_age)
 
 
 def find_last(root: Path, dirpath: str | None = None) -> Path:
@@ -107,4 +174,4 @@ def find_last(root: Path, dirpath: str | None = None) -> Path:
             f"--ckpt_path last: no complete checkpoint under {where}; leave --ckpt_path out to start afresh, "
             "or set --trainer.default_root_dir to the folder of the run to continue"
         )
-    return max(found, key=lambda path: (path.stat().st_mtime_ns, step_of(path)))
+    return max(found, key=_age)

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,13 +16,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import lit_ppo.all_names  # noqa: F401  short names in configurations are those of imported classes
-from lit_ppo.checkpoint import StepCheckpoint, find_checkpoints, find_last, step_of
+from lit_ppo.checkpoint import RUN, StepCheckpoint, find_checkpoints, find_last
 from lit_ppo.errors import CommandError, parsing_error
 from lit_ppo.export import ExportModel
 from lit_ppo.interrupt import is_first_process
 from lit_ppo.progress import LineProgress, PhaseBar, describe, progress_bar
 from lit_ppo.report import RunReport
+from lit_ppo.resume import changes, check_changes, tell_changes
 from lit_ppo.stages import Stage, StageRunner
+from lit_ppo.whole_files import read_summary
 
 if TYPE_CHECKING:
     from lit_ppo.cli import Session
@@ -57,6 +60,8 @@ class Command(LightningCLI):
         self.session = session
         self.heartbeat = session.heartbeat
         self.resumed: Path | None = None
+        self.steps_logged = 0  # for good, by the time of that checkpoint
+        self.goes_on = False  # with logging in the checkpoint's own folder
         Parser.arguments = tuple(session.arguments)
         super().__init__(
             model_class=L.LightningModule,
@@ -102,26 +107,49 @@ class Command(LightningCLI):
             stage.config = [Path_fr(path.absolute) for path in stage.config]
 
     def _parse_ckpt_path(self) -> None:
-        """Find ``last``. What the command line says rules: nothing is taken from the checkpoint's hyperparameters."""
+        """Find ``last`` and ``auto``. What the command line says rules over the checkpoint's hyperparameters."""
         config = self.config[self.config.subcommand]
-        if config.get("ckpt_path") == "last":
-            self.resumed = find_last(Path(config.trainer.default_root_dir), config.checkpoint.dirpath)
-            config.ckpt_path = str(self.resumed)
-        elif config.get("ckpt_path") and not Path(config.ckpt_path).exists() and "://" not in config.ckpt_path:
-            raise CommandError(f"--ckpt_path {config.ckpt_path}: no such file; give a checkpoint's path, or 'last'")
+        given = config.get("ckpt_path")
+        if given in ("last", "auto"):
+            try:
+                self.resumed = find_last(Path(config.trainer.default_root_dir), config.checkpoint.dirpath)
+            except CommandError:
+                if given == "last":
+                    raise
+            config.ckpt_path = None if self.resumed is None else str(self.resumed)
+        elif given and not Path(given).exists() and "://" not in given:
+            raise CommandError(f"--ckpt_path {given}: no such file; give a checkpoint's path, or 'last'")
+        if config.ckpt_path and self.config.subcommand == "fit" and "://" not in config.ckpt_path:
+            self._compare(Path(config.ckpt_path))
+
+    def _compare(self, checkpoint: Path) -> None:
+        """Say what has changed since the checkpoint was written, and refuse what cannot."""
+        summary = read_summary(checkpoint)
+        run = summary.get(RUN) or {}
+        self.steps_logged = int(summary["global_step"]) - bool(run.get("logged"))
+        if run.get("config") is None:
+            return
+        changed = changes(run["config"], self._effective(self.config["fit"]))
+        check_changes(str(checkpoint), changed)
+        if changed:
+            lines = [f"Continuing {checkpoint} with another configuration:", *tell_changes(changed)]
+            self.heartbeat.say("\n  ".join(lines), doing="reading the configuration")
+
+    def _effective(self, config: Namespace) -> dict[str, Any]:
+        """The whole configuration as plain values."""
+        dumped = self._parser("fit").dump(config, skip_link_targets=False, skip_unset=False, format="yaml")
+        return dict(yaml.safe_load(dumped))
 
     def parse_stage(self, arguments: list[str]) -> dict[str, Any]:
         """Effective configuration of ``lit-ppo fit`` with other arguments."""
-        parser = self._parser("fit")
         given, Parser.arguments = Parser.arguments, tuple(arguments)
         try:
-            config = parser.parse_args(arguments)
+            config = self._parser("fit").parse_args(arguments)
             _check_groups(config)
             _hand_over_data_root(config)
-            dumped = parser.dump(config, skip_link_targets=False, skip_unset=False, format="yaml")
+            return self._effective(config)
         finally:
             Parser.arguments = given
-        return dict(yaml.safe_load(dumped))
 
     def before_instantiate_classes(self) -> None:
         """Run the stages: models and data of this run may be what they write."""
@@ -171,13 +199,17 @@ class Command(LightningCLI):
         if resumed is None or folder is None or not folder.name.startswith("version_"):
             return TensorBoardLogger(root, name="", version=_claim_version(root), default_hp_metric=False)
         version = int(folder.name.removeprefix("version_"))
+        self.goes_on = True
         # What was logged after the checkpoint is logged again: readers drop the first telling.
-        purge = max(step_of(resumed), 0)
-        return TensorBoardLogger(root, name="", version=version, default_hp_metric=False, purge_step=purge)
+        return TensorBoardLogger(root, name="", version=version, default_hp_metric=False, purge_step=self.steps_logged)
 
     def before_fit(self) -> None:
-        """Let an interrupt know where this run saves."""
+        """Let checkpoints hold the configuration, and an interrupt know where and when this run saves."""
         checkpoint = self._get(self.config_init, "checkpoint")
+        checkpoint.config, checkpoint.log_again = self._effective(self._config), self.goes_on
+        self.session.interrupts.will_stop = lambda: checkpoint.stop_request.listening
+        # told above, as old -> new
+        warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks used to create")
         if self.trainer.is_global_zero and checkpoint in self.trainer.callbacks:  # type: ignore[attr-defined]
             folder = checkpoint.dirpath or Path(self.trainer.log_dir or self.trainer.default_root_dir) / "checkpoints"
             self.session.checkpoints = Path(folder)

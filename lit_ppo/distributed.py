@@ -71,6 +71,15 @@ def sum_over_ranks(values: dict[str, Tensor], alike: dict[str, Tensor] | None = 
     return dict(zip([*names, *others], stacked.tolist(), strict=True))
 
 
+def greatest(value: int) -> int:
+    """The greatest of all ranks' values; collective."""
+    if n_ranks() == 1:
+        return value
+    values = torch.tensor([value], device=_collective_device())
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return int(values)
+
+
 def _collective_device() -> torch.device:
     """NCCL reduces on the GPU only."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

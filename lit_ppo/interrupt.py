@@ -28,7 +28,8 @@ class Interrupts:
     """Turns the first stop signal into ``KeyboardInterrupt`` and sees to it that the process then ends.
 
     A thread is told of the signal at once, even while the main thread is inside a long operation that runs no
-    Python; if the main thread has not ended after ``GRACE`` seconds, it stops the children and the process.
+    Python; if the main thread has not ended after ``GRACE`` seconds, it stops the children and the process. A run
+    in training takes its first SIGTERM itself, and has as long as its step takes.
 
     Args:
         last_words: Called once before a forced exit, to print what the orderly one would have printed.
@@ -38,6 +39,7 @@ class Interrupts:
         self.received: int | None = None
         self.last_words = last_words
         self.kill_children: list[Callable[[], None]] = []
+        self.will_stop: Callable[[], bool] = lambda: False  # whether a run sees to SIGTERM itself: it saves first
         self._raised = False
         self._done = threading.Event()
         self._handlers: dict[int, Any] = {}
@@ -92,9 +94,11 @@ class Interrupts:
                 continue
             except OSError:
                 return
-            if deadline == float("inf") and any(number in STOP_SIGNALS for number in numbers):
-                self.received = self.received or next(number for number in numbers if number in STOP_SIGNALS)
-                deadline = time.monotonic() + GRACE
+            for number in (number for number in numbers if number in STOP_SIGNALS):
+                patient = number == signal.SIGTERM and self.received is None and self.will_stop()
+                self.received = self.received or number
+                if not patient:
+                    deadline = min(deadline, time.monotonic() + GRACE)
         if not self._done.is_set():
             self._exit_now()
 

@@ -24,6 +24,7 @@ from lit_ppo.preflight import check_batch, preflight
 from lit_ppo.rewards import Rewards, as_source
 from lit_ppo.sharding import shards
 from lit_ppo.steps import OptimizerSteps
+from lit_ppo.whole_files import use_whole_files
 
 
 class LitPPO(Assembly, Evaluation, OptimizerSteps):
@@ -141,6 +142,7 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         self.phase, self.seconds = "", {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._built = False
+        self._optimizers_built, self._resumed = {}, None
 
     # The arrow: prompts -> rollout -> scores -> token rewards -> advantages -> minibatch losses -> optimizer steps
 
@@ -246,6 +248,7 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         """Check what the trainer was asked for; callbacks have checked theirs just before."""
         # models are in eval mode for good: dropout is off in rollouts and updates alike
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+        use_whole_files(self.trainer)
         strategy = self.trainer.strategy
         # it comes where every step of the first update was skipped
         warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")

@@ -8,10 +8,12 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.optim import Optimizer
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_ppo.bf16 import warn_if_slower
 from lit_ppo.distributed import rank
+from lit_ppo.optimizer_settings import BuiltOptimizer, restore_settings
 from lit_ppo.schedulers import per_step
 from lit_ppo.sharding import build, shard
 from lit_ppo.tokenization import loads_the_same
@@ -48,6 +50,8 @@ class SupervisedModule(L.LightningModule):
         self._model_kwargs = {"dtype": torch.float32} | dict(model_kwargs or {})
         self._optimizer, self._scheduler = optimizer, scheduler
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._built: dict[str, BuiltOptimizer] = {}
+        self._resumed: tuple[dict[str, Any], list[Any]] | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -113,11 +117,33 @@ class SupervisedModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer over all weights; the scheduler steps once per optimizer step."""
-        optimizer = self._optimizer(self.parameters())
-        if self._scheduler is None:
-            return optimizer
-        scheduler = per_step(f"{type(self).__name__}(scheduler", self._scheduler(optimizer), self)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        scheduler_of, name = self._scheduler, type(self).__name__
+
+        def schedule(optimizer: Optimizer) -> Any:
+            assert scheduler_of is not None
+            return per_step(f"{name}(scheduler", scheduler_of(optimizer), self)
+
+        built = BuiltOptimizer(
+            f"{name}(optimizer", self._optimizer(self.parameters()), schedule if scheduler_of is not None else None
+        )
+        self._built = {"model": built}
+        if built.schedule is None:
+            return built.optimizer
+        return {"optimizer": built.optimizer, "lr_scheduler": {"scheduler": built.schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the optimizer was made with."""
+        checkpoint["optimizers"] = {name: built.settings for name, built in self._built.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what it was made with until training starts."""
+        self._resumed = checkpoint.get("optimizers", {}), checkpoint.get("lr_schedulers", [])
+
+    def on_train_start(self) -> None:
+        """Have the rate and schedule that a resumed run was given take effect."""
+        if self._resumed is not None:
+            restore_settings(self.trainer, self._built, *self._resumed, steps=self.trainer.global_step)
+            self._resumed = None
 
     def save_pretrained(self, dirpath: str | Path) -> None:
         """Write weights, config and tokenizer (for causal LMs also the generation config) to a folder.
