@@ -42,7 +42,7 @@ class StepCheckpoint(Checkpoint):
         self.log_again = False  # on resume: tell the logger what the checkpoint's own step logged
         self.stop_request = StopRequest()
         self._last_step = -1
-        self._logged: dict[str, float] = {}  # by the step that the run was resumed from
+        self._untold = False  # by the step at work, to the logger
         self._after_validation = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -52,11 +52,9 @@ class StepCheckpoint(Checkpoint):
             self.dirpath = str(Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What a resumed run starts from lies there already; what that step logged may not."""
+        """What a resumed run starts from lies there already."""
         self._last_step = trainer.global_step
         self.stop_request.listen(trainer)
-        if self.log_again:
-            trainer._logger_connector.log_metrics({**self._logged})  # type: ignore[dict-item]
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Save when the step is due, and when it is the last that was asked for.
@@ -68,7 +66,9 @@ class StepCheckpoint(Checkpoint):
         now = bool(stop) or trainer.should_stop
         self._after_validation = due and not now and _validation_follows(trainer)
         if now or (due and not self._after_validation):
+            self._untold = trainer._logger_connector.should_update_logs
             self.save(trainer)
+            self._untold = False
         if stop:
             self.stop_request.obey(trainer, stop)
 
@@ -88,18 +88,19 @@ class StepCheckpoint(Checkpoint):
         self.stop_request.close()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the configuration, and what the step logs: the logger may be told only after the checkpoint is there."""
-        logged = {} if self._told(trainer) else trainer._logger_connector.metrics["log"]
-        checkpoint[RUN] = {"config": self.config, "logged": {name: float(value) for name, value in logged.items()}}
-
-    @staticmethod
-    def _told(trainer: L.Trainer) -> bool:
-        """Whether the logger has this step already, or is not to have it."""
-        return trainer.validating or not trainer._logger_connector.should_update_logs
+        """Add the configuration, and what the step logs if the logger is told only after the checkpoint is there."""
+        told, logged = trainer.global_step, {}
+        if self._untold:
+            told = trainer.fit_loop.epoch_loop._batches_that_stepped
+            logged = {name: float(value) for name, value in trainer._logger_connector.metrics["log"].items()}
+            logged["epoch"] = trainer.current_epoch
+        checkpoint[RUN] = {"config": self.config, "logged": logged, "steps_logged": told}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """What the step logged."""
-        self._logged = (checkpoint.get(RUN) or {}).get("logged", {})
+        """Tell the logger what the step logged, where it has been made to forget it."""
+        if self.log_again and checkpoint.get(RUN, {}).get("logged"):
+            for logger in trainer.loggers:
+                logger.log_metrics(checkpoint[RUN]["logged"], step=steps_logged(checkpoint))
 
     def save(self, trainer: L.Trainer) -> None:
         """Save this step, unless it has been saved; collective over ranks.
@@ -138,6 +139,11 @@ def _validation_follows(trainer: L.Trainer) -> bool:
 def _age(checkpoint: Path) -> tuple[int, int]:
     """Newer ones are greater; by the clock first, as a run that went back to an earlier step writes smaller ones."""
     return checkpoint.stat().st_mtime_ns, step_of(checkpoint)
+
+
+def steps_logged(summary: dict[str, Any]) -> int:
+    """Steps whose logs were there for good when a checkpoint was written; its own may be told only afterwards."""
+    return int((summary.get(RUN) or {}).get("steps_logged", summary["global_step"]))
 
 
 def step_of(checkpoint: Path) -> int:

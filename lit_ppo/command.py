@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import lit_ppo.all_names  # noqa: F401  short names in configurations are those of imported classes
-from lit_ppo.checkpoint import RUN, StepCheckpoint, find_checkpoints, find_last
+from lit_ppo.checkpoint import RUN, StepCheckpoint, find_checkpoints, find_last, steps_logged
 from lit_ppo.errors import CommandError, parsing_error
 from lit_ppo.export import ExportModel
 from lit_ppo.interrupt import is_first_process
@@ -126,7 +126,7 @@ class Command(LightningCLI):
         """Say what has changed since the checkpoint was written, and refuse what cannot."""
         summary = read_summary(checkpoint)
         run = summary.get(RUN) or {}
-        self.steps_logged = int(summary["global_step"]) - bool(run.get("logged"))
+        self.steps_logged = steps_logged(summary)
         if run.get("config") is None:
             return
         changed = changes(run["config"], self._effective(self.config["fit"]))

@@ -1,0 +1,110 @@
+"""SIGKILL at any moment loses no more than the update at work, and nothing of what a checkpoint covers."""
+
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_ppo.checkpoint import step_of
+from tests.scripts import killed_runs
+from tests.tiny import make_causal_lm
+
+pytestmark = pytest.mark.skipif(not hasattr(killed_runs.os, "fork"), reason="forks")
+
+UPDATES = 8  # two batches an epoch: into the fourth epoch
+MOMENTS = [  # each in a process of its own, which goes on where the one before it was killed
+    "rollout end x 1",
+    "scoring x 1",
+    "scores x 1",
+    "rewards x 1",
+    "gathering the checkpoint x 1",
+    "advantages x 1",
+    "half written x 1",
+    "batch end x 1",
+    "before os.replace x 1",
+    "after os.replace x 1",
+    "minibatch start x 2",
+    "actor loss x 2",
+    "before os.fsync x 1",
+    "critic loss x 1",
+    "validation start x 1",
+    "optimizer step x 3",
+    "minibatch end x 3",
+    "half written x 2",
+    "validating x 1",
+    "before os.remove x 1",
+    "update end x 1",
+    "train end x 1",
+]
+
+
+def run(folder: Path, actor: Path, kill_at: str | None = None) -> list[str]:
+    """One process; its events."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "events.txt"
+    path.unlink(missing_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lit_ppo.command", "tests.command", "tests.scripts.killed_runs"])
+    process = context.Process(target=killed_runs.child, args=(folder, actor, UPDATES, kill_at))
+    process.start()
+    process.join(60)
+    if process.exitcode is None:
+        process.kill()
+    seen = path.read_text().splitlines()
+    expected = 0 if kill_at is None else -killed_runs.signal.SIGKILL
+    assert process.exitcode == expected, (kill_at, seen[-3:], (folder / "output.txt").read_text()[-3000:])
+    assert kill_at is None or seen[-1] == kill_at.partition(" x ")[0]
+    return seen
+
+
+def updates_of(seen: list[str]) -> list[int]:
+    return [int(name.removeprefix("update ")) for name in seen if name.startswith("update ") and name[-1].isdigit()]
+
+
+def logs(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """All that was logged but times; a step told twice is a failure."""
+    told = EventAccumulator(str(folder / "version_0")).Reload()
+    names = [tag for tag in told.Tags()["scalars"] if not tag.startswith(("time/", "throughput/"))]
+    found = {tag: [(event.step, event.value) for event in told.Scalars(tag)] for tag in names}
+    for tag, points in found.items():
+        # validation repeats the epoch number of its step
+        assert tag == "epoch" or len({step for step, _ in points}) == len(points), tag
+    return found
+
+
+def same(one: Any, other: Any) -> bool:
+    """Bit for bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one.equal(other) if isinstance(one, torch.Tensor) else one == other
+
+
+def test_killed_at_every_kind_of_moment(tmp_path: Path) -> None:
+    actor = make_causal_lm(tmp_path / "lm", scale=4.0)
+    assert updates_of(run(tmp_path / "whole", actor)) == [*range(UPDATES)]
+    cut = tmp_path / "cut"
+    covered = 0
+    for moment in [*MOMENTS, None]:
+        done = updates_of(run(cut, actor, moment))
+        assert done == [*range(covered, covered + len(done))], moment  # nothing covered runs again, nothing is left out
+        newest = killed_runs.last_checkpoint(cut)
+        covered = 0 if newest is None else step_of(newest)
+        if done:
+            assert covered in (done[-1], done[-1] + 1), moment  # the update at work is all that is lost
+    assert covered == UPDATES
+    whole, cut_logs = logs(tmp_path / "whole"), logs(cut)
+    assert cut_logs == whole
+    assert [step for step, _ in whole["objective/score"]] == [*range(UPDATES)]
+    assert [step for step, _ in whole["val/score"]] == [2, 5]
+    one, other = (
+        torch.load(killed_runs.last_checkpoint(folder) or "", weights_only=True) for folder in (tmp_path / "whole", cut)
+    )
+    keys = ["state_dict", "optimizer_states", "lr_schedulers", "callbacks", "lit_ppo", "PromptDataModule"]
+    for key in [*keys, "epoch", "global_step"]:
+        assert same(one[key], other[key]), key
+    assert len(list((cut / "version_0/checkpoints").iterdir())) == 2
