@@ -45,7 +45,10 @@ class Assembly(Policy):
         """The actor's tokenizer, loaded when first needed: a data module may have written it only just before."""
         if self._tokenizer is None:
             argument = "tokenizer" if self.paths["tokenizer"] != self.paths["actor"] else "actor"
-            self._tokenizer = load_tokenizer(f"LitPPO({argument})", str(self.paths["tokenizer"]))
+            trust = bool(self.model_kwargs.get("trust_remote_code"))
+            self._tokenizer = load_tokenizer(
+                f"LitPPO({argument})", str(self.paths["tokenizer"]), trust_remote_code=trust
+            )
         return self._tokenizer
 
     def configure_model(self) -> None:

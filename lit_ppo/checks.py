@@ -37,7 +37,7 @@ def check_arguments(name: str, given: dict[str, Any]) -> None:
             refuse(argument, "must be an integer over 0")
     if (given["micro_batch_size"] is None) == (given["micro_batch_tokens"] is None) and given["micro_batch_size"]:
         refuse("micro_batch_tokens", "give it or micro_batch_size, not both")
-    for argument in ("temperature", "max_grad_norm", "clip_range"):
+    for argument in ("temperature", "max_grad_norm", "clip_range", "reward_timeout"):
         value = given[argument]
         optional = argument != "temperature"
         if not (optional and value is None) and not (_is_number(value) and 0 < value < math.inf):

@@ -41,7 +41,15 @@ def gather_shares(share: Callable[[], T]) -> list[T]:
         failure = error
     everyone: list[Any] = [None] * n_ranks()
     message = None if failure is None else f"{type(failure).__name__}: {failure}"
-    dist.all_gather_object(everyone, (message, result))
+    try:
+        dist.all_gather_object(everyone, (message, result))
+    except RuntimeError as error:
+        if failure is not None:
+            raise failure from None
+        raise RuntimeError(
+            f"rank {rank()} waited in vain for the other ranks; one of them has ended, or hangs for longer than the "
+            f"process group's timeout; its own output says more ({str(error).splitlines()[0][:200]})"
+        ) from error
     if failure is not None:
         raise failure
     for number, (message, _) in enumerate(everyone):

@@ -131,7 +131,7 @@ def resolve_tokenizer(where: str, tokenizer: str | PreTrainedTokenizerBase | Non
     """
     if isinstance(tokenizer, str):
         try:
-            return AutoTokenizer.from_pretrained(tokenizer)
+            return AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{where}(tokenizer={tokenizer!r}): it cannot be loaded ({short(str(error))}); "

@@ -251,9 +251,9 @@ def check_causal(backbone: PreTrainedModel) -> None:
         )
 
 
-def load_tokenizer(argument: str, path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(argument: str, path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer saved with a model; one without a pad token pads with its stop token (masks tell them apart)."""
-    tokenizer = _from_pretrained(AutoTokenizer, argument, path)
+    tokenizer = _from_pretrained(AutoTokenizer, argument, path, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{argument}={path!r}: its tokenizer has no eos_token, so no response could ever end")
     if tokenizer.pad_token_id is None:
@@ -277,7 +277,8 @@ def load_critic(argument: str, path: str, model_kwargs: dict[str, Any], label: i
         model_kwargs: For ``from_pretrained``.
         label: The reward model's output that is the reward, where it has several.
     """
-    config = _from_pretrained(AutoConfig, argument, path)
+    trust = bool(model_kwargs.get("trust_remote_code"))
+    config = _from_pretrained(AutoConfig, argument, path, trust_remote_code=trust)
     if not (config.architectures or [""])[0].endswith("ForSequenceClassification"):
         return Critic(_from_pretrained(AutoModel, argument, path, dtype=torch.float32, **model_kwargs))
     model = _from_pretrained(AutoModelForSequenceClassification, argument, path, dtype=torch.float32, **model_kwargs)
@@ -288,14 +289,19 @@ def load_critic(argument: str, path: str, model_kwargs: dict[str, Any], label: i
 
 
 def _from_pretrained(auto: Any, argument: str, path: str, **kwargs: Any) -> Any:
-    """``auto.from_pretrained``; names the argument where nothing can be loaded.
+    """``auto.from_pretrained``, without code from the model's folder unless asked for; names the argument on failure.
 
     Raises:
         ValueError: Neither a folder with a model nor a hub name that can be reached.
     """
     try:
-        return auto.from_pretrained(path, **kwargs)
+        return auto.from_pretrained(path, **{"trust_remote_code": False, **kwargs})
     except (OSError, ValueError) as error:
+        if "contains custom code" in str(error):
+            raise ValueError(
+                f"{argument}={path!r}: comes with code of its own; if you trust it, set model_kwargs: "
+                "{trust_remote_code: true}"
+            ) from error
         where = (
             "the folder holds no complete model" if Path(path).is_dir() else "no such folder, nor a hub model in reach"
         )

@@ -68,7 +68,11 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
             more ends the run.
         activation_checkpointing: Keep only what goes into each block of actor and critic for the backward, and
             compute the rest again: far less memory, a third more time.
-        model_kwargs: For ``from_pretrained`` of actor, critic and reference, such as ``attn_implementation``.
+        reward_timeout: Seconds that a rank's share of the scores may take; then the run ends with an error instead of
+            waiting. None: no limit, but of several ranks the others give up after the process group's ``timeout``
+            (an argument of the strategy).
+        model_kwargs: For ``from_pretrained`` of actor, critic and reference, such as ``attn_implementation``. Code that
+            comes with a model runs only with ``trust_remote_code: true``.
         seed: Of sampling and of minibatches; by default that of ``seed_everything``.
 
     Raises:
@@ -108,6 +112,7 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         max_grad_norm: float | None = 1.0,
         max_skipped_steps: int = 0,
         activation_checkpointing: bool = False,
+        reward_timeout: float | None = None,
         model_kwargs: dict[str, Any] | None = None,
         seed: int | None = None,
     ) -> None:
@@ -135,6 +140,7 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         }
         self.max_grad_norm, self.max_skipped_steps = max_grad_norm, max_skipped_steps
         self.activation_checkpointing = activation_checkpointing
+        self.reward_timeout = reward_timeout
         self.model_kwargs = dict(model_kwargs or {})
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
         self.rollouts = self.skipped_steps = 0

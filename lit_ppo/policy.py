@@ -18,6 +18,7 @@ from lit_ppo.reward_functions import check_scores
 from lit_ppo.reward_models import RewardModel
 from lit_ppo.sampling import Sampling
 from lit_ppo.sharding import gathered
+from lit_ppo.time_limit import time_limit
 
 
 class Policy(Sampling):
@@ -30,6 +31,7 @@ class Policy(Sampling):
     micro_batch_tokens: int | None
     temperature: float
     sampling_difference: float | None  # of log-probs, sampling against training pass
+    reward_timeout: float | None
     phase: str
     seconds: dict[str, float]
 
@@ -85,7 +87,8 @@ class Policy(Sampling):
             if not rows:
                 return {}
             mine = experience.select(rows)
-            scores = check_scores(self.rewards(mine), len(mine), "rewards", mine.responses)
+            with time_limit(self.reward_timeout, f"rewards of {len(mine)} responses (reward_timeout)"):
+                scores = check_scores(self.rewards(mine), len(mine), "rewards", mine.responses)
             return {"": scores.cpu(), **{name: mine.extras[name].cpu() for name in self.source_names}}
 
         with ExitStack() as whole:

@@ -205,7 +205,8 @@ class RewardModel(nn.Module):
         from transformers import AutoTokenizer  # slow to import; configurations are checked without it
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_path)
+            trust = bool(self.model_kwargs.get("trust_remote_code"))
+            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_path, trust_remote_code=trust)
         except (OSError, ValueError) as error:
             raise _cannot_load("tokenizer", self.tokenizer_path, error) from error
         if self.aggregation == "mean" and not tokenizer.is_fast:
@@ -221,7 +222,7 @@ class RewardModel(nn.Module):
 
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                self.path, output_loading_info=True, **self.model_kwargs
+                self.path, output_loading_info=True, **{"trust_remote_code": False, **self.model_kwargs}
             )
         except (OSError, ValueError) as error:
             raise _cannot_load("model", self.path, error) from error
@@ -249,6 +250,8 @@ class RewardModel(nn.Module):
 def _cannot_load(argument: str, path: str, error: Exception) -> ValueError:
     is_local = path.startswith(("/", ".", "~")) or path.count("/") > 1 or "\\" in path
     reason = "there is no such folder" if is_local and not Path(path).exists() else str(error).splitlines()[0]
+    if "contains custom code" in reason:
+        reason = "it comes with code of its own, which runs only with model_kwargs: {trust_remote_code: true}"
     return ValueError(
         f"RewardModel({argument}={path!r}): cannot be loaded: {reason}; "
         "give a folder that save_pretrained wrote, or the name of a model on the hub"

@@ -81,7 +81,13 @@ class OptimizerSteps(Policy):
         norms = {}
         for name in sorted(self._with_gradients):
             norms[f"{name}_grad_norm"] = clip_gradients(getattr(self, name), self.max_grad_norm)
-        return sum_over_ranks(minibatch.metrics, alike=norms)
+        # whether all are finite is asked of all ranks: one alone that skips, or steps, would part from the others
+        broken = {f"{name} broken": ~norm.isfinite() for name, norm in norms.items()}
+        metrics = sum_over_ranks(minibatch.metrics | broken, alike=norms)
+        for name in norms:
+            if metrics.pop(f"{name} broken"):
+                metrics[name] = math.nan
+        return metrics
 
     def step_optimizers(self, metrics: dict[str, float], experience: Experience) -> None:
         """Step whoever has gradients, or skip and count where a loss or gradient is not finite.

@@ -57,7 +57,8 @@ class SupervisedModule(L.LightningModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with a pad token (its end-of-text token where it has none of its own)."""
         if self._tokenizer is None:
-            tokenizer = load(self, "tokenizer", AutoTokenizer, self._tokenizer_source)
+            trust = bool(self._model_kwargs.get("trust_remote_code"))
+            tokenizer = load(self, "tokenizer", AutoTokenizer, self._tokenizer_source, trust_remote_code=trust)
             if tokenizer.pad_token is None and tokenizer.eos_token is None:
                 raise ValueError(
                     f"{type(self).__name__}(tokenizer={self._tokenizer_source!r}): it has neither a pad nor an "
@@ -164,7 +165,7 @@ class SupervisedModule(L.LightningModule):
 def load(module: SupervisedModule, argument: str, auto_class: Any, source: str, **kwargs: Any) -> Any:
     """``from_pretrained``, with an error that names the module's argument."""
     try:
-        return auto_class.from_pretrained(source, **kwargs)
+        return auto_class.from_pretrained(source, **{"trust_remote_code": False, **kwargs})
     except OSError as error:  # what transformers raises for a missing folder, a missing file, an unknown hub name
         raise ValueError(
             f"{type(module).__name__}({argument}={source!r}): cannot be loaded, neither as a folder nor from the hub "

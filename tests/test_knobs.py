@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,11 @@ def halved(optimizer: torch.optim.Optimizer) -> Any:
 
 def by_length(responses: list[str]) -> list[float]:
     return [float(len(response.split())) for response in responses]
+
+
+def slow(responses: list[str]) -> list[float]:
+    time.sleep(0.1)
+    return by_length(responses)
 
 
 def offset(prompts: list[str], responses: list[str], by: float = 0.0) -> list[float]:
@@ -251,6 +257,7 @@ KNOBS = {
             max_grad_norm=(None, 0.01),
             activation_checkpointing="results do not hang on it (tests/test_equivalence.py); it bounds the memory",
             max_skipped_steps=(0, 100, {"actor_optimizer": sgd(float("inf"))}),
+            reward_timeout=(None, 0.05, {"rewards": slow}),
             model_kwargs=(None, {"layer_norm_epsilon": 0.1}),
             seed=(0, 1),
         ),
