@@ -164,6 +164,11 @@ class Assembly(Policy):
         self.skipped_steps = checkpoint["lit_ppo"]["skipped_steps"]
         self._resumed = checkpoint["lit_ppo"]["optimizers"], checkpoint.get("lr_schedulers", [])
 
+    def only_actor(self) -> None:
+        """Build nothing but what :meth:`save_pretrained` writes: the other models need not even be there any more."""
+        self.paths |= {"critic": None, "reference": None}
+        self.rewards = None  # type: ignore[assignment]
+
     def save_pretrained(self, dirpath: str | Path) -> None:
         """Write the actor in Hugging Face format: weights, config, tokenizer, generation config.
 

@@ -84,7 +84,12 @@ class Session:
             disable_progress_bar()  # bars are for terminals
         if str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))  # configurations may name modules that lie there
-        Command(self)
+        if self.arguments[:1] == ["export"]:
+            from lit_ppo.export_command import export
+
+            export(self.arguments[1:])
+        else:
+            Command(self)
 
     def say_error(self, error: Exception) -> None:
         """The last line of standard error: place, value and remedy."""

@@ -92,6 +92,11 @@ class Command(LightningCLI):
         parser.add_lightning_class_args(RunReport, "report")
         parser.description = f"{parser.description or ''} Add --debug for tracebacks of errors.".strip()
 
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """The parser of all subcommands but ``export``, which it mentions."""
+        kwargs["epilog"] = "One more: 'lit-ppo export --help' writes the model of a checkpoint, for from_pretrained."
+        return super().init_parser(**kwargs)
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, hand ``data_root`` to the data, and make paths independent of the folder they were named in."""
         self.heartbeat.doing = "reading the configuration"

@@ -2,9 +2,11 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 
+from lit_ppo.distributed import rank
 from lit_ppo.sharding import is_sharded
 
 
@@ -26,12 +28,8 @@ class ExportModel(L.Callback):
             TypeError: A folder is named, but the module cannot be exported.
             ValueError: The folder holds something else than a model.
         """
-        folder = Path(self.dirpath) if self.dirpath else None
-        if folder is not None and folder.exists() and not (folder / "config.json").exists() and any(folder.iterdir()):
-            raise ValueError(
-                f"ExportModel(dirpath={self.dirpath!r}): the folder holds files that are no model and would be "
-                "replaced; name a new folder"
-            )
+        if self.dirpath is not None:
+            check_target(f"ExportModel(dirpath={self.dirpath!r})", Path(self.dirpath))
         if stage == "fit" and self.dirpath is not None and not hasattr(pl_module, "save_pretrained"):
             raise TypeError(
                 f"ExportModel(dirpath={self.dirpath!r}): {type(pl_module).__name__} has no save_pretrained(dirpath); "
@@ -44,17 +42,32 @@ class ExportModel(L.Callback):
         if trainer.fast_dev_run or not hasattr(pl_module, "save_pretrained"):  # type: ignore[attr-defined]
             return
         target = Path(self.dirpath or Path(log_dir or trainer.default_root_dir) / "model")
-        partial, old = (target.with_name(f"{target.name}.{word}") for word in ("partial", "old"))
-        if trainer.is_global_zero:
-            for leftover in (partial, old):
-                shutil.rmtree(leftover, ignore_errors=True)
-            partial.mkdir(parents=True)
         if trainer.is_global_zero or is_sharded(pl_module):  # then every rank brings its share
-            pl_module.save_pretrained(partial)  # type: ignore[operator]
-        if trainer.is_global_zero:
-            if target.exists():
-                target.rename(old)
-            partial.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
+            write_model(pl_module, target)
         trainer.strategy.barrier("model in place")
         self.written = target
+
+
+def check_target(where: str, folder: Path) -> None:
+    """Refuse to replace what is no model.
+
+    Raises:
+        ValueError: The folder holds something else.
+    """
+    if folder.exists() and not (folder / "config.json").exists() and any(folder.iterdir()):
+        raise ValueError(f"{where}: the folder holds files that are no model and would be replaced; name a new folder")
+
+
+def write_model(module: Any, target: Path) -> None:
+    """Write a model beside its place and put it there once it is whole; called by every rank that has a share of it."""
+    partial, old = (target.with_name(f"{target.name}.{word}") for word in ("partial", "old"))
+    if rank() == 0:
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+    module.save_pretrained(partial)
+    if rank() == 0:
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old, ignore_errors=True)

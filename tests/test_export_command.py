@@ -1,0 +1,68 @@
+"""``lit-ppo export``: byte for byte what the run itself exports."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+
+from tests.command import run_command
+from tests.test_cli import CONFIG
+from tests.test_resume_config import ppo
+from tests.tiny import make_causal_lm
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder; nothing but the actor is left of the models that it was built from."""
+    folder = tmp_path_factory.mktemp("export")
+    actor = make_causal_lm(folder / "lm", scale=4.0)
+    run_command(*ppo(folder, actor), "--model.actor_optimizer.lr=1e-2", cwd=folder).ok()
+    return folder / "runs/ppo/version_0"
+
+
+def test_the_model_of_a_checkpoint_is_that_of_the_run(tmp_path: Path, run: Path) -> None:
+    (checkpoint,) = run.rglob("*.ckpt")
+    result = run_command("export", "--ckpt_path", checkpoint, "--output", "out", cwd=tmp_path).ok()
+    assert files(tmp_path / "out") == files(run / "model")
+    assert files(run / "model")["model.safetensors"] != files(run.parents[2] / "lm")["model.safetensors"]  # it learnt
+    assert "Model: out" in result.out
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_sharded_checkpoint_and_one_without_configuration(tmp_path: Path, run: Path) -> None:
+    """As sharding strategies write it: weights in a folder, the rest in meta.pt; the configuration lies beside it."""
+    (checkpoint,) = run.rglob("*.ckpt")
+    whole = torch.load(checkpoint, weights_only=True)
+    del whole["lit_ppo_run"]
+    folder = tmp_path / "version_0/checkpoints/step-000001.ckpt"
+    dcp.save({"state_dict": whole.pop("state_dict")}, checkpoint_id=folder, no_dist=True)
+    torch.save(whole, folder / "meta.pt")
+    command = ["export", "--ckpt_path", folder, "--output", "out"]
+    run_command(*command, cwd=tmp_path).refused("says nothing of how its model is built", "version_0/config.yaml")
+    shutil.copy(run / "config.yaml", tmp_path / "version_0")
+    run_command(*command, cwd=tmp_path).ok()
+    assert files(tmp_path / "out") == files(run / "model")
+
+
+def test_any_module_that_can_be_saved(tmp_path: Path) -> None:
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(CONFIG))
+    run_command("fit", "--config", "toy.yaml", cwd=tmp_path).ok()
+    last = "runs/version_0/checkpoints/step-000008.ckpt"
+    run_command("export", f"--ckpt_path={last}", "--output=deep/out", cwd=tmp_path).ok()
+    assert files(tmp_path / "deep/out") == files(tmp_path / "runs/version_0/model")
+
+
+def test_what_is_missing_or_in_the_way_is_named(tmp_path: Path, run: Path) -> None:
+    (checkpoint,) = run.rglob("*.ckpt")
+    assert run_command("export", "--output=out", cwd=tmp_path).refused("export", "--ckpt_path").code == 2
+    run_command("export", "--ckpt_path=nope", "--output=out", cwd=tmp_path).refused("--ckpt_path nope", "no such")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/diary.txt").write_text("mine")
+    run_command("export", "--ckpt_path", checkpoint, "--output=out", cwd=tmp_path).refused("--output out", "no model")
