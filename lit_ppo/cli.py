@@ -25,7 +25,7 @@ def main(args: list[str] | None = None) -> int:
         args: Its arguments; None: those of the process.
 
     Returns:
-        The exit code: 0; 1 for an error in the run and 2 for one in the arguments; 130 after Ctrl-C.
+        The exit code: 0; 1 for an error in the run and 2 for one in the arguments; 130 after Ctrl-C, 143 after SIGTERM.
     """
     given = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in given

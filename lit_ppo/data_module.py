@@ -1,11 +1,14 @@
 """What the three data modules share: their files, the split, the tokenizer, the seed."""
 
+import hashlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import lightning as L
+import numpy as np
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -111,9 +114,36 @@ class RowDataModule(TableDataModule):
     train_rows: list[Any]
     val_rows: list[Any]
 
+    def setup(self, stage: str) -> None:
+        """Rows are read anew."""
+        super().setup(stage)
+        self.__dict__.pop("_fingerprint", None)
+
     def collate(self, rows: list[Any]) -> dict[str, Any]:
         """A batch of some rows."""
         raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """What tells whether the loader's place in the rows still means the same."""
+        world_size = self.trainer.world_size if self.trainer else 1
+        identity = {"rows": len(self.train_rows), "batch_size": self.batch_size * world_size, "seed": self.seed}
+        return {**identity, "fingerprint": self._fingerprint}
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for row in self.train_rows:
+            digest.update(_as_bytes(row))
+        return digest.hexdigest()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare.
+
+        Raises:
+            ValueError: The data, the seed or the batch of all ranks are not those of the saved run.
+        """
+        if self.trainer is not None and self.trainer.state.fn == "fit":
+            check_identity(self, state_dict, self.state_dict(), "rows")
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled anew every epoch; resumable within one."""
@@ -129,3 +159,35 @@ class RowDataModule(TableDataModule):
         rows: Any = self.val_rows
         collate: Callable[[list[Any]], Any] = self.collate
         return DataLoader(rows, batch_size=self.batch_size, collate_fn=collate)
+
+
+def check_identity(data: TableDataModule, saved: dict[str, Any], now: dict[str, Any], what: str) -> None:
+    """Refuse to go on in other data than a checkpoint was written in.
+
+    Args:
+        data: For messages.
+        saved: What identified the data, from the checkpoint.
+        now: The same of the data at hand.
+        what: What they are: prompts, rows.
+
+    Raises:
+        ValueError: Names the argument, both values and what to do.
+    """
+    for name, value in now.items():
+        if saved[name] != value:
+            reason = f"the training {what} differ" if name == "fingerprint" else f"{name} was {saved[name]}"
+            argument = {"seed": "_seed", "batch_size": "batch_size"}.get(name, "path")
+            raise ValueError(
+                f"{data.where(argument)}: cannot go on where the checkpoint stopped, as {reason} when it was written "
+                f"(now: {value}); restore it, or start a new run from the exported model"
+            )
+
+
+def _as_bytes(row: Any) -> bytes:
+    if isinstance(row, np.ndarray):
+        return row.tobytes() + b"|"
+    if isinstance(row, dict):
+        return b"".join(str(key).encode() + _as_bytes(value) for key, value in row.items())
+    if isinstance(row, list | tuple):
+        return b"".join(map(_as_bytes, row)) + b"|"
+    return repr(row).encode() + b"|"

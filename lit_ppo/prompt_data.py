@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lit_ppo.chats import chat_cell, is_chat
-from lit_ppo.data_module import TableDataModule
+from lit_ppo.data_module import TableDataModule, check_identity
 from lit_ppo.encoding import encode_prompts
 from lit_ppo.files import Table
 from lit_ppo.order import PromptLoader, PromptOrder, checked_weights
@@ -209,14 +209,7 @@ class PromptDataModule(TableDataModule):
         if not state_dict or (self.trainer is not None and self.trainer.state.fn != "fit"):
             return  # validating a checkpoint on other prompts is fine
         training = self._fit_state("load_state_dict")
-        for name, now in self._identity(training).items():
-            if state_dict[name] != now:
-                what = "the training prompts differ" if name == "fingerprint" else f"{name} was {state_dict[name]}"
-                argument = {"seed": "_seed", "batch_size": "batch_size"}.get(name, "path")
-                raise ValueError(
-                    f"{self.where(argument)}: cannot go on where the checkpoint stopped, as {what} when it was written "
-                    f"(now: {now}); restore it, or start a new run from the exported model"
-                )
+        check_identity(self, state_dict, self._identity(training), "prompts")
         training.position = int(state_dict["position"])
         weights = state_dict["weights"]
         self._weights = training.order.weights = None if weights is None else weights.numpy()

@@ -210,6 +210,26 @@ def test_resume_on_other_data_is_refused(tmp_path: Path, file: Path, change: dic
         fit(tmp_path / "other", prompts(file, **change), ckpt_path=tmp_path / "run" / "step=1.ckpt")
 
 
+@pytest.mark.parametrize("kind", [TextDataModule, PreferenceDataModule])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"batch_size": 2}, r"DataModule\(batch_size=2\): .* batch_size was 3"),
+        ({"seed": 6}, r"DataModule\(seed=6\): .* seed was 5"),
+        ({"lower_case": True}, r"DataModule\(path=.*the training rows differ"),
+        ({"val_fraction": 0.4}, r"DataModule\(path=.*rows was 7"),
+    ],
+)
+def test_supervised_runs_refuse_other_data_too(
+    tmp_path: Path, file: Path, kind: Any, change: dict[str, Any], reason: str
+) -> None:
+    file.write_text(file.read_text().replace('"the a film', '"the A film'))
+    arguments = {"batch_size": BATCH, "seed": SEED}
+    fit(tmp_path / "run", kind(str(file), **arguments), max_steps=1)
+    with pytest.raises(ValueError, match=reason):
+        fit(tmp_path / "other", kind(str(file), **arguments | change), ckpt_path=tmp_path / "run" / "step=1.ckpt")
+
+
 def test_resume_notices_changed_columns(tmp_path: Path, file: Path) -> None:
     """The reward reads them."""
     fit(tmp_path / "run", prompts(file), max_steps=1)

@@ -30,6 +30,7 @@ def slow_reward(prompts: list[str], responses: list[str]) -> list[float]:
 def agent(folder: Path, name: str, port: int, arguments: list[str]) -> "subprocess.Popen[bytes]":
     """torchrun with one worker, in a group of its own: a node."""
     rendezvous = [f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_backend=c10d", "--rdzv_id=test", "--max_restarts=3"]
+    rendezvous.append("--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=2")
     sizes = ["--nnodes=2", "--nproc_per_node=1", "--monitor_interval=0.2", "--local_addr=127.0.0.1"]
     command = [sys.executable, "-m", "torch.distributed.run", *rendezvous, *sizes, "-m", "lit_ppo", *arguments]
     environment = os.environ | QUIET | {"PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo"}

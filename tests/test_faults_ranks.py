@@ -49,6 +49,14 @@ def test_a_broken_gradient_on_one_rank_is_skipped_by_both(seen: Any) -> None:
     assert all(map(math.isfinite, one["digest"]))
 
 
+def test_sigterm_on_one_rank_saves_and_ends_both(seen: Any) -> None:
+    for rank in seen["sigterm"]:
+        assert rank["error"].startswith("SIGTERMException")
+    (left,) = (seen["folder"] / "stopped").iterdir()
+    assert left.name == "step-000002.ckpt"
+    assert torch.load(left, weights_only=True)["lit_ppo"]["rollouts"] == 2
+
+
 def test_a_full_disk_stops_both_and_leaves_the_checkpoint_before(seen: Any) -> None:
     writing, waiting = seen["disk"]
     assert (

@@ -4,6 +4,7 @@ The test file of a trick says in ``TRICK`` how it is tried, and the trick gets a
 """
 
 import ast
+import contextlib
 import importlib
 import inspect
 import pickle
@@ -97,6 +98,18 @@ def test_resumed_run_goes_on_identically(name: str, stop: int, tmp_path: Path):
     torch.testing.assert_close(rest.references, whole.references[stop:], rtol=0, atol=0)
     assert rest.kl_coefs == whole.kl_coefs[stop:]
     assert rest.losses == whole.losses[2 * stop :]
+
+
+@pytest.mark.parametrize(("name", "argument"), [(n, argument) for n in TRICKS for argument in TRICKS[n].knobs])
+def test_a_resumed_trick_goes_by_its_new_arguments(name: str, argument: str):
+    """Or refuses them."""
+    one, other = (make(name, **arguments) for arguments in TRICKS[name].knobs[argument])
+    with contextlib.suppress(ValueError, RuntimeError):
+        run_trick(one, name, 1)
+    given = {key: repr(value) for key, value in vars(other).items() if not key.startswith("_")}
+    with contextlib.suppress(ValueError):
+        other.load_state_dict(one.state_dict())
+    assert {key: repr(value) for key, value in vars(other).items() if not key.startswith("_")} == given
 
 
 @EVERY_TRICK

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -50,8 +51,6 @@ def sleeps(n: int) -> Any:
 
 def never_returns(n: int) -> Any:
     """Nothing can interrupt it: the alarm is another thread's business."""
-    import signal
-
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
     threading.Event().wait()
 
@@ -72,6 +71,15 @@ class BreakGradient(PPOCallback):
 
     def on_minibatch_end(self, *_: Any) -> None:
         self.steps += 1
+
+
+class Sigterm(PPOCallback):
+    """The node of rank 1 alone is told to go, in the middle of update 1."""
+
+    def on_actor_loss(self, trainer: Any, pl_module: Any, minibatch: Any, losses: Any) -> None:
+        if pl_module.rollouts == 2 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            self.on_actor_loss = lambda *_: None  # type: ignore[method-assign]
 
 
 class FullDisk(StepCheckpoint):
@@ -99,7 +107,7 @@ def attempt(folder: Path, actor: Path, *callbacks: Any, timeout: float = 60.0, *
     start, error = time.monotonic(), ""
     try:
         trainer.fit(model, make_data(folder / str(os.environ["RANK"])))
-    except Exception as raised:
+    except (Exception, SystemExit) as raised:
         error = f"{type(raised).__name__}: {raised}"
     assert dist.get_world_size() == 2
     rows = [
@@ -119,6 +127,7 @@ def main(folder: Path, actor: Path) -> None:
         "hangs": attempt(folder, actor, rewards=on_second_rank(sleeps), reward_timeout=1.0),
         "gradient": attempt(folder, actor, BreakGradient(), max_skipped_steps=1),
     }
+    seen["sigterm"] = attempt(folder, actor, Sigterm(), StepCheckpoint(dirpath=str(folder / "stopped")))
     whole = torch.save
     seen["disk"] = attempt(folder, actor, FullDisk(every_n_train_steps=1, dirpath=str(folder / "checkpoints")))
     torch.save = whole
