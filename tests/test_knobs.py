@@ -413,4 +413,5 @@ def test_two_values_make_two_runs(
     assert [argument for run in (first, second) if re.match(r"\w+(Error|Exception): ", run)] in (
         [],
         ["max_skipped_steps"],
+        ["reward_timeout"],
     )

@@ -139,7 +139,7 @@ def hang(folder: Path, actor: Path) -> None:
     rank = os.environ["RANK"]
     (folder / rank).mkdir()
     if rank == "1":
-        threading.Timer(12, os._exit, [0]).start()  # as the launcher would end it
-    seen = attempt(folder, actor, rewards=on_second_rank(never_returns), reward_timeout=1.0, timeout=4.0)
+        threading.Timer(8, os._exit, [0]).start()  # as the launcher would end it
+    seen = attempt(folder, actor, rewards=on_second_rank(never_returns), reward_timeout=1.0, timeout=3.0)
     (folder / f"rank{rank}.json").write_text(json.dumps(seen))
     os._exit(0)
