@@ -20,8 +20,6 @@ from torch.distributed.fsdp import (
 from lit_ppo.sharding import fsdp1_unit
 from lit_ppo.whole import WholeCheckpoints
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
 
 class FSDP2Strategy(WholeCheckpoints, ModelParallelStrategy):
     """Shards weights, gradients and optimizer states over all ranks with PyTorch's ``fully_shard``.
@@ -30,8 +28,8 @@ class FSDP2Strategy(WholeCheckpoints, ModelParallelStrategy):
     Checkpoints are one file with whole tensors, which one process, DDP or another number of ranks load as well.
 
     Args:
-        mixed_precision: Dtype of gathered weights and of what is computed with them, such as ``"bfloat16"``, or a
-            ``MixedPrecisionPolicy``; weights are kept, gradients summed and optimizers stepped in float32.
+        mixed_precision: Dtype of gathered weights and of what is computed with them, ``"bfloat16"`` or as in
+            a ``MixedPrecisionPolicy``; weights are kept, gradients summed and optimizers stepped in float32.
         offload_frozen: Keep the shares of reference and reward model in host memory between their uses.
         sync_every_micro_batch: Exchange gradients after each micro-batch: more traffic, but no rank ever holds whole
             gradients. By default they are exchanged once an optimizer step.
@@ -54,12 +52,12 @@ class FSDP2Strategy(WholeCheckpoints, ModelParallelStrategy):
             timeout=timeout,
         )
         if isinstance(mixed_precision, str):
-            if mixed_precision not in DTYPES:
+            if mixed_precision != "bfloat16":
                 raise ValueError(
-                    f"FSDP2Strategy(mixed_precision={mixed_precision!r}): must be one of {', '.join(DTYPES)}, "
-                    "or a MixedPrecisionPolicy"
+                    f"FSDP2Strategy(mixed_precision={mixed_precision!r}): must be 'bfloat16', a MixedPrecisionPolicy, "
+                    "or null for float32"
                 )
-            mixed_precision = MixedPrecisionPolicy(DTYPES[mixed_precision], torch.float32)
+            mixed_precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         # not to be rounded: uniform numbers that come in, log-probs and values that go out
         policy = mixed_precision or MixedPrecisionPolicy()
         self.mixed_precision = replace(policy, cast_forward_inputs=False, output_dtype=None)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
+import lit_ppo.models
 from lit_ppo import FSDP2Strategy, LitPPO, LitSFT
 from lit_ppo.callbacks import CriticWarmup
 from lit_ppo.checkpoint import StepCheckpoint
@@ -20,6 +22,7 @@ from lit_ppo.distributed import n_ranks, rank
 from lit_ppo.export import ExportModel
 from lit_ppo.models import Actor, load_causal_lm
 from lit_ppo.rewards import RewardModel
+from lit_ppo.rollout import sample
 from lit_ppo.sharding import build, gathered, shard
 from lit_ppo.whole import whole_weights
 from tests.equivalence import CPUFSDP
@@ -188,15 +191,23 @@ PRECISIONS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {  # of the 
 }
 
 
+def noting_draws(drawn: list[torch.dtype], *args: Any) -> Any:
+    drawn.append(args[4].dtype)
+    return sample(*args)
+
+
 def precisions(folder: Path) -> None:
     """Offloading can be seen to change nothing; what it saves, only on GPUs."""
     found = {}
     for name, (options, precision, overrides) in PRECISIONS.items():
         module: Any = make_module(folder / "gpt2", rewards=RewardModel(str(folder / "reward")), **overrides)
+        drawn: list[torch.dtype] = []
         strategy = FSDP2Strategy(**options)
         trainer = make_trainer(folder, devices=n_ranks(), strategy=strategy, precision=precision, max_steps=1)
-        with Counting() as counting:
+        with pytest.MonkeyPatch.context() as patch, Counting() as counting:
+            patch.setattr(lit_ppo.models, "sample", partial(noting_draws, drawn))
             trainer.fit(module, make_data(folder))
+        assert set(drawn) == {torch.float64}, "uniform numbers were rounded on their way"
         # the reward model and the reference: two blocks and the rest each
         assert len(strategy._offloaded) == (6 if name == "offloaded" else 0)
         trained = {p.dtype for model in (module.actor, module.critic) for p in model.parameters()}
@@ -392,5 +403,5 @@ def test_the_cold_start_on_ranks(folder, tmp_path):
 
 
 def test_arguments_that_cannot_be():
-    with pytest.raises(ValueError, match=r"FSDP2Strategy\(mixed_precision='half'\): must be one of bfloat16"):
+    with pytest.raises(ValueError, match=r"FSDP2Strategy\(mixed_precision='half'\): must be 'bfloat16'"):
         FSDP2Strategy(mixed_precision="half")
