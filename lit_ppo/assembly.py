@@ -18,7 +18,7 @@ from lit_ppo.policy import Policy
 from lit_ppo.rewards import RewardModel
 from lit_ppo.rollout import generation_config
 from lit_ppo.schedulers import per_step
-from lit_ppo.sharding import build, shard
+from lit_ppo.sharding import build, check_placed, shard
 from lit_ppo.whole import whole_weights
 
 M = TypeVar("M", bound=nn.Module)
@@ -54,6 +54,7 @@ class Assembly(Policy):
     def configure_model(self) -> None:
         """Load actor, critic, reference and reward model, once."""
         if self._built:
+            check_placed(self._strategy, self)
             return
         name, actor_path = type(self).__name__, str(self.paths["actor"])
         self.actor = self._placed(lambda: Actor(load_causal_lm(f"{name}(actor)", actor_path, self.model_kwargs)))

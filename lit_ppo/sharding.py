@@ -81,6 +81,20 @@ def shard(strategy: Any, model: M, *, frozen: bool = False) -> M:
     return cast(M, wrapped)
 
 
+def check_placed(strategy: Any, module: nn.Module) -> None:
+    """Check that a module which has its models has them as a strategy wants them.
+
+    Raises:
+        ValueError: They are whole and were to be shared out, or the other way round.
+    """
+    if shards(strategy) != is_sharded(module):
+        how = "whole, and this strategy shards" if shards(strategy) else "in shares, and this strategy takes whole ones"
+        raise ValueError(
+            f"Trainer(strategy={type(strategy).__name__}): the models of this {type(module).__name__} were built "
+            f"before, {how}; make a new {type(module).__name__}"
+        )
+
+
 def fsdp1_unit(strategy: FSDPStrategy, module: nn.Module, *, frozen: bool, exact: bool) -> nn.Module:
     """Wrap a module as Lightning's strategy was told to; the arguments are those of ``FSDP2Strategy.shard``."""
     for parameter in module.parameters():

@@ -15,7 +15,7 @@ from lit_ppo.bf16 import warn_if_slower
 from lit_ppo.distributed import rank
 from lit_ppo.optimizer_settings import BuiltOptimizer, restore_settings
 from lit_ppo.schedulers import per_step
-from lit_ppo.sharding import build, shard
+from lit_ppo.sharding import build, check_placed, shard
 from lit_ppo.tokenization import loads_the_same
 from lit_ppo.whole import whole_weights
 
@@ -71,9 +71,11 @@ class SupervisedModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Load the model, or build it with weights that depend on the seed alone."""
+        strategy = None if self._trainer is None else self._trainer.strategy
         if self.model is None:
-            strategy = None if self._trainer is None else self._trainer.strategy
             self.model = shard(strategy, build(strategy, self._make))
+        else:
+            check_placed(strategy, self)
 
     def _make(self) -> PreTrainedModel:
         with torch.random.fork_rng():

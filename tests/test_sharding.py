@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter, defaultdict
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,22 @@ def precisions(folder: Path) -> None:
         found[name] = logged(trainer)[0], counting.dtypes
     if rank() == 0:
         torch.save(found, folder / "precisions.pt")
+
+
+def keep_models(folder: Path) -> None:
+    """A module that was built for one strategy goes on under no other kind."""
+    module = make_module(folder / "gpt2")
+    module.rollout(["the film"])
+    trainer = make_trainer(folder, devices=n_ranks(), strategy="fsdp2", max_steps=1)
+    with pytest.raises(ValueError, match=r"FSDP2Strategy\): the models of this LitPPO were built before, whole"):
+        trainer.fit(module, make_data(folder))
+    module = make_module(folder / "gpt2")
+    for strategy in ("fsdp2", "fsdp2", "ddp"):
+        trainer = make_trainer(folder, devices=n_ranks(), strategy=strategy, max_steps=1)
+        refused = pytest.raises(ValueError, match=r"DDPStrategy\): the models .* in shares, and this strategy takes")
+        with refused if strategy == "ddp" else nullcontext():
+            trainer.fit(module, make_data(folder))
+    assert module.rollouts == 2
 
 
 def move_the_reference(folder: Path) -> None:
