@@ -72,6 +72,7 @@ class Interrupts:
             for number, handler in self._handlers.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
             self._writer.close()
+            self._reader.close()
 
     def end_children(self) -> None:
         """End every process that was registered, at once."""

@@ -144,6 +144,7 @@ def with_code(folder: Path, kind: str) -> Path:
 def test_code_of_a_model_runs_only_where_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers would ask
     actor = str(with_code(make_causal_lm(tmp_path / "lm"), "GPT2LMHeadModel"))
     reward = str(with_code(make_reward_model(tmp_path / "reward"), "GPT2ForSequenceClassification"))
     loads = {

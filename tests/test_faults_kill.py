@@ -26,6 +26,7 @@ MOMENTS = [  # each in a process of its own, which goes on where the one before 
     "batch end x 1",
     "before os.replace x 1",
     "after os.replace x 1",
+    "after os.replace x 2",  # the checkpoint is there, and its step not logged yet
     "minibatch start x 2",
     "actor loss x 2",
     "before os.fsync x 1",

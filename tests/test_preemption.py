@@ -13,6 +13,7 @@ import yaml
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lit_ppo import interrupt
 from lit_ppo.callbacks.base import PPOCallback
 from lit_ppo.checkpoint import StepCheckpoint, find_checkpoints
 from lit_ppo.preemption import StopRequest
@@ -45,7 +46,10 @@ def fit(folder: Path, actor: Path, *callbacks: Any, ckpt_path: Path | None = Non
     module = make_module(actor)
     saving = StepCheckpoint(every_n_train_steps=50, dirpath=str(folder / "saved"))
     made = make_trainer(
-        folder, callbacks=[*callbacks, saving], enable_checkpointing=True, **{"max_steps": 4, **trainer}
+        folder,
+        callbacks=[*callbacks, saving],
+        enable_checkpointing=True,
+        **{"max_steps": -1, "max_epochs": 2, **trainer},
     )
     made.fit(module, make_data(folder), ckpt_path=None if ckpt_path is None else str(ckpt_path))
     return module, made
@@ -130,6 +134,22 @@ def test_a_second_signal_ends_the_run_at_once(capsys: pytest.CaptureFixture[str]
     finally:
         request.close()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("will_stop", [True, False])
+def test_a_run_that_saves_has_as_long_as_its_step_takes(monkeypatch: pytest.MonkeyPatch, will_stop: bool) -> None:
+    forced: list[int] = []
+    monkeypatch.setattr(interrupt, "GRACE", 0.1)
+    monkeypatch.setattr(interrupt.Interrupts, "_exit_now", lambda self: forced.append(self.exit_code))
+    with interrupt.Interrupts(lambda: None) as interrupts:
+        interrupts.will_stop = lambda: will_stop
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(1.0)
+        assert forced == ([] if will_stop else [143])
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(1.0)
+    assert forced == [143]
 
 
 def test_the_command_loses_no_step_to_sigterm(tmp_path: Path) -> None:
