@@ -4,6 +4,7 @@ Where no strategy shards, everything here leaves models as they are.
 """
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -44,20 +45,19 @@ def build(strategy: Any, make: Callable[[], M]) -> M:
         return make()
     made: M | None = None
     failure: Exception | None = None
+    sent: list[Any] = [None]
     if rank() == 0:
         try:
             made = make()
+            sent = [_without_weights(made)]
         except Exception as error:
-            failure = error
-    message = None if failure is None else f"{type(failure).__name__}: {failure}"
-    sent = [(message, None if made is None else _without_weights(made))]
+            failure, sent = error, [f"{type(error).__name__}: {error}"]
     dist.broadcast_object_list(sent)
     if failure is not None:
         raise failure
-    message, skeleton = sent[0]
-    if message is not None:
-        raise RuntimeError(f"rank 0 failed: {message}")
-    return made if made is not None else cast(M, skeleton)
+    if isinstance(sent[0], str):
+        raise RuntimeError(f"rank 0 failed: {sent[0]}")
+    return made if made is not None else cast(M, pickle.loads(sent[0]))
 
 
 def shard(strategy: Any, model: M, *, frozen: bool = False) -> M:
@@ -198,15 +198,24 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
     return norm
 
 
-def _without_weights(model: M) -> M:
-    """A copy whose parameters and buffers have shapes but no contents."""
+def _without_weights(model: nn.Module) -> bytes:
+    """A copy, to be sent, whose parameters and buffers have shapes but no contents.
+
+    Raises:
+        ValueError: Its code was fetched from the hub: the other ranks do not have it.
+    """
+    fetched = [
+        type(part).__name__ for part in model.modules() if type(part).__module__.startswith("transformers_modul")
+    ]
+    if fetched:
+        raise ValueError(f"{fetched[0]}: models with code of their own (trust_remote_code) are not sharded; use 'ddp'")
     hollow: dict[int, Any] = {}
     for parameter in model.parameters():
         empty = torch.empty_like(parameter, device="meta")
         hollow[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         hollow[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, hollow)
+    return pickle.dumps(copy.deepcopy(model, hollow))
 
 
 @torch.no_grad()

@@ -243,6 +243,15 @@ def move_the_reference(folder: Path) -> None:
         trainer.fit(module, make_data(folder))
 
 
+def refuse_fetched_code(folder: Path) -> None:
+    class Fetched(torch.nn.Linear):
+        """As transformers makes it of code from the hub."""
+
+    Fetched.__module__ = "transformers_modules.someone.modeling"
+    with pytest.raises((ValueError, RuntimeError), match=r"Fetched: models with code of their own .* use 'ddp'"):
+        build(Strategy(), lambda: Fetched(2, 2))
+
+
 def fail_alone(folder: Path) -> None:
     """A reward that raises on one rank, while each holds a share of the reward model beside it."""
 
