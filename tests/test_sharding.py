@@ -125,9 +125,14 @@ class Counting(TorchDispatchMode):
 
 
 class Counted(LitPPO):
-    """Counts the collectives of the first optimizer step."""
+    """Counts the collectives of an optimizer step, and of a text's gradient before it."""
 
     def backward_minibatch(self, minibatch: Any) -> dict[str, float]:
+        ids = torch.arange(3, 19).view(8, 2)
+        self.zero_gradients()
+        with Counting() as counting:
+            self.backward_on_text({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}, 1.0)
+        self.of_text = counting.n
         with Counting() as counting:
             metrics = super().backward_minibatch(minibatch)
         self.collectives = counting.n
@@ -145,7 +150,7 @@ def count_collectives(folder: Path) -> None:
             trainer = make_trainer(folder, devices=n_ranks(), strategy=strategy, max_steps=1)
             trainer.fit(module, make_data(folder, batch_size=8))
             whole = whole_weights(module.actor, "model.") or module.actor.model.state_dict()
-            found[name, size] = module.collectives, whole
+            found[name, size] = module.collectives, module.of_text, whole
     if rank() == 0:
         torch.save(found, folder / "counted.pt")
 
@@ -318,14 +323,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_gradients_are_exchanged_once_an_optimizer_step(folder):
     """Actor: two blocks and the rest. Critic: the value head as well. 7 units, for 2 or 4 micro-batches."""
     found = torch.load(folder / "counted.pt", weights_only=False)
-    n = {key: counts for key, (counts, _) in found.items()}
+    n = {key: counts for key, (counts, _, _) in found.items()}
+    text = {key: counts for key, (_, counts, _) in found.items()}
     assert n["fsdp2", 1]["reduce_scatter_base"] == n["fsdp2", 2]["reduce_scatter_base"] == 7
     assert n["each", 1]["reduce_scatter_base"] == 4 * 7
     assert n["each", 2]["reduce_scatter_base"] == 2 * 7
     assert n["ddp", 1] == n["ddp", 2]
     assert n["ddp", 1]["allreduce"] > 0
-    expected = found["each", 2][1]
-    for _, weights in found.values():
+    assert text["fsdp2", 1]["reduce_scatter_base"] == text["fsdp2", 2]["reduce_scatter_base"] == 3
+    assert text["each", 1]["reduce_scatter_base"] == 4 * 3
+    assert text["ddp", 1] == text["ddp", 2]
+    expected = found["each", 2][2]
+    for _, _, weights in found.values():
         for name, tensor in weights.items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
 
