@@ -67,6 +67,10 @@ class CriticWarmup(PPOCallback):
         """Refuse a module without a critic."""
         require_model(self, pl_module, "critic")
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Freeze the actor before a callback ahead in the list looks, at the start and after a resume."""
+        self._set_frozen(pl_module)
+
     def on_rollout_start(self, trainer: L.Trainer, pl_module: PPOModule, prompts: Any) -> None:
         """Freeze the actor, or let it go."""
         self._freeze(pl_module)
@@ -90,10 +94,14 @@ class CriticWarmup(PPOCallback):
         self._value_losses = []
         if self._own_ppo_epochs is not None:
             pl_module.ppo_epochs, self._own_ppo_epochs = self._own_ppo_epochs, None
+        self._set_frozen(pl_module)  # the next update's: callbacks ahead in the list look before we are asked again
 
-    def _freeze(self, pl_module: PPOModule) -> None:
+    def _set_frozen(self, pl_module: PPOModule) -> None:
         if self._length is None or self._done == self._length:  # afterwards it may be another callback's
             pl_module.actor_frozen = self._length is None
+
+    def _freeze(self, pl_module: PPOModule) -> None:
+        self._set_frozen(pl_module)
         if self._length is None and self.ppo_epochs is not None and self._own_ppo_epochs is None:
             self._own_ppo_epochs, pl_module.ppo_epochs = pl_module.ppo_epochs, self.ppo_epochs
 

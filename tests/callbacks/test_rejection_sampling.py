@@ -132,8 +132,18 @@ def test_other_terms_count_behind_it_and_not_before():
 
 
 def test_rests_while_the_actor_is_frozen():
-    """The critic's warm-up goes on meanwhile, on all that is sampled."""
+    """The critic's warm-up goes on meanwhile, on all that is sampled; wherever the two stand in the list."""
     assert rows_a_rollout(CriticWarmup(2), RejectionSampling(2, every=1), updates=4) == [8, 8, 16, 16]
+    assert rows_a_rollout(RejectionSampling(2, every=1), CriticWarmup(2), updates=4) == [8, 8, 16, 16]
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_rests_while_the_actor_is_frozen_also_after_a_resume(turn: int, tmp_path: Path):
+    def tricks() -> list[L.Callback]:
+        return [CriticWarmup(3), RejectionSampling(2, every=2)][::turn]
+
+    run_updates(tricks(), 1, save=tmp_path / "last.ckpt")
+    assert rows_a_rollout(*tricks(), updates=4, resume=tmp_path / "last.ckpt") == [8, 8, 16]
 
 
 def test_estimators_that_compare_samples_are_refused_before_the_first_rollout():
