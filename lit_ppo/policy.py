@@ -95,7 +95,8 @@ class Policy(Sampling):
             for source in self.reward_models:
                 whole.enter_context(gathered(source.model))
             parts = gather_shares(share)
-        named = {name: torch.empty(len(experience), device=self.device) for part in parts for name in part}
+        names = {name for part in parts for name in part}
+        named = {name: torch.empty(len(experience), dtype=torch.float32, device=self.device) for name in names}
         for part, micro_batches in zip(parts, plan, strict=True):
             for name, values in part.items():
                 named[name][micro_batches[0]] = values.to(self.device)

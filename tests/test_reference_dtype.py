@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from lit_ppo.experience import Minibatch
 from lit_ppo.models import load_causal_lm
 from tests.tiny import make_causal_lm
-from tests.toys import make_data, make_module, make_trainer
+from tests.toys import count_good, logged, make_data, make_module, make_trainer
 
 PROMPTS = ["the film was really", "a", "we saw"]
 EPSILON = 2**-8  # between neighbouring bfloat16 numbers near 1
@@ -121,3 +121,12 @@ def test_double_precision_would_undo_it(tmp_path, tiny_lm):
         make_trainer(tmp_path, precision="64-true").fit(
             make_module(tiny_lm, reference_dtype="bfloat16"), make_data(tmp_path)
         )
+
+
+def test_double_precision_trains(tmp_path, tiny_lm):
+    """Scores are float32, whatever the default dtype of a new tensor."""
+    module, trainer = make_module(tiny_lm, rewards={"good": count_good}), make_trainer(tmp_path, precision="64-true")
+    trainer.fit(module, make_data(tmp_path))
+    assert {p.dtype for p in module.parameters()} == {torch.float64}
+    assert module.score(module.rollout(["the film"])).dtype == torch.float32
+    assert all(row["policy/ratio"] == pytest.approx(1.0, abs=0.1) for row in logged(trainer))
