@@ -131,6 +131,19 @@ def test_the_critic_learns_on_schedule_while_the_actor_rests(tmp_path, lm, lifte
     assert ["policy/loss" in row for row in rows] == [False, False, True, True]
 
 
+def test_an_actor_that_is_frozen_within_an_update_rests_from_the_next_one_on(tmp_path, lm):
+    """Read at each update: its other steps, and its schedule's, are taken."""
+
+    def halve(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+
+    hooks = {"on_minibatch_start": lambda self, trainer, pl_module, minibatch: setattr(pl_module, "actor_frozen", True)}
+    callback = type("Freeze", (L.Callback,), hooks)()
+    _, recorder, trainer = record(tmp_path, lm, callback, actor_scheduler=halve, ppo_epochs=1, max_steps=2)
+    assert ["policy_loss" in step for step in recorder.metrics] == [True, True, False]  # 7 rows, then 5, by fives
+    assert [row["policy/lr"] for row in logged(trainer)] == pytest.approx([0.1, 0.05])
+
+
 def test_each_update_permutes_its_rows_anew(tmp_path, lm):
     _, recorder, _ = record(tmp_path, lm, minibatch_size=7, ppo_epochs=2, max_steps=2)
     assert len({tuple(rows) for rows in recorder.minibatches}) == 4

@@ -172,7 +172,9 @@ def test_yaml_builds_it(name: str):
     (entry,) = config["trainer"]["callbacks+"]
     assert entry["class_path"] == name
     arguments = inspect.signature(getattr(lit_ppo.callbacks, name)).parameters
-    assert entry.get("init_args", {}).keys() <= arguments.keys()
+    given = entry.get("init_args", {})
+    assert given.keys() <= arguments.keys()
+    make(name, **{argument: value for argument, value in given.items() if argument != "data"})
 
 
 @EVERY_TRICK
