@@ -177,6 +177,23 @@ def test_yaml_builds_it(name: str):
     make(name, **{argument: value for argument, value in given.items() if argument != "data"})
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("AdaptiveKL", {"target": 6.0, "horizon": 10_000}),
+        ("DualClip", {"c": 3.0}),
+        ("KLEarlyStop", {"target": 0.015}),  # 1.5 x 0.01
+        ("LearningRateAdaptation", {"target": 0.01, "minimum": 1e-7, "maximum": 1e-4}),
+        ("LengthPenalty", {"budget": 128 - 32, "coef": 1 / 32, "max_penalty": 1.0}),
+        ("MissingEndPenalty", {"score": -1.0}),
+        ("ValueClipping", {"clip_range": 0.2}),
+    ],
+)
+def test_yaml_has_the_numbers_of_its_source(name: str, arguments: dict[str, Any]):
+    config = yaml.safe_load((ROOT / f"configs/tricks/{snake_case(name)}.yaml").read_text())
+    assert config["trainer"]["callbacks+"][0]["init_args"] == arguments
+
+
 @EVERY_TRICK
 def test_has_a_test_file_of_its_own(name: str):
     text = (ROOT / f"tests/callbacks/test_{snake_case(name)}.py").read_text()
