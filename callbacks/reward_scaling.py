@@ -22,8 +22,8 @@ class RewardScaling(PPOCallback):
         statistics: What the deviation is of: all training scores seen, this update's included (``"running"``; saved
             and restored), or this update's scores (``"batch"``).
         decay: With ``"running"``: how much less a score counts after each update. Mean and variance are then
-            exponential moving averages, with weights ``decay ** age`` that are normalised by their sum, so that the
-            first update's do not linger; None counts all scores alike.
+            exponential moving averages, with weights ``decay ** age`` over their sum (for the variance less one, as
+            for plain counts), so that the first update's do not linger; None counts all scores alike.
 
     Reads and writes ``experience.scores``.
     Source: Zheng et al. 2023, arXiv:2307.04964, section 5.3 (reward scaling); Engstrom et al. 2020,
