@@ -200,3 +200,9 @@ def test_masks_for_the_models_lie_on_the_host_and_are_the_experiences():
     assert torch.equal(mask.sum(1), whole.sum(1))
     all_ids = torch.cat([experience.prompt_ids, experience.response_ids], dim=1)
     assert ids[mask].tolist() == all_ids[whole].tolist()
+
+
+def test_a_step_of_one_token_logs_that_token():
+    micro = Minibatch.of(make(lengths=(1,), prompts=(2,)), [0], "token_mean")
+    micro.log("x", torch.tensor([[3.0]]))
+    assert micro.metrics["x"].item() == 3.0
