@@ -17,7 +17,8 @@ class PrioritizedSampling(PPOCallback):
 
     Use it when a part of the prompts is solved long before the rest: they teach little more. The success rate is the
     mean over all training responses to the prompt so far: a run visits a prompt too few times to forget some of them.
-    A prompt not yet seen counts as never solved. Costs nothing. Needs a ``PromptDataModule``.
+    A prompt not yet seen counts as never solved. Ahead of ``RejectionSampling`` in the list it counts all responses,
+    behind it the winners. Costs nothing. Needs a ``PromptDataModule``.
 
     Args:
         threshold: A response with at least this score is a success, any other is none. Give this or ``scale``.

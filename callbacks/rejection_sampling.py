@@ -61,7 +61,8 @@ class RejectionSampling(PPOCallback):
         self._updates += 1
         self._rejects = self._updates % self.every == 0 and not getattr(pl_module, "actor_frozen", False)
         if self._rejects:
-            self._samples_per_prompt = pl_module.samples_per_prompt
+            if self._samples_per_prompt is None:  # else a rollout has failed, and ours is still in force
+                self._samples_per_prompt = pl_module.samples_per_prompt
             pl_module.samples_per_prompt = self.k
 
     def on_rollout_end(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:

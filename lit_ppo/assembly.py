@@ -12,7 +12,15 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_ppo.checks import ReferenceDtype, check_models, check_saved_reference
 from lit_ppo.distributed import rank
-from lit_ppo.models import Actor, Reference, checkpoint_activations, load_causal_lm, load_critic, load_tokenizer
+from lit_ppo.models import (
+    Actor,
+    Reference,
+    checkpoint_activations,
+    compile_blocks,
+    load_causal_lm,
+    load_critic,
+    load_tokenizer,
+)
 from lit_ppo.optimizer_settings import BuiltOptimizer, restore_settings
 from lit_ppo.policy import Policy
 from lit_ppo.rewards import RewardModel
@@ -33,6 +41,7 @@ class Assembly(Policy):
     model_kwargs: dict[str, Any]
     reference_dtype: ReferenceDtype
     activation_checkpointing: bool
+    compile_blocks: bool
     checkpoint_reference: bool
     skipped_steps: int
     _tokenizer: PreTrainedTokenizerBase | None
@@ -83,6 +92,8 @@ class Assembly(Policy):
     def _placed(self, make: Callable[[], M], *, frozen: bool = False) -> M:
         """Build a model and leave this rank its share of it, where the strategy shards."""
         model = build(self._strategy, make)
+        if self.compile_blocks:
+            compile_blocks(model)
         if self.activation_checkpointing and not frozen:
             checkpoint_activations(model)
         return shard(self._strategy, model, frozen=frozen)

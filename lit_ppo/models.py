@@ -1,5 +1,6 @@
 """Actor, critic and frozen reference around Hugging Face models: one training forward each."""
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class _AlwaysEval(nn.Module):
     """Dropout stays off in rollouts and updates alike: PPO's ratio must be 1 before the first step."""
 
     sharded = False  # its weights are whole only while its forward runs
+    compiled = False
     exact: tuple[str, ...] = ()  # parts that are to compute in float32 where the others need not
 
     def train(self, mode: bool = True) -> "_AlwaysEval":
@@ -83,7 +85,9 @@ class Actor(_AlwaysEval):
 
     def generate(self, *args: Any, **kwargs: Any) -> list[list[int]]:
         """See :func:`lit_ppo.rollout.sample`."""
-        return sample(self.model, *args, **kwargs)
+        # sampled tokens change shapes and cache all the time: compiled code would be compiled again and again
+        with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
+            return sample(self.model, *args, **kwargs)
 
     def _head_inputs(self, input_ids: Tensor, attention_mask: Tensor, target_mask: Tensor) -> HeadInputs:
         head = self.model.get_output_embeddings()
@@ -181,6 +185,13 @@ def spread(flat: Tensor, mask: Tensor) -> Tensor:
     """
     mask = mask.to(flat.device, non_blocking=True)
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile a model's blocks, for all but sampling; one graph serves all blocks and lengths."""
+    for block in blocks(model):
+        block.forward = torch.compile(block.forward, dynamic=True)
+    model.compiled = True  # type: ignore[assignment]
 
 
 def checkpoint_activations(model: nn.Module) -> None:

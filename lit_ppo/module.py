@@ -68,6 +68,8 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
             more ends the run.
         activation_checkpointing: Keep only what goes into each block of actor and critic for the backward, and
             compute the rest again: far less memory, a third more time.
+        compile_blocks: ``torch.compile`` the blocks of actor, reference and critic, for all but sampling; the first
+            update then takes a minute longer.
         reward_timeout: Seconds that a rank's share of the scores may take; then the run ends with an error instead of
             waiting. None: no limit, but of several ranks the others give up after the process group's ``timeout``
             (an argument of the strategy).
@@ -112,6 +114,7 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         max_grad_norm: float | None = 1.0,
         max_skipped_steps: int = 0,
         activation_checkpointing: bool = False,
+        compile_blocks: bool = False,
         reward_timeout: float | None = None,
         model_kwargs: dict[str, Any] | None = None,
         seed: int | None = None,
@@ -139,7 +142,7 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
             "critic": (critic_optimizer, critic_scheduler),
         }
         self.max_grad_norm, self.max_skipped_steps = max_grad_norm, max_skipped_steps
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing, self.compile_blocks = activation_checkpointing, compile_blocks
         self.reward_timeout = reward_timeout
         self.model_kwargs = dict(model_kwargs or {})
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed

@@ -8,9 +8,11 @@ import sys
 import tempfile
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -37,6 +39,7 @@ class Case:
     micro_batch_size: int = 3
     activation_checkpointing: bool = False
     tied: bool = True
+    compiled: bool = False
     features: bool = False  # text in the loss, exact KL, an update that ends early
 
     @property
@@ -47,7 +50,7 @@ class Case:
     def __str__(self) -> str:
         """For a table's row."""
         model = f"{self.family}{'' if self.tied else ', untied'}"
-        extra = [name for name in ("activation_checkpointing", "features") if getattr(self, name)]
+        extra = [name for name in ("activation_checkpointing", "compiled", "features") if getattr(self, name)]
         return ", ".join([f"{self.strategy:5} {model}, micro-batches of {self.micro_batch_size}", *extra])
 
 
@@ -151,6 +154,7 @@ def update(case: Case, folder: Path) -> dict[str, Any]:
         rewards=RewardModel(str(reward)),
         micro_batch_size=case.micro_batch_size,
         activation_checkpointing=case.activation_checkpointing,
+        compile_blocks=case.compiled,
         minibatch_size=7,
         max_grad_norm=None,
     )
@@ -161,7 +165,9 @@ def update(case: Case, folder: Path) -> dict[str, Any]:
     trainer = make_trainer(
         folder / "run", devices=n_ranks(), strategy=strategy, max_steps=1, max_epochs=1, callbacks=callbacks
     )
-    trainer.fit(module, make_data(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # others take minutes
+        trainer.fit(module, make_data(folder))
     assert trainer.world_size == n_ranks()
     return {"module": module, "logged": logged(trainer)[0]}
 
@@ -245,6 +251,7 @@ CASES = {
         Case("llama", "ddp", 1, activation_checkpointing=True, features=True),
         Case(strategy="fsdp2", micro_batch_size=2, features=True),
         Case(strategy="fsdp2", micro_batch_size=1, activation_checkpointing=True),
+        Case(strategy="fsdp2", micro_batch_size=2, activation_checkpointing=True, compiled=True),
         Case("llama", "fsdp2", 9, tied=False),
         Case("llama", "fsdp2", 1, activation_checkpointing=True, features=True),
         Case(strategy="fsdp", micro_batch_size=2, features=True),

@@ -256,6 +256,7 @@ KNOBS = {
             critic_scheduler=(None, halved),
             max_grad_norm=(None, 0.01),
             activation_checkpointing="results do not hang on it (tests/test_equivalence.py); it bounds the memory",
+            compile_blocks="results do not hang on it (tests/test_equivalence.py); it is for speed",
             max_skipped_steps=(0, 100, {"actor_optimizer": sgd(float("inf"))}),
             reward_timeout=(None, 0.05, {"rewards": slow}),
             model_kwargs=(None, {"layer_norm_epsilon": 0.1}),

@@ -1,10 +1,23 @@
 """Log-probs are the stock model's on each row alone, whatever the padding; families that cannot be served refuse."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lit_ppo.models import Actor, Critic, Reference, checkpoint_activations, load_causal_lm, load_critic, load_tokenizer
+from lit_ppo.models import (
+    Actor,
+    Critic,
+    Reference,
+    checkpoint_activations,
+    compile_blocks,
+    load_causal_lm,
+    load_critic,
+    load_tokenizer,
+)
+from lit_ppo.rollout import generation_config
 from lit_ppo.sharding import blocks
 from tests.tiny import make_causal_lm, make_reward_model, make_tokenizer
 
@@ -187,3 +200,28 @@ def test_checkpointed_activations_are_computed_again_and_give_the_same_gradients
         counts.append(len(calls))
     assert counts == [2, 4]
     assert all(one.equal(other) for one, other in zip(*gradients, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch itself
+def test_one_compiled_graph_serves_all_blocks_and_lengths_and_sampling_none(tmp_path, monkeypatch):
+    """Ten blocks, three lengths; more than eight graphs of one function and PyTorch gives up."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    path = make_causal_lm(tmp_path, "llama", num_hidden_layers=10)
+    actors = [Actor(load_causal_lm("actor", str(path), {})) for _ in range(2)]
+    compile_blocks(actors[1])
+    counters.clear()
+    for length in (6, 9, 13):
+        ids, mask = torch.arange(2 * length).view(2, length), torch.ones(2, length, dtype=torch.bool)
+        for actor in actors:
+            logprobs, entropy = actor(ids, mask, target_mask=mask[:, 1:])
+            (logprobs.sum() + entropy.sum()).backward()
+    assert counters["stats"]["unique_graphs"] == 1
+    for one, other in zip(actors[0].parameters(), actors[1].parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-5, atol=1e-6)
+    config = generation_config({"max_new_tokens": 5}, 1.0, actors[0].model, make_tokenizer())
+    draws = torch.rand(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first, second = (actor.generate(ids, mask, config, draws) for actor in actors)
+    assert first == second
+    assert counters["stats"]["unique_graphs"] == 1

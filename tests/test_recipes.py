@@ -73,7 +73,7 @@ RECIPES: dict[str, dict[str, Any]] = {  # what differs from ppo.yaml
         "data.batch_size": 512,
         "trainer.default_root_dir": "runs/openai_2019",
         "trainer.callbacks": [
-            trick("RewardWhitening"),
+            trick("RewardWhitening", unbiased=False),
             trick("AdvantageNormalization"),
             trick("ValueClipping", clip_range=0.2),
             trick("AdaptiveKL", target=6.0, horizon=10000),
