@@ -76,7 +76,7 @@ def _unlike(actor: dict[str, torch.nn.Parameter], reference: dict[str, torch.nn.
     """Why the reference cannot take the actor's weights."""
     shared = [name for name, parameter in actor.items() if any(parameter is other for other in reference.values())]
     if shared:
-        return f"they share {shared[0]}, so that there is no second copy to move; load a reference of its own"
+        return f"they share {shared[0]}, so that there is no second copy to move; train whole models"
     shapes = [{name: tuple(parameter.shape) for name, parameter in model.items()} for model in (actor, reference)]
     for name in {**shapes[0], **shapes[1]}:
         ours, theirs = (shape.get(name, "missing") for shape in shapes)

@@ -8,12 +8,14 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_ppo.checks import ReferenceDtype, check_models, check_saved_reference
+from lit_ppo.checks import ReferenceDtype, check_has_adapter, check_models, check_saved_reference
 from lit_ppo.distributed import rank
+from lit_ppo.lora import WithoutAdapter, add_adapter, merged
 from lit_ppo.models import (
     Actor,
+    Critic,
     Reference,
     checkpoint_activations,
     compile_blocks,
@@ -40,6 +42,7 @@ class Assembly(Policy):
     generation_fields: dict[str, Any]
     model_kwargs: dict[str, Any]
     reference_dtype: ReferenceDtype
+    lora: dict[str, dict[str, Any] | None]  # actor, critic
     activation_checkpointing: bool
     compile_blocks: bool
     checkpoint_reference: bool
@@ -65,24 +68,45 @@ class Assembly(Policy):
         if self._built:
             check_placed(self._strategy, self)
             return
-        name, actor_path = type(self).__name__, str(self.paths["actor"])
-        self.actor = self._placed(lambda: Actor(load_causal_lm(f"{name}(actor)", actor_path, self.model_kwargs)))
+        self.actor = self._placed(self._make_actor)
         self.generation = generation_config(self.generation_fields, self.temperature, self.actor.model, self.tokenizer)
         self.actor.model.generation_config = self.generation
         self._build_rewards()
         self.reference = None
-        if self.paths["reference"] is not None:
-            path = actor_path if self.paths["reference"] == "actor" else str(self.paths["reference"])
-            dtype = getattr(torch, self.reference_dtype)
-            self.reference = self._placed(
-                lambda: Reference(load_causal_lm(f"{name}(reference)", path, self.model_kwargs, dtype)), frozen=True
-            )
+        if self.paths["reference"] == "actor" and self.lora["actor"] is not None:
+            self.reference = WithoutAdapter(self.actor)
+        elif self.paths["reference"] is not None:
+            self.reference = self._placed(self._make_reference, frozen=True)
         self.critic = None
         if self.paths["critic"] is not None:
-            start, label = self._critic_source()
-            self.critic = self._placed(lambda: load_critic(f"{name}(critic)", start, self.model_kwargs, label))
+            self.critic = self._placed(self._make_critic)
         check_models(self)
         self._built = True
+
+    def _make_actor(self) -> Actor:
+        actor = Actor(self._load_actor())
+        self._adapt("actor", actor.model)
+        return actor
+
+    def _load_actor(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        return load_causal_lm(f"{type(self).__name__}(actor)", str(self.paths["actor"]), self.model_kwargs, dtype)
+
+    def _make_reference(self) -> Reference:
+        path = str(self.paths["actor" if self.paths["reference"] == "actor" else "reference"])
+        dtype = getattr(torch, self.reference_dtype)
+        return Reference(load_causal_lm(f"{type(self).__name__}(reference)", path, self.model_kwargs, dtype))
+
+    def _make_critic(self) -> Critic:
+        start, label = self._critic_source()
+        critic = load_critic(f"{type(self).__name__}(critic)", start, self.model_kwargs, label)
+        self._adapt("critic", critic.backbone)
+        return critic
+
+    def _adapt(self, name: str, model: PreTrainedModel) -> None:
+        """Have an adapter trained in place of the whole model, where one was asked for."""
+        fields = self.lora[name]
+        if fields is not None:
+            add_adapter(f"{type(self).__name__}({name}_lora", model, fields, self.seed)
 
     @property
     def _strategy(self) -> Any:
@@ -153,8 +177,20 @@ class Assembly(Policy):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Weights without the frozen ones: the reference is loaded from its own path, unless a callback moves it."""
         check_saved_reference(self)
+        is_saved = self._saved()
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if is_saved(name)}
+
+    def _saved(self) -> Callable[[str], bool]:
+        """Which names of weights checkpoints hold; of a model with an adapter, those that are trained."""
         frozen = ("rewards.",) if self.checkpoint_reference else ("rewards.", "reference.")
-        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if not k.startswith(frozen)}
+        trained = {_plain(name) for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return lambda name: not name.startswith(frozen) and (not name.startswith(self._adapted) or name in trained)
+
+    @property
+    def _adapted(self) -> tuple[str, ...]:
+        """What the names of weights of models with an adapter begin with."""
+        built = [name for name, fields in self.lora.items() if fields is not None and getattr(self, name, None)]
+        return tuple(f"{name}." for name in built)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the counts that random draws depend on."""
@@ -165,13 +201,17 @@ class Assembly(Policy):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is one of this module's, then restore the counts."""
-        frozen = ("rewards.",) if self.checkpoint_reference else ("rewards.", "reference.")
-        names = {name.replace("_fsdp_wrapped_module.", "") for name, _ in self.named_parameters(remove_duplicate=False)}
-        expected = {name for name in names if not name.startswith(frozen)}  # without gathering any weights
+        names = {_plain(name) for name, _ in self.named_parameters(remove_duplicate=False)}
+        expected = set(filter(self._saved(), names))  # without gathering any weights
         found = checkpoint.get("state_dict", {}).keys()
         if "lit_ppo" not in checkpoint or expected - found:
             missing = ", ".join(sorted(expected - found)[:3]) or "lit_ppo"
             raise ValueError(f"the checkpoint is none of {type(self).__name__} with these models: it lacks {missing}")
+        if more := sorted(name for name in found - expected if name.startswith(self._adapted)):
+            raise ValueError(
+                f"the checkpoint is none of {type(self).__name__} with these adapters: it holds {more[0]} besides; "
+                "give actor_lora and critic_lora of the run that wrote it"
+            )
         self.rollouts = checkpoint["lit_ppo"]["rollouts"]
         self.skipped_steps = checkpoint["lit_ppo"]["skipped_steps"]
         self._resumed = checkpoint["lit_ppo"]["optimizers"], checkpoint.get("lr_schedulers", [])
@@ -179,17 +219,33 @@ class Assembly(Policy):
     def only_actor(self) -> None:
         """Build nothing but what :meth:`save_pretrained` writes: the other models need not even be there any more."""
         self.paths |= {"critic": None, "reference": None}
+        self.lora["critic"] = None
         self.rewards = None  # type: ignore[assignment]
 
-    def save_pretrained(self, dirpath: str | Path) -> None:
+    def save_pretrained(self, dirpath: str | Path, *, adapter: bool = False) -> None:
         """Write the actor in Hugging Face format: weights, config, tokenizer, generation config.
 
-        To be called on every rank where the strategy shards; the first one writes.
+        To be called on every rank where the strategy shards; the first one writes. An adapter is merged into the
+        weights, for which the actor is loaded once more.
 
         Args:
             dirpath: Folder; made if it does not exist.
+            adapter: Write the adapter alone, for ``peft``.
+
+        Raises:
+            ValueError: There is no adapter.
         """
-        weights = whole_weights(self.actor, "model.")
+        check_has_adapter(f"save_pretrained(adapter={adapter})", self, adapter)
+        weights = whole_weights(self.actor, "model.", trained=self.lora["actor"] is not None)
         if weights is None or rank() == 0:
-            self.actor.model.save_pretrained(dirpath, state_dict=weights)
+            model = self.actor.model
+            if self.lora["actor"] is not None and not adapter:
+                model = merged(model, weights, lambda: self._load_actor(self.actor.model.dtype))
+                model.generation_config, weights = self.generation, None
+            model.save_pretrained(dirpath, state_dict=weights)
             self.tokenizer.save_pretrained(str(dirpath))
+
+
+def _plain(name: str) -> str:
+    """A parameter's name, whatever FSDP's first version has wrapped."""
+    return name.replace("_fsdp_wrapped_module.", "")

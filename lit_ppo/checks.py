@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from lit_ppo.experience import LossReduction
 from lit_ppo.functional import KLEstimator
+from lit_ppo.lora import WithoutAdapter, check_lora
 from lit_ppo.rollout import FILTERS, NEUTRAL, check_generation
 
 if TYPE_CHECKING:
@@ -59,6 +60,13 @@ def check_arguments(name: str, given: dict[str, Any]) -> None:
         refuse("reference_dtype", f"must be one of {', '.join(get_args(ReferenceDtype))}")
     if given["reference"] is None and given["reference_dtype"] != "float32":
         refuse("reference_dtype", "there is no reference; leave it out, or give a reference")
+    if given["reference"] == "actor" and given["actor_lora"] is not None and given["reference_dtype"] != "float32":
+        refuse("reference_dtype", "the reference is the actor without its adapter (actor_lora); leave it out")
+    for argument in ("actor_lora", "critic_lora"):
+        if given[argument] is not None:
+            check_lora(f"{name}({argument}", given[argument])
+    if given["critic"] is None and given["critic_lora"] is not None:
+        refuse("critic_lora", "there is no critic; leave it out")
     if {"dtype", "torch_dtype"} & set(given["model_kwargs"] or {}):
         refuse("model_kwargs", "trained weights are kept in float32; give the Trainer a precision instead")
     if not hasattr(given["advantages"], "needs_values"):
@@ -149,8 +157,13 @@ def check_saved_reference(module: "Assembly") -> None:
     """Check that a reference which callbacks move, and checkpoints hold, can take small moves.
 
     Raises:
-        ValueError: It is not in float32, or in shares that do not see moves.
+        ValueError: It is the actor itself, not in float32, or in shares that do not see moves.
     """
+    if module.checkpoint_reference and isinstance(module.reference, WithoutAdapter):
+        raise ValueError(
+            f"LitPPO(actor_lora={module.lora['actor']!r}): a callback moves the reference (checkpoint_reference=True), "
+            "and it is the actor without its adapter; remove the callback, or train the whole actor"
+        )
     if module.checkpoint_reference and module.reference_dtype != "float32":
         raise ValueError(
             f"LitPPO(reference_dtype={module.reference_dtype!r}): a callback moves the reference "
@@ -160,6 +173,23 @@ def check_saved_reference(module: "Assembly") -> None:
         raise ValueError(
             "Trainer(strategy='fsdp'): a callback moves the reference (checkpoint_reference=True), and FSDP's first "
             "version would go on with copies of what it was; use 'fsdp2'"
+        )
+
+
+def check_has_adapter(where: str, module: object, adapter: bool) -> None:
+    """Check that a module which is to export an adapter trains one.
+
+    Args:
+        where: Class or method and argument, for messages.
+        module: The module.
+        adapter: Whether an adapter is to be exported.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if adapter and getattr(module, "lora", {}).get("actor") is None:
+        raise ValueError(
+            f"{where}: {type(module).__name__} trains no adapter; leave it out, or give LitPPO an actor_lora"
         )
 
 

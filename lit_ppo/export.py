@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 
+from lit_ppo.checks import check_has_adapter
 from lit_ppo.distributed import rank
 from lit_ppo.sharding import is_sharded
 
@@ -15,10 +16,12 @@ class ExportModel(L.Callback):
 
     Args:
         dirpath: Folder for it, replaced if it is there. None: ``model`` in the run's own folder.
+        adapter: Write the adapter alone, for ``peft``, where one is trained; it is merged into the model otherwise.
     """
 
-    def __init__(self, dirpath: str | None = None) -> None:
+    def __init__(self, dirpath: str | None = None, adapter: bool = False) -> None:
         self.dirpath = dirpath
+        self.adapter = adapter
         self.written: Path | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -26,8 +29,9 @@ class ExportModel(L.Callback):
 
         Raises:
             TypeError: A folder is named, but the module cannot be exported.
-            ValueError: The folder holds something else than a model.
+            ValueError: The folder holds something else than a model, or there is no adapter.
         """
+        check_has_adapter(f"ExportModel(adapter={self.adapter})", pl_module, self.adapter)
         if self.dirpath is not None:
             check_target(f"ExportModel(dirpath={self.dirpath!r})", Path(self.dirpath))
         if stage == "fit" and self.dirpath is not None and not hasattr(pl_module, "save_pretrained"):
@@ -43,7 +47,7 @@ class ExportModel(L.Callback):
             return
         target = Path(self.dirpath or Path(log_dir or trainer.default_root_dir) / "model")
         if trainer.is_global_zero or is_sharded(pl_module):  # then every rank brings its share
-            write_model(pl_module, target)
+            write_model(pl_module, target, adapter=self.adapter)
         trainer.strategy.barrier("model in place")
         self.written = target
 
@@ -54,18 +58,19 @@ def check_target(where: str, folder: Path) -> None:
     Raises:
         ValueError: The folder holds something else.
     """
-    if folder.exists() and not (folder / "config.json").exists() and any(folder.iterdir()):
+    is_model = any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
+    if folder.exists() and not is_model and any(folder.iterdir()):
         raise ValueError(f"{where}: the folder holds files that are no model and would be replaced; name a new folder")
 
 
-def write_model(module: Any, target: Path) -> None:
+def write_model(module: Any, target: Path, *, adapter: bool = False) -> None:
     """Write a model beside its place and put it there once it is whole; called by every rank that has a share of it."""
     partial, old = (target.with_name(f"{target.name}.{word}") for word in ("partial", "old"))
     if rank() == 0:
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
-    module.save_pretrained(partial)
+    module.save_pretrained(partial, **({"adapter": True} if adapter else {}))
     if rank() == 0:
         if target.exists():
             target.rename(old)

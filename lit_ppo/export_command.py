@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import lit_ppo.all_names  # noqa: F401  short names in configurations are those of imported classes
 from lit_ppo.checkpoint import RUN
+from lit_ppo.checks import check_has_adapter
 from lit_ppo.errors import CommandError
 from lit_ppo.export import check_target, write_model
 from lit_ppo.whole_files import WholeFiles, read_summary
@@ -33,16 +34,21 @@ def export(arguments: list[str]) -> None:
     parser = _Parser("lit-ppo export", description="Writes the model of a checkpoint.", allow_abbrev=False)
     parser.add_argument("--ckpt_path", type=Path, required=True, help="The checkpoint.")
     parser.add_argument("--output", type=Path, required=True, help="Folder for the model, replaced if it is one.")
+    parser.add_argument("--adapter", action="store_true", help="Write the adapter alone, for peft; else it is merged.")
     given = parser.parse_args(arguments)
     if not given.ckpt_path.exists():
         raise CommandError(f"--ckpt_path {given.ckpt_path}: no such checkpoint")
     check_target(f"--output {given.output}", given.output)
     module = build(config_of(given.ckpt_path))
+    try:
+        check_has_adapter("export --adapter", module, given.adapter)
+    except ValueError as error:
+        raise CommandError(str(error), exit_code=2) from error
     checkpoint = load(given.ckpt_path)
     module.configure_model()
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
-    write_model(module, given.output)
+    write_model(module, given.output, adapter=given.adapter)
     print(f"Model: {given.output}  (load it with from_pretrained)", flush=True)
 
 

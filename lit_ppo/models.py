@@ -63,7 +63,8 @@ class Actor(_AlwaysEval):
         target_mask: Tensor,
         temperature: float = 1.0,
         kl_to: HeadInputs | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        head_inputs: bool = False,
+    ) -> Any:
         """Log-probs and entropy of the target tokens, or log-probs and exact KL where ``kl_to`` is given.
 
         Args:
@@ -73,11 +74,17 @@ class Actor(_AlwaysEval):
                 the host spare a GPU a synchronisation.
             temperature: Divides the logits.
             kl_to: Another model's states and head for the same target tokens, without gradients.
+            head_inputs: Instead: this model's, for another's ``kl_to``. Inside the forward, since a sharded model
+                gathers its weights only there.
 
         Shapes:
             input_ids, attention_mask (B, L), target_mask (B, T) -> (B, T), (B, T), 0 where masked.
         """
         head = self._head_inputs(input_ids, attention_mask, target_mask)
+        if head_inputs:
+            # a sharded model takes its whole weights away again when its forward ends
+            keep = torch.clone if self.sharded else torch.detach
+            return HeadInputs(head.states, keep(head.weight), None if head.bias is None else keep(head.bias))
         rows, columns = (index.to(input_ids.device) for index in target_mask.nonzero(as_tuple=True))
         ids = input_ids[:, -target_mask.shape[1] :][rows, columns]
         logprobs, second = token_statistics(head, ids, temperature, kl_to)
@@ -97,25 +104,11 @@ class Actor(_AlwaysEval):
 
 
 class Reference(Actor):
-    """A frozen actor; it can also hand out what the exact KL to it needs."""
+    """A frozen actor."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         self.requires_grad_(False)
-
-    def forward(self, *args: Any, head_inputs: bool = False, **kwargs: Any) -> Any:
-        """As the actor's; with ``head_inputs`` the states at the target tokens and the head, detached.
-
-        Inside the forward, since a sharded model gathers its weights only there.
-        """
-        if not head_inputs:
-            return super().forward(*args, **kwargs)
-        with torch.no_grad():
-            input_ids, attention_mask = args
-            head = self._head_inputs(input_ids, attention_mask, kwargs["target_mask"])
-            # a sharded model takes its whole weights away again when its forward ends
-            keep = torch.clone if self.sharded else torch.detach
-            return HeadInputs(head.states, keep(head.weight), None if head.bias is None else keep(head.bias))
 
 
 class Critic(_AlwaysEval):
@@ -306,7 +299,7 @@ def _from_pretrained(auto: Any, argument: str, path: str, **kwargs: Any) -> Any:
         ValueError: Neither a folder with a model nor a hub name that can be reached.
     """
     try:
-        return auto.from_pretrained(path, **{"trust_remote_code": False, **kwargs})
+        loaded = auto.from_pretrained(path, **{"trust_remote_code": False, **kwargs})
     except (OSError, ValueError) as error:
         if "contains custom code" in str(error):
             raise ValueError(
@@ -318,6 +311,9 @@ def _from_pretrained(auto: Any, argument: str, path: str, **kwargs: Any) -> Any:
         )
         reason = str(error).splitlines()[0]
         raise ValueError(f"{argument}={path!r}: {where}; give a local folder or a hub name ({reason})") from error
+    if getattr(loaded, "_hf_peft_config_loaded", False):
+        raise ValueError(f"{argument}={path!r}: holds an adapter, not a whole model; export it merged")
+    return loaded
 
 
 def _hidden_size(backbone: PreTrainedModel) -> int:

@@ -42,6 +42,10 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         reference: ``"actor"`` (a frozen copy of where the run starts from), a path, or None: no KL term.
         reference_dtype: ``"bfloat16"`` halves the reference's memory and rounds its log-probs; the KL starts near 0
             then, not at 0.
+        actor_lora: Fields of ``peft.LoraConfig``, such as ``{r: 16, target_modules: all-linear}``: an adapter is
+            trained in place of the whole actor, and without it the actor is its own reference: no second copy.
+            Checkpoints hold the adapter alone. Its rate is usually ten times that of whole models.
+        critic_lora: The same for the critic; its value head is trained as a whole.
         rewards: A ``RewardModel``, a ``RewardFunction``, any callable ``(prompts, responses, **columns)``, or a dict
             of those by name, each plain or as ``{source: ..., weight: ...}``.
         advantages: Estimator; of those in ``lit_ppo.advantages`` only ``GAE`` takes a critic.
@@ -89,6 +93,8 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         critic: str | None = "actor",
         reference: str | None = "actor",
         reference_dtype: ReferenceDtype = "float32",
+        actor_lora: dict[str, Any] | None = None,
+        critic_lora: dict[str, Any] | None = None,
         rewards: Rewards,
         advantages: AdvantageEstimator = GAE(),  # noqa: B008  # stateless
         generation: dict[str, Any],
@@ -127,6 +133,7 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         self.strict_loading = False  # frozen weights stay out of checkpoints; on_load_checkpoint checks the rest
         self.paths = {"actor": actor, "tokenizer": tokenizer or actor, "critic": critic, "reference": reference}
         self.reference_dtype = reference_dtype
+        self.lora = {"actor": actor_lora, "critic": critic_lora}
         self.rewards = as_source(rewards)
         self.advantages = advantages
         self.generation_fields = dict(generation)

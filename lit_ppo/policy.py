@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from lit_ppo.distributed import gather_shares, n_ranks, rank
 from lit_ppo.experience import Experience, model_inputs
 from lit_ppo.functional import KLEstimator, kl_estimate
+from lit_ppo.lora import WithoutAdapter
 from lit_ppo.models import Actor, Critic
 from lit_ppo.plan import Plan, deal
 from lit_ppo.reward_functions import check_scores
@@ -104,7 +105,7 @@ class Policy(Sampling):
         experience.extras.update(named)
         return scores
 
-    def actor_forward(self, model: Actor, rows: Experience, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def actor_forward(self, model: Actor | WithoutAdapter, rows: Experience, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The one training forward, on some rows: log-probs and entropy (or exact KL), (b, T)."""
         ids, mask, target_mask = model_inputs(rows)
         first, second = model(ids, mask, target_mask=target_mask, temperature=self.temperature, **kwargs)

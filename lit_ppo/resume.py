@@ -11,6 +11,8 @@ FIXED = {
     "model.init_args.actor": "its weights come from the checkpoint, and the reference is what the run started from",
     "model.init_args.critic": "its weights come from the checkpoint",
     "model.init_args.reference": "it is what the run started from",
+    "model.init_args.actor_lora": "the checkpoint holds that adapter",
+    "model.init_args.critic_lora": "the checkpoint holds that adapter",
     "model.init_args.model": "its weights come from the checkpoint",
     "model.init_args.tokenizer": "the weights know that one's tokens",
     "data.class_path": "the place in the data was saved by that class",
@@ -39,7 +41,7 @@ def check_changes(path: str, changed: Changes) -> None:
         CommandError: Names the value, old and new.
     """
     for name, (was, now) in changed.items():
-        reason = FIXED.get(name)
+        reason = next((why for fixed, why in FIXED.items() if f"{name}.".startswith(f"{fixed}.")), None)
         if reason is not None:
             raise CommandError(
                 f"--ckpt_path {path}: {name} was {was!r}, now {now!r}, and cannot change within a run ({reason}); "

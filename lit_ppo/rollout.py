@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import GenerationMode
 
@@ -139,7 +139,7 @@ def sample(
     ) -> None:
         _decode(model, input_ids, logits_processor, config, draws, responses, logprobs, state)
 
-    with _weights_cast_once(prompt_ids.device.type):
+    with _weights_cast_once(model, prompt_ids.device.type):
         model.generate(  # type: ignore[operator]
             input_ids=prompt_ids,
             attention_mask=prompt_mask.long(),
@@ -150,15 +150,20 @@ def sample(
 
 
 @contextmanager
-def _weights_cast_once(device: str) -> Iterator[None]:
+def _weights_cast_once(model: nn.Module, device: str) -> Iterator[None]:
     """Under Lightning's autocast, which casts all weights again in every forward, cast them once for all tokens."""
     if not torch.is_autocast_enabled(device):
         yield
         return
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     with torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=True):
         try:
+            for parameter in frozen:
+                parameter.requires_grad_(True)  # the cache takes no others; gradients are off
             yield
         finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
             torch.clear_autocast_cache()  # the next rollout's weights are others
 
 

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from lit_ppo.data import PromptBatch, encode_prompts
 from lit_ppo.distributed import gather_shares, n_ranks, rank
 from lit_ppo.experience import Experience
+from lit_ppo.lora import WithoutAdapter
 from lit_ppo.models import Actor, Critic, Reference
 from lit_ppo.plan import deal
 from lit_ppo.rollout import stop_ids, uniforms
@@ -23,7 +24,7 @@ class Sampling(L.LightningModule):
 
     actor: Actor
     critic: Critic | None
-    reference: Reference | None
+    reference: Reference | WithoutAdapter | None
     generation: GenerationConfig
     sampling_logprobs_tolerance: float | None
     seed: int
@@ -129,7 +130,7 @@ class Sampling(L.LightningModule):
             ids = model.generate(*inputs, self.generation, None if draws is None else draws[mine], logprobs)
             return batch.prompt_ids, list(zip(ids, logprobs or [[]] * len(ids), strict=True))
 
-        with gathered(model):
+        with gathered(model.actor if isinstance(model, WithoutAdapter) else model):
             asked, sampled = zip(*gather_shares(share), strict=True)
         if any(prompts != asked[0] for prompts in asked):
             raise ValueError(

@@ -159,7 +159,8 @@ class OptimizerSteps(Policy):
         if self.reference is None:
             raise ValueError("exact_kl: there is no reference; give LitPPO one")
         ids, mask, target_mask = model_inputs(minibatch)
-        head = self.reference(ids, mask, target_mask=target_mask, head_inputs=True)
+        with torch.no_grad():
+            head = self.reference(ids, mask, target_mask=target_mask, head_inputs=True)
         return self.actor_forward(self.actor, minibatch, kl_to=head)[1]
 
     def log_update(self, experience: Experience, coefficients: dict[str, float], steps: list[dict[str, float]]) -> None:

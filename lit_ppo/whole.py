@@ -1,6 +1,6 @@
 """Whole tensors out of the ranks' shares, and back: checkpoints and exports that look like one process's."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,27 +19,29 @@ from lit_ppo.distributed import n_ranks, rank
 from lit_ppo.sharding import is_sharded
 
 
-def whole_weights(root: nn.Module, prefix: str = "") -> dict[str, Tensor] | None:
+def whole_weights(root: nn.Module, prefix: str = "", *, trained: bool = False) -> dict[str, Tensor] | None:
     """A state dict of whole tensors on the host of the first rank, tied ones tied; empty on others. Collective.
 
     Args:
         root: What :func:`lit_ppo.sharding.shard` returned.
         prefix: Only names that begin so, without it.
+        trained: Leave frozen weights out.
 
     Returns:
         None if nothing is sharded: the model's own state dict is it.
     """
     if not is_sharded(root):
         return None
-    state = _whole_state_dict(root, keep_vars=True)
     named = root.named_parameters(remove_duplicate=False)
     parameters: dict[str, Any] = {name.replace("_fsdp_wrapped_module.", ""): p for name, p in named}
+    frozen = {name for name, p in parameters.items() if trained and not p.requires_grad}
+    state = _whole_state_dict(root, leave_out=frozen, keep_vars=True)
     first: dict[Any, Tensor] = {}
     tied = {name: first.setdefault(parameters.get(name, name), tensor) for name, tensor in state.items()}
     return {name.removeprefix(prefix): tensor for name, tensor in tied.items() if name.startswith(prefix)}
 
 
-def _whole_state_dict(module: nn.Module, **options: Any) -> dict[str, Tensor]:
+def _whole_state_dict(module: nn.Module, leave_out: Collection[str] = (), **options: Any) -> dict[str, Tensor]:
     with ExitStack() as stack:
         for unit in FSDP1.fsdp_modules(module, root_only=True):
             # offloading what is on the host already would free it
@@ -47,7 +49,7 @@ def _whole_state_dict(module: nn.Module, **options: Any) -> dict[str, Tensor]:
             config = FullStateDictConfig(offload_to_cpu=away, rank0_only=away)
             stack.enter_context(FSDP1.state_dict_type(unit, StateDictType.FULL_STATE_DICT, config))
         state = module.state_dict(**options)
-    whole = {name: _whole(tensor) for name, tensor in state.items()}
+    whole = {name: _whole(tensor) for name, tensor in state.items() if name not in leave_out}
     return whole if rank() == 0 else {}
 
 

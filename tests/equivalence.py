@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from lit_ppo import LitPPO
 from lit_ppo.callbacks import AdaptiveKL, EntropyBonus, PPOCallback, RewardNormalization
 from lit_ppo.distributed import n_ranks, rank
+from lit_ppo.lora import WithoutAdapter
 from lit_ppo.rewards import RewardModel
 from lit_ppo.strategies import FSDP1Strategy
 from lit_ppo.whole import whole_weights
@@ -41,16 +42,18 @@ class Case:
     tied: bool = True
     compiled: bool = False
     features: bool = False  # text in the loss, exact KL, an update that ends early
+    lora: bool = False  # adapters in actor and critic
 
     @property
     def base(self) -> "Case":
         """The same on one process."""
-        return Case(self.family, tied=self.tied, features=self.features)
+        return Case(self.family, tied=self.tied, features=self.features, lora=self.lora)
 
     def __str__(self) -> str:
         """For a table's row."""
         model = f"{self.family}{'' if self.tied else ', untied'}"
-        extra = [name for name in ("activation_checkpointing", "compiled", "features") if getattr(self, name)]
+        options = ("activation_checkpointing", "compiled", "features", "lora")
+        extra = [name for name in options if getattr(self, name)]
         return ", ".join([f"{self.strategy:5} {model}, micro-batches of {self.micro_batch_size}", *extra])
 
 
@@ -66,6 +69,14 @@ class CPUFSDP(FSDP1Strategy):
 
 class Spy(LitPPO):
     """Notes which rows this rank's forwards saw, and the whole gradients of each step before clipping."""
+
+    def _adapt(self, name: str, model: Any) -> None:
+        """Adapters as they are after some steps: at first one half is zeros, and the other has no gradient."""
+        super()._adapt(name, model)
+        with torch.no_grad():
+            for number, (parameter, weight) in enumerate(model.named_parameters()):
+                if "lora_B" in parameter:
+                    weight.copy_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)))
 
     def actor_forward(self, model: Any, rows: Any, **kwargs: Any) -> Any:
         self.seen.update(rows.prompts)
@@ -106,7 +117,8 @@ class Features(PPOCallback):
         experience.exhausted = metrics["approx_kl"] > 1e-9  # the second step's: it is cancelled
 
     def on_update_end(self, trainer: Any, pl_module: Any, experience: Any) -> None:
-        if isinstance(pl_module.reference, FSDP1):  # refused: see test_sharding.move_the_reference
+        # refused: see test_sharding.move_the_reference and test_lora
+        if isinstance(pl_module.reference, FSDP1 | WithoutAdapter):
             return
         with torch.no_grad():  # as a trick that moves the reference
             for ours, theirs in zip(pl_module.reference.parameters(), pl_module.actor.parameters(), strict=True):
@@ -117,7 +129,8 @@ def whole_gradients(name: str, model: Any) -> dict[str, Tensor]:
     """Every parameter's gradient, put together from the ranks; collective."""
     if isinstance(model, FSDP1):
         with FSDP1.summon_full_params(model, writeback=False, with_grads=True):
-            named = {n.replace("_fsdp_wrapped_module.", ""): p.grad for n, p in model.named_parameters()}
+            trained = [(n, p.grad) for n, p in model.named_parameters() if p.requires_grad]
+            named = {n.replace("_fsdp_wrapped_module.", ""): gradient for n, gradient in trained}
             return {f"{name}.{n}": g.clone() for n, g in named.items() if g is not None}
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {
@@ -128,8 +141,9 @@ def whole_gradients(name: str, model: Any) -> dict[str, Tensor]:
 def weights(module: Any) -> dict[str, Tensor]:
     """All models whole, on the first rank; collective."""
     named: dict[str, Tensor] = {}
-    for name in ("actor", "critic", "reference"):
-        model = getattr(module, name)
+    for name, model in module.named_children():  # a reference that is the actor without its adapter is none
+        if name not in ("actor", "critic", "reference"):
+            continue
         whole = whole_weights(model)
         own = model.state_dict() if whole is None else whole
         named |= {f"{name}.{n}": tensor.clone() for n, tensor in own.items()}
@@ -145,6 +159,12 @@ def make_models(folder: Path, case: Case) -> tuple[Path, Path]:
     return actor, reward
 
 
+def adapters(case: Case) -> dict[str, Any]:
+    """Arguments of the module."""
+    fields = {"r": 3, "lora_alpha": 24, "target_modules": "all-linear"}
+    return {"actor_lora": fields, "critic_lora": fields} if case.lora else {}
+
+
 def update(case: Case, folder: Path) -> dict[str, Any]:
     """Two optimizer steps; what they did, on the first rank."""
     actor, reward = make_models(folder, case)
@@ -157,6 +177,7 @@ def update(case: Case, folder: Path) -> dict[str, Any]:
         compile_blocks=case.compiled,
         minibatch_size=7,
         max_grad_norm=None,
+        **adapters(case),
     )
     module.__class__ = Spy
     callbacks: list[Any] = [RewardNormalization(), AdaptiveKL(target=0.01, horizon=50), EntropyBonus(coef=0.02)]
@@ -195,7 +216,9 @@ def check_ranks(case: Case, module: Any) -> None:
     dist.all_gather_object(shares, sorted(module.seen))
     assert len({tuple(rows) for rows in shares}) == n_ranks(), "ranks did the same work"
     if case.strategy.startswith("fsdp"):
-        parameters = [p for name in ("actor", "critic", "reference") for p in getattr(module, name).parameters()]
+        parameters = [
+            p for model in (module.actor, module.critic, module.reference) for _, p in model.named_parameters()
+        ]
         held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
         total: list[Any] = [None] * n_ranks()
         dist.all_gather_object(total, held)
@@ -237,9 +260,9 @@ def compare(cases: list[Case], n: int, folder: Path) -> dict[Case, dict[str, Any
     found = {}
     for number, case in enumerate(cases):
         many = torch.load(folder / f"{n}-{number}.pt", weights_only=False)
-        module = make_module(
-            make_models(folder, case)[0], critic="reward", rewards=RewardModel(str(make_models(folder, case)[1]))
-        )
+        actor, reward = make_models(folder, case)
+        module = make_module(actor, critic="reward", rewards=RewardModel(str(reward)), **adapters(case))
+        module.__class__ = Spy
         module.configure_model()
         found[case] = {"one": ones[case.base], "many": many, **differences(many, ones[case.base], weights(module))}
     return found
@@ -256,12 +279,17 @@ CASES = {
         Case("llama", "fsdp2", 1, activation_checkpointing=True, features=True),
         Case(strategy="fsdp", micro_batch_size=2, features=True),
         Case("llama", "fsdp", 1, activation_checkpointing=True, tied=False),
+        Case(strategy="ddp", micro_batch_size=2, features=True, lora=True),
+        Case("llama", "fsdp2", 1, lora=True),
+        Case(strategy="fsdp2", micro_batch_size=2, activation_checkpointing=True, features=True, lora=True),
+        Case("llama", "fsdp", 2, features=True, lora=True),
     ],
     3: [
         Case(strategy="ddp", micro_batch_size=1),
         Case(strategy="fsdp2", micro_batch_size=2, features=True),
         Case("llama", "fsdp2", 1, activation_checkpointing=True, tied=False),
         Case("llama", "fsdp", 2, features=True),
+        Case("llama", "fsdp2", 2, lora=True),
     ],
 }
 

@@ -174,9 +174,11 @@ def test_preflight_training_and_validation_compute_alike(tmp_path, tiny_lm, monk
     assert all(autocast == {precision == "bf16-mixed"} for autocast in seen.values())
 
 
-def test_sampling_casts_each_weight_once_and_again_for_the_next_rollout(tmp_path):
+@pytest.mark.parametrize("trained", [True, False])
+def test_sampling_casts_each_weight_once_and_again_for_the_next_rollout(tmp_path, trained):
     """Lightning's autocast keeps no cache; a cache that outlived its rollout would sample from old weights."""
     model = AutoModelForCausalLM.from_pretrained(make_causal_lm(tmp_path, "gpt2", scale=4.0)).eval()
+    model.requires_grad_(trained)
     weight = model.base_model.h[0].mlp.c_fc.weight
     casts = []
 
@@ -193,6 +195,7 @@ def test_sampling_casts_each_weight_once_and_again_for_the_next_rollout(tmp_path
         with Casts():
             first = sample(model, ids, torch.ones_like(ids), config, draws)
         assert casts == [torch.bfloat16]
+        assert all(p.requires_grad == trained for p in model.parameters())
         model.transformer.wte.weight.mul_(-1.0)
         second = sample(model, ids, torch.ones_like(ids), config, draws)
         fresh = AutoModelForCausalLM.from_pretrained(tmp_path).eval()

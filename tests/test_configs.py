@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_ppo.tokenization import train_tokenizer
 from tests.command import REPOSITORY, run_command
@@ -31,6 +31,7 @@ ELSEWHERE = {  # which test runs the others
     "tricks": "here",
     "strategy": "test_strategy_configs",
     "sentiment.yaml": "here",
+    "lora.yaml": "here",
 }
 
 
@@ -66,6 +67,27 @@ def test_families_train_through_ppo_yaml(family, tmp_path, tiny_reward):
 def test_families_that_cannot_be_served_are_refused_by_name(family, name, tmp_path, tiny_reward):
     actor = make_causal_lm(tmp_path / "actor", family)
     run_command("fit", *ppo_arguments(tmp_path, actor, tiny_reward), cwd=tmp_path).refused(name, "not supported")
+
+
+def test_adapters_are_switched_on_by_their_file(tmp_path, tiny_lm, tiny_reward):
+    """Trained, stopped, gone on with, exported; what cannot change is refused."""
+    arguments = [*ppo_arguments(tmp_path, tiny_lm, tiny_reward), "--config", str(CONFIGS / "lora.yaml")]
+    run_command("fit", *arguments, "--trainer.max_steps=1", "--export.adapter=true", cwd=tmp_path).ok()
+    folder = tmp_path / "runs/ppo/version_0"
+    assert (folder / "model/adapter_config.json").exists()
+    for name, was in {"actor_lora.r": 16, "critic_lora.lora_alpha": 32}.items():
+        other = f"--model.init_args.{name}=3"
+        result = run_command("fit", *arguments, "--ckpt_path=last", other, cwd=tmp_path)
+        result.refused(f"model.init_args.{name} was {was}, now 3", "the checkpoint holds that adapter")
+    run_command("fit", *arguments, "--trainer.max_steps=2", "--ckpt_path=last", cwd=tmp_path).ok()
+    assert not (tmp_path / "runs/ppo/version_1").exists()
+    assert AutoModelForCausalLM.from_pretrained(folder / "model", local_files_only=True)
+    (checkpoint,) = folder.rglob("step-000002.ckpt")
+    for extra in ([], ["--adapter"]):
+        run_command("export", "--ckpt_path", checkpoint, "--output=out", *extra, cwd=tmp_path).ok()
+        assert (tmp_path / "out/adapter_config.json").exists() == bool(extra)
+        files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        assert files == {path.name: path.read_bytes() for path in (folder / "model").iterdir()} or extra
 
 
 def test_the_film_review_job_on_ready_models(tmp_path, tiny_lm, tiny_reward):

@@ -167,7 +167,10 @@ def run_callback(callback_class: type) -> Callable[..., str]:
     """PPO with one of the command's own callbacks: what it printed and the files it left."""
 
     def run(capture: Any, **arguments: Any) -> str:
-        module, data = make_module(Path("lm")), PromptDataModule("rows.jsonl", batch_size=7, seed=0)
+        module, data = (
+            make_module(Path("lm"), actor_lora={"r": 2}),
+            PromptDataModule("rows.jsonl", batch_size=7, seed=0),
+        )
         before = set(Path().iterdir())
         ppo_run(module, data, callback_class(**arguments), max_steps=4, enable_checkpointing=True)
         left = set(Path().iterdir()) - before
@@ -236,6 +239,8 @@ KNOBS = {
             critic=("actor", "lm2"),
             reference=("actor", "lm2"),
             reference_dtype=("float32", "bfloat16"),
+            actor_lora=(None, {"r": 2}),
+            critic_lora=(None, {"r": 2}),
             rewards=(count_good, by_length),
             advantages=(GAE(), GAE(lam=0.5)),
             generation=({"max_new_tokens": 10}, {"max_new_tokens": 5}),
@@ -367,7 +372,7 @@ KNOBS = {
             dirpath=("one", "other"),
         ),
     ),
-    "ExportModel": Knobs(run_callback(ExportModel), {}, pairs_of(dirpath=("here", "there"))),
+    "ExportModel": Knobs(run_callback(ExportModel), {}, pairs_of(dirpath=("here", "there"), adapter=(False, True))),
 }  # fmt: skip
 TRIED = [
     (name, argument) for name in KNOBS for argument, pair in KNOBS[name].pairs.items() if not isinstance(pair, str)

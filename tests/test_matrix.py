@@ -15,18 +15,22 @@ from tests.callbacks.trick import made
 from tests.tiny import WORDS, make_causal_lm
 from tests.toys import make_module, make_trainer
 
+LORA = {"r": 2, "target_modules": "all-linear"}
 MODULES: dict[str, dict[str, Any]] = {
+    "lora": {"actor_lora": LORA, "critic_lora": LORA},
     "reference=None": {"reference": None},
     "Reinforce": {"critic": None, "advantages": Reinforce()},
     "GroupRelative": {"critic": None, "advantages": GroupRelative(), "samples_per_prompt": 2, "kl_coef": 0.0},
     "LeaveOneOut": {"critic": None, "advantages": LeaveOneOut(), "samples_per_prompt": 2},
 }
+CRITIC_FREE = [name for name, arguments in MODULES.items() if "critic" in arguments]
 NEED_A_CRITIC = ("CriticWarmup", "ValueClipping", "ValueNormalization")
 NEED_A_REFERENCE = ("AdaptiveKL", "KLLoss", "ReferenceUpdate")
 # What is refused, and how the message names the other side; all else trains.
 REFUSED: dict[tuple[str, str], str] = {
     **{(trick, "reference=None"): "LitPPO(reference=None)" for trick in NEED_A_REFERENCE},
-    **{(trick, free): "LitPPO(critic=None)" for trick in NEED_A_CRITIC for free in list(MODULES)[1:]},
+    **{(trick, free): "LitPPO(critic=None)" for trick in NEED_A_CRITIC for free in CRITIC_FREE},
+    ("ReferenceUpdate", "lora"): "the reference of LitPPO to its actor: they share",
     ("AdaptiveKL", "GroupRelative"): "LitPPO(kl_coef=0.0)",  # the estimator itself refuses another
     ("RewardWhitening", "GroupRelative"): "LitPPO(advantages=GroupRelative)",
     ("RejectionSampling", "GroupRelative"): "GroupRelative",
