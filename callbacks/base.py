@@ -4,10 +4,12 @@ A trick is a Lightning callback with some of the hooks below. :func:`fire` calls
 callback of the trainer that has it, so plain callbacks and other people's modules work alike.
 """
 
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
@@ -200,6 +202,17 @@ class PPOCallback(L.Callback):
 
     def on_update_end(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
         """All optimizer steps of the update are done."""
+
+
+@contextmanager
+def as_in_a_step(trainer: Any) -> Iterator[None]:
+    """Run models as steps do, in the trainer's precision, and without gradients: Lightning's other hooks do neither.
+
+    Args:
+        trainer: The trainer.
+    """
+    with torch.no_grad(), trainer.precision_plugin.forward_context():
+        yield
 
 
 def make_ready(data: L.LightningDataModule, trainer: L.Trainer) -> None:

@@ -73,6 +73,21 @@ def require_weighted_rows(callback: L.Callback, trainer: L.Trainer, pl_module: A
     return data
 
 
+def require_prompts(callback: L.Callback, trainer: L.Trainer, pl_module: Any) -> None:
+    """Check that the data module lets one look at its prompts.
+
+    Raises:
+        TypeError: It does not, or there is none. Names callback, module and data module.
+    """
+    data = getattr(trainer, "datamodule", None)
+    if not hasattr(data, "peek"):
+        lacks = "without a data module" if data is None else f"on {type(data).__name__}, which has no peek to do so"
+        raise TypeError(
+            f"{type(callback).__name__} looks at held-out prompts, but {type(pl_module).__name__} is trained {lacks}; "
+            "train it on a PromptDataModule, or remove the callback"
+        )
+
+
 def positive(callback: object, name: str, value: float) -> float:
     """``value`` if it is a finite number over 0.
 

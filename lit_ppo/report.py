@@ -4,6 +4,8 @@ from typing import Any
 
 import lightning as L
 
+from lit_ppo.callbacks.showing import printable
+
 STREAM = "report"  # the same draws before and after
 
 
@@ -66,12 +68,3 @@ class RunReport(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Compare with the whole run's start."""
         self._before = state_dict["before"]
-
-
-def printable(text: str) -> str:
-    r"""Text on one line, without what a terminal would obey.
-
-    >>> print(printable("fine\x1b[2J\nnext"))
-    fine\x1b[2J\nnext
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

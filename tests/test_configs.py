@@ -13,7 +13,9 @@ from tests.test_cli_errors import ppo_arguments
 from tests.tiny import WORDS, make_causal_lm
 
 CONFIGS = REPOSITORY / "configs"
-TRICKS = sorted(path.stem for path in (CONFIGS / "tricks").glob("*.yaml"))
+TRICKS = sorted(
+    f"{path.parent.name}/{path.stem}" for path in CONFIGS.glob("*/*.yaml") if path.parent.name in ("tricks", "monitors")
+)
 ELSEWHERE = {  # which test runs the others
     "sft.yaml": "test_supervised_configs",
     "reward.yaml": "test_supervised_configs",
@@ -29,6 +31,7 @@ ELSEWHERE = {  # which test runs the others
     "quickstart": "test_quickstart_run",
     "quickstart.yaml": "test_quickstart_run",
     "tricks": "here",
+    "monitors": "here",
     "strategy": "test_strategy_configs",
     "sentiment.yaml": "here",
     "lora.yaml": "here",
@@ -41,7 +44,7 @@ def test_every_yaml_has_a_test():
 
 @pytest.mark.parametrize("trick", TRICKS)
 def test_a_trick_is_switched_on_by_its_file(trick, tmp_path, tiny_lm, tiny_reward):
-    overlay = CONFIGS / f"tricks/{trick}.yaml"
+    overlay = CONFIGS / f"{trick}.yaml"
     (name,) = [entry["class_path"] for entry in yaml.safe_load(overlay.read_text())["trainer"]["callbacks+"]]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"the {w} was good"}) + "\n" for w in WORDS))
     arguments = ppo_arguments(tmp_path, tiny_lm, tiny_reward)

@@ -8,18 +8,20 @@ import contextlib
 import importlib
 import inspect
 import pickle
+import random
 import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 import lit_ppo.callbacks
 from lit_ppo.callbacks import PPOCallback
-from tests.callbacks.toy import Foreign, Toy, run_updates
+from tests.callbacks.toy import Foreign, Recorder, Toy, run_updates
 from tests.callbacks.trick import Trick, made
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +33,13 @@ TRICKS: dict[str, Trick] = {
     if path != Path(__file__)
     for name, trick in getattr(importlib.import_module(f"tests.callbacks.{path.stem}"), "TRICK", {}).items()
 }
+MONITORS = [name for name, trick in TRICKS.items() if trick.monitor]
 EVERY_TRICK = pytest.mark.parametrize("name", TRICKS)
+
+
+@pytest.fixture(autouse=True)
+def _a_folder_for_what_they_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 def make(name: str, **arguments: Any) -> PPOCallback:
@@ -40,7 +48,8 @@ def make(name: str, **arguments: Any) -> PPOCallback:
 
 def run_trick(trick: Any, name: str, updates: int, **kwargs: Any) -> Any:
     """Run callbacks on the toy that suits a trick."""
-    return run_updates(trick, updates, **{**TRICKS[name].toy, **kwargs})
+    logger = Recorder(Path()) if TRICKS[name].monitor else None
+    return run_updates(trick, updates, **{"logger": logger, **TRICKS[name].toy, **kwargs})
 
 
 def snake_case(name: str) -> str:
@@ -50,6 +59,11 @@ def snake_case(name: str) -> str:
 def history(module: Toy) -> list[Any]:
     weights = [*module.actors, *module.critics, *module.references]
     return [*weights, *module.kl_coefs, *module.losses, *module.steps]
+
+
+def trace(name: str, module: Toy) -> str:
+    """What a trick changes: the run; or, of one that only watches, what is logged."""
+    return repr(module.trainer.logger.calls if TRICKS[name].monitor else history(module))
 
 
 def test_table_has_every_public_callback():
@@ -67,13 +81,43 @@ def test_constructor_names_class_argument_and_value(name: str, argument: str):
 
 @EVERY_TRICK
 def test_acts_on_a_module_that_is_not_ours(name: str):
-    assert repr(history(run_trick(make(name), name, 4))) != repr(history(run_trick([], name, 4)))
+    assert trace(name, run_trick(make(name), name, 4)) != trace(name, run_trick([], name, 4))
+
+
+@pytest.mark.parametrize("name", MONITORS)
+def test_a_monitor_leaves_the_run_as_it_is(name: str):
+    """To the bit: weights, losses, and the random numbers that come next."""
+    runs = []
+    for callbacks in ([], make(name)):
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        torch.manual_seed(0)
+        run = history(run_trick(callbacks, name, 4))
+        runs.append([*run, random.random(), np.random.rand(), torch.rand(3)])  # noqa: NPY002
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", MONITORS)
+@pytest.mark.parametrize("logger", [None, Recorder(Path(), kinds=())], ids=["none", "without text and pictures"])
+def test_a_monitor_does_with_whatever_logger_there_is(name: str, logger: Recorder | None):
+    assert len(run_trick(make(name), name, 2, logger=logger).actors) == 2
+
+
+@pytest.mark.parametrize("name", MONITORS)
+def test_a_resumed_monitor_logs_as_if_the_run_had_never_stopped(name: str, tmp_path: Path):
+    whole = run_trick(make(name), name, 4).trainer.logger.calls
+    before = run_trick(make(name), name, 2, save=tmp_path / "last.ckpt").trainer.logger.calls
+    rest = run_trick(make(name), name, 4, resume=tmp_path / "last.ckpt").trainer.logger.calls
+    first = max((call[-1] for call in before if call[-1] is not None), default=0)
+    after = [call for call in whole if call[-1] is not None and call[-1] > first]
+    assert after
+    assert [call for call in rest if call[-1] is not None] == after
 
 
 @pytest.mark.parametrize(("name", "argument"), [(n, argument) for n in TRICKS for argument in TRICKS[n].knobs])
 def test_every_argument_changes_a_run(name: str, argument: str):
     one, other = (make(name, **arguments) for arguments in TRICKS[name].knobs[argument])
-    assert repr(history(run_trick(one, name, 4))) != repr(history(run_trick(other, name, 4)))
+    assert trace(name, run_trick(one, name, 4)) != trace(name, run_trick(other, name, 4))
 
 
 @EVERY_TRICK
@@ -131,7 +175,7 @@ def test_pickled_copy_goes_on_identically(name: str):
     copy = pickle.loads(pickle.dumps(used))
     assert type(copy) is type(used)
     assert copy.state_dict() == used.state_dict()
-    assert repr(history(run_trick(copy, name, 2))) == repr(history(run_trick(used, name, 2)))
+    assert trace(name, run_trick(copy, name, 2)) == trace(name, run_trick(used, name, 2))
 
 
 @EVERY_TRICK
@@ -168,7 +212,8 @@ def test_works_without_the_models_it_does_not_need(name: str, model: str):
 
 @EVERY_TRICK
 def test_yaml_builds_it(name: str):
-    config = yaml.safe_load((ROOT / f"configs/tricks/{snake_case(name)}.yaml").read_text())
+    folder = "monitors" if TRICKS[name].monitor else "tricks"
+    config = yaml.safe_load((ROOT / f"configs/{folder}/{snake_case(name)}.yaml").read_text())
     (entry,) = config["trainer"]["callbacks+"]
     assert entry["class_path"] == name
     arguments = inspect.signature(getattr(lit_ppo.callbacks, name)).parameters
@@ -219,7 +264,11 @@ def test_page_says_when_what_and_where_from(name: str):
 @pytest.mark.parametrize("path", sorted((ROOT / "callbacks").glob("[a-z]*.py")), ids=lambda path: path.stem)
 def test_imports_only_what_a_trick_may(path: Path):
     """A trick knows tensors, Lightning, its base and the mathematics: nothing of processes, files or our module."""
-    allowed = {"torch", "lightning", "typing", "collections", "lit_ppo.functional", "lit_ppo.callbacks"}
+    allowed = {"torch", "lightning", "typing", "collections", "contextlib", "lit_ppo.functional", "lit_ppo.callbacks"}
+    if path.stem == "showing":
+        allowed |= {"html"}
+    if any(snake_case(name) == path.stem for name in MONITORS):  # they write what they see
+        allowed |= {"json", "pathlib"}
     tree = ast.parse(path.read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

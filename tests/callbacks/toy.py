@@ -6,11 +6,15 @@ Its actor and critic are linear in random features; its experience is a dataclas
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from zlib import crc32
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -46,6 +50,12 @@ class Rows:
     logged: dict[str, Tensor] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
     greedy: bool = False
+    prompts: list[str] = field(default_factory=list)  # of held-out rows alone
+    responses: list[str] = field(default_factory=list)
+
+    @property
+    def response_ids(self) -> Tensor:
+        return self.actions
 
     def __len__(self) -> int:
         return len(self.features)
@@ -72,6 +82,20 @@ class Rows:
         self.logged[name] = self.logged.get(name, torch.zeros(())) + self.mean(x.detach())
 
 
+@dataclass
+class Prompts:
+    """What the toy's data hands out to look at: their number is what the toy responds to."""
+
+    prompts: list[str]
+
+
+class Words:
+    """The toy's tokenizer: a token is a letter."""
+
+    def decode(self, ids: Sequence[int], **kwargs: Any) -> str:
+        return "".join("abcde"[i] for i in ids)
+
+
 class ToyData(L.LightningDataModule):
     """The toy's data set: every row once an update, or all rows that have a weight, drawn by it one after another.
 
@@ -82,6 +106,7 @@ class ToyData(L.LightningDataModule):
         super().__init__()
         self.columns = {"level": list(range(rows)), "size": [float(-row) for row in range(rows)]}
         self.weights: Tensor | None = None
+        self.peeks = ("train", "val")
 
     def set_weights(self, weights: Any) -> None:
         self.weights = None if weights is None else torch.as_tensor(weights, dtype=torch.float64).clone()
@@ -91,6 +116,9 @@ class ToyData(L.LightningDataModule):
         n, random = int(self.weights.count_nonzero()), torch.Generator().manual_seed(update)
         rows: list[int] = torch.multinomial(self.weights, n, generator=random).tolist()
         return rows
+
+    def peek(self, split: str, n: int) -> Prompts | None:
+        return Prompts([f"prompt {i}" for i in range(min(n, 5))]) if split in self.peeks else None
 
     def train_dataloader(self) -> DataLoader[int]:
         return DataLoader([0], batch_size=None)  # an epoch is an update
@@ -146,6 +174,7 @@ class Toy(L.LightningModule):
             self.critic = Critic(FEATURES, 1) if critic else None
             self.reference = nn.Linear(FEATURES, TOKENS).requires_grad_(False) if reference else None
         self.register_buffer("updates", torch.tensor(0))
+        self.tokenizer = Words()
         self.experiences: list[Rows] = []
         self.actors: list[Tensor] = []
         self.critics: list[Tensor] = []
@@ -198,6 +227,8 @@ class Toy(L.LightningModule):
         """Responses to the prompts of update ``prompts``, ``samples_per_prompt`` of each; or greedy ones to rows."""
         if isinstance(prompts, Rows):
             return self.greedy(prompts, **kwargs)
+        if isinstance(prompts, Prompts):
+            return self.sampled(prompts.prompts, **kwargs)
         samples, update = self.samples_per_prompt, int(prompts)
         random = torch.Generator().manual_seed(update)
         n = self.episodes * samples
@@ -217,6 +248,33 @@ class Toy(L.LightningModule):
             ref_logprobs=None if self.reference is None else self.logprobs(features, actions, self.reference) * mask,
             values=None if self.critic is None else self.critic(features).squeeze(-1) * mask,
             kl=self.kl_per_response / lengths[:, None] * mask,
+        )
+
+    def sampled(self, prompts: list[str], samples_per_prompt: int, stream: str) -> Rows:
+        """Responses to held-out prompts, by the draws of a stream; scored as greedy ones are."""
+        assert samples_per_prompt == 1
+        random, n = torch.Generator().manual_seed(crc32(stream.encode())), len(prompts)
+        mask = torch.arange(T) < torch.arange(n)[:, None] % T + 1
+        features = torch.randn(n, T, FEATURES, generator=random)
+        probabilities = self.actor(features).softmax(-1)
+        actions = torch.multinomial(probabilities.flatten(0, 1), 1, generator=random).view(n, T)
+        logprobs = self.logprobs(features, actions) * mask
+        ref_logprobs = None if self.reference is None else self.logprobs(features, actions, self.reference) * mask
+        responses = [self.tokenizer.decode(row[m].tolist()) for row, m in zip(actions, mask, strict=True)]
+        return Rows(
+            features=features,
+            actions=actions,
+            response_mask=mask,
+            ended=torch.ones(n, dtype=torch.bool),
+            group=torch.arange(n),
+            prompt_index=torch.arange(n),
+            logprobs=logprobs,
+            ref_logprobs=ref_logprobs,
+            values=None,
+            kl=torch.zeros_like(logprobs) if ref_logprobs is None else logprobs - ref_logprobs,
+            greedy=True,
+            prompts=prompts,
+            responses=responses,
         )
 
     def greedy(self, rows: Rows, policy: str, samples_per_prompt: int, do_sample: bool, **kwargs: Any) -> Rows:
@@ -402,14 +460,55 @@ class Foreign(L.LightningModule):
         return self.layer(batch).sum()
 
 
-def trainer_of(callbacks: Sequence[L.Callback], updates: int) -> L.Trainer:
-    """A trainer that writes and prints nothing."""
+class Recorder(Logger):
+    """Keeps everything that it is given to log, and is its own TensorBoard: (kind, tag, value, step) each.
+
+    Args:
+        folder: The run's.
+        kinds: What else than numbers it takes.
+    """
+
+    name, version = "recorder", 0
+
+    def __init__(
+        self, folder: Path, kinds: Sequence[str] = ("add_text", "add_histogram", "add_custom_scalars")
+    ) -> None:
+        super().__init__()
+        self.folder, self.kinds = folder, kinds
+        self.calls: list[tuple[str, str, Any, int | None]] = []
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.folder)
+
+    @property
+    def experiment(self) -> Any:
+        return SimpleNamespace(**{kind: partial(self.take, kind) for kind in self.kinds})
+
+    def take(self, kind: str, tag: Any, value: Any = None, step: int | None = None) -> None:
+        self.calls.append((kind, tag, value.tolist() if isinstance(value, Tensor) else value, step))
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.calls += [("scalar", tag, value, step) for tag, value in metrics.items() if tag != "epoch"]
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        if args or kwargs:
+            self.calls.append(("hparams", str(params), [*args, kwargs], None))
+
+    def of(self, kind: str) -> list[tuple[str, Any, int | None]]:
+        """What was logged of a kind: (tag, value, step)."""
+        return [(tag, value, step) for one, tag, value, step in self.calls if one == kind]
+
+
+def trainer_of(callbacks: Sequence[L.Callback], updates: int, logger: Logger | None = None) -> L.Trainer:
+    """A trainer that prints nothing, and writes nothing without a logger."""
     return L.Trainer(
         accelerator="cpu",
         devices=1,
         max_epochs=updates,
         callbacks=list(callbacks),
-        logger=False,
+        logger=logger or False,
+        log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -423,6 +522,7 @@ def run_updates(
     module: L.LightningModule | None = None,
     resume: Path | None = None,
     save: Path | None = None,
+    logger: Logger | None = None,
     **toy: Any,
 ) -> Any:
     """Train the toy for some updates and give it back.
@@ -433,11 +533,12 @@ def run_updates(
         module: Another module in the toy's place.
         resume: Checkpoint to go on from.
         save: Where to write a checkpoint at the end.
+        logger: Where to log.
         **toy: Arguments of :class:`Toy`.
     """
     module = Toy(**toy) if module is None else module
     data = ToyData(module.episodes) if isinstance(module, Toy) else None
-    trainer = trainer_of([callbacks] if isinstance(callbacks, L.Callback) else callbacks, updates)
+    trainer = trainer_of([callbacks] if isinstance(callbacks, L.Callback) else callbacks, updates, logger)
     with warnings.catch_warnings():  # Lightning's advice on workers, and on a toy's few batches
         warnings.filterwarnings("ignore", ".*LeafSpec.*")
         warnings.filterwarnings("ignore", ".*does not have many workers.*")

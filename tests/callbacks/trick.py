@@ -18,6 +18,7 @@ class Trick(NamedTuple):
         needs: The model without which it refuses to start.
         twice: Whether two copies may stand side by side.
         toy: Arguments of the toy on which it acts.
+        monitor: Whether it only watches: then it must leave the run as it is, to the bit, and what is logged differs.
         live: Laid over ``acts`` where it is tried on LitPPO instead, in a folder with ``prompts.jsonl`` (columns
             ``prompt``, ``level``) and ``texts.jsonl`` (column ``text``).
     """
@@ -28,6 +29,7 @@ class Trick(NamedTuple):
     needs: str | None = None
     twice: bool = False
     toy: dict[str, Any] = {}
+    monitor: bool = False
     live: Arguments = {}
 
 

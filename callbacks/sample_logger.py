@@ -1,0 +1,155 @@
+"""The same prompts answered again and again: before and after, side by side."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from lit_ppo.callbacks.base import PPOCallback, PPOModule, as_in_a_step
+from lit_ppo.callbacks.checks import at_least, refuse_beside, require, require_prompts
+from lit_ppo.callbacks.showing import html_table, pieces
+
+FILE = "samples.jsonl"
+SQUARES = ((2.0, "🟥"), (0.5, "🟧"), (0.1, "🟨"))  # nats, from which on a token gets which
+LESS_LIKELY = "🟦"
+
+
+class SampleLogger(PPOCallback):
+    """Shows what the policy answers to the same prompts before the first update and every so many updates since.
+
+    Use it always: a collapse, or a reward that is being gamed, is seen in the text long before it is seen in a curve.
+    Held-out prompts where the data module has some, else the first training prompts. The draws are the same every
+    time, so that what differs is the policy. Costs a rollout of ``prompts`` responses each time. Needs a data module
+    that lets one ``peek`` at its prompts, such as a ``PromptDataModule``.
+
+    A table in TensorBoard, or any logger whose experiment has ``add_text``: before and after with scores and KL, and
+    ahead of a token a square by its KL: 🟨 from 0.1 nats, 🟧 from 0.5, 🟥 from 2, 🟦 from -0.1 down, where the
+    reference likes the token better than the policy does. With every logger, and without one, JSON lines in the run
+    folder. Text is escaped: a tag, a table row or a control sequence in a response shows as text.
+
+    Args:
+        every: Updates from one time to the next; once more at the end of the run.
+        prompts: Prompts to answer.
+
+    Reads ``pl_module.rollout(..., stream="samples")`` and ``score``; writes ``samples.jsonl``. Logs ``samples`` as
+    text; step n is the policy after n updates.
+    Source: ours, as recommended by Zheng et al. 2023, arXiv:2307.04964, section 5.2 (reward and loss alone hide it).
+    """
+
+    def __init__(self, every: int = 50, prompts: int = 8) -> None:
+        self.every = at_least(self, "every", every, 1)
+        self.prompts = at_least(self, "prompts", prompts, 1)
+        self._updates = 0
+        self._before: list[dict[str, Any]] | None = None  # None until the first update or a checkpoint
+        self._shown = 0  # after how many updates
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse a second one, which would write into the same file."""
+        require(self, pl_module, "rollout", "score", "tokenizer")
+        refuse_beside(self, trainer, SampleLogger, why="both would write the same samples")
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Refuse data without prompts to look at."""
+        require_prompts(self, trainer, pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Answer for the first time; forget what was written after the checkpoint that the run goes on from."""
+        _cut(_file(trainer), trainer, self._updates)
+        if self._before is None:
+            self._show(trainer, pl_module)
+
+    def on_update_end(self, trainer: L.Trainer, pl_module: PPOModule, experience: Any) -> None:
+        """Count."""
+        self._updates += 1
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Answer again, if it is time; here, as the update's own time is being taken until now."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._updates % self.every == 0:
+            self._show(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Answer for the last time."""
+        if self._shown != self._updates:
+            self._show(trainer, pl_module)
+
+    def _show(self, trainer: Any, pl_module: Any) -> None:
+        samples = self._samples(trainer, pl_module)
+        if self._before is None:
+            self._before = [{name: sample[name] for name in ("prompt", "response", "score")} for sample in samples]
+        self._shown = self._updates
+        file = _file(trainer)
+        if not trainer.is_global_zero:
+            return
+        table = self._table(samples)
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_text"):
+                logger.experiment.add_text("samples", table, self._updates)
+        if not trainer.fast_dev_run:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a", encoding="utf-8") as lines:
+                # in ASCII: a terminal on which the file is printed obeys nothing in it
+                lines.writelines(json.dumps({"update": self._updates, **sample}) + "\n" for sample in samples)
+
+    def _samples(self, trainer: Any, pl_module: Any) -> list[dict[str, Any]]:
+        peek, tokenizer = trainer.datamodule.peek, pl_module.tokenizer
+        with as_in_a_step(trainer):
+            batch = peek("val", self.prompts) or peek("train", self.prompts)
+            experience = pl_module.rollout(batch, samples_per_prompt=1, stream="samples")
+            scores = pl_module.score(experience).tolist()
+        lengths = experience.response_mask.sum(1).tolist()
+        ids, kl = experience.response_ids.tolist(), experience.kl.tolist()
+        samples = []
+        for row, n in enumerate(lengths):
+            tokens = pieces(tokenizer.decode, ids[row][:n], kl[row][:n])
+            sample = {"prompt": experience.prompts[row], "response": experience.responses[row], "score": scores[row]}
+            samples.append({**sample, "kl": sum(kl[row][:n]), "tokens": [list(token) for token in tokens]})
+        return samples
+
+    def _table(self, samples: list[dict[str, Any]]) -> str:
+        if not self._updates:
+            header = ["prompt", "before the first update", "score"]
+            return html_table(header, [[s["prompt"], s["response"], f"{s['score']:+.2f}"] for s in samples])
+        after = "after one update" if self._updates == 1 else f"after {self._updates} updates"
+        rows = []
+        for i, sample in enumerate(samples):
+            known = self._before is not None and i < len(self._before)
+            before = self._before[i] if known else {}  # type: ignore[index]
+            if before.get("prompt") != sample["prompt"]:  # resumed on others
+                before = {"response": "(not asked)", "score": float("nan")}
+            coloured = "".join(square(kl) + text for text, kl in sample["tokens"])
+            numbers = [f"{before['score']:+.2f}", coloured, f"{sample['score']:+.2f}", f"{sample['kl']:+.2f}"]
+            rows.append([sample["prompt"], before["response"], *numbers])
+        return html_table(["prompt", "before the first update", "score", after, "score", "KL"], rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the run started from, and how far it is."""
+        return {"updates": self._updates, "before": self._before, "shown": self._shown}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare with the whole run's start."""
+        self._updates, self._before = state_dict["updates"], state_dict["before"]
+        self._shown = state_dict["shown"]
+
+
+def square(kl: float) -> str:
+    """The colour of a token's KL; none where it is small.
+
+    >>> [square(kl) for kl in (0.0, 0.1, 0.6, 3.0, -0.2)]
+    ['', '🟨', '🟧', '🟥', '🟦']
+    """
+    if kl <= -SQUARES[-1][0]:
+        return LESS_LIKELY
+    return next((colour for least, colour in SQUARES if kl >= least), "")
+
+
+def _file(trainer: L.Trainer) -> Path:
+    return Path(trainer.log_dir or trainer.default_root_dir) / FILE  # asked on every rank: Lightning has them agree
+
+
+def _cut(file: Path, trainer: L.Trainer, updates: int) -> None:
+    """Leave out the lines of later updates than ``updates``: they are written again. A new run starts a new file."""
+    if trainer.is_global_zero and not trainer.fast_dev_run and file.exists():  # type: ignore[attr-defined]
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if updates else []
+        file.write_text("".join(line for line in lines if json.loads(line)["update"] <= updates), encoding="utf-8")

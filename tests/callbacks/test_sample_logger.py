@@ -1,0 +1,293 @@
+"""SampleLogger: when it samples, what it shows beside what, and that nothing in a response is obeyed."""
+
+import json
+import re
+import warnings
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_ppo.callbacks import SampleLogger
+from lit_ppo.callbacks.showing import pieces
+from tests.callbacks.toy import Recorder, Toy, ToyData, run_updates, trainer_of
+from tests.callbacks.trick import Trick
+from tests.tiny import make_causal_lm
+from tests.toys import count_good, make_data, make_module, make_trainer, write_prompts
+
+TRICK = {
+    "SampleLogger": Trick(
+        acts={"every": 2, "prompts": 3},
+        refuses={"every": 0, "prompts": 0},
+        knobs={"every": ({}, {"every": 3}), "prompts": ({}, {"prompts": 4})},
+        monitor=True,
+    )
+}
+
+
+class Cells(HTMLParser):
+    """The rows of the tables that a browser would show, and every tag in them."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.tags: set[str] = set()
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.add(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data
+
+
+def shown(text: str) -> Cells:
+    """What TensorBoard makes of a text: its own Markdown, its own cleaning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what its own parts say about each other
+        from tensorboard.plugins.text.text_plugin import text_array_to_html
+    return Cells(text_array_to_html(np.array(text), enable_markdown=True))
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def watch(folder: Path, updates: int, **options: Any) -> tuple[Toy, Recorder]:
+    logger = Recorder(folder)
+    monitor = SampleLogger(**{"every": 2, "prompts": 3, **options.pop("monitor", {})})
+    return run_updates(monitor, updates, logger=logger, **options), logger
+
+
+# ---- when, and of what
+
+
+def test_before_the_first_every_second_and_at_the_end(tmp_path: Path):
+    _, logger = watch(tmp_path, 5)
+    assert [(tag, step) for tag, _, step in logger.of("add_text")] == [("samples", step) for step in (0, 2, 4, 5)]
+    assert [line["update"] for line in lines(tmp_path)] == [0] * 3 + [2] * 3 + [4] * 3 + [5] * 3
+
+
+def test_nothing_is_sampled_when_it_is_not_due(tmp_path: Path):
+    asked: list[tuple[int, str]] = []
+
+    class Counting(Toy):
+        def sampled(self, prompts: list[str], samples_per_prompt: int, stream: str) -> Any:
+            asked.append((int(self.updates), stream))
+            return super().sampled(prompts, samples_per_prompt, stream)
+
+    watch(tmp_path, 6, module=Counting(), monitor={"every": 3})
+    assert asked == [(0, "samples"), (3, "samples"), (6, "samples")]
+
+
+def test_lines_hold_what_the_policy_says_now(tmp_path: Path):
+    """The toy's held-out score is the sum of its actions, its letters are their numbers; KL is log pi - log ref."""
+    module, _ = watch(tmp_path, 2, monitor={"prompts": 5})
+    final = module.sampled([f"prompt {i}" for i in range(5)], 1, "samples")
+    last = lines(tmp_path)[-5:]
+    assert [line["prompt"] for line in last] == [f"prompt {i}" for i in range(5)]
+    assert [len(line["response"]) for line in last] == [1, 2, 3, 4, 1]
+    for i, line in enumerate(last):
+        assert line["response"] == final.responses[i]
+        assert line["score"] == sum("abcde".index(letter) for letter in line["response"])
+        n = len(line["response"])
+        kl = (final.logprobs - final.ref_logprobs)[i, :n].tolist()
+        assert line["tokens"] == [[letter, pytest.approx(k)] for letter, k in zip(line["response"], kl, strict=True)]
+        assert line["kl"] == pytest.approx(sum(kl))
+    first = lines(tmp_path)[:5]
+    assert [line["response"] for line in first] == Toy().sampled([""] * 5, 1, "samples").responses
+    assert [line["response"] for line in first] != [line["response"] for line in last]
+
+
+def test_before_and_after_stand_side_by_side(tmp_path: Path):
+    _, logger = watch(tmp_path, 2)
+    (_, start, _), (_, later, _) = logger.of("add_text")
+    before, after = lines(tmp_path)[:3], lines(tmp_path)[3:]
+    assert shown(start).rows[0] == ["prompt", "before the first update", "score"]
+    assert shown(start).rows[1:] == [[s["prompt"], s["response"], f"{s['score']:+.2f}"] for s in before]
+    header, *rows = shown(later).rows
+    assert header == ["prompt", "before the first update", "score", "after 2 updates", "score", "KL"]
+    for row, one, other in zip(rows, before, after, strict=True):
+        assert row[:3] == [one["prompt"], one["response"], f"{one['score']:+.2f}"]
+        assert re.sub("[🟥🟧🟨🟦]", "", row[3]) == other["response"]
+        assert row[4:] == [f"{other['score']:+.2f}", f"{other['kl']:+.2f}"]
+
+
+def test_tokens_are_coloured_by_their_kl():
+    """From 0.1, 0.5 and 2 nats on, and from -0.1 down; what was not asked before is not compared with."""
+    sampler = SampleLogger()
+    sampler._updates, sampler._before = 1, []
+    tokens = [["a", 0.05], ["b", 0.1], ["c", 0.5], ["d", 2.0], ["e", -0.09], ["f", -0.1]]
+    table = sampler._table([{"prompt": "p", "response": "abcdef", "score": 0.0, "kl": 2.46, "tokens": tokens}])
+    assert shown(table).rows[1] == ["p", "(not asked)", "+nan", "a🟨b🟧c🟥de🟦f", "+0.00", "+2.46"]
+    assert shown(table).rows[0][3] == "after one update"
+
+
+def test_held_out_prompts_come_first_then_the_training_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+    peek = ToyData.peek
+    monkeypatch.setattr(ToyData, "peek", lambda data, split, n: asked.append(split) or peek(data, split, n))
+    watch(tmp_path, 1)
+    assert set(asked) == {"val"}
+    init = ToyData.__init__
+    monkeypatch.setattr(
+        ToyData, "__init__", lambda data, rows: (init(data, rows), setattr(data, "peeks", ("train",)))[0]
+    )
+    asked.clear()
+    watch(tmp_path, 1)
+    assert asked == ["val", "train"] * 2
+
+
+def test_data_without_prompts_to_look_at_is_refused_before_the_first_rollout():
+    module = Toy()
+    with pytest.raises(
+        TypeError, match="SampleLogger looks at held-out prompts, but Toy is trained without a data mod"
+    ):
+        trainer_of([SampleLogger()], 1).fit(module, ToyData(8).train_dataloader())
+    assert module.experiences == []
+
+    class Closed(ToyData):
+        peek = property()
+
+    with pytest.raises(TypeError, match="but Toy is trained on Closed, which has no peek"):
+        trainer_of([SampleLogger()], 1).fit(module, datamodule=Closed(8))
+
+
+# ---- going on
+
+
+def test_a_resumed_run_compares_with_the_whole_runs_start(tmp_path: Path):
+    """In the same folder: what was written after the checkpoint is written again, and once."""
+    whole, _ = tmp_path / "whole", watch(tmp_path / "whole", 6)
+    watch(tmp_path, 2, save=tmp_path / "two.ckpt")
+    watch(tmp_path, 4, resume=tmp_path / "two.ckpt")
+    _, logger = watch(tmp_path, 6, resume=tmp_path / "two.ckpt")
+    assert lines(tmp_path) == lines(whole)
+    assert [step for _, _, step in logger.of("add_text")] == [4, 6]
+    rows = shown(logger.of("add_text")[-1][1]).rows[1:]
+    assert [row[1] for row in rows] == [line["response"] for line in lines(whole)[:3]]
+
+
+def test_a_new_run_in_an_old_folder_starts_a_new_file(tmp_path: Path):
+    watch(tmp_path, 4)
+    watch(tmp_path, 2)
+    assert [line["update"] for line in lines(tmp_path)] == [0] * 3 + [2] * 3
+
+
+def test_a_fast_dev_run_writes_nothing(tmp_path: Path, tiny_lm: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = make_trainer(tmp_path, callbacks=[SampleLogger()], fast_dev_run=True, max_steps=-1)
+    trainer.fit(make_module(tiny_lm), make_data(tmp_path))
+    assert not list(tmp_path.rglob("samples.jsonl"))
+
+
+# ---- nothing is obeyed
+
+WICKED = [
+    "<script>alert('now')</script>",
+    "<img src=x onerror=alert(1)>",
+    "a | b |\n|---|---|\n| c | d |",
+    "line\n\n# heading\n\n- item **bold** `code` [link](javascript:alert(1))",
+    "</td></tr></table><h1>out</h1>",
+    "\x1b[2J\x1b]0;title\x07\x9b31m\x00 \x7f",
+    "&lt;b&gt; &amp; &#60;i&#62;",
+    "\u202egnp.exe \u2028 \ud800",
+    "\x02wzxhzdk:0\x03 <!-- comment --> <![CDATA[ x ]]> <?php ?>",
+]
+
+
+@pytest.mark.parametrize("wicked", WICKED)
+def test_a_response_is_shown_as_text_whatever_it_is(wicked: str):
+    """In TensorBoard's own rendering: as many cells as there should be, and in each the text, escapes written out."""
+    sampler = SampleLogger()
+    sampler._updates, sampler._before = 3, [{"prompt": wicked, "response": wicked, "score": 1.0}]
+    tokens = [[wicked, 0.0]]
+    cells = shown(sampler._table([{"prompt": wicked, "response": wicked, "score": 2.0, "kl": 0.0, "tokens": tokens}]))
+    assert cells.tags == {"table", "thead", "tbody", "tr", "th", "td"}
+    written_out = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in wicked)
+    assert cells.rows[1] == [written_out, written_out, "+1.00", written_out, "+2.00", "+0.00"]
+    assert written_out.isprintable()
+
+
+def test_the_file_can_be_printed_on_a_terminal_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Toy, "sampled", _saying(Toy.sampled, WICKED[5] + "\n\u202e"))
+    watch(tmp_path, 1)
+    raw = (tmp_path / "samples.jsonl").read_bytes()
+    assert set(raw) <= {*range(32, 128), 10}
+    assert lines(tmp_path)[0]["response"] == WICKED[5] + "\n\u202e"
+
+
+def _saying(sampled: Any, what: str) -> Any:
+    def said(*args: Any, **kwargs: Any) -> Any:
+        rows = sampled(*args, **kwargs)
+        rows.responses = [what] * len(rows)
+        return rows
+
+    return said
+
+
+def test_tokens_of_one_character_come_as_one():
+    """Bytes as tokens: an umlaut is two of them, a half one at the end stays."""
+
+    def decode(ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    ids = list("für".encode()) + [0xC3]
+    assert pieces(decode, ids, [1.0, 2.0, 4.0, 8.0, 16.0]) == [("f", 1.0), ("ü", 6.0), ("r", 8.0), ("\ufffd", 16.0)]
+    assert pieces(decode, [], []) == []
+
+
+# ---- on LitPPO
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
+
+
+def test_litppos_samples_in_tensorboard_and_beside_it(tmp_path: Path, lm: Path):
+    """The held-out prompts before and after two updates, by rollouts of the same weights; the run is the same."""
+    data: Any = {"val_path": str(write_prompts(tmp_path / "held_out.jsonl", 5))}
+    logger = TensorBoardLogger(tmp_path, name="run", version=0)
+    plain, watched = make_module(lm), make_module(lm)
+    make_trainer(tmp_path).fit(plain, make_data(tmp_path, **data))
+    callbacks: list[L.Callback] = [SampleLogger(every=2, prompts=4)]
+    make_trainer(tmp_path, callbacks=callbacks, logger=logger).fit(watched, make_data(tmp_path, **data))
+    for name, value in plain.state_dict().items():
+        assert value.equal(watched.state_dict()[name])
+    written = lines(tmp_path / "run/version_0")
+    assert [line["update"] for line in written] == [0] * 4 + [2] * 4
+    prompts = [json.loads(line)["prompt"] for line in (tmp_path / "held_out.jsonl").read_text().splitlines()][:4]
+    for module, found in ((make_module(lm), written[:4]), (watched, written[4:])):
+        experience = module.rollout(prompts, stream="samples")
+        assert [line["prompt"] for line in found] == prompts
+        assert [line["response"] for line in found] == experience.responses
+        assert [line["score"] for line in found] == count_good([], experience.responses)
+        assert [line["kl"] for line in found] == pytest.approx(experience.kl.sum(1).tolist(), abs=1e-6)
+        lengths = experience.response_mask.sum(1).tolist()
+        assert [len(line["tokens"]) for line in found] == lengths
+        ids = experience.response_ids.tolist()
+        whole = [module.tokenizer.decode(row[:n]) for row, n in zip(ids, lengths, strict=True)]
+        assert ["".join(text for text, _ in line["tokens"]) for line in found] == whole
+    events = EventAccumulator(str(tmp_path / "run/version_0")).Reload()
+    found_texts = events.Tensors("samples/text_summary")
+    assert [event.step for event in found_texts] == [0, 2]
+    rows = shown(found_texts[1].tensor_proto.string_val[0].decode()).rows[1:]
+    assert [row[:2] for row in rows] == [[line["prompt"], line["response"]] for line in written[:4]]
+
+
+def test_other_loggers_have_the_file(tmp_path: Path, lm: Path):
+    for name, logger in (("csv", CSVLogger(tmp_path, name="csv", version=0)), ("none", False)):
+        trainer = make_trainer(tmp_path / name, callbacks=[SampleLogger(every=1)], logger=logger)
+        trainer.fit(make_module(lm), make_data(tmp_path))
+    assert lines(tmp_path / "csv/version_0") == lines(tmp_path / "none")
