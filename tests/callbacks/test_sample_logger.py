@@ -139,10 +139,7 @@ def test_held_out_prompts_come_first_then_the_training_ones(tmp_path: Path, monk
     monkeypatch.setattr(ToyData, "peek", lambda data, split, n: asked.append(split) or peek(data, split, n))
     watch(tmp_path, 1)
     assert set(asked) == {"val"}
-    init = ToyData.__init__
-    monkeypatch.setattr(
-        ToyData, "__init__", lambda data, rows: (init(data, rows), setattr(data, "peeks", ("train",)))[0]
-    )
+    monkeypatch.setattr(ToyData, "peeks", ("train",))
     asked.clear()
     watch(tmp_path, 1)
     assert asked == ["val", "train"] * 2
@@ -150,9 +147,7 @@ def test_held_out_prompts_come_first_then_the_training_ones(tmp_path: Path, monk
 
 def test_data_without_prompts_to_look_at_is_refused_before_the_first_rollout():
     module = Toy()
-    with pytest.raises(
-        TypeError, match="SampleLogger looks at held-out prompts, but Toy is trained without a data mod"
-    ):
+    with pytest.raises(TypeError, match="SampleLogger looks at held-out prompts, but Toy is trained without a data"):
         trainer_of([SampleLogger()], 1).fit(module, ToyData(8).train_dataloader())
     assert module.experiences == []
 
@@ -242,7 +237,7 @@ def test_tokens_of_one_character_come_as_one():
     def decode(ids: list[int]) -> str:
         return bytes(ids).decode(errors="replace")
 
-    ids = list("für".encode()) + [0xC3]
+    ids = [*"für".encode(), 0xC3]
     assert pieces(decode, ids, [1.0, 2.0, 4.0, 8.0, 16.0]) == [("f", 1.0), ("ü", 6.0), ("r", 8.0), ("\ufffd", 16.0)]
     assert pieces(decode, [], []) == []
 

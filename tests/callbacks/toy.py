@@ -102,11 +102,12 @@ class ToyData(L.LightningDataModule):
     It saves nothing: a trick that sets weights has to set them again.
     """
 
+    peeks = ("train", "val")  # splits that can be looked at
+
     def __init__(self, rows: int) -> None:
         super().__init__()
         self.columns = {"level": list(range(rows)), "size": [float(-row) for row in range(rows)]}
         self.weights: Tensor | None = None
-        self.peeks = ("train", "val")
 
     def set_weights(self, weights: Any) -> None:
         self.weights = None if weights is None else torch.as_tensor(weights, dtype=torch.float64).clone()
@@ -460,6 +461,9 @@ class Foreign(L.LightningModule):
         return self.layer(batch).sum()
 
 
+TENSORBOARD = ("add_text", "add_histogram", "add_custom_scalars")
+
+
 class Recorder(Logger):
     """Keeps everything that it is given to log, and is its own TensorBoard: (kind, tag, value, step) each.
 
@@ -470,9 +474,7 @@ class Recorder(Logger):
 
     name, version = "recorder", 0
 
-    def __init__(
-        self, folder: Path, kinds: Sequence[str] = ("add_text", "add_histogram", "add_custom_scalars")
-    ) -> None:
+    def __init__(self, folder: Path, kinds: Sequence[str] = TENSORBOARD) -> None:
         super().__init__()
         self.folder, self.kinds = folder, kinds
         self.calls: list[tuple[str, str, Any, int | None]] = []
