@@ -125,12 +125,12 @@ class SampleLogger(PPOCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """What the run started from, and how far it is."""
-        return {"updates": self._updates, "before": self._before, "shown": self._shown}
+        return {"updates": self._updates, "before": self._before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Compare with the whole run's start."""
         self._updates, self._before = state_dict["updates"], state_dict["before"]
-        self._shown = state_dict["shown"]
+        self._shown = self._updates
 
 
 def square(kl: float) -> str:

@@ -24,7 +24,7 @@ from lit_ppo.models import (
     load_tokenizer,
 )
 from lit_ppo.optimizer_settings import BuiltOptimizer, restore_settings
-from lit_ppo.policy import Policy
+from lit_ppo.policy import Policy, models_of
 from lit_ppo.rewards import RewardModel
 from lit_ppo.rollout import generation_config
 from lit_ppo.schedulers import per_step
@@ -32,6 +32,7 @@ from lit_ppo.sharding import build, check_placed, shard
 from lit_ppo.whole import whole_weights
 
 M = TypeVar("M", bound=nn.Module)
+FROZEN = ("rewards.", "eval_rewards.")
 
 
 class Assembly(Policy):
@@ -124,17 +125,17 @@ class Assembly(Policy):
 
     def _build_rewards(self) -> None:
         """Load what scores; of our own kind of reward model, each rank keeps a share."""
-        for source in self.reward_models:
+        for source in models_of(self):
             built = build(self._strategy, source.built)
             if built is not source:  # another rank built it
                 vars(source).clear()
                 vars(source).update(vars(built))
             source.requires_grad_(False).eval()
             source.model = shard(self._strategy, source.model, frozen=True)
-        if hasattr(self.rewards, "build"):
-            self.rewards.build()
-        if isinstance(self.rewards, nn.Module):
-            self.rewards.requires_grad_(False).eval()
+        for rewards in (self.rewards, self.eval_rewards):
+            getattr(rewards, "build", lambda: None)()
+            if isinstance(rewards, nn.Module):
+                rewards.requires_grad_(False).eval()
 
     def _critic_source(self) -> tuple[str, int | None]:
         """Where the critic's weights come from, and which output of a reward model its head starts as."""
@@ -182,7 +183,7 @@ class Assembly(Policy):
 
     def _saved(self) -> Callable[[str], bool]:
         """Which names of weights checkpoints hold; of a model with an adapter, those that are trained."""
-        frozen = ("rewards.",) if self.checkpoint_reference else ("rewards.", "reference.")
+        frozen = FROZEN if self.checkpoint_reference else (*FROZEN, "reference.")
         trained = {_plain(name) for name, parameter in self.named_parameters() if parameter.requires_grad}
         return lambda name: not name.startswith(frozen) and (not name.startswith(self._adapted) or name in trained)
 
@@ -220,7 +221,7 @@ class Assembly(Policy):
         """Build nothing but what :meth:`save_pretrained` writes: the other models need not even be there any more."""
         self.paths |= {"critic": None, "reference": None}
         self.lora["critic"] = None
-        self.rewards = None  # type: ignore[assignment]
+        self.rewards = self.eval_rewards = None  # type: ignore[assignment]
 
     def save_pretrained(self, dirpath: str | Path, *, adapter: bool = False) -> None:
         """Write the actor in Hugging Face format: weights, config, tokenizer, generation config.

@@ -5,18 +5,36 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torchmetrics import MeanMetric
 
 from lit_ppo.distributed import rank
-from lit_ppo.policy import Policy
+from lit_ppo.experience import Experience
+from lit_ppo.functional import wins
+from lit_ppo.policy import Policy, names_of
 
 PREDICTIONS = "predictions.jsonl"
 
 
 class Evaluation(Policy):
-    """Every draw comes from a fixed stream of its own: the same prompts give comparable numbers all run long."""
+    """Every draw comes from a fixed stream of its own: the same prompts give comparable numbers all run long.
+
+    The reference answers by the same draws, once: the actor wins exactly half of the time until it differs.
+    """
+
+    _means: dict[str, MeanMetric]  # by what they are logged as
+    _reference_judged: dict[str, tuple[list[str], dict[str, Tensor]]]  # stream -> prompts, scores by each judge
+
+    def validate_start(self) -> None:
+        """Run validation before the first update, where the trainer runs any; a resumed run has done so."""
+        trainer = self.trainer
+        if trainer.global_step == 0 and trainer.enable_validation:
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
 
     def validation_step(self, prompts: Any, batch_idx: int) -> None:
-        """Log score, KL and length of one response to each prompt."""
+        """Log score, KL and length of one response to each prompt, and how often it beats the reference's."""
         self._evaluate("val", prompts, batch_idx)
 
     def test_step(self, prompts: Any, batch_idx: int) -> None:
@@ -24,17 +42,38 @@ class Evaluation(Policy):
         self._evaluate("test", prompts, batch_idx)
 
     def _evaluate(self, name: str, prompts: Any, batch_idx: int) -> None:
-        experience = self.rollout(prompts, samples_per_prompt=1, stream=f"{name}/{batch_idx}")
+        stream = f"{name}/{batch_idx}"
+        experience = self.rollout(prompts, samples_per_prompt=1, stream=stream)
+        scores = self._judged(experience)
         metrics = {
-            "score": self.score(experience).mean(),
-            **{f"score/{source}": experience.extras[source].mean() for source in self.source_names},
-            "kl": experience.kl.sum(1).mean(),
-            "length": experience.response_mask.sum(1).float().mean(),
-            "ended_fraction": experience.ended.float().mean(),
+            **{f"score{judge}": values for judge, values in scores.items()},
+            "kl": experience.kl.sum(1),
+            "length": experience.response_mask.sum(1),
+            "ended_fraction": experience.ended,
         }
-        # the same on every rank; a mean over ranks changes nothing, and saves Lightning's advice to take one
-        named = {f"{name}/{key}": value for key, value in metrics.items()}
-        self.log_dict(named, batch_size=len(experience), sync_dist=True)
+        if self.reference is not None:
+            theirs = self._reference_scores(prompts, stream, experience.prompts)
+            metrics |= {f"win_rate{judge}": wins(ours, theirs[judge]) for judge, ours in scores.items()}
+        for key, values in metrics.items():
+            mean = self._means.setdefault(f"{name}/{key}", MeanMetric(sync_on_compute=False)).to(self.device)
+            mean.update(values.float())  # the same on every rank: nothing to exchange
+            self.log(f"{name}/{key}", mean, metric_attribute=f"{name}/{key}", batch_size=len(experience))
+
+    def _judged(self, experience: Experience) -> dict[str, Tensor]:
+        """Scores by the training reward, under the empty name, and by whatever else has one."""
+        named = self.scores_by(self.rewards, experience)
+        if self.eval_rewards is not None:
+            judged = self.scores_by(self.eval_rewards, experience)
+            named |= {name: judged[name] for name in names_of(self.eval_rewards)}
+        return {f"/{name}" if name else "": scores for name, scores in named.items()}
+
+    def _reference_scores(self, prompts: Any, stream: str, texts: list[str]) -> dict[str, Tensor]:
+        """The same of the reference's own responses to the same prompts, sampled when first asked for."""
+        known = self._reference_judged.get(stream)
+        if known is None or known[0] != texts:
+            theirs = self.rollout(prompts, samples_per_prompt=1, policy="reference", logprobs=False, stream=stream)
+            known = self._reference_judged[stream] = texts, self._judged(theirs)
+        return known[1]
 
     def on_predict_start(self) -> None:
         """Begin a list of rows."""

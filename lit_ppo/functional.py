@@ -539,3 +539,15 @@ def popart_rescaling(mean: float, std: float, new_mean: float, new_std: float) -
     (0.5, -3.0)
     """
     return std / new_std, (mean - new_mean) / new_std
+
+
+def wins(scores: Tensor, others: Tensor) -> Tensor:
+    """1 where a score beats the other one, 0 where it loses, one half where they are equal: their mean is a win rate.
+
+    Shapes:
+        scores, others (B,) -> (B,).
+
+    >>> wins(torch.tensor([2.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 1.0])).tolist()
+    [1.0, 0.5, 0.0]
+    """
+    return 0.5 + 0.5 * (scores - others).sign()

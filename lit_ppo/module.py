@@ -21,7 +21,7 @@ from lit_ppo.experience import Experience, LossReduction, Minibatch
 from lit_ppo.functional import KLEstimator, policy_loss, token_rewards, value_loss
 from lit_ppo.metrics import forget_last_update, in_force, log_policy
 from lit_ppo.preflight import check_batch, preflight
-from lit_ppo.rewards import Rewards, as_source
+from lit_ppo.rewards import Rewards, ScoreSource, as_source, judges
 from lit_ppo.sharding import shards
 from lit_ppo.steps import OptimizerSteps
 from lit_ppo.whole_files import use_whole_files
@@ -48,6 +48,8 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         critic_lora: The same for the critic; its value head is trained as a whole.
         rewards: A ``RewardModel``, a ``RewardFunction``, any callable ``(prompts, responses, **columns)``, or a dict
             of those by name, each plain or as ``{source: ..., weight: ...}``.
+        eval_rewards: Score sources by name that judge in validation and test alone, each by a mean score and by how
+            often it prefers the actor's response to the reference's.
         advantages: Estimator; of those in ``lit_ppo.advantages`` only ``GAE`` takes a critic.
         generation: Fields of ``transformers.GenerationConfig``; ``max_new_tokens`` is needed.
         temperature: Of sampling and of all log-probs.
@@ -96,6 +98,7 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         actor_lora: dict[str, Any] | None = None,
         critic_lora: dict[str, Any] | None = None,
         rewards: Rewards,
+        eval_rewards: dict[str, ScoreSource] | None = None,
         advantages: AdvantageEstimator = GAE(),  # noqa: B008  # stateless
         generation: dict[str, Any],
         temperature: float = 1.0,
@@ -135,6 +138,7 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         self.reference_dtype = reference_dtype
         self.lora = {"actor": actor_lora, "critic": critic_lora}
         self.rewards = as_source(rewards)
+        self.eval_rewards = None if eval_rewards is None else judges(type(self).__name__, self.rewards, eval_rewards)
         self.advantages = advantages
         self.generation_fields = dict(generation)
         self.temperature, self.samples_per_prompt = temperature, samples_per_prompt
@@ -156,6 +160,7 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         self.rollouts = self.skipped_steps = 0
         self.actor_frozen = self._actor_rests = self.checkpoint_reference = False
         self.phase, self.seconds = "", {}
+        self._means, self._reference_judged = {}, {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._built = False
         self._optimizers_built, self._resumed = {}, None
@@ -290,8 +295,9 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
     def train(self, mode: bool = True) -> "LitPPO":
         """Frozen score sources stay in eval mode, as all our models do."""
         super().train(mode)
-        if isinstance(self.rewards, nn.Module):
-            self.rewards.train(False)
+        for source in (self.rewards, self.eval_rewards):
+            if isinstance(source, nn.Module):
+                source.train(False)
         return self
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -304,6 +310,11 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         """Try what would fail later, before the first rollout."""
         with self.trainer.precision_plugin.forward_context():  # as steps run in, and Lightning's hooks do not
             preflight(self)
+
+    def on_train_start(self) -> None:
+        """Measure what training starts from."""
+        super().on_train_start()
+        self.validate_start()
 
 
 def _is_plain(value: Any) -> bool:

@@ -26,6 +26,7 @@ class Policy(Sampling):
     """Rollouts and scores over all ranks: a global batch goes in, a global batch comes out."""
 
     rewards: Callable[[Any], Tensor]
+    eval_rewards: Callable[[Any], Tensor] | None
     kl_estimator: KLEstimator
     samples_per_prompt: int
     micro_batch_size: int | None
@@ -80,6 +81,19 @@ class Policy(Sampling):
         Shapes:
             -> (B,) float32.
         """
+        named = self.scores_by(self.rewards, experience)
+        scores = named.pop("")
+        experience.extras.update(named)
+        return scores
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def scores_by(self, source: Callable[[Any], Tensor], experience: Experience) -> dict[str, Tensor]:
+        """Scores by any source, under the empty name; where it is of several, each one's under its own.
+
+        Shapes:
+            -> (B,) float32 each.
+        """
         self.configure_model()
         plan = deal([1] * len(experience), n_ranks())
         rows = plan[rank()][0]
@@ -89,21 +103,19 @@ class Policy(Sampling):
                 return {}
             mine = experience.select(rows)
             with time_limit(self.reward_timeout, f"rewards of {len(mine)} responses (reward_timeout)"):
-                scores = check_scores(self.rewards(mine), len(mine), "rewards", mine.responses)
-            return {"": scores.cpu(), **{name: mine.extras[name].cpu() for name in self.source_names}}
+                scores = check_scores(source(mine), len(mine), "rewards", mine.responses)
+            return {"": scores.cpu(), **{name: mine.extras[name].cpu() for name in names_of(source)}}
 
         with ExitStack() as whole:
-            for source in self.reward_models:
-                whole.enter_context(gathered(source.model))
+            for model in models_of(source):
+                whole.enter_context(gathered(model.model))
             parts = gather_shares(share)
         names = {name for part in parts for name in part}
         named = {name: torch.empty(len(experience), dtype=torch.float32, device=self.device) for name in names}
         for part, micro_batches in zip(parts, plan, strict=True):
             for name, values in part.items():
                 named[name][micro_batches[0]] = values.to(self.device)
-        scores = named.pop("")
-        experience.extras.update(named)
-        return scores
+        return named
 
     def actor_forward(self, model: Actor | WithoutAdapter, rows: Experience, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The one training forward, on some rows: log-probs and entropy (or exact KL), (b, T)."""
@@ -123,14 +135,9 @@ class Policy(Sampling):
         )
 
     @property
-    def reward_models(self) -> list[RewardModel]:
-        """Those among the rewards."""
-        return [part for part in self.modules() if isinstance(part, RewardModel)]
-
-    @property
     def source_names(self) -> list[str]:
         """Names of the rewards where there are several; ``score`` leaves each one's in ``extras``."""
-        return list(getattr(self.rewards, "sources", {}))
+        return names_of(self.rewards)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -195,6 +202,16 @@ class Policy(Sampling):
                     whole = gathered.setdefault(name, value.new_zeros(experience.response_ids.shape))
                     whole[rows] = value[: len(rows)]
         return {name: value.to(self.device) for name, value in gathered.items()}
+
+
+def names_of(source: Any) -> list[str]:
+    """Names of the sources that a score source is made of."""
+    return list(getattr(source, "sources", {}))
+
+
+def models_of(source: Any) -> list[RewardModel]:
+    """Reward models in a score source, or in a whole module."""
+    return [part for part in source.modules() if isinstance(part, RewardModel)] if hasattr(source, "modules") else []
 
 
 def _widen(x: Tensor, rows: Experience) -> Tensor:

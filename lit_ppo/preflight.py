@@ -81,6 +81,8 @@ def try_prompts(module: "LitPPO", split: str, prompts: Any) -> None:
     try:
         experience = module.rollout(prompts, samples_per_prompt=1, logprobs=False, stream="preflight")
         module.score(experience)
+        if split == "val" and module.eval_rewards is not None:
+            module.scores_by(module.eval_rewards, experience)
     except Exception as error:
         raise ValueError(f"first {split} prompt: {error}") from error
 

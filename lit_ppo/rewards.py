@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from lit_ppo.reward_functions import RewardFunction, check_scores, takes_experience
 from lit_ppo.reward_models import RewardModel
 
-__all__ = ["RewardFunction", "RewardModel", "Rewards", "ScoreSource", "WeightedRewards", "WeightedSource", "as_source"]
+__all__ = [
+    "RewardFunction",
+    "RewardModel",
+    "Rewards",
+    "ScoreSource",
+    "WeightedRewards",
+    "WeightedSource",
+    "as_source",
+    "judges",
+]
 
 ScoreSource = RewardModel | RewardFunction | Callable[..., Any]  # classes first: configurations name them shortly
 """``source(experience)``, or a plain reward function ``(prompts, responses, **columns)``; see :func:`as_source`."""
@@ -119,3 +128,25 @@ def as_source(rewards: Any) -> ScoreSource:
         f"rewards={rewards!r}: {type(rewards).__name__} is neither a score source nor a function; "
         "give a RewardModel, a function (prompts, responses, **columns), or a dict of those by name"
     )
+
+
+def judges(owner: str, rewards: Any, eval_rewards: Any) -> WeightedRewards:
+    """The score sources that judge held-out responses.
+
+    Args:
+        owner: The class that was given them, for messages.
+        rewards: What is trained on.
+        eval_rewards: Name -> source.
+
+    Raises:
+        ValueError: They are no dict by name, or one has the name of a training reward.
+    """
+    if not isinstance(eval_rewards, Mapping) or not eval_rewards:
+        raise ValueError(f"{owner}(eval_rewards={eval_rewards!r}): give a dict of score sources by name, or none")
+    taken = [name for name in getattr(rewards, "sources", {}) if name in eval_rewards]
+    if taken:
+        raise ValueError(
+            f"{owner}(eval_rewards): {', '.join(taken)} is a training reward's name, and both would be logged under "
+            "it; rename one of them"
+        )
+    return WeightedRewards(eval_rewards)

@@ -11,7 +11,7 @@ from lit_ppo import distributed, sampling
 from lit_ppo.distributed import gather_shares
 from tests.scripts.two_ranks import JOBS
 from tests.tiny import make_causal_lm
-from tests.toys import make_module, run
+from tests.toys import make_data, make_module, make_trainer, run, write_prompts
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,6 +31,23 @@ def test_two_ranks_sample_log_and_learn_as_one(tmp_path, job):
         for name, value in ours.items():
             if not name.startswith(("time/", "throughput/")):
                 assert theirs[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def test_two_ranks_validate_as_one(tmp_path):
+    """Five held-out prompts, before the first update and after the last; every mean is over all of them, once."""
+    actor = make_causal_lm(tmp_path / "lm", scale=4.0)
+    held_out = str(write_prompts(tmp_path / "held_out.jsonl", 5))
+    trainer = make_trainer(tmp_path)
+    trainer.fit(make_module(actor, **JOBS["judged"]), make_data(tmp_path, val_path=held_out))
+    command = [sys.executable, "-m", "tests.scripts.two_ranks", str(tmp_path), str(actor), "judged"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs = torch.load(tmp_path / "two.pt", weights_only=True)["validated"]
+    ours = [row for row in trainer.logger.rows if "val/score" in row]
+    assert len(ours) == len(theirs) == 2
+    assert "val/win_rate/letters" in ours[0]
+    for one, other in zip(ours, theirs, strict=True):
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-5)
 
 
 def test_one_ranks_failure_stops_all_with_its_message(monkeypatch):

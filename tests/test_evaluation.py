@@ -6,6 +6,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lit_ppo.report import RunReport
+from lit_ppo.rewards import RewardModel
+from tests.tiny import make_causal_lm
 from tests.toys import MemoryLogger, count_good, make_data, make_module, make_trainer, write_prompts
 
 
@@ -38,10 +40,148 @@ def test_validation_during_training_moves_nothing(tmp_path, tiny_lm, data):
     with_validation, without = (make_module(tiny_lm, minibatch_size=3) for _ in range(2))
     logger = MemoryLogger()
     make_trainer(tmp_path, max_steps=3, val_check_interval=1, logger=logger).fit(with_validation, data)
-    assert len([row for row in logger.rows if "val/score" in row]) == 3
+    assert len([row for row in logger.rows if "val/score" in row]) == 1 + 3
     make_trainer(tmp_path, max_steps=3).fit(without, make_data(tmp_path, batch_size=3))
     for name, value in without.state_dict().items():
         assert value.equal(with_validation.state_dict()[name])
+
+
+def long(prompts, responses):
+    return [float(len(response.split())) for response in responses]
+
+
+def short(prompts, responses):
+    return [-float(len(response.split())) for response in responses]
+
+
+def held_out(tmp_path):
+    return [json.loads(line)["prompt"] for line in (tmp_path / "held_out.jsonl").read_text().splitlines()]
+
+
+def win_rate(ours, theirs):
+    """By counting, over all prompts."""
+    return sum((a > b) + (a == b) / 2 for a, b in zip(ours, theirs, strict=True)) / len(ours)
+
+
+def test_the_start_is_measured_first(tmp_path, sharp_lm, data):
+    """Before the first update the actor is the reference: no KL, half of the wins, and scores by hand."""
+    logger = MemoryLogger()
+    module = make_module(sharp_lm, eval_rewards={"long": long, "short": short}, minibatch_size=3)
+    make_trainer(tmp_path, max_steps=4, val_check_interval=2, logger=logger).fit(module, data)
+    order = ["val" if "val/score" in row else "train" for row in logger.rows if {"val/score", "policy/loss"} & {*row}]
+    assert order == ["val", "train", "train", "val", "train", "train", "val"]
+    start, _, end = (row for row in logger.rows if "val/score" in row)
+    fresh, prompts = make_module(sharp_lm), held_out(tmp_path)
+    both = [(m.rollout(p, stream=s).responses) for m in (fresh, module) for p, s in halves(prompts)]
+    before, after = both[0] + both[1], both[2] + both[3]
+    assert before != after
+    for row, responses in ((start, before), (end, after)):
+        for name, judge in (("", count_good), ("/long", long), ("/short", short)):
+            ours, theirs = judge([], responses), judge([], before)
+            assert row[f"val/score{name}"] == pytest.approx(sum(ours) / 5)
+            assert row[f"val/win_rate{name}"] == pytest.approx(win_rate(ours, theirs))
+    assert start["val/kl"] == pytest.approx(0.0, abs=1e-5)
+    assert start["val/win_rate"] == start["val/win_rate/long"] == 0.5
+    assert end["val/win_rate/long"] != 0.5
+    assert end["val/win_rate/long"] == pytest.approx(1 - end["val/win_rate/short"])
+
+
+def halves(prompts):
+    """Batches of the data module, and the streams that they are sampled by."""
+    return [(prompts[:3], "val/0"), (prompts[3:], "val/1")]
+
+
+@pytest.fixture(scope="module")
+def sharp_lm(tmp_path_factory):
+    return make_causal_lm(tmp_path_factory.mktemp("sharp"), scale=4.0)
+
+
+def test_the_reference_answers_once(tmp_path, sharp_lm, data):
+    """Once a batch for a whole run; again where the prompts are others."""
+    module = make_module(sharp_lm, eval_rewards={"long": long}, minibatch_size=3)
+    asked = []
+    rollout = module.rollout
+
+    def counting(prompts, **kwargs):
+        asked.extend([kwargs["stream"]] if kwargs.get("policy") == "reference" else [])
+        return rollout(prompts, **kwargs)
+
+    module.rollout = counting
+    make_trainer(tmp_path, max_steps=2, val_check_interval=1).fit(module, data)
+    assert asked == ["val/0", "val/1"]
+    other = make_data(tmp_path, val_path=str(write_prompts(tmp_path / "more.jsonl", 6)), batch_size=3)
+    make_trainer(tmp_path).validate(module, other, verbose=False)
+    assert asked == ["val/0", "val/1", "val/1"]  # the first three prompts are the same
+
+
+def test_judges_change_nothing(tmp_path, sharp_lm, data):
+    """Neither the weights, nor what is in a checkpoint."""
+    runs = [make_module(sharp_lm, minibatch_size=3, **judged) for judged in ({}, {"eval_rewards": {"long": long}})]
+    for module in runs:
+        make_trainer(tmp_path, max_steps=2, val_check_interval=1).fit(module, data)
+    one, other = (module.state_dict() for module in runs)
+    assert one.keys() == other.keys()
+    assert all(value.equal(other[name]) for name, value in one.items())
+
+
+def test_a_reward_model_may_judge(tmp_path, sharp_lm, tiny_reward, data):
+    """It is loaded, frozen, stays in eval mode and out of checkpoints."""
+    judge = RewardModel(str(tiny_reward))
+    module = make_module(sharp_lm, eval_rewards={"judge": judge}, minibatch_size=3)
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(module, data)
+    assert not any("reward" in name for name in module.state_dict())
+    assert not any(parameter.requires_grad for parameter in judge.parameters())
+    assert not any(part.training for part in module.train().eval_rewards.modules())
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    again = make_module(sharp_lm, eval_rewards={"judge": RewardModel(str(tiny_reward))}, minibatch_size=3)
+    logger = MemoryLogger()
+    make_trainer(tmp_path, max_steps=2, val_check_interval=1, logger=logger).fit(
+        again, data, ckpt_path=tmp_path / "one.ckpt"
+    )
+    (row,) = (row for row in logger.rows if "val/score" in row)  # a resumed run has measured its start
+    responses = [r for p, s in halves(held_out(tmp_path)) for r in again.rollout(p, stream=s).responses]
+    theirs = make_module(sharp_lm, rewards=RewardModel(str(tiny_reward)))
+    scores = [theirs.score(theirs.rollout(p, stream=s)) for p, s in halves(held_out(tmp_path))]
+    assert row["val/win_rate/judge"] >= 0
+    ours = [
+        again.scores_by(again.eval_rewards, again.rollout(p, stream=s))["judge"] for p, s in halves(held_out(tmp_path))
+    ]
+    assert row["val/score/judge"] == pytest.approx(float(sum(s.sum() for s in ours)) / 5, rel=1e-5)
+    assert row["val/win_rate/judge"] == pytest.approx(
+        win_rate([float(x) for s in ours for x in s], [float(x) for s in scores for x in s])
+    )
+    assert len(responses) == 5
+
+
+def test_without_a_reference_nobody_wins(tmp_path, sharp_lm, data):
+    module = make_module(sharp_lm, reference=None, eval_rewards={"long": long})
+    trainer = make_trainer(tmp_path)
+    trainer.validate(module, data, verbose=False)
+    assert {name for name in trainer.callback_metrics if "/" in name} == {
+        "val/score", "val/score/long", "val/kl", "val/length", "val/ended_fraction"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [{}, long, ["long"]])
+def test_judges_without_names_are_refused(given):
+    with pytest.raises(ValueError, match=r"LitPPO\(eval_rewards=.*: give a dict of score sources by name"):
+        make_module("lm", eval_rewards=given)
+
+
+def test_a_judge_by_the_name_of_a_training_reward_is_refused():
+    with pytest.raises(ValueError, match=r"LitPPO\(eval_rewards\): long is a training reward's name"):
+        make_module("lm", rewards={"long": long, "good": count_good}, eval_rewards={"long": short})
+
+
+def test_a_judge_that_fails_is_found_before_the_first_update(tmp_path, sharp_lm, data):
+    def broken(prompts, responses):
+        raise RuntimeError("out of order")
+
+    module = make_module(sharp_lm, eval_rewards={"broken": broken}, minibatch_size=3)
+    with pytest.raises(ValueError, match=r"first val prompt: .*out of order"):
+        make_trainer(tmp_path, num_sanity_val_steps=0).fit(module, data)
+    assert module.rollouts == 0
 
 
 def test_predictions_are_written_as_json_lines(tmp_path, tiny_lm, data):

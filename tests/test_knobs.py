@@ -103,9 +103,9 @@ def ppo_run(module: Any, data: PromptDataModule, *callbacks: L.Callback, **train
 
 
 def run_ppo(**arguments: Any) -> str:
-    return ppo_run(
-        make_module(arguments.pop("actor"), **arguments), PromptDataModule("rows.jsonl", batch_size=7, seed=0)
-    )
+    held_out = "held.jsonl" if "eval_rewards" in arguments else None
+    data = PromptDataModule("rows.jsonl", val_path=held_out, batch_size=7, seed=0)
+    return ppo_run(make_module(arguments.pop("actor"), **arguments), data)
 
 
 def run_prompts(**arguments: Any) -> str:
@@ -242,6 +242,7 @@ KNOBS = {
             actor_lora=(None, {"r": 2}),
             critic_lora=(None, {"r": 2}),
             rewards=(count_good, by_length),
+            eval_rewards=({"judge": count_good}, {"judge": by_length}),
             advantages=(GAE(), GAE(lam=0.5)),
             generation=({"max_new_tokens": 10}, {"max_new_tokens": 5}),
             temperature=(1.0, 0.5),

@@ -12,9 +12,16 @@ from lit_ppo.advantages import GroupRelative
 from lit_ppo.experience import Experience
 from tests.toys import logged, make_data, make_module, make_trainer
 
+
+def letters(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+    """How long a response is written out."""
+    return [float(len(response)) for response in responses]
+
+
 JOBS: dict[str, dict[str, Any]] = {
     "critic": {},
     "group": {"advantages": GroupRelative(), "critic": None, "samples_per_prompt": 2, "kl_coef": 0.0},
+    "judged": {"eval_rewards": {"letters": letters}},
 }
 
 
@@ -36,13 +43,17 @@ def main(folder: Path, actor: Path, job: str, callbacks: str | None = None) -> N
     module.__class__ = Spy
     make_callbacks: Any = pydoc.locate(callbacks) if callbacks else lambda folder: []
     trainer = make_trainer(folder / "two", devices=2, callbacks=make_callbacks(folder))
-    trainer.fit(module, make_data(folder))
+    held_out = folder / "held_out.jsonl"
+    trainer.fit(module, make_data(folder, **({"val_path": str(held_out)} if held_out.exists() else {})))
     assert trainer.world_size == 2
     shares: list[Any] = [None, None]
     torch.distributed.all_gather_object(shares, sorted(module.seen))
     assert shares[0] != shares[1], "both ranks did the same work"
     if trainer.global_rank == 0:
-        torch.save({"weights": module.state_dict(), "logged": logged(trainer)}, folder / "two.pt")
+        validated = [row for row in trainer.logger.rows if "val/score" in row]
+        torch.save(
+            {"weights": module.state_dict(), "logged": logged(trainer), "validated": validated}, folder / "two.pt"
+        )
 
 
 if __name__ == "__main__":
