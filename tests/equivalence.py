@@ -76,7 +76,7 @@ class Spy(LitPPO):
         with torch.no_grad():
             for number, (parameter, weight) in enumerate(model.named_parameters()):
                 if "lora_B" in parameter:
-                    weight.copy_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)))
+                    weight.copy_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)))
 
     def actor_forward(self, model: Any, rows: Any, **kwargs: Any) -> Any:
         self.seen.update(rows.prompts)

@@ -167,10 +167,8 @@ def run_callback(callback_class: type) -> Callable[..., str]:
     """PPO with one of the command's own callbacks: what it printed and the files it left."""
 
     def run(capture: Any, **arguments: Any) -> str:
-        module, data = (
-            make_module(Path("lm"), actor_lora={"r": 2}),
-            PromptDataModule("rows.jsonl", batch_size=7, seed=0),
-        )
+        module = make_module(Path("lm"), actor_lora={"r": 2})
+        data = PromptDataModule("rows.jsonl", batch_size=7, seed=0)
         before = set(Path().iterdir())
         ppo_run(module, data, callback_class(**arguments), max_steps=4, enable_checkpointing=True)
         left = set(Path().iterdir()) - before
