@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 HOOKS: dict[str, str] = {
     "on_rollout_start": "prompts",
@@ -127,6 +128,10 @@ class PPOModule(Protocol):
         """
         ...
 
+    def loss_on_text(self, batch: Any) -> tuple[float, int]:
+        """The actor's next-token loss on text, the same on every rank, and the tokens it is a mean of; no gradients."""
+        ...
+
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Lightning's."""
         ...
@@ -226,3 +231,14 @@ def make_ready(data: L.LightningDataModule, trainer: L.Trainer) -> None:
     rank_zero_only(data.prepare_data)()
     trainer.strategy.barrier("data of a callback")
     data.setup("fit")
+
+
+def batch_of(loader: DataLoader[Any], rows: list[int]) -> Any:
+    """The batch that a loader makes of some rows of its data set, whatever its own order; every rank gets the same.
+
+    Args:
+        loader: One with a data set that :func:`~lit_ppo.callbacks.checks.loader_over_rows` took.
+        rows: Row numbers; a single one where the rows are batches.
+    """
+    chosen = [loader.dataset[row] for row in rows]
+    return loader.collate_fn(chosen if loader.batch_size else chosen[0])

@@ -3,6 +3,7 @@
 from typing import Any
 
 import lightning as L
+from torch.utils.data import DataLoader, IterableDataset
 
 
 def require(callback: L.Callback, pl_module: Any, *names: str) -> None:
@@ -86,6 +87,27 @@ def require_prompts(callback: L.Callback, trainer: L.Trainer, pl_module: Any) ->
             f"{type(callback).__name__} looks at held-out prompts, but {type(pl_module).__name__} is trained {lacks}; "
             "train it on a PromptDataModule, or remove the callback"
         )
+
+
+def loader_over_rows(callback: L.Callback, data: L.LightningDataModule, name: str) -> DataLoader[Any]:
+    """The data module's loader, if its rows can be drawn in an order of the callback's own.
+
+    Args:
+        callback: Who draws.
+        data: The data module.
+        name: The method that gives the loader.
+
+    Raises:
+        ValueError: It is no ``DataLoader`` over a data set with a length. Names both.
+    """
+    loader = getattr(data, name)()
+    batched = isinstance(loader, DataLoader) and (loader.batch_size is not None or loader.batch_sampler is None)
+    if not batched or isinstance(loader.dataset, IterableDataset) or not len(loader.dataset):
+        raise ValueError(
+            f"{type(callback).__name__}(data={type(data).__name__}): {name}() gives no DataLoader over rows that can "
+            "be drawn in an order of ours; use a data set with a length over 0, and no batch_sampler"
+        )
+    return loader  # type: ignore[no-any-return]
 
 
 def positive(callback: object, name: str, value: float) -> float:

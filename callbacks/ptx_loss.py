@@ -5,10 +5,10 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 
-from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule, make_ready
-from lit_ppo.callbacks.checks import positive, refuse_beside, require
+from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule, batch_of, make_ready
+from lit_ppo.callbacks.checks import loader_over_rows, positive, refuse_beside, require
 
 
 class PTXLoss(PPOCallback):
@@ -55,19 +55,10 @@ class PTXLoss(PPOCallback):
         if stage != "fit":
             return
         make_ready(self.data, trainer)
-        self._loader = self._checked(self.data.train_dataloader())
+        self._loader = loader_over_rows(self, self.data, "train_dataloader")
         seeds = [getattr(owner, "seed", None) for owner in (self.data, pl_module)]
         self._seed = next((seed for seed in seeds if isinstance(seed, int)), 0)
         self._permutation = (-1, torch.empty(0))  # of another run
-
-    def _checked(self, loader: Any) -> DataLoader[Any]:
-        batched = isinstance(loader, DataLoader) and (loader.batch_size is not None or loader.batch_sampler is None)
-        if not batched or isinstance(loader.dataset, IterableDataset) or not len(loader.dataset):
-            raise ValueError(
-                f"PTXLoss(data={type(self.data).__name__}): train_dataloader() gives no DataLoader over rows that can "
-                "be drawn in an order of ours; use a data set with a length over 0, and no batch_sampler"
-            )
-        return loader  # type: ignore[no-any-return]
 
     def on_minibatch_start(self, trainer: L.Trainer, pl_module: PPOModule, minibatch: MinibatchLike) -> None:
         """Back-propagate the next text batch, once an optimizer step."""
@@ -82,8 +73,7 @@ class PTXLoss(PPOCallback):
         size = loader.batch_size or 1  # None: the data set's rows are batches
         epoch, batch = divmod(self._drawn, -(-len(dataset) // size))
         self._drawn += 1
-        rows = [dataset[row] for row in self._order(epoch)[batch * size : (batch + 1) * size].tolist()]
-        return loader.collate_fn(rows if loader.batch_size else rows[0])
+        return batch_of(loader, self._order(epoch)[batch * size : (batch + 1) * size].tolist())
 
     def _order(self, epoch: int) -> Tensor:
         assert self._loader is not None

@@ -135,20 +135,47 @@ class OptimizerSteps(Policy):
         Raises:
             ValueError: The labels are not the ids of the same place, or a text is beyond the actor's positions.
         """
-        batch = {name: tensor.cpu() for name, tensor in batch.items()}
-        targets = text_targets(batch, getattr(self.actor.model.config.get_text_config(), _POSITIONS, None))
-        n_tokens = max(1, int(targets.sum()))
+        batch, targets, n_tokens = self._text(batch)
         before = {p: p.grad.clone() for p in self.actor.parameters() if p.grad is not None}
         total = torch.zeros((), device=self.device)
         for rows in self.accumulated(self.plan(batch["attention_mask"].sum(1).tolist())[rank()]):
-            part = {name: tensor[rows or [0]] for name, tensor in batch.items()}
-            ids, target_mask = part["input_ids"].to(self.device), targets[rows or [0]]
-            logprobs, _ = self.actor(ids, part["attention_mask"].bool(), target_mask=target_mask)
-            loss = -logprobs.sum() / n_tokens * bool(rows)
+            loss = self._text_loss(batch, targets, rows) / n_tokens
             self.manual_backward(coef * n_ranks() * loss)
             total += loss.detach()
         added = [p.grad - before[p] if p in before else p.grad for p in self.actor.parameters() if p.grad is not None]
         return sum_over_ranks({"loss": total})["loss"], float(total_norm(self.actor, added))
+
+    @torch.no_grad()
+    def loss_on_text(self, batch: dict[str, Tensor]) -> tuple[float, int]:
+        """The actor's next-token loss on a text batch, the same one on every rank; leaves no gradients.
+
+        Args:
+            batch: As :meth:`backward_on_text` takes it.
+
+        Returns:
+            The loss over all ranks, a mean over tokens, and their number.
+
+        Raises:
+            ValueError: As there.
+        """
+        batch, targets, n_tokens = self._text(batch)
+        parts = [
+            self._text_loss(batch, targets, rows) for rows in self.plan(batch["attention_mask"].sum(1).tolist())[rank()]
+        ]
+        return sum_over_ranks({"loss": torch.stack(parts).sum()})["loss"] / n_tokens, n_tokens
+
+    def _text(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, int]:
+        """The batch on the host, which tokens are predicted, and how many."""
+        batch = {name: tensor.cpu() for name, tensor in batch.items()}
+        targets = text_targets(batch, getattr(self.actor.model.config.get_text_config(), _POSITIONS, None))
+        return batch, targets, max(1, int(targets.sum()))
+
+    def _text_loss(self, batch: dict[str, Tensor], targets: Tensor, rows: list[int]) -> Tensor:
+        """Sum over the tokens of some rows; none of them is a row of no weight, so that every rank runs a forward."""
+        part = {name: tensor[rows or [0]] for name, tensor in batch.items()}
+        ids, target_mask = part["input_ids"].to(self.device), targets[rows or [0]]
+        logprobs: Tensor = self.actor(ids, part["attention_mask"].bool(), target_mask=target_mask)[0]
+        return -logprobs.sum() * bool(rows)
 
     def exact_kl(self, minibatch: Minibatch) -> Tensor:
         """KL to the reference over the whole vocabulary, per token and differentiable.

@@ -81,6 +81,8 @@ def test_the_start_is_measured_first(tmp_path, sharp_lm, data):
             assert row[f"val/score{name}"] == pytest.approx(sum(ours) / 5)
             assert row[f"val/win_rate{name}"] == pytest.approx(win_rate(ours, theirs))
     assert start["val/kl"] == pytest.approx(0.0, abs=1e-5)
+    kl = [module.rollout(p, stream=s).kl.sum() for p, s in halves(prompts)]
+    assert end["val/kl"] == pytest.approx(float(sum(kl)) / 5, rel=1e-5)  # nats a response
     assert start["val/win_rate"] == start["val/win_rate/long"] == 0.5
     assert end["val/win_rate/long"] != 0.5
     assert end["val/win_rate/long"] == pytest.approx(1 - end["val/win_rate/short"])

@@ -378,6 +378,11 @@ class Toy(L.LightningModule):
         self.manual_backward(coef * loss)
         return loss.item(), self.norm_of_gradients()
 
+    @torch.no_grad()
+    def loss_on_text(self, batch: dict[str, Tensor]) -> tuple[float, int]:
+        """The same, and the number of tokens."""
+        return -self.logprobs(batch["features"], batch["actions"]).mean().item(), batch["actions"].numel()
+
     def norm_of_gradients(self) -> float:
         """The actor's."""
         return float(nn.utils.get_total_norm([p.grad for p in self.actor.parameters() if p.grad is not None]))

@@ -1,0 +1,214 @@
+"""AlignmentTax: the loss against the stock model's own, of which rows, when, and that it leaves no trace."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
+
+from lit_ppo import TextDataModule
+from lit_ppo.callbacks import AlignmentTax
+from tests.callbacks.toy import Recorder, Toy, ToyTexts, run_updates
+from tests.callbacks.trick import Trick
+from tests.command import REPOSITORY
+from tests.tiny import WORDS, make_causal_lm
+from tests.toys import MemoryLogger, logged, make_data, make_module, make_trainer
+
+TRICK = {
+    "AlignmentTax": Trick(
+        acts=lambda: {"data": ToyTexts(), "every": 2, "batches": 2},
+        refuses={"data": "texts.jsonl", "every": 0, "batches": 0},
+        knobs={
+            "data": ({}, {"data": ToyTexts(seed=1)}),
+            "every": ({}, {"every": 3}),
+            "batches": ({}, {"batches": 3}),
+        },
+        live=lambda: {"data": TextDataModule("texts.jsonl", max_length=8, batch_size=3)},
+        monitor=True,
+    )
+}
+
+
+def watch(
+    updates: int, folder: Path = Path(), data: Any = None, **options: Any
+) -> tuple[Any, dict[str, dict[int, float]]]:
+    """Tag -> step -> value."""
+    logger = Recorder(folder)
+    arguments = {"every": 2, "batches": 3, **options.pop("monitor", {})}
+    module = run_updates(AlignmentTax(data or ToyTexts(), **arguments), updates, logger=logger, **options)
+    found: dict[str, dict[int, float]] = {}
+    for tag, value, step in logger.of("scalar"):
+        found.setdefault(tag, {})[step] = value
+    return module, found
+
+
+def by_hand(actor: torch.nn.Module, rows: int) -> float:
+    """The mean of -log p over the first rows' tokens."""
+    data = ToyTexts()
+    data.setup("fit")
+    logits = torch.cat([actor(row["features"]) for row in data.rows[:rows]])
+    return torch.nn.functional.cross_entropy(logits, torch.cat([row["actions"] for row in data.rows[:rows]])).item()
+
+
+# ---- the loss, on the toy
+
+
+@pytest.mark.parametrize(("batches", "rows"), [(1, 2), (2, 4), (3, 5), (9, 5)])
+def test_the_loss_is_a_mean_over_the_tokens_of_the_first_rows(batches: int, rows: int):
+    """Five texts in batches of two: the last has one, and counts half as much; the loader's own order has no say."""
+    module, found = watch(1, monitor={"batches": batches})
+    assert found["tax/loss"][0] == pytest.approx(by_hand(Toy().actor, rows), rel=1e-5)
+    assert found["tax/loss"][1] == pytest.approx(by_hand(module.actor, rows), rel=1e-5)
+    assert found["tax/loss_increase"][0] == 0.0
+    change = by_hand(module.actor, rows) - by_hand(Toy().actor, rows)
+    assert found["tax/loss_increase"][1] == pytest.approx(change, rel=1e-3)
+    assert abs(change) > 1e-3
+
+
+def test_of_the_policy_that_samples_every_second_update_and_at_the_end():
+    """Step n is the policy after n updates, as it is of the scores."""
+    _, found = watch(5)
+    assert [*found["tax/loss"]] == [0, 2, 4, 5]
+    for n, loss in found["tax/loss"].items():
+        assert loss == pytest.approx(by_hand(run_updates([], n).actor if n else Toy().actor, 5), rel=1e-5)
+
+
+def test_nothing_is_measured_when_it_is_not_due():
+    asked: list[int] = []
+
+    class Counting(Toy):
+        def loss_on_text(self, batch: Any) -> tuple[float, int]:
+            asked.append(int(self.updates))
+            return super().loss_on_text(batch)
+
+    watch(6, module=Counting(), monitor={"every": 3, "batches": 1})
+    assert asked == [0, 3, 6]
+
+
+def test_validation_rows_come_first():
+    class Split(ToyTexts):
+        def val_dataloader(self) -> Any:
+            return DataLoader(self.rows[3:], batch_size=2)
+
+    class Empty(ToyTexts):
+        def val_dataloader(self) -> Any:
+            return []
+
+    data = ToyTexts()
+    data.setup("fit")
+    expected = sum(Toy().loss_on_text(torch.utils.data.default_collate([row]))[0] for row in data.rows[3:]) / 2
+    assert watch(1, data=Split())[1]["tax/loss"][0] == pytest.approx(expected, rel=1e-5)
+    assert watch(1, data=Empty())[1]["tax/loss"][0] == pytest.approx(by_hand(Toy().actor, 5), rel=1e-5)
+
+
+def test_rows_may_be_batches():
+    class Batches(ToyTexts):
+        def train_dataloader(self) -> Any:
+            return DataLoader([torch.utils.data.default_collate(self.rows[i : i + 3]) for i in (0, 3)], batch_size=None)
+
+    assert watch(1, data=Batches())[1]["tax/loss"][0] == pytest.approx(by_hand(Toy().actor, 5), rel=1e-5)
+
+
+def test_a_resumed_run_compares_with_the_whole_runs_start(tmp_path: Path):
+    _, whole = watch(6)
+    watch(3, save=tmp_path / "three.ckpt")
+    _, rest = watch(6, resume=tmp_path / "three.ckpt")
+    assert [*rest["tax/loss"]] == [4, 6]
+    for name, values in rest.items():
+        if name.startswith("tax/"):
+            assert values == {step: whole[name][step] for step in (4, 6)}
+
+
+def test_the_data_is_set_up_with_the_trainer_and_let_go():
+    data = ToyTexts()
+    watch(2, data=data)
+    assert data.calls == ["prepare_data", "setup fit with a trainer"]
+    assert data.trainer is None
+
+
+def test_other_loaders_are_refused_before_the_first_rollout():
+    data, module = ToyTexts(), Toy()
+    data.train_dataloader = lambda: [1, 2]
+    with pytest.raises(ValueError, match=r"AlignmentTax\(data=ToyTexts\): train_dataloader\(\) gives no DataLoader"):
+        watch(1, data=data, module=module)
+    assert module.experiences == []
+
+
+def test_module_that_cannot_read_text_is_refused_before_the_first_rollout():
+    class Mute(Toy):
+        loss_on_text = property()
+
+    module = Mute()
+    with pytest.raises(TypeError, match="AlignmentTax needs loss_on_text on the module, which Mute lacks"):
+        watch(1, module=module)
+    assert module.experiences == []
+
+
+# ---- on LitPPO
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
+
+
+def texts(folder: Path) -> TextDataModule:
+    """Seven texts of two to seven words, in batches of three."""
+    rows = [{"text": " ".join(WORDS[i : i + 2 + i % 6])} for i in range(7)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return TextDataModule(str(folder / "texts.jsonl"), max_length=8, batch_size=3, seed=0)
+
+
+def stock_loss(folder: Path, model: Any) -> float:
+    """Transformers' own loss on all texts at once: a mean over tokens."""
+    data = texts(folder)
+    data.tokenizer_source = str(model.name_or_path)
+    data.setup("fit")
+    with torch.no_grad():
+        return float(model(**data.collate(data.train_rows)).loss)
+
+
+def two_rank_callbacks(folder: Path) -> list[L.Callback]:
+    """What ``tests.scripts.two_ranks`` trains with."""
+    return [AlignmentTax(texts(folder), every=1)]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, None])
+def test_litppos_loss_is_the_stock_models_and_the_run_is_the_same(tmp_path, lm, micro_batch_size):
+    plain, watched = (make_module(lm, micro_batch_size=micro_batch_size, temperature=0.7) for _ in range(2))
+    make_trainer(tmp_path, max_steps=3).fit(plain, make_data(tmp_path))
+    logger = MemoryLogger()
+    trainer = make_trainer(tmp_path, max_steps=3, callbacks=[AlignmentTax(texts(tmp_path), every=2)], logger=logger)
+    trainer.fit(watched, make_data(tmp_path))
+    for name, value in plain.state_dict().items():
+        assert value.equal(watched.state_dict()[name])
+    rows = logged(trainer)
+    assert ["tax/loss" in row for row in rows] == [True, False, True]
+    start = stock_loss(tmp_path, AutoModelForCausalLM.from_pretrained(lm).eval())
+    end = stock_loss(tmp_path, watched.actor.model)
+    assert rows[0]["tax/loss"] == pytest.approx(start, rel=1e-5)
+    assert rows[0]["tax/loss_increase"] == 0.0
+    assert logger.rows[-1]["tax/loss"] == pytest.approx(end, rel=1e-5)
+    assert logger.rows[-1]["tax/loss_increase"] == pytest.approx(end - start, rel=1e-3)
+    assert not math.isclose(start, end, rel_tol=1e-3)
+
+
+def test_two_ranks_measure_as_one(tmp_path, lm):
+    """Batches of three and of one text, which two ranks do not divide."""
+    trainer = make_trainer(tmp_path, callbacks=two_rank_callbacks(tmp_path))
+    trainer.fit(make_module(lm), make_data(tmp_path))
+    callbacks = f"{__name__}.two_rank_callbacks"
+    command = [sys.executable, "-m", "tests.scripts.two_ranks", str(tmp_path), str(lm), "critic", callbacks]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    for ours, theirs in zip(logged(trainer), two["logged"], strict=True):
+        assert theirs["tax/loss"] == pytest.approx(ours["tax/loss"], rel=1e-5)
+        assert theirs["tax/loss_increase"] == pytest.approx(ours["tax/loss_increase"], rel=1e-3, abs=1e-6)
