@@ -54,6 +54,7 @@ class ExperienceLike(Protocol):
 
     group: Tensor
     prompt_index: Tensor
+    response_ids: Tensor
     response_mask: Tensor
     ended: Tensor
     logprobs: Tensor

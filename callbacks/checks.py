@@ -152,6 +152,21 @@ def fraction(callback: object, name: str, value: float) -> float:
     return value
 
 
+def levels(callback: object, name: str, value: Any, above: float) -> tuple[float, float]:
+    """``value`` if it is two finite numbers over ``above``, the first not over the second.
+
+    Raises:
+        ValueError: Naming class, argument and value.
+    """
+    numbers = [x for x in value if isinstance(x, int | float) and not isinstance(x, bool)] if value else []
+    if len(numbers) != 2 or len(value) != 2 or not above < numbers[0] <= numbers[1] < float("inf"):
+        raise ValueError(
+            f"{type(callback).__name__}({name}={value!r}): must be two numbers over {above:g}, the level of a warning "
+            "and that of an alarm, the first not over the second; None switches the rule off"
+        )
+    return numbers[0], numbers[1]
+
+
 def exactly_one(callback: object, **arguments: Any) -> None:
     """Check that one of the arguments was given, and the others are None.
 

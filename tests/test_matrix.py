@@ -15,6 +15,8 @@ from tests.callbacks.trick import made
 from tests.tiny import WORDS, make_causal_lm
 from tests.toys import make_module, make_trainer
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*Monitor")  # what monitors have to say is tested elsewhere
+
 LORA = {"r": 2, "target_modules": "all-linear"}
 MODULES: dict[str, dict[str, Any]] = {
     "lora": {"actor_lora": LORA, "critic_lora": LORA},

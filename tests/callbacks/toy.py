@@ -141,6 +141,7 @@ class Toy(L.LightningModule):
         episodes: Responses an update; their lengths go 1, 2, 3, 4, 1, ...
         minibatch_size: Responses an optimizer step, dealt in micro-batches of two and an empty one.
         scores: Scores of update u, by default normal around 5 with deviation 3.
+        longest: Longest response of update u, by default T.
         kl_per_response: Spread evenly over each response's tokens.
         kl_coef: At the start.
         clip_range: Of the ratio; None is no clipping.
@@ -155,6 +156,7 @@ class Toy(L.LightningModule):
         episodes: int = 8,
         minibatch_size: int = 4,
         scores: Callable[[int], Sequence[float]] | None = None,
+        longest: Callable[[int], int] = lambda update: T,
         kl_per_response: float = 1.0,
         kl_coef: float = 0.1,
         clip_range: float | None = None,
@@ -166,7 +168,7 @@ class Toy(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.episodes, self.minibatch_size, self.kl_per_response = episodes, minibatch_size, kl_per_response
-        self.given_scores, self.fires = scores, fires
+        self.given_scores, self.longest, self.fires = scores, longest, fires
         self.kl_coef, self.actor_frozen, self.checkpoint_reference = kl_coef, False, False
         self.clip_range, self.ppo_epochs, self.samples_per_prompt = clip_range, ppo_epochs, 1
         with torch.random.fork_rng():
@@ -233,7 +235,7 @@ class Toy(L.LightningModule):
         samples, update = self.samples_per_prompt, int(prompts)
         random = torch.Generator().manual_seed(update)
         n = self.episodes * samples
-        lengths = torch.arange(n) % T + 1
+        lengths = torch.arange(n) % self.longest(update) + 1
         mask = torch.arange(T) < lengths[:, None]
         features = torch.randn(n, T, FEATURES, generator=random)
         actions = torch.randint(TOKENS, (n, T), generator=random)

@@ -1,0 +1,279 @@
+"""CollapseMonitor: each rule's distance and levels by hand, what is said and when, and that an alarm ends a run."""
+
+import math
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_ppo.callbacks import CollapseMonitor
+from lit_ppo.diversity import distinct_ngrams, duplicate_fraction, largest_opening
+from tests.callbacks.trick import Trick
+from tests.tiny import make_causal_lm
+from tests.toys import logged, make_data, make_module, make_trainer
+
+RULES = ("kl", "length", "perplexity", "entropy", "distinct", "duplicates", "opening", "score_tail")
+FACTORS = ("length", "perplexity", "entropy", "distinct")  # whose distance is 1 at the start
+NO_RULES: dict[str, None] = dict.fromkeys(RULES)
+LOOSE, TIGHT = (1e6, 1e7), (1e-9, 1e-8)  # of distances; a factor's are over 1
+KNOBS = {
+    **{rule: ({rule: LOOSE}, {rule: TIGHT}) for rule in ("kl", "duplicates", "opening", "score_tail")},
+    **{rule: ({rule: LOOSE}, {rule: (1.0 + 1e-7, 1.0 + 2e-7)}) for rule in FACTORS},
+}
+
+
+def falling(update: int) -> list[float]:
+    """Scores whose tail falls."""
+    return [float(row - update * 10 * (row == 0)) for row in range(8)]
+
+
+TRICK = {
+    "CollapseMonitor": Trick(
+        acts={**NO_RULES, "opening_tokens": 1},
+        refuses={
+            "kl": (0.6, 0.3),
+            "length": (1.0, 2.0),
+            "perplexity": (2.0,),
+            "entropy": (0.5, 0.25),
+            "distinct": (2.0, float("inf")),
+            "duplicates": (0.0, 0.1),
+            "opening": (True, 2.0),
+            "score_tail": "ab",
+            "ngram": 0,
+            "opening_tokens": 0,
+            "lookahead": -1,
+        },
+        knobs={
+            **KNOBS,
+            "ngram": ({"ngram": 1}, {"ngram": 2}),
+            "opening_tokens": ({"opening_tokens": 1}, {"opening_tokens": 2}),
+            "lookahead": ({"entropy": (1.25, 9.0), "lookahead": 0}, {"entropy": (1.25, 9.0), "lookahead": 100}),
+            "stop": ({"kl": TIGHT}, {"kl": TIGHT, "stop": True}),
+        },
+        toy={"scores": falling, "longest": lambda update: min(update + 2, 4)},
+        monitor=True,
+    )
+}
+
+
+def test_distinct_ngrams_by_hand() -> None:
+    """Rows 4 5 4 5, 4 5, 9. Bigrams 45, 54, 45; 45; none: 2 of 4. Unigrams: 4, 5, 9 of 7. Trigrams: 454, 545."""
+    ids = torch.tensor([[4, 5, 4, 5], [4, 5, 4, 5], [9, 4, 5, 4]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
+    assert [distinct_ngrams(ids, mask, n) for n in (1, 2, 3, 4, 5)] == [3 / 7, 2 / 4, 1.0, 1.0, 1.0]
+    assert distinct_ngrams(ids[1:], mask[1:], 3) == 1.0  # none at all
+
+
+def test_duplicates_and_openings_by_hand() -> None:
+    """What is masked does not count: rows 0, 1 and 4 are ``4 5``, rows 2 and 3 differ in length alone."""
+    ids = torch.tensor([[4, 5, 7], [4, 5, 8], [4, 5, 6], [4, 0, 0], [4, 5, 0]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
+    assert duplicate_fraction(ids, mask) == pytest.approx(2 / 5)
+    assert largest_opening(ids, mask, 1) == 1.0
+    assert largest_opening(ids, mask, 2) == pytest.approx(4 / 5)
+    assert largest_opening(ids, mask, 3) == pytest.approx(3 / 5)
+    assert largest_opening(ids, mask, 9) == pytest.approx(3 / 5)
+
+
+START: dict[str, Any] = {
+    "ids": torch.arange(40).view(10, 4),  # all different
+    "lengths": [4] * 10,
+    "logprobs": -1.0,
+    "ref_logprobs": -1.0,
+    "scores": torch.arange(10.0),
+}
+
+
+def rows(**changes: Any) -> Any:
+    """An experience with the same number at every token."""
+    x = {**START, **changes}
+    mask = torch.arange(x["ids"].shape[1]) < torch.tensor(x["lengths"])[:, None]
+    logprobs = torch.where(mask, x["logprobs"], math.nan)
+    ref = None if x["ref_logprobs"] is None else torch.where(mask, x["ref_logprobs"], math.nan)
+    kl = torch.zeros_like(logprobs) if ref is None else logprobs - ref
+    return SimpleNamespace(
+        response_ids=x["ids"], response_mask=mask, logprobs=logprobs, ref_logprobs=ref, kl=kl, raw_scores=x["scores"]
+    )
+
+
+def watch(monitor: CollapseMonitor, *experiences: Any) -> tuple[list[dict[str, float]], list[str], bool]:
+    """What is logged update by update, what is said, and whether the run is to stop."""
+    trainer: Any = SimpleNamespace(should_stop=False)
+    logs: list[dict[str, float]] = []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for experience in experiences:
+            logs.append({})
+            monitor.on_update_end(trainer, SimpleNamespace(log=logs[-1].__setitem__), experience)  # type: ignore
+    return logs, [str(warning.message) for warning in said], trainer.should_stop
+
+
+def repeated(n: int) -> Tensor:
+    """Ten different responses, of which n begin as the first does."""
+    ids = START["ids"].clone()
+    ids[:n, :2] = ids[0, :2]
+    return ids
+
+
+SAME = START["ids"][torch.tensor([0, 0, 0, 0, 0, 5, 6, 7, 8, 9])]  # four repeat the first
+# A rule, an experience, its statistic by hand, and its distance from the start.
+CASES: dict[str, tuple[dict[str, Any], float, float]] = {
+    "kl": ({"logprobs": -0.5, "ref_logprobs": -0.75}, 0.25, 0.25),  # -0.5 + 0.75 at each token
+    "length": ({"lengths": [4] * 5 + [1] * 5}, 2.5, 1.6),  # (20 + 5) / 10; 4 / 2.5
+    "perplexity": ({"ref_logprobs": -1.5, "logprobs": -1.5}, math.exp(1.5), math.exp(0.5)),
+    "entropy": ({"logprobs": -0.4, "ref_logprobs": -0.4}, 0.4, 2.5),
+    "distinct": ({"ids": SAME}, 18 / 30, 30 / 18),  # of ten times three bigrams four times three are known
+    "duplicates": ({"ids": SAME}, 0.4, 0.4),
+    "opening": ({"ids": repeated(4)}, 0.4, 1 / 3),  # 0.1 at the start: (0.4 - 0.1) / 0.9
+    # The 5% quantile lies 0.45 of the way from the lowest to the next: 0.45; (-10 + 0.45 x 11) = -5.05. The scores
+    # 0 to 9 have the variance 99 / 12.
+    "score_tail": ({"scores": torch.tensor([-10.0, *range(1, 10)])}, -5.05, 5.5 / math.sqrt(8.25)),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("factors", "level"), [((1.001, 1.1), 0.0), ((0.999, 1.001), 1.0), ((0.5, 0.999), 2.0)])
+def test_levels_of_each_rule(rule: str, factors: tuple[float, float], level: float) -> None:
+    """Just over the level, just under it; the other rules are off."""
+    changes, statistic, distance = CASES[rule]
+    bounds = (max(factors[0] * distance, 1.001 if rule in FACTORS else 0.0), factors[1] * distance)
+    monitor = CollapseMonitor(**{**NO_RULES, rule: bounds, "lookahead": 0})
+    (first, second), said, stop = watch(monitor, rows(), rows(**changes))
+    assert first["collapse/level"] == 0.0
+    assert second["collapse/level"] == level
+    assert second[f"collapse/{rule}"] == pytest.approx(statistic, rel=1e-5)
+    assert len(said) == (level > 0)
+    assert not stop
+    if said:
+        assert f"CollapseMonitor: {('warning', 'alarm')[int(level) - 1]} at update 2: " in said[0]
+        assert f"({rule} is at {distance:.3g}; it warns from {bounds[0]:g}, and alarms from {bounds[1]:g})" in said[0]
+
+
+def test_a_length_that_grows_counts_as_one_that_shrinks() -> None:
+    """2 to 4 tokens are a factor of 2."""
+    monitor = CollapseMonitor(**{**NO_RULES, "length": (1.999, 2.001), "lookahead": 0})
+    logs, said, _ = watch(monitor, rows(lengths=[2] * 10), rows())
+    assert [log["collapse/level"] for log in logs] == [0.0, 1.0]
+    assert "4 tokens a response, 2 at the start" in said[0]
+
+
+def test_what_was_so_from_the_start_is_no_collapse() -> None:
+    """All responses the same, all begin alike: the task may be so. KL is measured from 0."""
+    always = {"ids": torch.ones(10, 4, dtype=torch.long)}
+    logs, said, _ = watch(CollapseMonitor(), rows(**always), rows(**always), rows(**always))
+    assert [log["collapse/level"] for log in logs] == [0.0] * 3
+    assert said == []
+    assert logs[0]["collapse/duplicates"] == pytest.approx(0.9)
+    assert logs[0]["collapse/opening"] == 1.0
+
+
+def test_words_with_the_numbers_once_a_level() -> None:
+    """KL 0.4, 0.2, 0.4, 0.7, 0.9, 0.1: a warning, an alarm, and no more."""
+    kls = (0.0, 0.4, 0.2, 0.4, 0.7, 0.9, 0.1)
+    experiences = [rows(logprobs=-1.0, ref_logprobs=-1.0 - kl) for kl in kls]
+    logs, said, _ = watch(CollapseMonitor(**{**NO_RULES, "kl": (0.3, 0.6)}), *experiences)
+    assert [log["collapse/level"] for log in logs] == [0.0, 1.0, 0.0, 1.0, 2.0, 2.0, 0.0]
+    assert said == [
+        "CollapseMonitor: warning at update 2: the policy has left the reference: 0.4 nats a token (kl is at 0.4; it "
+        "warns from 0.3, and alarms from 0.6)",
+        "CollapseMonitor: alarm at update 5: the policy has left the reference: 0.7 nats a token (kl is at 0.7; it "
+        "warns from 0.3, and alarms from 0.6)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kls", "lookahead", "levels"),
+    [
+        ((0.0, 0.1, 0.16), 3, [0, 0, 1]),  # 0.16 + 3 x 0.06 = 0.34
+        ((0.0, 0.1, 0.16), 2, [0, 0, 0]),  # 0.28
+        ((0.0, 0.05, 0.14), 3, [0, 0, 0]),  # 0.41, but not half way yet
+        ((0.0, 0.18, 0.17), 3, [0, 1, 0]),  # grew by 0.18, then fell
+        ((0.0, 0.19, 0.20), 3, [0, 1, 0]),  # the second growth is slow: 0.23
+    ],
+)
+def test_a_trend_is_followed_into_the_future(kls: tuple[float, ...], lookahead: int, levels: list[int]) -> None:
+    experiences = [rows(logprobs=-1.0, ref_logprobs=-1.0 - kl) for kl in kls]
+    monitor = CollapseMonitor(**{**NO_RULES, "kl": (0.3, 0.6), "lookahead": lookahead})
+    logs, said, _ = watch(monitor, *experiences)
+    assert [log["collapse/level"] for log in logs] == levels
+    assert all(f"it warns from 0.3 and would pass that within {lookahead} updates" in words for words in said)
+
+
+def test_half_way_of_a_factor_is_between_it_and_one() -> None:
+    """Entropy falls to 1 / 1.3, 1 / 1.6 of itself; half way to 2 is 1.5, and 1.6 + 2 x 0.3 = 2.2. 1.4 is not half."""
+    for second, level in ((1.6, 1.0), (1.4, 0.0)):
+        experiences = [rows(logprobs=-1.0 / f, ref_logprobs=-1.0 / f) for f in (1.0, 1.0, second)]
+        monitor = CollapseMonitor(**{**NO_RULES, "entropy": (2.0, 4.0), "lookahead": 2})
+        assert watch(monitor, *experiences)[0][-1]["collapse/level"] == level
+
+
+@pytest.mark.parametrize("rule", ["length", "distinct", "duplicates", "opening", "score_tail"])
+def test_what_is_of_responses_has_no_trend(rule: str) -> None:
+    """Over half way in one update, and over the level soon at that pace."""
+    changes, _, distance = CASES[rule]
+    monitor = CollapseMonitor(**{**NO_RULES, rule: (1.1 * distance, 9.0)})
+    assert watch(monitor, rows(), rows(**changes))[0][-1]["collapse/level"] == 0.0
+
+
+@pytest.mark.parametrize(("stop", "kl", "stopped"), [(True, 0.7, True), (True, 0.5, False), (False, 0.7, False)])
+def test_an_alarm_stops_the_run_if_it_may(stop: bool, kl: float, stopped: bool) -> None:
+    monitor = CollapseMonitor(kl=(0.3, 0.6), stop=stop)
+    assert watch(monitor, rows(), rows(ref_logprobs=-1.0 - kl))[2] == stopped
+
+
+def test_without_a_reference_its_rules_rest() -> None:
+    logs, said, _ = watch(CollapseMonitor(), rows(ref_logprobs=None), rows(ref_logprobs=None))
+    assert not {"collapse/kl", "collapse/perplexity"} & logs[1].keys()
+    assert logs[1]["collapse/entropy"] == pytest.approx(1.0)
+    assert said == []
+
+
+def test_a_resumed_monitor_keeps_its_start_its_trend_and_what_it_said() -> None:
+    """KL 0, 0.1, then 0.16 after the resume: the trend reaches 0.34. A warning given is not given again."""
+    experiences = [rows(logprobs=-1.0, ref_logprobs=-1.0 - kl) for kl in (0.0, 0.1, 0.16, 0.4)]
+    first, second, third = (CollapseMonitor(**{**NO_RULES, "kl": (0.3, 0.6)}) for _ in range(3))
+    watch(first, *experiences[:2])
+    second.load_state_dict(first.state_dict())
+    logs, said, _ = watch(second, experiences[2])
+    assert logs[0]["collapse/level"] == 1.0
+    assert "at update 3" in said[0]
+    third.load_state_dict(second.state_dict())
+    assert watch(third, experiences[3])[1] == []
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
+
+
+def fit(tmp_path: Any, lm: Any, monitor: CollapseMonitor, updates: int, **overrides: Any) -> list[dict[str, float]]:
+    trainer = make_trainer(tmp_path, callbacks=[monitor], max_steps=updates)
+    trainer.fit(make_module(lm, **overrides), make_data(tmp_path))
+    return logged(trainer)
+
+
+def test_on_the_real_module_the_numbers_are_those_it_logs(tmp_path: Any, lm: Any) -> None:
+    row = fit(tmp_path, lm, CollapseMonitor(**NO_RULES), 2)[1]
+    assert row["collapse/length"] == pytest.approx(row["response/length"])
+    assert row["collapse/kl"] == pytest.approx(row["objective/kl"] / row["response/length"], rel=1e-5)
+    assert row["collapse/entropy"] == pytest.approx(row["objective/entropy"] / row["response/length"], rel=1e-5)
+    # log pi - log ref is the KL's estimate: the reference's perplexity is exp(entropy + KL)
+    assert math.log(row["collapse/perplexity"]) == pytest.approx(row["collapse/entropy"] + row["collapse/kl"], rel=1e-4)
+
+
+def test_a_collapsing_run_is_ended_and_a_calm_one_is_not(tmp_path: Any, lm: Any) -> None:
+    """A learning rate of 3 and no KL; then one of 0.01."""
+    actor: Callable[[float], Any] = lambda rate: lambda params: torch.optim.SGD(params, lr=rate)  # noqa: E731
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        rows = fit(tmp_path, lm, CollapseMonitor(stop=True), 12, kl_coef=0.0, actor_optimizer=actor(3.0))
+    assert len(rows) < 12
+    assert any(f"CollapseMonitor: alarm at update {len(rows)}: " in str(warning.message) for warning in said)
+    assert [row["collapse/level"] for row in rows[-1:]] == [2.0]
+    calm = CollapseMonitor(duplicates=None, opening=None, distinct=None, score_tail=None)  # of seven responses
+    rows = fit(tmp_path, lm, calm, 12, actor_optimizer=actor(0.01))
+    assert [row["collapse/level"] for row in rows] == [0.0] * 12
