@@ -84,8 +84,9 @@ class SampleLogger(PPOCallback):
             return
         table = self._table(samples)
         for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_text"):
-                logger.experiment.add_text("samples", table, self._updates)
+            experiment = getattr(logger, "experiment", None)
+            if hasattr(experiment, "add_text"):
+                experiment.add_text("samples", table, self._updates)
         if not trainer.fast_dev_run:
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("a", encoding="utf-8") as lines:

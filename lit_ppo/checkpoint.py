@@ -92,7 +92,9 @@ class StepCheckpoint(Checkpoint):
         told, logged = trainer.global_step, {}
         if self._untold:
             told = trainer.fit_loop.epoch_loop._batches_that_stepped
-            logged = {name: float(value) for name, value in trainer._logger_connector.metrics["log"].items()}
+            # validation before the first update has been told under the same step
+            metrics = trainer._logger_connector.metrics["log"] if told else trainer.logged_metrics
+            logged = {name: float(value) for name, value in metrics.items()}
             logged["epoch"] = trainer.current_epoch
         checkpoint[RUN] = {"config": self.config, "logged": logged, "steps_logged": told}
 

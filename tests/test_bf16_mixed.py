@@ -170,7 +170,7 @@ def test_preflight_training_and_validation_compute_alike(tmp_path, tiny_lm, monk
         tmp_path, precision=precision, callbacks=[Where()], max_steps=1, num_sanity_val_steps=0, val_check_interval=1
     )
     trainer.fit(make_module(tiny_lm), data)
-    assert list(seen) == ["preflight", "training", "validation"]
+    assert list(seen) == ["preflight", "validation", "training"]
     assert all(autocast == {precision == "bf16-mixed"} for autocast in seen.values())
 
 

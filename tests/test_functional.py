@@ -638,6 +638,11 @@ def test_examples_in_the_docstrings():
     assert doctest.testmod(F).attempted > 3
 
 
+def test_wins_count_ties_by_half():
+    ours, theirs = torch.tensor([0.1, -3.0, 2.0, 5.0, 0.0]), torch.tensor([0.2, -4.0, 2.0, -5.0, -0.0])
+    assert F.wins(ours, theirs).tolist() == [0.0, 1.0, 0.5, 1.0, 0.5]
+
+
 def test_every_function_is_tested_here():
     text = Path(__file__).read_text()
     for name, function in inspect.getmembers(F, inspect.isfunction):
