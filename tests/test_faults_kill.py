@@ -40,16 +40,17 @@ MOMENTS = [  # each in a process of its own, which goes on where the one before 
     "update end x 1",
     "train end x 1",
 ]
+FEW = ["rewards x 4", "half written x 3"]
 
 
-def run(folder: Path, actor: Path, kill_at: str | None = None) -> list[str]:
+def run(folder: Path, actor: Path, tricks: str, kill_at: str | None = None) -> list[str]:
     """One process; its events."""
     folder.mkdir(exist_ok=True)
     path = folder / "events.txt"
     path.unlink(missing_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lit_ppo.command", "tests.command", "tests.scripts.killed_runs"])
-    process = context.Process(target=killed_runs.child, args=(folder, actor, UPDATES, kill_at))
+    process = context.Process(target=killed_runs.child, args=(folder, actor, UPDATES, tricks, kill_at))
     process.start()
     process.join(60)
     if process.exitcode is None:
@@ -86,13 +87,26 @@ def same(one: Any, other: Any) -> bool:
     return one.equal(other) if isinstance(one, torch.Tensor) else one == other
 
 
-def test_killed_at_every_kind_of_moment(tmp_path: Path) -> None:
+def check_that_all_act(told: dict[str, list[tuple[int, float]]]) -> None:
+    """A trick that does nothing in the run has nothing to resume."""
+    for tag in ("policy/early_stop", "policy/lr", "objective/kl_coef", "data/success_rate", "ptx/loss"):
+        assert len({value for _, value in told[tag]}) > 1, tag
+    assert [step for step, _ in told["rejection/score_gain"]] == [3, 7]
+    learnt = [step for step, _ in told["policy/grad_norm"]]
+    assert learnt == [*range(2, UPDATES)]  # the critic's warm-up is over
+    assert 0 < len(told["policy/entropy_loss"]) < len(learnt)  # the bonus is off at times
+    kls = dict(told["objective/kl"])
+    assert kls[3] == kls[6] == 0 != kls[5]  # the reference has caught up with the actor
+
+
+@pytest.mark.parametrize(("tricks", "moments"), [("most", MOMENTS), ("others", FEW)])
+def test_killed_at_every_kind_of_moment(tmp_path: Path, tricks: str, moments: list[str]) -> None:
     actor = make_causal_lm(tmp_path / "lm", scale=4.0)
-    assert updates_of(run(tmp_path / "whole", actor)) == [*range(UPDATES)]
+    assert updates_of(run(tmp_path / "whole", actor, tricks)) == [*range(UPDATES)]
     cut = tmp_path / "cut"
     covered = 0
-    for moment in [*MOMENTS, None]:
-        done = updates_of(run(cut, actor, moment))
+    for moment in [*moments, None]:
+        done = updates_of(run(cut, actor, tricks, moment))
         assert done == [*range(covered, covered + len(done))], moment  # nothing covered runs again, nothing is left out
         newest = killed_runs.last_checkpoint(cut)
         covered = 0 if newest is None else step_of(newest)
@@ -101,6 +115,8 @@ def test_killed_at_every_kind_of_moment(tmp_path: Path) -> None:
     assert covered == UPDATES
     whole, cut_logs = logs(tmp_path / "whole"), logs(cut)
     assert cut_logs == whole
+    if tricks == "most":
+        check_that_all_act(whole)
     assert [step for step, _ in whole["objective/score"]] == [*range(UPDATES)]
     assert [step for step, _ in whole["val/score"]] == [0, 2, 5]
     one, other = (

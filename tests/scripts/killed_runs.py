@@ -1,6 +1,7 @@
 """Runs of the command in forked children that are killed at a chosen moment, and what they leave behind."""
 
 import io
+import json
 import os
 import signal
 from collections import Counter
@@ -11,12 +12,27 @@ from typing import Any
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lit_ppo.callbacks import AdaptiveKL, CriticWarmup, RewardNormalization
-from lit_ppo.callbacks.base import PPOCallback
+from lit_ppo import TextDataModule
+from lit_ppo.callbacks import (
+    AdaptiveKL,
+    CriticWarmup,
+    EntropyBonus,
+    KLEarlyStop,
+    LearningRateAdaptation,
+    PPOCallback,
+    PrioritizedSampling,
+    PTXLoss,
+    ReferenceUpdate,
+    RejectionSampling,
+    RewardNormalization,
+    RewardScaling,
+    ValueNormalization,
+)
 from lit_ppo.checkpoint import StepCheckpoint, find_last, steps_logged
 from lit_ppo.errors import CommandError
 from lit_ppo.report import RunReport
 from lit_ppo.whole_files import read_summary
+from tests.tiny import WORDS
 from tests.toys import make_data, make_module, make_trainer
 
 EVENTS = "LIT_PPO_TEST_EVENTS"  # file that every event is appended to
@@ -129,17 +145,37 @@ def last_checkpoint(folder: Path) -> Path | None:
         return None
 
 
-def train(folder: Path, actor: Path, updates: int) -> None:
+def tricks_of(run: str, folder: Path) -> list[Any]:
+    """All that keep a state and can stand together; of those that exclude each other, ``"others"`` has the rest."""
+    if run == "others":
+        return [RewardScaling(decay=0.9), ReferenceUpdate(decay=0.7)]
+    texts = folder / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": " ".join(WORDS[i : i + 3 + i % 3])}) + "\n" for i in range(5)))
+    return [
+        CriticWarmup(updates=2),
+        PrioritizedSampling(scale=(0.0, 10.0)),
+        RewardNormalization(),
+        RejectionSampling(k=2, every=4),
+        ValueNormalization(),
+        AdaptiveKL(target=0.01, horizon=50),
+        PTXLoss(TextDataModule(str(texts), batch_size=2, seed=1), coef=0.5),
+        EntropyBonus(coef=0.5, target=3.67),
+        KLEarlyStop(target=0.05),
+        LearningRateAdaptation(target=0.01, maximum=0.1),
+        ReferenceUpdate(every=3),
+    ]
+
+
+def train(folder: Path, actor: Path, updates: int, run: str) -> None:
     """The run, from wherever it stands, as the command makes it: two batches an epoch, validation every third."""
     newest = last_checkpoint(folder)
     purge = None if newest is None else steps_logged(read_summary(newest))
     logger = TensorBoardLogger(folder, name="", version=0, purge_step=purge, default_hp_metric=False)
     checkpoint = StepCheckpoint(every_n_train_steps=1)
     checkpoint.log_again = newest is not None
-    tricks = [AdaptiveKL(target=0.01, horizon=50), CriticWarmup(updates=2), RewardNormalization()]
     trainer = make_trainer(
         folder,
-        callbacks=[Moments(), *tricks, RunReport(prompts=2, samples=0), checkpoint],
+        callbacks=[Moments(), *tricks_of(run, folder.parent), RunReport(prompts=2, samples=0), checkpoint],
         logger=logger,
         max_steps=updates,
         enable_checkpointing=True,
@@ -155,13 +191,13 @@ def train(folder: Path, actor: Path, updates: int) -> None:
         return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.8)
 
     module = make_module(
-        actor, rewards=reward, actor_optimizer=adam, critic_optimizer=adam, actor_scheduler=decay, max_grad_norm=1.0
+        actor, rewards=reward, actor_optimizer=adam, critic_optimizer=adam, critic_scheduler=decay, max_grad_norm=1.0
     )
     data = make_data(folder.parent, val_path=str(folder.parent / "prompts.jsonl"))
     trainer.fit(module, data, ckpt_path=None if newest is None else str(newest))
 
 
-def child(folder: Path, actor: Path, updates: int, kill_at: str | None) -> None:
+def child(folder: Path, actor: Path, updates: int, run: str, kill_at: str | None) -> None:
     """The body of a forked process."""
     os.environ[EVENTS] = str(folder / "events.txt")
     os.environ[KILL_AT] = kill_at or ""
@@ -169,4 +205,4 @@ def child(folder: Path, actor: Path, updates: int, kill_at: str | None) -> None:
     sink = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
-    train(folder, actor, updates)
+    train(folder, actor, updates, run)
