@@ -56,9 +56,8 @@ class CollapseMonitor(PPOCallback):
         stop: Whether an alarm ends the run, after its update.
 
     Reads ``experience.response_ids``, ``response_mask``, ``logprobs``, ``ref_logprobs``, ``kl``, ``raw_scores``;
-    writes ``trainer.should_stop`` if asked to. Without a reference two rules rest. Logs each statistic, as
-    ``collapse/kl``, ``collapse/length``, ..., and ``collapse/level``: 0 healthy, 1 warning, 2 alarm, of the rule that
-    is worst off.
+    writes ``trainer.should_stop`` if asked to. Without a reference two rules rest. Logs ``collapse/level``: 0 healthy,
+    1 warning, 2 alarm, of the rule that is worst off; and each statistic, as ``collapse/kl``, ``collapse/length``, ...
     Source: Zheng et al. 2023, arXiv:2307.04964, section 5.2 (KL, length, perplexity, tail of the rewards); Li et al.
     2016, arXiv:1510.03055 (distinct n-grams).
     """

@@ -84,7 +84,7 @@ class SampleLogger(PPOCallback):
             return
         table = self._table(samples)
         for logger in trainer.loggers:
-            experiment = getattr(logger, "experiment", None)
+            experiment: Any = getattr(logger, "experiment", None)
             if hasattr(experiment, "add_text"):
                 experiment.add_text("samples", table, self._updates)
         if not trainer.fast_dev_run:

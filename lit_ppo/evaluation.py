@@ -22,6 +22,7 @@ class Evaluation(Policy):
     The reference answers by the same draws, once: the actor wins exactly half of the time until it differs.
     """
 
+    checkpoint_reference: bool  # a callback moves it
     _means: dict[str, MeanMetric]  # by what they are logged as
     _reference_judged: dict[str, tuple[list[str], dict[str, Tensor]]]  # stream -> prompts, scores by each judge
 
@@ -68,8 +69,8 @@ class Evaluation(Policy):
         return {f"/{name}" if name else "": scores for name, scores in named.items()}
 
     def _reference_scores(self, prompts: Any, stream: str, texts: list[str]) -> dict[str, Tensor]:
-        """The same of the reference's own responses to the same prompts, sampled when first asked for."""
-        known = self._reference_judged.get(stream)
+        """The same of the reference's own responses to the same prompts; sampled once, unless the reference moves."""
+        known = None if self.checkpoint_reference else self._reference_judged.get(stream)
         if known is None or known[0] != texts:
             theirs = self.rollout(prompts, samples_per_prompt=1, policy="reference", logprobs=False, stream=stream)
             known = self._reference_judged[stream] = texts, self._judged(theirs)
