@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_ppo.checks import ReferenceDtype, check_has_adapter, check_models, check_saved_reference
 from lit_ppo.distributed import rank
-from lit_ppo.lora import WithoutAdapter, add_adapter, merged
+from lit_ppo.lora import WithoutAdapter, add_adapter, merged, save_adapter
 from lit_ppo.models import (
     Actor,
     Critic,
@@ -240,10 +240,15 @@ class Assembly(Policy):
         weights = whole_weights(self.actor, "model.", trained=self.lora["actor"] is not None)
         if weights is None or rank() == 0:
             model = self.actor.model
-            if self.lora["actor"] is not None and not adapter:
-                model = merged(model, weights, lambda: self._load_actor(self.actor.model.dtype))
-                model.generation_config, weights = self.generation, None
-            model.save_pretrained(dirpath, state_dict=weights)
+            if adapter:
+                save_adapter(model, weights, dirpath)
+                self.generation.save_pretrained(dirpath)
+            elif self.lora["actor"] is not None:
+                whole = merged(model, weights, lambda: self._load_actor(model.dtype))
+                whole.generation_config = self.generation
+                whole.save_pretrained(dirpath)
+            else:
+                model.save_pretrained(dirpath, state_dict=weights)
             self.tokenizer.save_pretrained(str(dirpath))
 
 

@@ -3,11 +3,14 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from importlib.util import find_spec
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -96,6 +99,27 @@ def _adapted_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
+def save_adapter(model: PreTrainedModel, weights: dict[str, Tensor] | None, dirpath: str | Path) -> None:
+    """Write an adapter as ``peft`` reads it.
+
+    Not by peft itself, which finds no adapter in what FSDP's first version has wrapped.
+
+    Args:
+        model: With an adapter.
+        weights: The adapter's, whole and without gradients, where the model's are not.
+        dirpath: Folder; made if it does not exist.
+    """
+    if weights is None:
+        weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    named = {f"base_model.model.{name.replace('.default', '')}": x.contiguous() for name, x in weights.items()}
+    config = copy(model.peft_config["default"])
+    for field, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(config, field, sorted(value))  # the same file from every process
+    config.save_pretrained(str(dirpath))
+    save_file(named, Path(dirpath) / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
 def merged(
     model: PreTrainedModel, weights: dict[str, Tensor] | None, load: Callable[[], PreTrainedModel]
 ) -> PreTrainedModel:
@@ -103,14 +127,14 @@ def merged(
 
     Args:
         model: With an adapter.
-        weights: The adapter's, whole, where the model's are not.
+        weights: See :func:`save_adapter`.
         load: Loads the same model without adapter.
     """
     from peft import PeftModel
 
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is deprecated")  # peft asks for it
-        model.save_pretrained(folder, state_dict=weights)
+        save_adapter(model, weights, folder)
         whole: PreTrainedModel = PeftModel.from_pretrained(load(), folder).merge_and_unload()
     return whole
 

@@ -6,17 +6,22 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 import lit_ppo.lora
 from lit_ppo import LitSFT
 from lit_ppo.callbacks import ReferenceUpdate
 from lit_ppo.checkpoint import StepCheckpoint
+from lit_ppo.distributed import n_ranks
 from lit_ppo.experience import Minibatch
 from lit_ppo.export import ExportModel
 from lit_ppo.lora import WithoutAdapter
 from lit_ppo.models import Actor, Reference
+from tests.equivalence import CPUFSDP
+from tests.ranks import on_ranks
 from tests.tiny import make_causal_lm, make_reward_model
 from tests.toys import logged, make_data, make_module, make_trainer
 
@@ -393,3 +398,52 @@ def test_the_actor_is_packed_and_its_gelu_fused_as_ever(lm: Path) -> None:
     assert ours.actor.model.config._attn_implementation == stock.actor.model.config._attn_implementation
     kinds = [{type(part) for part in module.actor.modules()} for module in (ours, stock)]
     assert torch.nn.GELU in kinds[0] or torch.nn.GELU not in kinds[1]
+
+
+def fit_on_ranks(folder: Path, lm: Path, strategy: Any, name: str, start: Path | None = None, updates: int = 2) -> Any:
+    """Leaves a checkpoint and both kinds of export under ``name``."""
+    callbacks = [
+        StepCheckpoint(every_n_train_steps=9, dirpath=str(folder / name)),
+        ExportModel(str(folder / name / "model")),
+        ExportModel(str(folder / name / "adapter"), adapter=True),
+    ]
+    module = make(lm, critic_optimizer=adam)
+    trainer = make_trainer(
+        folder, devices=n_ranks(), strategy=strategy, max_steps=updates, callbacks=callbacks, enable_checkpointing=True
+    )
+    trainer.fit(module, make_data(folder), ckpt_path=None if start is None else str(start), weights_only=True)
+    return module
+
+
+def on_each_rank(folder: Path, lm: Path) -> None:
+    for name, strategy in {"fsdp2": "fsdp2", "fsdp": CPUFSDP(), "ddp": "ddp"}.items():
+        module = fit_on_ranks(folder, lm, strategy, f"{name}-{n_ranks()}")
+        held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in module.parameters())
+        shares: list[Any] = [None] * n_ranks()
+        dist.all_gather_object(shares, held)
+        assert name == "ddp" or held < 0.6 * sum(shares)
+        start = folder / "one-1/step-000001.ckpt"
+        fit_on_ranks(folder, lm, strategy if name != "fsdp" else CPUFSDP(), f"{name}-{n_ranks()}-on", start)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_ranks_save_and_export_as_one_process(tmp_path: Path, lm: Path) -> None:
+    """Checkpoints of any strategy load in any other and hold whole adapters; exports are the same byte for byte."""
+    fit_on_ranks(tmp_path, lm, "auto", "one-1", updates=1)
+    fit_on_ranks(tmp_path, lm, "auto", "one-2")
+    on_ranks(2, on_each_rank, tmp_path, lm, folder=tmp_path / "ranks")
+    one = torch.load(tmp_path / "one-2/step-000002.ckpt", weights_only=True)["state_dict"]
+    for name in ("fsdp2", "fsdp", "ddp"):
+        saved = torch.load(tmp_path / f"{name}-2/step-000002.ckpt", weights_only=True)["state_dict"]
+        gone_on = torch.load(tmp_path / f"{name}-2-on/step-000002.ckpt", weights_only=True)["state_dict"]
+        assert saved.keys() == gone_on.keys() == one.keys()
+        for key, weight in gone_on.items():  # Adam steps of 0.01, whose size hangs on the sign of rounding errors
+            assert (weight - one[key]).abs().mean() < 5e-4, (name, key)
+        again = fit_on_ranks(tmp_path, lm, "auto", f"{name}-again", start=tmp_path / f"{name}-2/step-000002.ckpt")
+        assert all(weight.equal(again.get_parameter(key)) for key, weight in saved.items())
+        for kind in ("model", "adapter"):
+            files = [
+                {path.name: path.read_bytes() for path in (tmp_path / folder / kind).iterdir()}
+                for folder in (f"{name}-2", f"{name}-again")
+            ]
+            assert files[0] == files[1]
