@@ -125,7 +125,9 @@ class RowDataModule(TableDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What tells whether the loader's place in the rows still means the same."""
-        world_size = self.trainer.world_size if self.trainer else 1
+        # those of a callback (PTXLoss) are no rank's own: every rank sees the whole batch
+        dealt = self.trainer if getattr(self.trainer, "datamodule", None) is self else None
+        world_size = dealt.world_size if dealt else 1
         identity = {"rows": len(self.train_rows), "batch_size": self.batch_size * world_size, "seed": self.seed}
         return {**identity, "fingerprint": self._fingerprint}
 

@@ -299,6 +299,22 @@ def test_weights_do_not_depend_on_the_micro_batches(tmp_path, lm, split):
             assert other[name] == pytest.approx(one[name], rel=1e-4)
 
 
+def test_any_number_of_ranks_goes_on_in_the_texts_but_with_no_other_batch(tmp_path, lm, monkeypatch):
+    """The batch size is that of an optimizer step over all ranks, unlike that of data which ranks share out."""
+    trick = PTXLoss(texts(tmp_path, batch_size=3), 0.5)
+    _, trainer = fit(tmp_path, lm, trick)
+    saved = []
+    for world_size in (1, 2):
+        monkeypatch.setattr(type(trainer), "world_size", world_size)
+        trick.data.trainer = trainer
+        saved.append(trick.state_dict())
+    assert saved[0] == saved[1]
+    trick.load_state_dict(saved[0])
+    other = {"drawn": 1, "data": saved[0]["data"] | {"batch_size": 6}}
+    with pytest.raises(ValueError, match=r"TextDataModule\(batch_size=3\): .* batch_size was 6"):
+        trick.load_state_dict(other)
+
+
 def test_no_logits_of_whole_texts(tmp_path, lm):
     """The stock head, which would make (rows, tokens, vocabulary) of them, is never run."""
     module = make_module(lm)
