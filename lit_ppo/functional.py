@@ -4,6 +4,7 @@ Dimension letters: B batch, P prompt, T response, V vocabulary, N tokens, H hidd
 entropies and KL are in nats. Masks are boolean, True where a response token is.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -421,6 +422,23 @@ def merge_moments(count: float, mean: float, m2: float, x: Tensor) -> tuple[floa
     total = count + new
     spread = float((x - x.mean()).square().sum())
     return total, mean + delta * new / total, m2 + spread + delta**2 * count * new / total
+
+
+def diverging(falling: Sequence[float], rising: Sequence[Sequence[float]], fall: float) -> bool:
+    """Whether one series has fallen from its best while others have risen since then.
+
+    Args:
+        falling: The one; the last entry is now. Of several best ones the first counts.
+        rising: The others, at the same times; each must be higher now than it was then.
+        fall: How far below its best the one must be.
+
+    >>> diverging([0.2, 0.6, 0.5, 0.3], rising=[[1.0, 2.0, 3.0, 4.0]], fall=0.25)
+    True
+    >>> diverging([0.2, 0.6, 0.5, 0.3], rising=[[1.0, 4.0, 3.0, 2.0]], fall=0.25)
+    False
+    """
+    best = max(range(len(falling)), key=falling.__getitem__)
+    return falling[best] - falling[-1] > fall and all(series[-1] > series[best] for series in rising)
 
 
 def linear_schedule(start: float, end: float, step: int, steps: int) -> float:

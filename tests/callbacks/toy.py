@@ -52,6 +52,7 @@ class Rows:
     greedy: bool = False
     prompts: list[str] = field(default_factory=list)  # of held-out rows alone
     responses: list[str] = field(default_factory=list)
+    columns: dict[str, Any] = field(default_factory=dict)
 
     @property
     def response_ids(self) -> Tensor:
@@ -253,7 +254,7 @@ class Toy(L.LightningModule):
             kl=self.kl_per_response / lengths[:, None] * mask,
         )
 
-    def sampled(self, prompts: list[str], samples_per_prompt: int, stream: str) -> Rows:
+    def sampled(self, prompts: list[str], samples_per_prompt: int, stream: str, **kwargs: Any) -> Rows:
         """Responses to held-out prompts, by the draws of a stream; scored as greedy ones are."""
         assert samples_per_prompt == 1
         random, n = torch.Generator().manual_seed(crc32(stream.encode())), len(prompts)

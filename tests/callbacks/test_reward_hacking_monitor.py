@@ -1,0 +1,246 @@
+"""RewardHackingMonitor: the rule on series made by hand, what is measured, and a proxy that rises while gold falls."""
+
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lit_ppo.callbacks import RewardHackingMonitor
+from lit_ppo.functional import diverging
+from tests.callbacks.toy import Prompts, run_updates
+from tests.callbacks.trick import Trick
+from tests.tiny import make_causal_lm
+from tests.toys import count_good, logged, make_data, make_module, make_trainer, write_prompts
+
+LETTERS = "abcde"
+
+
+def against(responses: list[str]) -> list[float]:
+    """Minus what the toy's held-out score is: it falls as that rises."""
+    return [-float(sum(map(LETTERS.index, response))) for response in responses]
+
+
+def of_experience(experience: Any) -> torch.Tensor:
+    """A score source."""
+    return torch.tensor(against(experience.responses)) - 100.0
+
+
+TRICK = {
+    "RewardHackingMonitor": Trick(
+        acts={"gold": against, "prompts": 5, "every": 1, "fall": 1e-6},
+        refuses={"prompts": 1, "every": 0, "decay": 1.0, "fall": 0.0},
+        knobs={
+            "gold": ({}, {"gold": None}),
+            "prompts": ({"prompts": 4}, {"prompts": 5}),
+            "every": ({"every": 1}, {"every": 2}),
+            "decay": ({"decay": 0.1}, {"decay": 0.9}),
+            "fall": ({"fall": 1e-6}, {"fall": 1e6}),
+            "stop": ({"prompts": 4, "stop": False}, {"prompts": 4, "stop": True}),
+        },
+        toy={"scores": lambda update: [float(row + update) for row in range(8)]},
+        monitor=True,
+        live={"gold": lambda responses: [float(len(response)) for response in responses]},
+    )
+}
+
+
+@pytest.mark.parametrize(
+    ("falling", "rising", "fall", "expected"),
+    [
+        ([1.0, 3.0, 2.4], [[0.0, 1.0, 1.1]], 0.5, True),  # 0.6 below the best, and up since
+        ([1.0, 3.0, 2.6], [[0.0, 1.0, 1.1]], 0.5, False),  # 0.4
+        ([1.0, 3.0, 2.4], [[0.0, 1.0, 1.0]], 0.5, False),  # not up since the best
+        ([1.0, 3.0, 2.4], [[0.0, 1.0, 0.9]], 0.5, False),  # up since the start, down since the best
+        ([1.0, 3.0, 2.4], [[0.0, 1.0, 1.1], [5.0, 1.0, 0.5]], 0.5, False),  # one of two
+        ([3.0, 2.0, 3.0, 2.0], [[1.0, 3.0, 2.0, 1.5]], 0.5, True),  # the first of the best: 1.0, not 2.0
+        ([1.0, 2.0, 3.0], [[1.0, 2.0, 3.0]], 0.5, False),
+        ([1.0], [[1.0]], 0.5, False),
+    ],
+)
+def test_one_falls_while_others_rise(falling: list[float], rising: list[list[float]], fall: float, expected: bool):
+    assert diverging(falling, rising, fall) == expected
+
+
+class Given:
+    """A module whose held-out and gold scores are given: two responses, the mean plus and minus 1."""
+
+    source_names = ("judge",)
+
+    def __init__(self, held_out: list[float], gold: list[float]) -> None:
+        self.held_out, self.gold, self.log = list(held_out), list(gold), None
+        self.asked: list[Any] = []
+
+    def rollout(self, prompts: Any, **kwargs: Any) -> Any:
+        self.asked.append((prompts, kwargs))
+        gold = self.gold.pop(0)
+        return SimpleNamespace(extras={"judge": torch.tensor([gold - 1, gold + 1])})
+
+    def score(self, experience: Any) -> torch.Tensor:
+        mean = self.held_out.pop(0)
+        return torch.tensor([mean - 1, mean + 1])
+
+
+def watch(monitor: RewardHackingMonitor, train: list[float], held_out: list[float], gold: list[float], splits=("val",)):
+    """Logs of each update, what was said, whether it stops, and the module."""
+    peek = lambda split, n: f"{n} of {split}" if split in splits else None  # noqa: E731
+    trainer: Any = SimpleNamespace(should_stop=False, datamodule=SimpleNamespace(peek=peek))
+    module: Any = Given(held_out, gold)
+    logs: list[dict[str, float]] = []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for score in train:
+            logs.append({})
+            module.log = logs[-1].__setitem__
+            monitor.on_scores(trainer, module, SimpleNamespace(raw_scores=torch.tensor([score - 2, score + 2])))
+    return logs, [str(warning.message) for warning in said], trainer.should_stop, module
+
+
+def by_hand(**arguments: Any) -> RewardHackingMonitor:
+    """Smoothing by halves."""
+    return RewardHackingMonitor(**{"gold": "judge", "every": 1, "decay": 0.5, "fall": 0.25, **arguments})
+
+
+UP = [0.0, 1.0, 2.0, 3.0, 4.0]  # smoothed by halves: 0, 0.5, 1.25, 2.125, 3.0625
+
+
+def test_train_and_held_out_up_and_gold_down_is_reward_hacking() -> None:
+    """Gold 0, 1, 0.4, 0, 0 is 0, 0.5, 0.45, 0.225, 0.1125 smoothed: 0.05, 0.275, 0.3875 below its best."""
+    logs, said, stop, _ = watch(by_hand(), UP, UP, [0.0, 1.0, 0.4, 0.0, 0.0])
+    assert [log["hacking/verdict"] for log in logs] == [0, 0, 0, 2, 2]
+    assert [log["hacking/gold"] for log in logs] == pytest.approx([0, 0.5, 0.45, 0.225, 0.1125])
+    assert [log["hacking/train"] for log in logs] == pytest.approx([0, 0.5, 1.25, 2.125, 3.0625])
+    assert [log["hacking/best_update"] for log in logs] == [0, 1, 1, 1, 1]
+    assert said == [
+        "RewardHackingMonitor: reward hacking at update 3: since update 1, where gold was best, the training score "
+        "rose from 0.5 to 2.12 and the held-out score from 0.5 to 2.12, while gold scores fell from 0.5 to 0.225, over "
+        "0.25 times their standard deviation of 1; go back there, raise kl_coef, or mend the reward"
+    ]
+    assert not stop
+
+
+def test_train_up_and_held_out_down_is_overfitting_with_or_without_gold() -> None:
+    """Held-out scores as gold's above; gold falls too, and that is then no reward hacking."""
+    for gold in ("judge", None):
+        logs, said, _, _ = watch(by_hand(gold=gold), UP, [0.0, 1.0, 0.4, 0.0, 0.0], [0.0, 1.0, 0.4, 0.0, 0.0])
+        assert [log["hacking/verdict"] for log in logs] == [0, 0, 0, 1, 1]
+        assert [log["hacking/best_update"] for log in logs] == [0, 1, 1, 1, 1]
+        assert said == [
+            "RewardHackingMonitor: overfitting at update 3: since update 1, where the held-out score was best, the "
+            "training score rose from 0.5 to 2.12, while held-out scores fell from 0.5 to 0.225, over 0.25 times their "
+            "standard deviation of 1; go back there, bring more prompts, or take fewer passes"
+        ]
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "gold"),
+    [
+        (UP, UP, UP),
+        (UP[::-1], UP[::-1], UP[::-1]),  # all fall: training goes wrong, but nothing is gamed
+        (UP, UP, [1.0, 1.0, 0.9, 0.9, 0.8]),  # 0.15 below, smoothed 0.12
+    ],
+)
+def test_other_courses_are_neither(train: list[float], held_out: list[float], gold: list[float]) -> None:
+    logs, said, _, _ = watch(by_hand(), train, held_out, gold)
+    assert {log["hacking/verdict"] for log in logs} == {0}
+    assert said == []
+
+
+def test_measures_every_so_many_updates_on_the_same_draws() -> None:
+    monitor = by_hand(every=3, prompts=7, decay=0.25)
+    logs, _, _, module = watch(monitor, [0.0, 9.0, 9.0, 1.0, 9.0, 9.0, 2.0], [5.0, 6.0, 7.0], [1.0, 2.0, 4.0])
+    assert [update for update, log in enumerate(logs) if log] == [0, 3, 6]
+    # 0.25 x 0 + 0.75 x 1, then 0.25 x 0.75 + 0.75 x 2
+    assert [log["hacking/train"] for log in logs if log] == pytest.approx([0.0, 0.75, 1.6875])
+    assert [log["hacking/best_update"] for log in logs if log] == [0, 3, 6]
+    asked = {"samples_per_prompt": 1, "logprobs": False, "stream": "reward_hacking"}
+    assert module.asked == [("7 of val", asked)] * 3
+
+
+def test_without_held_out_prompts_it_asks_the_first_training_prompts() -> None:
+    assert watch(by_hand(), [0.0], [0.0], [0.0], splits=("train",))[3].asked[0][0] == "64 of train"
+
+
+def test_the_deviation_is_the_largest_so_far() -> None:
+    """Gold responses that are all alike at the start do not make every small fall a large one."""
+    monitor = by_hand()
+    watch(monitor, [0.0], [0.0], [0.0])
+    assert monitor.state_dict()["spread"] == {"train": 2.0, "held_out": 1.0, "gold": 1.0}
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_verdict_stops_the_run_if_it_may(stop: bool) -> None:
+    series = ([0.0, 1.0], [0.0, 1.0], [1.0, 0.0])
+    assert watch(by_hand(stop=stop), *series)[2] == stop
+    assert not watch(by_hand(stop=stop), *series[:2], gold=[0.0, 1.0])[2]
+
+
+def test_a_resumed_monitor_goes_on_and_does_not_repeat_itself() -> None:
+    """The second half alone has no fall of gold from 0.5."""
+    gold = [0.0, 1.0, 0.4, 0.0, 0.0]
+    first, second, third = by_hand(), by_hand(), by_hand()
+    watch(first, UP[:3], UP[:3], gold[:3])
+    second.load_state_dict(first.state_dict())
+    logs, said, _, _ = watch(second, UP[3:4], UP[3:4], gold[3:4])
+    assert logs[0]["hacking/verdict"] == 2
+    assert "at update 3: since update 1" in said[0]
+    third.load_state_dict(second.state_dict())
+    logs, said, _, _ = watch(third, UP[4:], UP[4:], gold[4:])
+    assert logs[0]["hacking/verdict"] == 2
+    assert said == []
+
+
+@pytest.mark.filterwarnings("ignore:.*Monitor")
+@pytest.mark.parametrize(
+    ("gold", "shift"),
+    [(against, 0.0), (of_experience, -100.0), ("tests.callbacks.test_reward_hacking_monitor.against", 0.0)],
+)
+def test_gold_may_be_a_function_a_source_or_an_import_path(gold: Any, shift: float) -> None:
+    """On the toy it is minus the held-out score."""
+    values = run_updates(RewardHackingMonitor(gold, prompts=5, every=1), 1).trainer.callback_metrics
+    assert values["hacking/gold"].item() == pytest.approx(shift - values["hacking/held_out"].item())
+
+
+def test_unknown_names_and_data_without_prompts_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"RewardHackingMonitor\(gold='nobody'\): Given has no reward .* it has judge"):
+        by_hand(gold="nobody").on_fit_start(SimpleNamespace(datamodule=SimpleNamespace(peek=Prompts)), Given([], []))
+    with pytest.raises(TypeError, match="RewardHackingMonitor looks at held-out prompts, but Given is trained without"):
+        by_hand().on_fit_start(SimpleNamespace(), Given([], []))
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
+
+
+def variety(prompts: list[str], responses: list[str]) -> list[float]:
+    """What the reward should have asked for: different words."""
+    return [float(len(set(response.split()))) for response in responses]
+
+
+def test_on_the_real_module_a_count_of_words_is_gamed(tmp_path: Any, lm: Any) -> None:
+    """The score counts good words, and the policy repeats them. A gold measure by name says the same as a function."""
+    write_prompts(tmp_path / "held_out.jsonl", 9)
+    ends = []
+    for gold, rewards in ((variety, count_good), ("variety", {"count": count_good, "variety": _no_weight(variety)})):
+        module = make_module(lm, rewards=rewards, kl_coef=0.0, actor_optimizer=lambda p: torch.optim.Adam(p, lr=0.01))
+        monitor = RewardHackingMonitor(gold, prompts=9, every=2, stop=True)
+        trainer = make_trainer(tmp_path, callbacks=[monitor], max_steps=40)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer.fit(module, make_data(tmp_path, val_path=str(tmp_path / "held_out.jsonl")))
+        rows = [row for row in logged(trainer) if "hacking/verdict" in row]
+        assert rows[-1]["hacking/verdict"] == 2
+        assert rows[-1]["hacking/held_out"] > rows[0]["hacking/held_out"]
+        assert rows[-1]["hacking/gold"] < rows[0]["hacking/gold"]
+        assert trainer.global_step < 40
+        assert sum("RewardHackingMonitor: reward hacking at update" in str(warning.message) for warning in said) == 1
+        ends.append(rows)
+    for mine, named in zip(*ends, strict=True):
+        shared = [name for name in mine if name.startswith("hacking/")]
+        assert [mine[name] for name in shared] == pytest.approx([named[name] for name in shared])
+
+
+def _no_weight(function: Any) -> dict[str, Any]:
+    return {"source": function, "weight": 0.0}
