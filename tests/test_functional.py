@@ -643,6 +643,21 @@ def test_wins_count_ties_by_half():
     assert F.wins(ours, theirs).tolist() == [0.0, 1.0, 0.5, 1.0, 0.5]
 
 
+@pytest.mark.parametrize(
+    ("falling", "rising", "expected"),
+    [
+        ([0.0, 1.0, 0.4], [[5.0, 6.0, 7.0]], True),  # 0.6 below its best, the other up by 1 since then
+        ([0.0, 1.0, 0.5], [[5.0, 6.0, 7.0]], False),  # no more than the fall asked for
+        ([0.0, 1.0, 0.4], [[9.0, 6.0, 6.0]], False),  # the other is where it was
+        ([0.0, 1.0, 0.4], [[5.0, 6.0, 7.0], [5.0, 6.0, 5.0]], False),  # one of two has fallen, too
+        ([1.0, 1.0, 0.4], [[5.0, 8.0, 7.0]], True),  # of two best ones the first counts
+        ([0.0, 1.0], [[5.0, 6.0]], False),  # the best is now
+    ],
+)
+def test_diverging_by_hand(falling: list[float], rising: list[list[float]], expected: bool):
+    assert F.diverging(falling, rising, fall=0.5) is expected
+
+
 def test_every_function_is_tested_here():
     text = Path(__file__).read_text()
     for name, function in inspect.getmembers(F, inspect.isfunction):
