@@ -4,7 +4,7 @@ A trick is a Lightning callback with some of the hooks below. :func:`fire` calls
 callback of the trainer that has it, so plain callbacks and other people's modules work alike.
 """
 
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -243,3 +243,14 @@ def batch_of(loader: DataLoader[Any], rows: list[int]) -> Any:
     """
     chosen = [loader.dataset[row] for row in rows]
     return loader.collate_fn(chosen if loader.batch_size else chosen[0])
+
+
+def writers(trainer: Any, name: str) -> list[Callable[..., Any]]:
+    """What loggers take besides numbers: this method of their experiments, where they have it, on the first process.
+
+    Args:
+        trainer: The trainer.
+        name: Such as ``add_text``, which TensorBoard has.
+    """
+    experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers] if trainer.is_global_zero else []
+    return [getattr(experiment, name) for experiment in experiments if hasattr(experiment, name)]

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule
+from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule, writers
 from lit_ppo.callbacks.checks import at_least, refuse_beside
 
 # Question -> chart -> tags, as regular expressions; a chart is empty where nobody logs its tags.
@@ -85,7 +85,7 @@ class Cockpit(PPOCallback):
             question: {title: ["Multiline", tags] for title, tags in chart.items()}
             for question, chart in LAYOUT.items()
         }
-        for add_custom_scalars in _writers(trainer, "add_custom_scalars"):
+        for add_custom_scalars in writers(trainer, "add_custom_scalars"):
             add_custom_scalars(charts)
 
     def on_rewards(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
@@ -110,7 +110,7 @@ class Cockpit(PPOCallback):
                 "ratios": torch.cat(self._ratios) if self._ratios else torch.zeros(0),
                 "lengths": mask.sum(1),
             }
-            for add_histogram in _writers(trainer, "add_histogram"):
+            for add_histogram in writers(trainer, "add_histogram"):
                 for name, values in histograms.items():
                     if len(values) and values.isfinite().all():  # nothing to show of an actor at rest, or of one lost
                         add_histogram(f"histogram/{name}", values.float().cpu(), self._updates)
@@ -131,10 +131,3 @@ class Cockpit(PPOCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self._updates = state_dict["updates"]
-
-
-def _writers(trainer: Any, name: str) -> list[Any]:
-    """This method of the experiments of the trainer's loggers, on the first process, where they have it."""
-    if not trainer.is_global_zero:
-        return []
-    return [getattr(logger.experiment, name) for logger in trainer.loggers if hasattr(logger.experiment, name)]

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 
-from lit_ppo.callbacks.base import PPOCallback, PPOModule, as_in_a_step
+from lit_ppo.callbacks.base import PPOCallback, PPOModule, as_in_a_step, writers
 from lit_ppo.callbacks.checks import at_least, refuse_beside, require, require_prompts
 from lit_ppo.callbacks.showing import html_table, pieces
 
@@ -80,14 +80,9 @@ class SampleLogger(PPOCallback):
             self._before = [{name: sample[name] for name in ("prompt", "response", "score")} for sample in samples]
         self._shown = self._updates
         file = _file(trainer)
-        if not trainer.is_global_zero:
-            return
-        table = self._table(samples)
-        for logger in trainer.loggers:
-            experiment: Any = getattr(logger, "experiment", None)
-            if hasattr(experiment, "add_text"):
-                experiment.add_text("samples", table, self._updates)
-        if not trainer.fast_dev_run:
+        for add_text in writers(trainer, "add_text"):
+            add_text("samples", self._table(samples), self._updates)
+        if trainer.is_global_zero and not trainer.fast_dev_run:
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("a", encoding="utf-8") as lines:
                 # in ASCII: a terminal on which the file is printed obeys nothing in it

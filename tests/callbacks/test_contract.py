@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers.logger import Logger
 
 import lit_ppo.callbacks
 from lit_ppo.callbacks import PPOCallback
 from tests.callbacks.toy import Foreign, Recorder, Toy, run_updates
 from tests.callbacks.trick import Trick, made
+from tests.toys import MemoryLogger
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,8 +101,8 @@ def test_a_monitor_leaves_the_run_as_it_is(name: str):
 
 
 @pytest.mark.parametrize("name", MONITORS)
-@pytest.mark.parametrize("logger", [None, Recorder(Path(), kinds=())], ids=["none", "without text and pictures"])
-def test_a_monitor_does_with_whatever_logger_there_is(name: str, logger: Recorder | None):
+@pytest.mark.parametrize("logger", [None, Recorder(Path(), kinds=()), MemoryLogger()], ids=["none", "numbers", "bare"])
+def test_a_monitor_does_with_whatever_logger_there_is(name: str, logger: Logger | None):
     assert len(run_trick(make(name), name, 2, logger=logger).actors) == 2
 
 

@@ -158,6 +158,12 @@ def test_data_without_prompts_to_look_at_is_refused_before_the_first_rollout():
         trainer_of([SampleLogger()], 1).fit(module, datamodule=Closed(8))
 
 
+def test_a_module_that_fires_no_hooks_is_refused(tmp_path: Path):
+    """Which can be asked for everything that is needed, but would never be asked again."""
+    with pytest.raises(TypeError, match="SampleLogger waits for hooks that Toy never fires"):
+        watch(tmp_path, 1, fires=lambda hook: False)
+
+
 # ---- going on
 
 
