@@ -39,6 +39,7 @@ def test_histograms_of_the_first_and_every_second_update(tmp_path: Path):
     assert [(tag, step) for tag, _, step in logger.of("add_histogram")] == [
         (f"histogram/{name}", step) for step in (0, 2, 4) for name in names
     ]
+    assert [len(value) for _, value, _ in logger.of("add_histogram")] == [8, 20, 20, 8] * 3  # of that update alone
 
 
 def test_they_hold_the_response_tokens_and_rows_of_the_update(tmp_path: Path):
