@@ -212,3 +212,15 @@ def test_two_ranks_measure_as_one(tmp_path, lm):
     for ours, theirs in zip(logged(trainer), two["logged"], strict=True):
         assert theirs["tax/loss"] == pytest.approx(ours["tax/loss"], rel=1e-5)
         assert theirs["tax/loss_increase"] == pytest.approx(ours["tax/loss_increase"], rel=1e-3, abs=1e-6)
+
+
+def test_litppo_reads_text_without_a_graph(tmp_path, lm):
+    module, data = make_module(lm), texts(tmp_path)
+    module.configure_model()
+    data.tokenizer_source = str(lm)
+    data.setup("fit")
+    seen: list[bool] = []
+    module.actor.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    module.loss_on_text(data.collate(data.train_rows))
+    assert seen == [False] * 3  # seven texts, three at a time
+    assert all(parameter.grad is None for parameter in module.parameters())
