@@ -37,7 +37,7 @@ class CollapseMonitor(PPOCallback):
     The start is the first update's responses, which the untrained policy wrote. Each rule measures a distance from
     there; from the first level on it warns, from the second on it raises the alarm, each once, in words and with the
     numbers. KL, perplexity and entropy also warn half way to the first level where they would pass it within
-    ``lookahead`` updates, growing on as since the update before. It changes nothing in training, and costs a few
+    ``lookahead`` updates, growing on as in the last two. It changes nothing in training, and costs a few
     milliseconds an update. A few dozen responses an update make its shares meaningful.
 
     Args:
@@ -88,7 +88,7 @@ class CollapseMonitor(PPOCallback):
         self.stop = stop
         self._updates = 0
         self._start: dict[str, float] = {}  # the first update's statistics
-        self._distances: dict[str, float] = {}  # the last update's
+        self._before: list[dict[str, float]] = []  # distances of up to two updates, the last one last
         self._said: dict[str, int] = {}  # each rule's highest level so far
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
@@ -103,7 +103,7 @@ class CollapseMonitor(PPOCallback):
             self._start = {**now, "score_std": float(experience.raw_scores.std(correction=0))}
         distances = {name: self._distance(name, now[name]) for name in WORDS if name in now and name in self._start}
         found = {name: self._level(name, distance) for name, distance in distances.items()}
-        self._distances = distances
+        self._before = [*self._before[-1:], distances]
         for name, value in now.items():
             pl_module.log(f"collapse/{name}", value)
         pl_module.log("collapse/level", float(max(found.values())))
@@ -150,7 +150,7 @@ class CollapseMonitor(PPOCallback):
         if name not in TRENDS:
             return level
         half_way = 0.5 * (bounds[0] + (1.0 if name in FACTORS else 0.0))
-        growth = distance - self._distances.get(name, distance)
+        growth = (distance - self._before[0].get(name, distance)) / len(self._before) if self._before else 0.0
         return max(level, int(distance >= half_way and distance + self.lookahead * growth >= bounds[0]))
 
     def _message(self, name: str, level: int, now: float, distance: float) -> str:
@@ -167,11 +167,11 @@ class CollapseMonitor(PPOCallback):
         return {
             "updates": self._updates,
             "start": dict(self._start),
-            "distances": dict(self._distances),
+            "before": [dict(distances) for distances in self._before],
             "said": dict(self._said),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them up again."""
-        self._updates = state_dict["updates"]
-        self._start, self._distances, self._said = (dict(state_dict[name]) for name in ("start", "distances", "said"))
+        self._updates, self._before = state_dict["updates"], [dict(distances) for distances in state_dict["before"]]
+        self._start, self._said = dict(state_dict["start"]), dict(state_dict["said"])

@@ -40,10 +40,10 @@ class RewardHackingMonitor(PPOCallback):
         fall: How far a measure must fall from its best, in standard deviations of single responses.
         stop: Whether either verdict ends the run, after its update.
 
-    Reads ``experience.raw_scores``, ``pl_module.rollout(..., stream="reward_hacking")`` and ``score``; writes
-    ``trainer.should_stop`` if asked to. Logs ``hacking/train``, ``hacking/held_out``, ``hacking/gold`` (smoothed),
-    ``hacking/verdict`` (0 none, 1 overfitting, 2 reward hacking) and ``hacking/best_update``, by gold where there is
-    one, else by the held-out score.
+    Reads ``experience.raw_scores``, ``pl_module.rollout(..., stream="reward_hacking")`` and ``score``;
+    writes ``trainer.should_stop`` if asked to. Logs ``hacking/train``, ``hacking/held_out``, ``hacking/gold``, all
+    smoothed, ``hacking/verdict`` (0 none, 1 overfitting, 2 reward hacking) and ``hacking/best_update``, by gold where
+    there is one, else by the held-out score.
     Source: Gao et al. 2022, arXiv:2210.10760 (gold and proxy part ways); the rule is ours.
     """
 
