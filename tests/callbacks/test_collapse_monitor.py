@@ -245,6 +245,16 @@ def test_a_resumed_monitor_keeps_its_start_its_trend_and_what_it_said() -> None:
     assert watch(third, experiences[3])[1] == []
 
 
+def test_a_resumed_monitor_measures_from_the_old_start() -> None:
+    """Entropy 1 before, 0.4 after: a factor of 2.5. From a start of its own it would be 1."""
+    first, second = (CollapseMonitor(**{**NO_RULES, "entropy": (2.0, 4.0)}) for _ in range(2))
+    watch(first, rows())
+    second.load_state_dict(first.state_dict())
+    logs, said, _ = watch(second, rows(logprobs=-0.4, ref_logprobs=-0.4))
+    assert logs[0]["collapse/level"] == 1.0
+    assert "0.4 nats a token, 1 at the start" in said[0]
+
+
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)

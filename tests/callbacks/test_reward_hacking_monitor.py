@@ -139,6 +139,7 @@ def test_train_up_and_held_out_down_is_overfitting_with_or_without_gold() -> Non
         (UP, UP, UP),
         (UP[::-1], UP[::-1], UP[::-1]),  # all fall: training goes wrong, but nothing is gamed
         (UP, UP, [1.0, 1.0, 0.9, 0.9, 0.8]),  # 0.15 below, smoothed 0.12
+        (UP, [1.0, 0.9, 0.9, 0.8, 0.8], [1.0, 0.5, 0.0, 0.0, 0.0]),  # held-out neither up nor down by a quarter
     ],
 )
 def test_other_courses_are_neither(train: list[float], held_out: list[float], gold: list[float]) -> None:
@@ -162,11 +163,21 @@ def test_without_held_out_prompts_it_asks_the_first_training_prompts() -> None:
     assert watch(by_hand(), [0.0], [0.0], [0.0], splits=("train",))[3].asked[0][0] == "64 of train"
 
 
-def test_the_deviation_is_the_largest_so_far() -> None:
-    """Gold responses that are all alike at the start do not make every small fall a large one."""
-    monitor = by_hand()
-    watch(monitor, [0.0], [0.0], [0.0])
-    assert monitor.state_dict()["spread"] == {"train": 2.0, "held_out": 1.0, "gold": 1.0}
+def test_falls_are_in_deviations_the_largest_so_far() -> None:
+    """Responses 4 apart at first, then alike: a deviation of 4, and of 0.25 falls are needed that are over 1.
+
+    The measure falls by 2, smoothed by 1 and 1.5: a verdict at the third time, and not at the second.
+    """
+    for gold in ("judge", None):
+        monitor = by_hand(gold=gold)
+        watch(monitor, [0.0], [0.0], [0.0])
+        state = monitor.state_dict()
+        assert state["spread"] == {"train": 2.0, "held_out": 1.0, **({"gold": 1.0} if gold else {})}
+        monitor.load_state_dict({**state, "spread": dict.fromkeys(state["spread"], 4.0)})
+        down, up = [-2.0, -2.0], [1.0, 2.0]
+        logs, said, _, _ = watch(monitor, up, up if gold else down, down)
+        assert [log["hacking/verdict"] for log in logs] == [0, 2 if gold else 1]
+        assert "over 0.25 times their standard deviation of 4;" in said[0]
 
 
 @pytest.mark.parametrize("stop", [True, False])
