@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 
+import lightning as L
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import nn
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.optim import SGD, Adagrad
 
 from lit_ppo.sharding import fsdp1_unit
 from lit_ppo.whole import WholeCheckpoints
@@ -92,6 +94,16 @@ class FSDP2Strategy(WholeCheckpoints, ModelParallelStrategy):
         if hasattr(module, "generate"):  # gathers as the forward does
             register_fsdp_forward_method(module, "generate")
         return module
+
+    def setup_optimizers(self, trainer: L.Trainer) -> None:
+        """Refuse the fused kernels that PyTorch does not have for shares; it would say so in the first update."""
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, SGD | Adagrad) and any(group.get("fused") for group in optimizer.param_groups):
+                name = type(optimizer).__name__
+                raise ValueError(
+                    f"{name}(fused=True): PyTorch has no fused {name} for FSDP2Strategy; set fused to false"
+                )
 
     def model_to_device(self) -> None:
         """Move what is not sharded; shares are where they belong."""

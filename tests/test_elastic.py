@@ -64,12 +64,16 @@ def test_an_agent_is_killed_and_comes_back(tmp_path: Path) -> None:
         "--checkpoint.every_n_train_steps=1",
         "--model.rewards.function=tests.test_elastic.slow_reward",
         "--model.actor_optimizer=torch.optim.SGD",
-        "--model.actor_optimizer.lr=0.1",
+        "--model.actor_optimizer.lr=0.05",
+        "--model.actor_optimizer.momentum=0.5",  # states, which are sharded as well
+        "--model.actor_optimizer.fused=false",
         "--model.critic_optimizer=torch.optim.SGD",
-        "--model.critic_optimizer.lr=0.1",
+        "--model.critic_optimizer.lr=0.05",
+        "--model.critic_optimizer.momentum=0.5",
+        "--model.critic_optimizer.fused=false",
     ]
     run_command(*arguments, "--trainer.default_root_dir=whole", cwd=tmp_path).ok()
-    nodes = ["--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.strategy=ddp"]
+    nodes = [f"--config={REPOSITORY / 'configs/strategy/fsdp2_multinode.yaml'}", "--trainer.devices=1"]
     arguments += [*nodes, "--ckpt_path=auto", "--trainer.default_root_dir=cut"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

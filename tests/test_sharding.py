@@ -159,10 +159,17 @@ def adam(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=1e-3, fused=True)
 
 
-def fit(folder: Path, strategy: Any, *, updates: int, start: Path | None = None, name: str) -> Any:
+def sgd(params: Any) -> torch.optim.Optimizer:
+    """Adam makes steps of one size of gradients that are nothing but noise; this one lets two runs be compared."""
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9)
+
+
+def fit(
+    folder: Path, strategy: Any, *, updates: int, start: Path | None = None, name: str, optimizer: Any = adam
+) -> Any:
     """Train up to so many updates from a checkpoint; leaves a checkpoint and an exported model under ``name``."""
     reward = RewardModel(str(folder / "reward"))
-    module = make_module(folder / "gpt2", rewards=reward, actor_optimizer=adam, critic_optimizer=adam)
+    module = make_module(folder / "gpt2", rewards=reward, actor_optimizer=optimizer, critic_optimizer=optimizer)
     callbacks = [
         CriticWarmup(updates=1),
         StepCheckpoint(every_n_train_steps=9, dirpath=str(folder / name)),
@@ -184,8 +191,23 @@ def save_and_load(folder: Path, n: int) -> None:
             start = folder / f"one-{step}" / f"step-{step:06d}.ckpt"
             _, trainer = fit(folder, strategy, updates=step, start=start, name=f"{name}-{n}-again-{step}")
             trainer.save_checkpoint(folder / f"{name}-{n}-again-{step}.ckpt")
-    for name, strategy in {"fsdp2": "fsdp2", "fsdp": CPUFSDP()}.items():
-        fit(folder, strategy, updates=2, start=folder / "one-1/step-000001.ckpt", name=f"{name}-{n}-on")
+    go_on(folder, n)
+
+
+def go_on(folder: Path, n: int) -> None:
+    """From the middle of one process's run to its end."""
+    for name, strategy in {"fsdp2": "fsdp2", "ddp": "ddp", "fsdp": CPUFSDP()}.items():
+        start = folder / "one-sgd-2/step-000002.ckpt"
+        fit(folder, strategy, updates=4, start=start, name=f"{name}-{n}-on", optimizer=sgd)
+
+
+def three(folder: Path) -> None:
+    """A run that two ranks began, then what one process began."""
+    warnings.simplefilter("ignore")
+    start = folder / "fsdp2-2/step-000002.ckpt"
+    _, trainer = fit(folder, "fsdp2", updates=2, start=start, name="fsdp2-3-again")
+    trainer.save_checkpoint(folder / "fsdp2-3-again.ckpt")
+    go_on(folder, 3)
 
 
 PRECISIONS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {  # of the strategy, the trainer, the module
@@ -308,14 +330,17 @@ def alone(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks leave behind."""
+    """What ranks leave behind."""
     folder = tmp_path_factory.mktemp("sharding")
     for name, (family, options) in FAMILIES.items():
         make_causal_lm(folder / name, family, scale=4.0, **options)
     make_reward_model(folder / "reward")
     for step in (1, 2):
         fit(folder, "auto", updates=step, name=f"one-{step}")
+    for step in (2, 4):
+        fit(folder, "auto", updates=step, name=f"one-sgd-{step}", optimizer=sgd)
     on_ranks(2, everything, folder, folder=folder / "ranks")
+    on_ranks(3, three, folder, folder=folder / "three")
     on_ranks(1, alone, folder, folder=folder / "alone")
     return folder
 
@@ -372,13 +397,21 @@ def test_a_checkpoint_of_ranks_loads_on_one_process(folder, strategy):
     assert module.rollouts == 2
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
-def test_a_run_that_goes_on_under_another_strategy_ends_where_it_would_have(folder, strategy):
-    """After the checkpoint comes the actor's first Adam step, of size 1e-3."""
-    one, on = tensors(folder, "one-2/step-000002.ckpt"), tensors(folder, f"{strategy}-2-on/step-000002.ckpt")
+def test_a_checkpoint_of_two_ranks_goes_through_three_unchanged(folder):
+    assert_equal(tensors(folder, "fsdp2-3-again.ckpt"), tensors(folder, "fsdp2-2/step-000002.ckpt"))
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp", "fsdp"])
+def test_a_run_that_goes_on_under_another_strategy_ends_where_it_would_have(folder, strategy, n):
+    """Two more updates with momentum from before; the steps are of 1e-3 and more."""
+    start, one = (tensors(folder, f"one-sgd-{step}/step-{step:06d}.ckpt") for step in (2, 4))
+    on = tensors(folder, f"{strategy}-{n}-on/step-000004.ckpt")
+    assert on.keys() == one.keys()
+    assert max(float((one[name] - start[name]).abs().max()) for name in one if "actor" in name) > 1e-3
     for name, value in one.items():
         if isinstance(value, torch.Tensor):
-            torch.testing.assert_close(on[name], value, rtol=1e-4, atol=2e-5, msg=name)
+            torch.testing.assert_close(on[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
@@ -437,6 +470,9 @@ def test_the_cold_start_on_ranks(folder, tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_arguments_that_cannot_be():
+def test_arguments_that_cannot_be(folder, tmp_path):
     with pytest.raises(ValueError, match=r"FSDP2Strategy\(mixed_precision='half'\): must be 'bfloat16'"):
         FSDP2Strategy(mixed_precision="half")
+    fused = make_module(folder / "gpt2", actor_optimizer=lambda params: torch.optim.SGD(params, lr=0.1, fused=True))
+    with pytest.raises(ValueError, match=r"SGD\(fused=True\): PyTorch has no fused SGD for FSDP2Strategy"):
+        make_trainer(tmp_path, strategy="fsdp2", max_steps=1).fit(fused, make_data(tmp_path))
