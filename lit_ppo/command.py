@@ -5,6 +5,7 @@ import itertools
 import os
 import warnings
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import lightning as L
@@ -20,10 +21,12 @@ from lit_ppo.checkpoint import RUN, StepCheckpoint, find_checkpoints, find_last,
 from lit_ppo.errors import CommandError, parsing_error
 from lit_ppo.export import ExportModel
 from lit_ppo.interrupt import is_first_process
+from lit_ppo.module import LitPPO
 from lit_ppo.progress import LineProgress, PhaseBar, describe, progress_bar
 from lit_ppo.report import RunReport
 from lit_ppo.resume import changes, check_changes, tell_changes
 from lit_ppo.stages import Stage, StageRunner
+from lit_ppo.supervised import SupervisedModule
 from lit_ppo.whole_files import read_summary
 
 if TYPE_CHECKING:
@@ -138,7 +141,16 @@ class Command(LightningCLI):
         check_changes(str(checkpoint), changed)
         if changed:
             lines = [f"Continuing {checkpoint} with another configuration:", *tell_changes(changed)]
+            if any(name.startswith(("model.init_args.", "optimizer.", "lr_scheduler.")) for name in changed):
+                lines += self._keeps_rates()
             self.heartbeat.say("\n  ".join(lines), doing="reading the configuration")
+
+    def _keeps_rates(self) -> list[str]:
+        """What a changed learning rate comes to in a module that is not ours."""
+        name = self.config["fit"].model.class_path
+        if issubclass(resolve_name(name), LitPPO | SupervisedModule):
+            return []
+        return [f"{name}: Lightning goes on with its optimizers and schedules as they were saved, whatever is changed"]
 
     def _effective(self, config: Namespace) -> dict[str, Any]:
         """The whole configuration as plain values."""

@@ -92,7 +92,9 @@ def test_checkpoints_hold_plain_things_only(config: Path, tmp_path: Path) -> Non
 def test_the_command_line_rules_over_the_checkpoint(config: Path, tmp_path: Path) -> None:
     """Lightning's own command takes the model's arguments from the checkpoint."""
     run_command("fit", "--config", config, "--trainer.max_steps=3", cwd=tmp_path).ok()
-    run_command("fit", "--config", config, "--model.start=here", "--ckpt_path=last", cwd=tmp_path).ok()
+    out = run_command("fit", "--config", config, "--model.start=here", "--ckpt_path=last", cwd=tmp_path).ok().out
+    assert "model.init_args.start: None -> here" in out
+    assert "tests.cli_toys.Toy: Lightning goes on with its optimizers and schedules as they were saved" in out
     saved = yaml.safe_load((tmp_path / "runs/version_0/config.yaml").read_text())
     assert saved["model"]["init_args"]["start"] == "here"
 

@@ -225,6 +225,7 @@ def test_the_command_says_and_refuses(tmp_path: Path, actor: Path) -> None:
         "  model.init_args.actor_optimizer.init_args.lr: 1e-06 -> 0.001\n",
     ):
         assert line in out, out
+    assert "as they were saved" not in out  # which is said of modules that are not ours
     run_command(*again, "--seed_everything=7", cwd=tmp_path).refused("seed_everything was 42, now 7")
     with (tmp_path / "prompts.jsonl").open("a") as file:
         file.write('\n{"prompt": "one more"}')
