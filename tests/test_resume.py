@@ -116,3 +116,25 @@ def test_fitting_twice_in_a_notebook_goes_on(tmp_path, whole):
     make_trainer(tmp_path).fit(module, data)
     assert module.rollouts == 4
     assert any(not value.equal(first[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adafactor, torch.optim.RMSprop, torch.optim.NAdam])
+def test_other_optimizers_go_on(tmp_path, whole, optimizer):
+    """Their states have other shapes: factors of rows and columns, numbers that are not tensors."""
+    _, actor, *_ = whole
+
+    def fit(updates: int, start: str | None = None) -> dict[str, torch.Tensor]:
+        arguments = {
+            name: lambda params: optimizer(params, lr=1e-2) for name in ("actor_optimizer", "critic_optimizer")
+        }
+        module = make_module(actor, **arguments)
+        keep = StepCheckpoint(every_n_train_steps=1, keep=9, dirpath=str(tmp_path / "checkpoints"))
+        trainer = make_trainer(tmp_path, callbacks=[keep], max_steps=updates, enable_checkpointing=True)
+        trainer.fit(module, make_data(tmp_path), ckpt_path=start, weights_only=True)
+        assert all(isinstance(placed.optimizer, optimizer) for placed in module.optimizers())
+        return module.state_dict()
+
+    before, expected = fit(1), fit(2)
+    found = fit(2, str(tmp_path / "checkpoints/step-000001.ckpt"))
+    assert all(value.equal(found[name]) for name, value in expected.items())
+    assert any(not value.equal(before[name]) for name, value in expected.items())
