@@ -40,14 +40,16 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
     "Are the steps sound?": {
         "tokens whose ratio is clipped": ["^(policy|value)/clip_fraction$"],
         "KL to the policy that sampled": ["^policy/approx_kl$"],
-        "probability ratio": ["^policy/ratio$"],
+        "probability ratio: mean, least, greatest": ["^policy/ratio(_min|_max)?$"],
         "gradient norms": ["^(policy|value)/grad_norm$"],
         "learning rates": ["^(policy|value)/lr$"],
         "steps left out": ["^optimizer/skipped_fraction$"],
     },
     "What does it cost?": {
         "tokens a second": ["^throughput/tokens_per_second$"],
-        "seconds an update": ["^time/"],
+        "seconds an update": ["^time/[a-z]+$"],
+        "share of an update's time": ["^time/share/"],
+        "most memory so far, GiB": ["^memory/peak_gib$"],
     },
 }
 FINAL = ("objective/score", "objective/kl", "response/length", "val/score", "val/kl", "val/win_rate")

@@ -58,25 +58,36 @@ def gather_shares(share: Callable[[], T]) -> list[T]:
     return [entry for _, entry in everyone]
 
 
-def sum_over_ranks(values: dict[str, Tensor], alike: dict[str, Tensor] | None = None) -> dict[str, float]:
+def sum_over_ranks(
+    values: dict[str, Tensor],
+    *,
+    least: dict[str, Tensor] | None = None,
+    greatest: dict[str, Tensor] | None = None,
+    alike: dict[str, Tensor] | None = None,
+) -> dict[str, float]:
     """Sum scalars over ranks, in one collective and one synchronisation with the device.
 
     Args:
         values: Scalars under the same names on every rank.
+        least: The same, of which the least over ranks comes back.
+        greatest: The same, of which the greatest does.
         alike: Scalars that are the same on every rank: not summed, brought to the host on the same way.
     """
-    names, others = sorted(values), alike or {}
-    scalars = [*(values[name] for name in names), *others.values()]
-    if not scalars:
+    kinds = [dict(sorted((kind or {}).items())) for kind in (values, least, greatest)]
+    named = {name: x for kind in (*kinds, alike or {}) for name, x in kind.items()}
+    if not named:
         return {}
-    device = next((x.device for x in scalars if x.device.type != "cpu"), torch.device("cpu"))
+    device = next((x.device for x in named.values() if x.device.type != "cpu"), torch.device("cpu"))
     precise = torch.float32 if device.type == "mps" else torch.float64
-    stacked = torch.stack([x.detach().to(device, precise) for x in scalars])
-    if n_ranks() > 1 and names:
-        summed = stacked[: len(names)].to(_collective_device())
-        dist.all_reduce(summed)
-        stacked[: len(names)] = summed.to(device)
-    return dict(zip([*names, *others], stacked.tolist(), strict=True))
+    stacked = torch.stack([x.detach().to(device, precise) for x in named.values()])
+    sizes = [len(kind) for kind in kinds]
+    if n_ranks() > 1 and any(sizes):
+        mine = stacked[: sum(sizes)].to(_collective_device())
+        everyone = [torch.empty_like(mine) for _ in range(n_ranks())]
+        dist.all_gather(everyone, mine)
+        sums, minima, maxima = torch.stack(everyone).split(sizes, dim=1)
+        stacked[: sum(sizes)] = torch.cat([sums.sum(0), minima.amin(0), maxima.amax(0)]).to(device)
+    return dict(zip(named, stacked.tolist(), strict=True))
 
 
 def greatest(value: int) -> int:

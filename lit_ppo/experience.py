@@ -105,7 +105,7 @@ class Experience:
         n, listed = len(self), index.tolist()
         index = index.to(self.response_ids.device, non_blocking=True)
         for name in _set_fields(self):
-            if name == "metrics":  # one dict a step, which all micro-batches of it add to
+            if name in ("metrics", "least", "greatest"):  # one dict a step, which all micro-batches of it add to
                 continue
             setattr(self, name, _rows(getattr(self, name), index, listed, n))
 
@@ -145,6 +145,8 @@ class Minibatch(Experience):
     reduction: LossReduction = "token_mean"
     ranks: int = 1  # gradients are averaged over ranks: the mean makes up for it
     metrics: dict[str, Tensor] = field(default_factory=dict)  # this rank's part of the step's means
+    least: dict[str, Tensor] = field(default_factory=dict)  # of this rank's tokens
+    greatest: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -207,6 +209,17 @@ class Minibatch(Experience):
         """
         total = x.detach().masked_fill(self.weights == 0, 0.0).sum()
         self.log_part(name, self.ranks * total / self.n_tokens)
+
+    def log_extremes(self, name: str, x: Tensor) -> None:
+        """Add the least and the greatest ``x`` of all response tokens of this step, ``..._min`` and ``..._max``.
+
+        Shapes:
+            x (B, T).
+        """
+        outside, x = self.weights == 0, x.detach()
+        low, high = x.masked_fill(outside, torch.inf).amin(), x.masked_fill(outside, -torch.inf).amax()
+        self.least[f"{name}_min"] = torch.minimum(self.least.get(f"{name}_min", low), low)
+        self.greatest[f"{name}_max"] = torch.maximum(self.greatest.get(f"{name}_max", high), high)
 
     def log_part(self, name: str, part: Tensor) -> None:
         """Add a value that is already a part of the step's mean, as a loss made by :meth:`mean` is."""

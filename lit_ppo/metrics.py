@@ -1,5 +1,6 @@
 """What an update reports, under stable names."""
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -7,16 +8,24 @@ import torch
 from lit_ppo.experience import Experience, Minibatch
 from lit_ppo.functional import explained_variance, kl_estimate, masked_mean
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from lit_ppo.steps import OptimizerSteps
 
 LOSS_NAMES = {"policy": "policy_loss", "value": "value_loss"}
 SKIPPED = "optimizer/skipped_fraction"
+EXTREMES = {"ratio_min": min, "ratio_max": max}
 TAGS = {
     "policy_loss": "policy/loss",
     "approx_kl": "policy/approx_kl",
     "clip_fraction": "policy/clip_fraction",
     "ratio": "policy/ratio",
+    "ratio_min": "policy/ratio_min",
+    "ratio_max": "policy/ratio_max",
     "entropy": "policy/entropy",
     "actor_grad_norm": "policy/grad_norm",
     "value_loss": "value/loss",
@@ -29,6 +38,7 @@ def log_policy(micro: Minibatch, clip_range: float | None) -> None:
     ratio = torch.exp(micro.new_logprobs.detach() - micro.logprobs)
     micro.log("approx_kl", kl_estimate(micro.logprobs, micro.new_logprobs, "k3"))
     micro.log("ratio", ratio)
+    micro.log_extremes("ratio", ratio)
     micro.log("clip_fraction", ((ratio - 1).abs() > (clip_range or float("inf"))).float())
     micro.log("entropy", micro.new_entropy)
 
@@ -66,15 +76,35 @@ def of_experience(experience: Experience, kl_coef: float) -> dict[str, float]:
 
 
 def of_steps(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Means over an update's optimizer steps; skipped ones, whose numbers are not finite, are counted apart."""
+    """Means over an update's optimizer steps, and extremes; skipped ones, not finite, are counted apart."""
     taken = [step for step in steps if not step.get(SKIPPED)]
     means: dict[str, float] = {}
     for name in sorted({name for step in taken for name in step} | ({SKIPPED} if steps else set())):
         values = [step[name] for step in (steps if name == SKIPPED else taken) if name in step]
-        means[TAGS.get(name, name)] = sum(values) / len(values) if values else 0.0
+        if name in EXTREMES:
+            means[TAGS[name]] = EXTREMES[name](values)
+        else:
+            means[TAGS.get(name, name)] = sum(values) / len(values) if values else 0.0
     if "value/loss" in means:
         means.setdefault("value/clip_fraction", 0.0)  # nobody clips values
     return means
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes that this process has needed at most so far: on a GPU of the GPU's memory, else of the machine's.
+
+    Args:
+        device: The process's.
+
+    Returns:
+        None where the system does not say, as Windows.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def forget_last_update(trainer: Any) -> None:

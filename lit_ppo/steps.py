@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lit_ppo.distributed import n_ranks, rank, sum_over_ranks
 from lit_ppo.experience import Experience, Minibatch, model_inputs
-from lit_ppo.metrics import LOSS_NAMES, SKIPPED, failure_facts, of_experience, of_steps
+from lit_ppo.metrics import LOSS_NAMES, SKIPPED, failure_facts, of_experience, of_steps, peak_memory
 from lit_ppo.policy import Policy
 from lit_ppo.sharding import clip_gradients, total_norm, without_gradient_sync
 
@@ -83,7 +83,9 @@ class OptimizerSteps(Policy):
             norms[f"{name}_grad_norm"] = clip_gradients(getattr(self, name), self.max_grad_norm)
         # whether all are finite is asked of all ranks: one alone that skips, or steps, would part from the others
         broken = {f"{name} broken": ~norm.isfinite() for name, norm in norms.items()}
-        metrics = sum_over_ranks(minibatch.metrics | broken, alike=norms)
+        metrics = sum_over_ranks(
+            minibatch.metrics | broken, least=minibatch.least, greatest=minibatch.greatest, alike=norms
+        )
         for name in norms:
             if metrics.pop(f"{name} broken"):
                 metrics[name] = math.nan
@@ -204,8 +206,12 @@ class OptimizerSteps(Policy):
             **of_experience(experience, coefficients["objective/kl_coef"]),
             **of_steps(steps),
             **{f"time/{phase}": value for phase, value in self.seconds.items()},
+            **{f"time/share/{phase}": value / seconds for phase, value in self.seconds.items()},
             "throughput/tokens_per_second": int(experience.response_mask.sum()) / seconds,
         }
+        peak = peak_memory(self.device)
+        if peak is not None:
+            metrics["memory/peak_gib"] = peak / 2**30
         if self.sampling_difference is not None:
             metrics["rollout/sampling_logprob_difference"] = self.sampling_difference
         for name in self.source_names:

@@ -82,6 +82,7 @@ class Oracle:
                     if grad is not None:
                         parameter -= self.lr * grad
         means = {name: sum(values) / len(values) for name, values in stats.items()}
+        means |= {"ratio_min": min(stats["ratio"]), "ratio_max": max(stats["ratio"])}
         return {"policy_loss": policy_loss.item(), "value_loss": value_loss.item(), **means, **norms}
 
     def reduce(self, rows: list[Tensor]) -> Tensor:

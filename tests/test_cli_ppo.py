@@ -25,7 +25,7 @@ def arguments(tmp_path: Path, tiny_lm: Path, tiny_reward: Path) -> list[str]:
 def metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """All that was logged, times aside; a step told twice is a failure."""
     events = EventAccumulator(str(folder)).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith(("time/", "throughput/", "epoch"))]
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith(("time/", "throughput/", "memory/", "epoch"))]
     found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
     for tag, points in found.items():
         assert len({step for step, _ in points}) == len(points), tag

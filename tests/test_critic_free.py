@@ -164,7 +164,7 @@ def test_going_on_from_a_checkpoint_changes_nothing(tmp_path, lm, estimator, sto
     cut, rest = fit(tmp_path / "cut", str(tmp_path / f"whole/checkpoints/step-{stop:06d}.ckpt"))
     for expected, row in zip(rows[stop:], rest, strict=True):
         for name, value in expected.items():
-            assert row[name] == value or name.startswith(("time/", "throughput/")), name
+            assert row[name] == value or name.startswith(("time/", "throughput/", "memory/")), name
     for name, value in whole.state_dict().items():
         assert value.equal(cut.state_dict()[name]), name
 

@@ -206,3 +206,18 @@ def test_a_step_of_one_token_logs_that_token():
     micro = Minibatch.of(make(lengths=(1,), prompts=(2,)), [0], "token_mean")
     micro.log("x", torch.tensor([[3.0]]))
     assert micro.metrics["x"].item() == 3.0
+
+
+def test_extremes_are_of_the_steps_response_tokens_however_it_is_split():
+    """Rows of 3, 1 and 2 tokens: 5, 6, 7; 4; 8, 9. What lies outside is smaller, larger, NaN; a share may be empty."""
+    experience = make(lengths=(3, 1, 2), prompts=(1, 1, 1))
+    experience.extras["x"] = torch.tensor([[5.0, 6.0, 7.0], [4.0, 99.0, torch.nan], [8.0, 9.0, -99.0]])
+    for reduction in ("token_mean", "sequence_mean"):
+        minibatch = Minibatch.of(experience, range(3), reduction)
+        for micro in minibatch.micro_batches([[0], [1, 2], []], 1):
+            micro.log_extremes("x", micro.extras["x"])
+        assert (minibatch.least["x_min"].item(), minibatch.greatest["x_max"].item()) == (4.0, 9.0)
+    rest = Minibatch.of(experience, range(3), "token_mean")
+    (empty,) = rest.micro_batches([[]], 2)  # a rank with nothing to do says nothing
+    empty.log_extremes("x", empty.extras["x"])
+    assert (rest.least["x_min"].item(), rest.greatest["x_max"].item()) == (float("inf"), -float("inf"))

@@ -69,7 +69,7 @@ def updates_of(seen: list[str]) -> list[int]:
 def logs(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """All that was logged but times; a step told twice is a failure."""
     told = EventAccumulator(str(folder / "version_0")).Reload()
-    names = [tag for tag in told.Tags()["scalars"] if not tag.startswith(("time/", "throughput/"))]
+    names = [tag for tag in told.Tags()["scalars"] if not tag.startswith(("time/", "throughput/", "memory/"))]
     found = {tag: [(event.step, event.value) for event in told.Scalars(tag)] for tag in names}
     for tag, points in found.items():
         if tag == "epoch":  # validation repeats the number of its step

@@ -239,8 +239,30 @@ def test_metrics_are_those_of_the_experience(tmp_path, gpt2):
              "value_loss": "value/loss", "critic_grad_norm": "value/grad_norm"}  # fmt: skip
     for name, tag in names.items():
         assert row[tag] == pytest.approx(sum(m[name] for m in last) / len(last), rel=1e-5), tag
-    for tag in ("time/rollout", "time/score", "time/update", "throughput/tokens_per_second"):
-        assert row[tag] > 0
+    assert row["policy/ratio_min"] == min(m["ratio_min"] for m in last) < 0.99
+    assert row["policy/ratio_max"] == max(m["ratio_max"] for m in last) > 1.01
+    seconds = {phase: row[f"time/{phase}"] for phase in ("rollout", "score", "update")}
+    for phase, value in seconds.items():
+        assert row[f"time/share/{phase}"] == pytest.approx(value / sum(seconds.values()))
+    n_tokens = sum(lengths)
+    assert row["throughput/tokens_per_second"] == pytest.approx(n_tokens / sum(seconds.values()))
+
+
+def test_the_memory_logged_is_the_process_own(tmp_path, gpt2):
+    """As Linux has it, kB in /proc; a process with torch in it has over 100 MiB."""
+    _, trainer = record(tmp_path, gpt2)[1:]
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("not Linux")
+    peak = float(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")))
+    for row in logged(trainer):
+        assert 0.1 < row["memory/peak_gib"] == pytest.approx(peak / 2**20, rel=0.05)
+
+
+def test_where_the_system_does_not_tell_the_memory_none_is_logged(tmp_path, gpt2, monkeypatch):
+    monkeypatch.setattr("lit_ppo.metrics.resource", None)
+    _, trainer = record(tmp_path, gpt2)[1:]
+    assert all("memory/peak_gib" not in row for row in logged(trainer))
 
 
 def test_the_gradient_norm_is_clipped_and_logged_unclipped(tmp_path, gpt2):
