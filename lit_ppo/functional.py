@@ -4,6 +4,7 @@ Dimension letters: B batch, P prompt, T response, V vocabulary, N tokens, H hidd
 entropies and KL are in nats. Masks are boolean, True where a response token is.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -492,6 +493,52 @@ def best_of_groups(scores: Tensor, group: Tensor) -> Tensor:
     places = torch.arange(len(scores), device=scores.device)
     first = torch.full_like(places, len(scores)).scatter_reduce(0, number, places, "amin")
     return best_first[first[first < len(scores)]].sort().values
+
+
+def best_of_n_kl(n: int) -> float:
+    r"""KL from a policy to the best of ``n`` of its samples, by which optimization is compared with mere choice.
+
+    .. math:: KL_n = \log n - \frac{n - 1}{n}
+
+    An upper bound, which is reached where no two samples score alike.
+
+    Source: Stiennon et al. 2020, arXiv:2009.01325, appendix G.3; Gao et al. 2022, arXiv:2210.10760.
+
+    Args:
+        n: Samples to choose from.
+
+    Returns:
+        Nats a response.
+
+    >>> [round(best_of_n_kl(n), 6) for n in (1, 2, 4)]
+    [0.0, 0.193147, 0.636294]
+    """
+    return math.log(n) - (n - 1) / n
+
+
+def best_of_n_score(scores: Tensor, n: int) -> Tensor:
+    r"""The mean score of the best of ``n`` samples, without bias, from more samples of each prompt than ``n``.
+
+    The mean over all ways to choose n of a prompt's m samples, in ascending order x_(1) to x_(m), then over prompts:
+
+    .. math:: \sum_{i=n}^{m} \binom{i - 1}{n - 1} \Big/ \binom{m}{n}\; x_{(i)}
+
+    Source: Nakano et al. 2021, arXiv:2112.09332, appendix I; Gao et al. 2022, arXiv:2210.10760.
+
+    Args:
+        scores: Of m samples of each prompt, in any order.
+        n: Samples to choose from, 1 to m.
+
+    Shapes:
+        (B, m) -> scalar.
+
+    >>> best_of_n_score(torch.tensor([[3.0, 1.0, 2.0]]), n=2)  # the best of {1, 2}, {1, 3} and {2, 3}
+    tensor(2.6667)
+    """
+    m = scores.shape[1]
+    shares = [math.comb(i - 1, n - 1) / math.comb(m, n) for i in range(1, m + 1)]
+    weights = torch.tensor(shares, dtype=scores.dtype, device=scores.device)
+    return (scores.sort(dim=1).values * weights).sum(1).mean()
 
 
 def moving_average(average: Tensor, new: Tensor, decay: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import itertools
 import math
 import statistics
 from collections.abc import Callable
@@ -679,6 +680,33 @@ def test_best_of_groups_by_going_through_the_rows(seed):
         if number not in best or score > scores[best[number]]:
             best[number] = row
     assert F.best_of_groups(scores, group).tolist() == sorted(best.values())
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 7])
+def test_best_of_n_by_every_choice_of_n_samples(n):
+    """Also with ties, and with fewer and smaller samples than float32 rounds."""
+    scores = normal(3, 7, seed=2)
+    scores[1, 2] = scores[1, 5]
+    best = [max(chosen) for row in scores.tolist() for chosen in itertools.combinations(row, n)]
+    close(F.best_of_n_score(scores, n), statistics.fmean(best))
+    assert F.best_of_n_score(scores.float(), n).item() == pytest.approx(statistics.fmean(best), rel=1e-5)
+
+
+def test_best_of_one_is_the_mean_and_best_of_all_the_maximum():
+    scores = torch.tensor([[4.0, 0.0, 2.0], [1.0, 1.0, 7.0]])
+    assert F.best_of_n_score(scores, 1).item() == pytest.approx(2.5)
+    assert F.best_of_n_score(scores, 3).item() == pytest.approx(5.5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 16])
+def test_the_kl_of_best_of_n_by_integrating_its_definition(n):
+    """The best of n has density n u^(n - 1) where a sample's own score has rank u, uniform on (0, 1)."""
+    cells = 200_000
+    total = 0.0
+    for i in range(cells):
+        density = n * ((i + 0.5) / cells) ** (n - 1)
+        total += density * math.log(density) / cells if density else 0.0
+    assert F.best_of_n_kl(n) == pytest.approx(total, abs=1e-6)
 
 
 def test_best_of_groups_of_one_are_all_rows():

@@ -269,10 +269,9 @@ def test_page_says_when_what_and_where_from(name: str):
 @pytest.mark.parametrize("path", sorted((ROOT / "callbacks").glob("[a-z]*.py")), ids=lambda path: path.stem)
 def test_imports_only_what_a_trick_may(path: Path):
     """A trick knows tensors, Lightning, its base and the mathematics: nothing of processes, files or our module."""
-    allowed = {"torch", "lightning", "typing", "collections", "contextlib", "lit_ppo.functional", "lit_ppo.callbacks"}
-    allowed |= {"lit_ppo.diversity", "lit_ppo.reward_functions"}
-    if path.stem == "showing":
-        allowed |= {"html"}
+    allowed = {"torch", "lightning", "typing", "collections", "contextlib", "math"}
+    allowed |= {"lit_ppo.functional", "lit_ppo.callbacks", "lit_ppo.diversity", "lit_ppo.reward_functions"}
+    allowed |= {"showing": {"html"}, "figures": {"matplotlib"}}.get(path.stem, set())
     if any(snake_case(name) == path.stem for name in MONITORS):  # they write what they see
         allowed |= {"json", "pathlib"}
     tree = ast.parse(path.read_text())

@@ -256,8 +256,9 @@ class Toy(L.LightningModule):
 
     def sampled(self, prompts: list[str], samples_per_prompt: int, stream: str, **kwargs: Any) -> Rows:
         """Responses to held-out prompts, by the draws of a stream; scored as greedy ones are."""
-        assert samples_per_prompt == 1
-        random, n = torch.Generator().manual_seed(crc32(stream.encode())), len(prompts)
+        n = samples_per_prompt * len(prompts)
+        prompt = torch.arange(len(prompts)).repeat_interleave(samples_per_prompt)
+        random = torch.Generator().manual_seed(crc32(stream.encode()))
         mask = torch.arange(T) < torch.arange(n)[:, None] % T + 1
         features = torch.randn(n, T, FEATURES, generator=random)
         probabilities = self.actor(features).softmax(-1)
@@ -270,14 +271,14 @@ class Toy(L.LightningModule):
             actions=actions,
             response_mask=mask,
             ended=torch.ones(n, dtype=torch.bool),
-            group=torch.arange(n),
-            prompt_index=torch.arange(n),
+            group=prompt,
+            prompt_index=prompt,
             logprobs=logprobs,
             ref_logprobs=ref_logprobs,
             values=None,
             kl=torch.zeros_like(logprobs) if ref_logprobs is None else logprobs - ref_logprobs,
             greedy=True,
-            prompts=prompts,
+            prompts=[prompts[i] for i in prompt],
             responses=responses,
         )
 
@@ -469,7 +470,15 @@ class Foreign(L.LightningModule):
         return self.layer(batch).sum()
 
 
-TENSORBOARD = ("add_text", "add_histogram", "add_custom_scalars")
+TENSORBOARD = ("add_text", "add_histogram", "add_custom_scalars", "add_figure")
+
+
+def drawn(figure: Any) -> dict[str, list[list[float]]]:
+    """What a figure shows in its first axes: the points of each line, dot and outline by its label."""
+    axes = figure.axes[0]
+    points = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    points |= {dots.get_label(): dots.get_offsets().tolist() for dots in axes.collections}
+    return points | {outline.get_label(): outline.get_xy().tolist() for outline in axes.patches}
 
 
 class Recorder(Logger):
@@ -496,7 +505,8 @@ class Recorder(Logger):
         return SimpleNamespace(**{kind: partial(self.take, kind) for kind in self.kinds})
 
     def take(self, kind: str, tag: Any, value: Any = None, step: int | None = None) -> None:
-        self.calls.append((kind, tag, value.tolist() if isinstance(value, Tensor) else value, step))
+        plain = drawn(value) if kind == "add_figure" else value.tolist() if isinstance(value, Tensor) else value
+        self.calls.append((kind, tag, plain, step))
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.calls += [("scalar", tag, value, step) for tag, value in metrics.items() if tag != "epoch"]
