@@ -24,8 +24,13 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
     "Is it drifting?": {
         "KL to the reference, nats a response": ["^(objective|val)/kl$"],
         "KL coefficient": ["^objective/kl_coef$"],
-        "loss on general text": ["^tax/loss"],
+        "loss on general text": ["^tax/loss$"],
         "perplexity under the reference": ["^collapse/perplexity$"],
+    },
+    "Is the reward gamed?": {
+        "smoothed: training, held-out and gold score": ["^hacking/(train|held_out|gold)$"],
+        "0 no, 1 overfitting, 2 reward hacking": ["^hacking/verdict$"],
+        "lowest twentieth of the scores": ["^collapse/score_tail$"],
     },
     "Is it collapsing?": {
         "entropy, nats a token": ["^policy/entropy$"],
@@ -180,7 +185,7 @@ class Cockpit(PPOCallback):
         outcome = {f"final/{name}": float(logged[name]) for name in FINAL if name in logged}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and outcome:
-                logger.log_hyperparams(dict(pl_module.hparams), outcome, step=self._updates)
+                logger.log_hyperparams(_hyperparameters(trainer, pl_module), outcome, step=self._updates)
 
     def state_dict(self) -> dict[str, Any]:
         """How far the run is, what it started from, and which way it went."""
@@ -192,3 +197,12 @@ class Cockpit(PPOCallback):
         self._updates = state_dict["updates"]
         self._kl, self._score = list(state_dict["kl"]), list(state_dict["score"])
         self._start, self._best = list(state_dict["start"]), list(state_dict["best"])
+
+
+def _hyperparameters(trainer: Any, pl_module: Any) -> dict[str, Any]:
+    """The module's, less what says nothing, and those that it does not count among them: rates and callbacks."""
+    given = {name: x for name, x in pl_module.hparams.items() if x is not None and not name.startswith("_")}
+    for name, optimizer in zip(("actor_lr", "critic_lr"), trainer.optimizers, strict=False):
+        given[name] = optimizer.defaults.get("lr")
+    tricks = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, PPOCallback)]
+    return {**given, "callbacks": " ".join(tricks)}

@@ -60,9 +60,9 @@ def _axes(across: str, up: str) -> tuple["Figure", "Axes"]:
     """An empty figure without pyplot, which would keep it and choose a backend for the whole process."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.0, 4.5), dpi=110)
+    figure = Figure(figsize=(4.8, 3.4), dpi=120)  # TensorBoard shows it at about two thirds of its size
     axes = figure.add_subplot()
-    figure.subplots_adjust(left=0.1, right=0.97, bottom=0.12, top=0.97)
+    figure.subplots_adjust(left=0.14, right=0.97, bottom=0.15, top=0.96)
     axes.set_xlabel(across)
     axes.set_ylabel(up)
     axes.grid(alpha=0.25)

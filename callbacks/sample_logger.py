@@ -13,6 +13,7 @@ from lit_ppo.callbacks.showing import html_table, pieces
 FILE = "samples.jsonl"
 SQUARES = ((2.0, "🟥"), (0.5, "🟧"), (0.1, "🟨"))  # nats, from which on a token gets which
 LESS_LIKELY = "🟦"
+NUMBERS = ("score", "KL")  # columns
 
 
 class SampleLogger(PPOCallback):
@@ -106,7 +107,7 @@ class SampleLogger(PPOCallback):
     def _table(self, samples: list[dict[str, Any]]) -> str:
         if not self._updates:
             header = ["prompt", "before the first update", "score"]
-            return html_table(header, [[s["prompt"], s["response"], f"{s['score']:+.2f}"] for s in samples])
+            return html_table(header, [[s["prompt"], s["response"], f"{s['score']:+.2f}"] for s in samples], NUMBERS)
         after = "after one update" if self._updates == 1 else f"after {self._updates} updates"
         rows = []
         for i, sample in enumerate(samples):
@@ -117,7 +118,7 @@ class SampleLogger(PPOCallback):
             coloured = "".join(square(kl) + text for text, kl in sample["tokens"])
             numbers = [f"{before['score']:+.2f}", coloured, f"{sample['score']:+.2f}", f"{sample['kl']:+.2f}"]
             rows.append([sample["prompt"], before["response"], *numbers])
-        return html_table(["prompt", "before the first update", "score", after, "score", "KL"], rows)
+        return html_table(["prompt", "before the first update", "score", after, "score", "KL"], rows, NUMBERS)
 
     def state_dict(self) -> dict[str, Any]:
         """What the run started from, and how far it is."""

@@ -42,15 +42,23 @@ def pieces(decode: Callable[[list[int]], str], ids: Sequence[int], values: Seque
     return found
 
 
-def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str] = ()) -> str:
     """An HTML table whose cells show their text, whatever it is; Markdown leaves its inside alone.
+
+    Args:
+        header: The columns' names.
+        rows: Of cells.
+        numbers: Names of columns that TensorBoard must not break in the middle, as it does with words and numbers.
 
     >>> html_table(["response"], [["<b>| a"]])
     '<table><thead><tr><th>response</th></tr></thead><tbody><tr><td>&lt;b&gt;| a</td></tr></tbody></table>'
     """
-    head = _row("th", header)
-    return f"<table><thead>{head}</thead><tbody>{''.join(_row('td', row) for row in rows)}</tbody></table>"
+    whole = [name in numbers for name in header]
+    head, body = _row("th", header, whole), "".join(_row("td", row, whole) for row in rows)
+    return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
 
 
-def _row(tag: str, cells: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{escape(printable(cell))}</{tag}>" for cell in cells) + "</tr>"
+def _row(tag: str, cells: Sequence[str], whole: Sequence[bool]) -> str:
+    shown = [escape(printable(cell)) for cell in cells]
+    shown = [f"<pre>{text}</pre>" if keep else text for text, keep in zip(shown, whole, strict=True)]
+    return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in shown) + "</tr>"

@@ -37,6 +37,7 @@ class Cells(HTMLParser):
         super().__init__()
         self.rows: list[list[str]] = []
         self.tags: set[str] = set()
+        self.whole: list[str] = []  # what is not broken into lines
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
@@ -45,10 +46,12 @@ class Cells(HTMLParser):
             self.rows.append([])
         if tag in ("td", "th"):
             self.rows[-1].append("")
+        self.keeps = tag == "pre"
 
     def handle_data(self, data: str) -> None:
         if self.rows and self.rows[-1]:
             self.rows[-1][-1] += data
+            self.whole += [data] * self.keeps
 
 
 def shown(text: str) -> Cells:
@@ -214,7 +217,8 @@ def test_a_response_is_shown_as_text_whatever_it_is(wicked: str):
     sampler._updates, sampler._before = 3, [{"prompt": wicked, "response": wicked, "score": 1.0}]
     tokens = [[wicked, 0.0]]
     cells = shown(sampler._table([{"prompt": wicked, "response": wicked, "score": 2.0, "kl": 0.0, "tokens": tokens}]))
-    assert cells.tags == {"table", "thead", "tbody", "tr", "th", "td"}
+    assert cells.tags == {"table", "thead", "tbody", "tr", "th", "td", "pre"}
+    assert cells.whole == ["score", "score", "KL", "+1.00", "+2.00", "+0.00"]  # TensorBoard breaks numbers in two
     written_out = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in wicked)
     assert cells.rows[1] == [written_out, written_out, "+1.00", written_out, "+2.00", "+0.00"]
     assert written_out.isprintable()

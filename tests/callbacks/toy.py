@@ -520,6 +520,20 @@ class Recorder(Logger):
         return [(tag, value, step) for one, tag, value, step in self.calls if one == kind]
 
 
+class Attach(L.Callback):
+    """Gives the trainer a logger that takes everything, and writes on the first process what it was given."""
+
+    def __init__(self, folder: Path) -> None:
+        self.logger, self.file = Recorder(folder), folder / "recorded.pt"
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        trainer.loggers = [*trainer.loggers, self.logger]
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            torch.save(self.logger.calls, self.file)
+
+
 def trainer_of(callbacks: Sequence[L.Callback], updates: int, logger: Logger | None = None) -> L.Trainer:
     """A trainer that prints nothing, and writes nothing without a logger."""
     return L.Trainer(

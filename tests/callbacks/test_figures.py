@@ -1,0 +1,161 @@
+"""Cockpit's figures: the points, the line and the outlines that are drawn, by hand and by brute force."""
+
+import ast
+import json
+import math
+from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lit_ppo.callbacks import Cockpit, figures
+from tests.callbacks.test_cockpit import watch
+from tests.callbacks.toy import Attach, Prompts, Recorder, Spy, Toy, run_updates
+from tests.tiny import make_causal_lm
+from tests.toys import count_good, logged, make_data, make_module, make_trainer, write_prompts
+
+
+def shown(logger: Recorder, name: str) -> dict[int, dict[str, list[list[float]]]]:
+    return {step: value for tag, value, step in logger.of("add_figure") if tag == f"figure/{name}"}
+
+
+def dots_of(figure: dict[str, list[list[float]]]) -> list[list[float]]:
+    return figure["this run, one point an update"]
+
+
+def test_figures_of_the_first_and_every_second_update_and_of_the_last(tmp_path: Path):
+    _, logger = watch(tmp_path, 4)
+    assert list(shown(logger, "score_against_kl")) == list(shown(logger, "scores")) == [0, 2, 3]
+    _, logger = watch(tmp_path, 3)
+    assert list(shown(logger, "scores")) == [0, 2]
+
+
+def test_every_update_is_a_point_at_its_kl_and_score(tmp_path: Path):
+    """The toy's KL is that of its reference, 1.5 nats a response; its scores are given: means of 2 and 2 + update."""
+    given = lambda update: [2.0 - update, 2.0 + 3 * update] * 4  # noqa: E731
+    _, logger = watch(tmp_path, 4, every=1, kl_per_response=1.5, scores=given)
+    for step, figure in shown(logger, "score_against_kl").items():
+        assert dots_of(figure) == [pytest.approx([1.5, 2.0 + update]) for update in range(step + 1)]
+
+
+def test_the_tricks_scores_are_not_in_the_figures(tmp_path: Path):
+    double = Spy("on_scores", lambda module, experience: setattr(experience, "scores", 2 * experience.scores))
+    _, logger = watch(tmp_path, 1, double, scores=lambda update: [1.0] * 8)
+    assert [point[1] for point in dots_of(shown(logger, "score_against_kl")[0])] == [1.0]
+    assert max(x for x, _ in shown(logger, "scores")[0]["at the start"]) < 2.1
+
+
+def test_the_line_is_the_best_of_the_starting_policys_samples(tmp_path: Path):
+    """Every choice of n of the 4 samples of each of 3 prompts, drawn again from a toy that has learnt nothing."""
+    logger = Recorder(tmp_path)
+    run_updates([Cockpit(every=1, best_of_prompts=3, best_of=4)], 2, logger=logger)
+    start = Toy()
+    drawn = start.rollout(Prompts(["a", "b", "c"]), samples_per_prompt=4, stream="cockpit")
+    scores = start.score(drawn).view(3, 4).tolist()
+    expected = []
+    for n in range(1, 5):
+        best = [max(chosen) for row in scores for chosen in combinations(row, n)]
+        expected.append([math.log(n) - (n - 1) / n, sum(best) / len(best)])
+    for figure in shown(logger, "score_against_kl").values():
+        assert figure["starting policy, best of 1 to 4 samples"] == [pytest.approx(point) for point in expected]
+
+
+@pytest.mark.parametrize("lacks", ["data", "peek", "rollout", "score"])
+def test_there_is_no_line_where_nobody_can_be_asked(lacks: str):
+    """No error either: it is there for scale."""
+    peek = SimpleNamespace() if lacks == "peek" else SimpleNamespace(peek=lambda split, n: pytest.fail("not needed"))
+    trainer: Any = SimpleNamespace(loggers=[], is_global_zero=True, datamodule=None if lacks == "data" else peek)
+    module: Any = SimpleNamespace(**{name: None for name in ("rollout", "score") if name != lacks})
+    cockpit = Cockpit()
+    cockpit.on_train_start(trainer, module)
+    assert cockpit.state_dict()["best"] == []
+
+
+def test_no_line_if_none_is_asked_for(tmp_path: Path):
+    logger = Recorder(tmp_path)
+    run_updates([Cockpit(every=1, best_of=0)], 1, logger=logger)
+    assert list(shown(logger, "score_against_kl")[0]) == ["_child0", "this run, one point an update"]
+
+
+def test_a_run_without_reference_has_no_kl_to_show(tmp_path: Path):
+    _, logger = watch(tmp_path, 2, reference=False)
+    assert shown(logger, "score_against_kl") == {}
+    assert list(shown(logger, "scores")) == [0, 1]
+
+
+def test_score_distributions_are_shares_of_now_and_the_start(tmp_path: Path):
+    """24 bins from -1 to 11, half a point each: 0 is in the third, 10 in the 23rd; 3 of 8 are 0.375."""
+    given = lambda update: [[0.0] * 5 + [10.0] * 3, [0.0] * 2 + [10.0] * 4 + [-1.0, 11.0]][update]  # noqa: E731
+    _, logger = watch(tmp_path, 2, every=1, scores=given)
+    figure = shown(logger, "scores")[1]
+    heights = {label: dict(zip(*zip(*figure[label], strict=True), strict=True)) for label in figure if label[0] != "_"}
+    steps = {label: sorted({(x, y) for x, y in figure[label] if y}) for label in heights}
+    assert steps["at the start"] == [(0.0, 0.625), (0.5, 0.625), (10.0, 0.375), (10.5, 0.375)]
+    assert steps["now, update 1"] == [
+        *[(-1.0, 0.125), (-0.5, 0.125), (0.0, 0.25), (0.5, 0.25)],
+        *[(10.0, 0.5), (10.5, 0.125), (10.5, 0.5), (11.0, 0.125)],
+    ]
+    means = [figure[label][0][0] for label in figure if label[0] == "_"]
+    assert means == [3.75, 6.25]
+
+
+def test_scores_that_are_all_alike_or_not_finite_end_no_run(tmp_path: Path):
+    _, logger = watch(tmp_path, 1, scores=lambda update: [3.0] * 8)
+    assert list(shown(logger, "scores")) == [0]
+    _, logger = watch(tmp_path, 2, every=1, scores=lambda update: [float("nan" if update else 1)] * 8)
+    assert list(shown(logger, "scores")) == [0]
+    assert len(dots_of(shown(logger, "score_against_kl")[1])) == 1
+
+
+def test_what_draws_is_loaded_with_the_first_figure():
+    """It takes a second, which a run without TensorBoard, or the command's help, need not wait for."""
+    tree = ast.parse(Path(figures.__file__).read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not [node for node in imports if "matplotlib" in ast.unparse(node)]
+
+
+# ---- on LitPPO
+
+
+def test_points_are_what_is_logged_and_the_line_is_of_the_first_training_prompts(tmp_path: Path):
+    """The line by every choice of n among samples drawn again, from a module that has learnt nothing."""
+    actor = make_causal_lm(tmp_path / "lm", scale=4.0)
+    recorder = Attach(tmp_path)
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(write_prompts(held_out).read_text().splitlines(keepends=True)[6:]))
+    trainer = make_trainer(tmp_path, callbacks=[Cockpit(every=1, best_of_prompts=3, best_of=4), recorder])
+    trainer.fit(make_module(actor), make_data(tmp_path, val_path=str(held_out)))
+    figure = shown(recorder.logger, "score_against_kl")[1]
+    rows = logged(trainer)
+    assert dots_of(figure) == [pytest.approx([row["objective/kl"], row["objective/score"]]) for row in rows]
+    start = make_module(actor)
+    start.configure_model()
+    prompts = [json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()[:3]]
+    drawn = start.rollout(prompts, samples_per_prompt=4, stream="cockpit")
+    pairs = [*zip(drawn.prompts, count_good([], drawn.responses), strict=True)]
+    scores = [[score for prompt, score in pairs if prompt == asked] for asked in prompts]
+    assert [len(row) for row in scores] == [4, 4, 4]
+    best = [[max(chosen) for row in scores for chosen in combinations(row, n)] for n in range(1, 5)]
+    line = figure["starting policy, best of 1 to 4 samples"]
+    assert [y for _, y in line] == pytest.approx([sum(values) / len(values) for values in best])
+    assert line[3][1] > line[0][1]
+
+
+def test_a_resumed_run_draws_the_whole_run(tmp_path: Path):
+    """And asks the policy that it started from, not the one it goes on with."""
+    actor = make_causal_lm(tmp_path / "lm", scale=4.0)
+
+    def last_figures(folder: Path, resume: Path | None = None, max_steps: int = 3) -> list[Any]:
+        folder.mkdir(exist_ok=True)
+        recorder, cockpit = Attach(folder), Cockpit(every=2, best_of_prompts=3, best_of=4)
+        trainer = make_trainer(folder, callbacks=[cockpit, recorder], max_steps=max_steps)
+        trainer.fit(make_module(actor), make_data(folder), ckpt_path=resume)
+        trainer.save_checkpoint(folder / "last.ckpt")
+        return [call for call in recorder.logger.calls if call[0] == "add_figure" and call[3] == 2]
+
+    whole = last_figures(tmp_path / "whole")
+    last_figures(tmp_path / "parts", max_steps=2)
+    assert last_figures(tmp_path / "parts", resume=tmp_path / "parts/last.ckpt") == whole
+    assert [call[1] for call in whole] == ["figure/score_against_kl", "figure/scores"]
