@@ -42,7 +42,6 @@ class StepCheckpoint(Checkpoint):
         self.log_again = False  # on resume: tell the logger what the checkpoint's own step logged
         self.stop_request = StopRequest()
         self._last_step = -1
-        self._untold = False  # by the step at work, to the logger
         self._after_validation = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -66,9 +65,7 @@ class StepCheckpoint(Checkpoint):
         now = bool(stop) or trainer.should_stop
         self._after_validation = due and not now and _validation_follows(trainer)
         if now or (due and not self._after_validation):
-            self._untold = trainer._logger_connector.should_update_logs
             self.save(trainer)
-            self._untold = False
         if stop:
             self.stop_request.obey(trainer, stop)
 
@@ -88,9 +85,13 @@ class StepCheckpoint(Checkpoint):
         self.stop_request.close()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the configuration, and what the step logs if the logger is told only after the checkpoint is there."""
+        """Add the configuration, and what the step logs if the logger is told only after the checkpoint is there.
+
+        Whoever saves it: at the end of a batch the loops have not completed it yet.
+        """
         told, logged = trainer.global_step, {}
-        if self._untold:
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+        if progress.processed > progress.completed and trainer._logger_connector.should_update_logs:
             told = trainer.fit_loop.epoch_loop._batches_that_stepped
             # validation before the first update has been told under the same step
             metrics = trainer._logger_connector.metrics["log"] if told else trainer.logged_metrics
