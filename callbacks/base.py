@@ -234,6 +234,28 @@ def make_ready(data: L.LightningDataModule, trainer: L.Trainer) -> None:
     data.setup("fit")
 
 
+def of_first_process(trainer: Any, find: Callable[[], Any]) -> Any:
+    """What the first process finds, on every rank: of a file that others write to, each might find something else.
+
+    Args:
+        trainer: The trainer.
+        find: Gives plain data.
+
+    Raises:
+        ValueError: It failed there, with its message.
+    """
+    found: Any = None
+    if trainer.is_global_zero:
+        try:
+            found = find(), None
+        except (OSError, ValueError) as error:
+            found = None, str(error)
+    found, problem = trainer.strategy.broadcast(found)
+    if problem is not None:
+        raise ValueError(problem)
+    return found
+
+
 def batch_of(loader: DataLoader[Any], rows: list[int]) -> Any:
     """The batch that a loader makes of some rows of its data set, whatever its own order; every rank gets the same.
 

@@ -1,13 +1,18 @@
 """RewardHackingMonitor: the rule on series made by hand, what is measured, and a proxy that rises while gold falls."""
 
+import json
 import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
-from lit_ppo.callbacks import RewardHackingMonitor
+from lit_ppo.callbacks import RewardHackingMonitor, SampleLogger
 from lit_ppo.functional import diverging
 from tests.callbacks.toy import Prompts, run_updates
 from tests.callbacks.trick import Trick
@@ -30,14 +35,14 @@ def of_experience(experience: Any) -> torch.Tensor:
 TRICK = {
     "RewardHackingMonitor": Trick(
         acts={"gold": against, "prompts": 5, "every": 1, "fall": 1e-6},
-        refuses={"prompts": 1, "every": 0, "decay": 1.0, "fall": 0.0},
+        refuses={"prompts": 1, "every": 0, "decay": 1.0, "fall": 0.0, "then": "restore"},
         knobs={
             "gold": ({}, {"gold": None}),
             "prompts": ({"prompts": 4}, {"prompts": 5}),
             "every": ({"every": 1}, {"every": 2}),
             "decay": ({"decay": 0.1}, {"decay": 0.9}),
             "fall": ({"fall": 1e-6}, {"fall": 1e6}),
-            "stop": ({"prompts": 4, "stop": False}, {"prompts": 4, "stop": True}),
+            "then": ({"prompts": 4, "then": "warn"}, {"prompts": 4, "then": "stop"}),
         },
         toy={"scores": lambda update: [float(row + update) for row in range(8)]},
         monitor=True,
@@ -67,6 +72,7 @@ class Given:
     """A module whose held-out and gold scores are given: two responses, the mean plus and minus 1."""
 
     source_names = ("judge",)
+    _fires_hooks = True
 
     def __init__(self, held_out: list[float], gold: list[float]) -> None:
         self.held_out, self.gold, self.log = list(held_out), list(gold), None
@@ -82,18 +88,41 @@ class Given:
         return torch.tensor([mean - 1, mean + 1])
 
 
-def watch(monitor: RewardHackingMonitor, train: list[float], held_out: list[float], gold: list[float], splits=("val",)):
-    """Logs of each update, what was said, whether it stops, and the module."""
+def watch(
+    monitor: RewardHackingMonitor,
+    train: list[float],
+    held_out: list[float],
+    gold: list[float],
+    splits: tuple[str, ...] = ("val",),
+    before: Callable[[int], None] = lambda update: None,
+) -> tuple[list[dict[str, float]], list[str], bool, Any]:
+    """Logs of each update, what was said, whether it stops, and the module.
+
+    ``held_out`` and ``gold`` have an entry for each time that it measures; what is measured behind the last update, and
+    is of no interest, may be left out. ``before`` each update something may happen.
+    """
     peek = lambda split, n: f"{n} of {split}" if split in splits else None  # noqa: E731
-    trainer: Any = SimpleNamespace(should_stop=False, datamodule=SimpleNamespace(peek=peek))
-    module: Any = Given(held_out, gold)
+    trainer: Any = SimpleNamespace(
+        should_stop=False,
+        datamodule=SimpleNamespace(peek=peek),
+        precision_plugin=SimpleNamespace(forward_context=nullcontext),
+        strategy=SimpleNamespace(broadcast=lambda found: found),
+        is_global_zero=True,
+    )
+    module: Any = Given([*held_out, 0.0], [*gold, 0.0])
     logs: list[dict[str, float]] = []
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        for score in train:
+        monitor.on_fit_start(trainer, module)
+        monitor.on_train_start(trainer, module)
+        for update, score in enumerate(train):
+            before(update)
             logs.append({})
             module.log = logs[-1].__setitem__
-            monitor.on_scores(trainer, module, SimpleNamespace(raw_scores=torch.tensor([score - 2, score + 2])))
+            experience: Any = SimpleNamespace(raw_scores=torch.tensor([score - 2, score + 2]))
+            monitor.on_scores(trainer, module, experience)
+            monitor.on_update_end(trainer, module, experience)
+            monitor.on_train_batch_end(trainer, module, None, None, update)
     return logs, [str(warning.message) for warning in said], trainer.should_stop, module
 
 
@@ -156,7 +185,7 @@ def test_measures_every_so_many_updates_on_the_same_draws() -> None:
     assert [log["hacking/train"] for log in logs if log] == pytest.approx([0.0, 0.75, 1.6875])
     assert [log["hacking/best_update"] for log in logs if log] == [0, 3, 6]
     asked = {"samples_per_prompt": 1, "logprobs": False, "stream": "reward_hacking"}
-    assert module.asked == [("7 of val", asked)] * 3
+    assert module.asked == [("7 of val", asked)] * 3  # before the first update, after three, after six
 
 
 def test_without_held_out_prompts_it_asks_the_first_training_prompts() -> None:
@@ -170,36 +199,120 @@ def test_falls_are_in_deviations_the_largest_so_far() -> None:
     """
     for gold in ("judge", None):
         monitor = by_hand(gold=gold)
-        watch(monitor, [0.0], [0.0], [0.0])
+        up, down = [1.0, 2.0, 3.0], [0.0, -2.0]
+        watch(monitor, [0.0], up if gold else down, down)
         state = monitor.state_dict()
         assert state["spread"] == {"train": 2.0, "held_out": 1.0, **({"gold": 1.0} if gold else {})}
         monitor.load_state_dict({**state, "spread": dict.fromkeys(state["spread"], 4.0)})
-        down, up = [-2.0, -2.0], [1.0, 2.0]
-        logs, said, _, _ = watch(monitor, up, up if gold else down, down)
+        logs, said, _, _ = watch(monitor, [1.0, 2.0], up[2:] if gold else down[1:], down[1:])
         assert [log["hacking/verdict"] for log in logs] == [0, 2 if gold else 1]
         assert "over 0.25 times their standard deviation of 4;" in said[0]
 
 
-@pytest.mark.parametrize("stop", [True, False])
-def test_a_verdict_stops_the_run_if_it_may(stop: bool) -> None:
+@pytest.mark.parametrize("then", ["warn", "stop"])
+def test_a_verdict_stops_the_run_if_it_may(then: str) -> None:
     series = ([0.0, 1.0], [0.0, 1.0], [1.0, 0.0])
-    assert watch(by_hand(stop=stop), *series)[2] == stop
-    assert not watch(by_hand(stop=stop), *series[:2], gold=[0.0, 1.0])[2]
+    assert watch(by_hand(then=then), *series)[2] == (then == "stop")
+    assert not watch(by_hand(then=then), *series[:2], gold=[0.0, 1.0])[2]
 
 
 def test_a_resumed_monitor_goes_on_and_does_not_repeat_itself() -> None:
     """The second half alone has no fall of gold from 0.5."""
     gold = [0.0, 1.0, 0.4, 0.0, 0.0]
     first, second, third = by_hand(), by_hand(), by_hand()
-    watch(first, UP[:3], UP[:3], gold[:3])
+    watch(first, UP[:3], UP[:4], gold[:4])  # what comes before the fourth update has been measured by then
     second.load_state_dict(first.state_dict())
-    logs, said, _, _ = watch(second, UP[3:4], UP[3:4], gold[3:4])
+    logs, said, _, _ = watch(second, UP[3:4], UP[4:], gold[4:])
     assert logs[0]["hacking/verdict"] == 2
     assert "at update 3: since update 1" in said[0]
     third.load_state_dict(second.state_dict())
-    logs, said, _, _ = watch(third, UP[4:], UP[4:], gold[4:])
+    logs, said, _, _ = watch(third, UP[4:], [], [])
     assert logs[0]["hacking/verdict"] == 2
     assert said == []
+
+
+RATED = [(0, "1"), (1, 4), (1, 2), (2, None), (3, 0.0), (7, 9.0)]  # update, rating
+
+
+def write(path: Path, ratings: list[tuple[int, Any]], text: str = "") -> None:
+    rows = [{"update": update, "prompt": "a", "response": "b", "rating": rating} for update, rating in ratings]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + text)
+
+
+def test_ratings_of_people_are_gold_as_they_come_in(tmp_path: Path) -> None:
+    """Smoothed by halves 1, then (1 + 3) / 2 = 2, then (2 + 0) / 2 = 1: 1 below its best at update 1.
+
+    All five ratings that count, 1, 4, 2 and 0, have the mean 1.75 and the variance (0.5625 + 5.0625 + 0.0625 + 3.0625)
+    / 4 = 2.1875: a deviation of 1.479, of which a quarter is 0.37. The scores at updates 1 and 3 are those of above.
+    """
+    file = tmp_path / "ratings.jsonl"
+    come = {1: RATED[:1], 3: RATED[:4], 4: RATED}  # there before the update
+    monitor = by_hand(gold=str(file))
+    logs, said, _, _ = watch(
+        monitor, UP, UP, [0.0] * 5, before=lambda update: write(file, come[update]) if update in come else None
+    )
+    assert ["hacking/gold" in log for log in logs] == [False, True, True, True, True]
+    assert [log["hacking/gold"] for log in logs[1:]] == pytest.approx([1.0, 1.0, 2.0, 1.0])
+    assert [log["hacking/best_update"] for log in logs] == [0, 0, 0, 1, 1]
+    assert [log["hacking/verdict"] for log in logs] == [0, 0, 0, 0, 2]
+    assert said == [
+        "RewardHackingMonitor: reward hacking at update 4: since update 1, where gold was best, the training score "
+        "rose from 0.5 to 2.12 and the held-out score from 0.5 to 2.12, while gold scores fell from 2 to 1, over "
+        "0.25 times their standard deviation of 1.48; go back there, raise kl_coef, or mend the reward"
+    ]
+
+
+def test_while_ratings_cannot_be_read_those_of_before_count(tmp_path: Path) -> None:
+    """Somebody saves half a line; then the rest."""
+    file = tmp_path / "ratings.jsonl"
+    texts = {1: "", 2: '{"update": 1, "rat', 3: '{"update": 1, "rating": 3}'}
+    logs, said, _, _ = watch(
+        by_hand(gold=str(file)),
+        UP[:4],
+        UP[:4],
+        [0.0] * 4,
+        before=lambda update: write(file, [(0, 1)], texts[update]) if update in texts else None,
+    )
+    assert [log.get("hacking/gold") for log in logs] == [None, 1.0, 1.0, 2.0]
+    assert len(said) == 1
+    assert f"RewardHackingMonitor(gold={str(file)!r}): {file}, line 2: not JSON" in said[0]
+    assert said[0].endswith("; until then the ratings of before count")
+
+
+def test_what_ratings_cannot_be(tmp_path: Path) -> None:
+    """Another run's; and there is no going back by them, as they come too late. A resumed run has its own."""
+    file = tmp_path / "ratings.csv"
+    file.write_text("update,rating\n0,1\n")
+    with pytest.raises(ValueError, match=r"ratings.csv'\): there are ratings already, of another run"):
+        watch(by_hand(gold=str(file)), UP, UP, UP)
+    with pytest.raises(ValueError, match=r"gold='a.jsonl', then='go_back'\): ratings come when their update has gone"):
+        by_hand(gold="a.jsonl", then="go_back")
+    first, second = by_hand(gold=str(file)), by_hand(gold=str(file))
+    file.unlink()
+    watch(first, UP[:2], UP[:3], UP[:3])
+    second.load_state_dict(first.state_dict())
+    file.write_text("update,rating\n0,1\n")
+    assert watch(second, UP[2:3], UP[3:4], UP[3:4])[0][0]["hacking/gold"] == 1.0
+    file.write_text("update,rating\n0,good\n")
+    with pytest.raises(ValueError, match=r"ratings.csv, line 2: rating is 'good'; give a finite number"):
+        watch(second, UP[3:4], UP[4:], UP[4:])
+
+
+def test_samples_with_ratings_added_are_ratings(tmp_path: Path, lm: Any) -> None:
+    """What SampleLogger wrote, and a person went through."""
+    file, samples = tmp_path / "ratings.jsonl", tmp_path / "samples.jsonl"
+
+    class Person(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            rows = [json.loads(line) for line in samples.read_text().splitlines()]
+            file.write_text("".join(json.dumps(row | {"rating": row["update"]}) + "\n" for row in rows))
+
+    monitor = RewardHackingMonitor(str(file), prompts=4, every=2)
+    callbacks = [SampleLogger(every=2, prompts=3), monitor, Person()]
+    trainer = make_trainer(tmp_path, callbacks=callbacks, max_steps=6)
+    trainer.fit(make_module(lm), make_data(tmp_path))
+    rows = [row for row in logged(trainer) if "hacking/verdict" in row]
+    assert [row["hacking/gold"] for row in rows] == pytest.approx([0.0, 1.0, 2.5])
 
 
 @pytest.mark.filterwarnings("ignore:.*Monitor")
@@ -236,7 +349,7 @@ def test_on_the_real_module_a_count_of_words_is_gamed(tmp_path: Any, lm: Any) ->
     ends = []
     for gold, rewards in ((variety, count_good), ("variety", {"count": count_good, "variety": _no_weight(variety)})):
         module = make_module(lm, rewards=rewards, kl_coef=0.0, actor_optimizer=lambda p: torch.optim.Adam(p, lr=0.01))
-        monitor = RewardHackingMonitor(gold, prompts=9, every=2, stop=True)
+        monitor = RewardHackingMonitor(gold, prompts=9, every=2, then="stop")
         trainer = make_trainer(tmp_path, callbacks=[monitor], max_steps=40)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
