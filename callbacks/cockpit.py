@@ -1,5 +1,6 @@
 """TensorBoard as a cockpit: the curves by the questions that a person asks, and what is behind the means."""
 
+from collections.abc import Callable
 from math import isfinite
 from typing import Any
 
@@ -8,12 +9,15 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from lit_ppo.callbacks.alignment_tax import AlignmentTax
 from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule, as_in_a_step, writers
 from lit_ppo.callbacks.checks import at_least, refuse_beside
+from lit_ppo.callbacks.collapse_monitor import CollapseMonitor
 from lit_ppo.callbacks.figures import score_against_kl, score_distributions
+from lit_ppo.callbacks.reward_hacking_monitor import RewardHackingMonitor
 from lit_ppo.functional import best_of_n_score
 
-# Question -> chart -> tags, as regular expressions; a chart is empty where nobody logs its tags.
+# Question -> chart -> tags, as regular expressions.
 LAYOUT: dict[str, dict[str, list[str]]] = {
     "Is it learning?": {
         "score": ["^objective/score$", "^val/score$"],
@@ -44,11 +48,14 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
         "explained variance": ["^value/explained_variance$"],
         "value loss": ["^value/loss$"],
         "values and returns": ["^value/(mean|return_mean)$"],
+        "tokens whose value is clipped": ["^value/clip_fraction$"],
     },
     "Are the steps sound?": {
-        "tokens whose ratio is clipped": ["^(policy|value)/clip_fraction$"],
+        "tokens whose ratio is out of range": ["^policy/clip_fraction$"],
         "KL to the policy that sampled": ["^policy/approx_kl$"],
-        "probability ratio: mean, least, greatest": ["^policy/ratio(_min|_max)?$"],
+        "probability ratio, mean": ["^policy/ratio$"],
+        "greatest ratio of a token": ["^policy/ratio_max$"],
+        "least ratio of a token": ["^policy/ratio_min$"],
         "gradient norms": ["^(policy|value)/grad_norm$"],
         "learning rates": ["^(policy|value)/lr$"],
         "steps left out": ["^optimizer/skipped_fraction$"],
@@ -66,8 +73,9 @@ FINAL = ("objective/score", "objective/kl", "response/length", "val/score", "val
 class Cockpit(PPOCallback):
     """Lays out TensorBoard's custom scalars by question, and adds histograms, figures and the outcome of the run.
 
-    Use it always, with TensorBoard: is it learning, is it drifting, is it collapsing, is the critic right, are the
-    steps sound, what does it cost. The mean of a score hides its tail: histograms show it every so many updates, and
+    Use it always, with TensorBoard: is it learning, is it drifting, is the reward gamed, is it collapsing, is the
+    critic right, are the steps sound, what does it cost. Some charts are of other monitors, and there if these are.
+    The mean of a score hides its tail: histograms show it every so many updates, and
     a figure of the scores now against those of the first update. Another one has the mean score of every update
     against its KL to the reference, where there is one: what the run has paid for what it gained. For scale it has the
     best of several samples of the policy that the run started from: choosing among them costs KL, too, and no training.
@@ -109,12 +117,13 @@ class Cockpit(PPOCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write the layout; ask the starting policy."""
-        charts = {
-            question: {title: ["Multiline", tags] for title, tags in chart.items()}
-            for question, chart in LAYOUT.items()
+        absent = _absent(trainer, pl_module)
+        layout = {
+            question: {title: ["Multiline", tags] for title, tags in charts.items() if not tags[0].startswith(absent)}
+            for question, charts in LAYOUT.items()
         }
         for add_custom_scalars in writers(trainer, "add_custom_scalars"):
-            add_custom_scalars(charts)
+            add_custom_scalars({question: charts for question, charts in layout.items() if charts})
         if self.best_of and not self._updates:
             self._best = self._best_of_the_start(trainer, pl_module)
 
@@ -167,7 +176,7 @@ class Cockpit(PPOCallback):
 
     def _best_of_the_start(self, trainer: Any, pl_module: Any) -> list[float]:
         """The mean score of the best of 1, 2, 3, ... samples, where that can be asked."""
-        peek = getattr(getattr(trainer, "datamodule", None), "peek", None)
+        peek = _peek(trainer)
         if peek is None or not (hasattr(pl_module, "rollout") and hasattr(pl_module, "score")):
             return []
         with as_in_a_step(trainer):
@@ -199,9 +208,30 @@ class Cockpit(PPOCallback):
         self._start, self._best = list(state_dict["start"]), list(state_dict["best"])
 
 
+def _peek(trainer: Any) -> Callable[..., Any] | None:
+    return getattr(getattr(trainer, "datamodule", None), "peek", None)
+
+
+def _absent(trainer: Any, pl_module: Any) -> tuple[str, ...]:
+    """How the tags begin that nobody will log, as far as one can tell: their charts would stay empty."""
+    monitors = {"^collapse/": CollapseMonitor, "^hacking/": RewardHackingMonitor, "^tax/": AlignmentTax}
+    there = {tags: any(isinstance(c, monitor) for c in trainer.callbacks) for tags, monitor in monitors.items()}
+    peek, reference = _peek(trainer), getattr(pl_module, "reference", pl_module) is not None
+    there |= {
+        "^value/": getattr(pl_module, "critic", pl_module) is not None,
+        "^collapse/perplexity": reference,
+        "^val/win_rate": reference and (peek is None or peek("val", 1) is not None),
+        "^(objective|val)/score/": bool(
+            getattr(pl_module, "source_names", True) or getattr(pl_module, "eval_rewards", None)
+        ),
+    }
+    return tuple(tags for tags, is_there in there.items() if not is_there)
+
+
 def _hyperparameters(trainer: Any, pl_module: Any) -> dict[str, Any]:
-    """The module's, less what says nothing, and those that it does not count among them: rates and callbacks."""
-    given = {name: x for name, x in pl_module.hparams.items() if x is not None and not name.startswith("_")}
+    """The module's, less what is off, and those that it does not count among them: rates and callbacks."""
+    hyperparameters = {name: x for name, x in pl_module.hparams.items() if not name.startswith("_")}
+    given = {name: x for name, x in hyperparameters.items() if x is not None and x is not False}
     for name, optimizer in zip(("actor_lr", "critic_lr"), trainer.optimizers, strict=False):
         given[name] = optimizer.defaults.get("lr")
     tricks = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, PPOCallback)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from math import isfinite
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lit_ppo.functional import best_of_n_kl
 
@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 
 INK, GREY, BLUE = "#222222", "#8c8c8c", "#1f6fb4"
 BINS = 24
+LEGEND: dict[str, Any] = {
+    "frameon": False, "loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2, "ncols": 3,
+    "handlelength": 1.4, "columnspacing": 1.2,
+}  # fmt: skip
 
 
 def score_against_kl(kl: Sequence[float], scores: Sequence[float], best_of: Sequence[float]) -> "Figure":
@@ -25,15 +29,15 @@ def score_against_kl(kl: Sequence[float], scores: Sequence[float], best_of: Sequ
     figure, axes = _axes("KL to the reference, nats a response", "mean score")
     if best_of:
         distances = [best_of_n_kl(n) for n in range(1, len(best_of) + 1)]
-        label = f"starting policy, best of 1 to {len(best_of)} samples"
+        label = f"starting policy, best of 1 to {len(best_of)}"
         axes.plot(distances, best_of, color=INK, linestyle="--", linewidth=1.2, label=label)
     points = [(n, x, y) for n, (x, y) in enumerate(zip(kl, scores, strict=True)) if isfinite(x) and isfinite(y)]
     updates, across, up = zip(*points, strict=True) if points else ((), (), ())
     axes.plot(across, up, color=GREY, linewidth=0.6, alpha=0.6)
     drawn = axes.scatter(across, up, c=updates, cmap="viridis", vmin=0, vmax=max(len(kl) - 1, 1), s=18, zorder=3)
-    drawn.set_label("this run, one point an update")
+    drawn.set_label("this run")
     figure.colorbar(drawn, ax=axes, label="update", pad=0.02)
-    axes.legend(frameon=False, loc="best")
+    axes.legend(**LEGEND)
     return figure
 
 
@@ -52,7 +56,8 @@ def score_distributions(now: Sequence[float], start: Sequence[float], update: in
         weights = [1.0 / len(values)] * len(values)
         axes.hist(values, edges, weights=weights, histtype="step", linewidth=1.6, color=color, label=label)
         axes.axvline(sum(values) / len(values), color=color, linestyle=":", linewidth=1.2)
-    axes.legend(frameon=False, loc="best", title="dotted: means")
+    axes.plot([], [], color=INK, linestyle=":", linewidth=1.2, label="means")
+    axes.legend(**LEGEND)
     return figure
 
 
@@ -62,7 +67,7 @@ def _axes(across: str, up: str) -> tuple["Figure", "Axes"]:
 
     figure = Figure(figsize=(4.8, 3.4), dpi=120)  # TensorBoard shows it at about two thirds of its size
     axes = figure.add_subplot()
-    figure.subplots_adjust(left=0.14, right=0.97, bottom=0.15, top=0.96)
+    figure.subplots_adjust(left=0.14, right=0.97, bottom=0.15, top=0.9)
     axes.set_xlabel(across)
     axes.set_ylabel(up)
     axes.grid(alpha=0.25)
