@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -11,6 +12,7 @@ import torch
 from lit_ppo import LitPPO, LitRewardModel, LitSFT
 from lit_ppo.advantages import GAE
 from lit_ppo.callbacks.base import HOOKS
+from lit_ppo.metrics import peak_memory
 from lit_ppo.schedulers import WarmupCosine
 from tests.oracle import Oracle
 from tests.tiny import make_causal_lm, make_reward_model
@@ -257,6 +259,17 @@ def test_the_memory_logged_is_the_process_own(tmp_path, gpt2):
     peak = float(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")))
     for row in logged(trainer):
         assert 0.1 < row["memory/peak_gib"] == pytest.approx(peak / 2**20, rel=0.05)
+
+
+def test_the_peak_is_the_gpus_own_on_one_and_in_bytes_on_every_system(monkeypatch):
+    """Linux counts in units of 1024 bytes, macOS in bytes."""
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 if device.index == 1 else 0)
+    assert peak_memory(torch.device("cuda", 1)) == 5
+    usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=3))
+    monkeypatch.setattr("lit_ppo.metrics.resource", usage)
+    for system, expected in (("linux", 3072), ("darwin", 3)):
+        monkeypatch.setattr("lit_ppo.metrics.sys", SimpleNamespace(platform=system))
+        assert peak_memory(torch.device("cpu")) == expected
 
 
 def test_where_the_system_does_not_tell_the_memory_none_is_logged(tmp_path, gpt2, monkeypatch):
