@@ -13,6 +13,7 @@ from lit_ppo.diversity import distinct_ngrams, duplicate_fraction, largest_openi
 from lit_ppo.functional import masked_mean
 
 Levels = tuple[float, float] | None
+LEVELS = ("warning", "alarm")
 FACTORS = ("length", "perplexity", "entropy", "distinct")  # rules whose distance is a factor, 1 at the start
 TRENDS = ("kl", "perplexity", "entropy")  # means over all tokens; what is of responses jumps too much to extrapolate
 # What each rule says: statistic now, at the start, distance from the start, {opening}, {ngram}.
@@ -90,6 +91,12 @@ class CollapseMonitor(PPOCallback):
         self._start: dict[str, float] = {}  # the first update's statistics
         self._before: list[dict[str, float]] = []  # distances of up to two updates, the last one last
         self._said: dict[str, int] = {}  # each rule's highest level so far
+        self._told: list[str] = []
+
+    @property
+    def told(self) -> list[str]:
+        """Every warning of the run in few words, for its summary."""
+        return self._told
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Refuse a second one."""
@@ -110,6 +117,7 @@ class CollapseMonitor(PPOCallback):
         for name, level in found.items():
             if level > self._said.get(name, 0):
                 self._said[name] = level
+                self._told.append(f"{LEVELS[level - 1]} at update {self._updates} ({name})")
                 rank_zero_warn(self._message(name, level, now[name], distances[name]))
         if self.stop and max(found.values()) == 2:
             trainer.should_stop = True
@@ -158,7 +166,7 @@ class CollapseMonitor(PPOCallback):
         words = WORDS[name].format(now=now, start=self._start[name], opening=self.opening_tokens, ngram=self.ngram)
         pace = "" if distance >= warns else f" and would pass that within {self.lookahead} updates"
         return (
-            f"CollapseMonitor: {('warning', 'alarm')[level - 1]} at update {self._updates}: {words} ({name} is at "
+            f"CollapseMonitor: {LEVELS[level - 1]} at update {self._updates}: {words} ({name} is at "
             f"{distance:.3g}; it warns from {warns:g}{pace}, and alarms from {alarms:g})"
         )
 
@@ -169,9 +177,11 @@ class CollapseMonitor(PPOCallback):
             "start": dict(self._start),
             "before": [dict(distances) for distances in self._before],
             "said": dict(self._said),
+            "told": list(self._told),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them up again."""
         self._updates, self._before = state_dict["updates"], [dict(distances) for distances in state_dict["before"]]
         self._start, self._said = dict(state_dict["start"]), dict(state_dict["said"])
+        self._told = list(state_dict["told"])

@@ -16,6 +16,7 @@ from lit_ppo.reward_functions import RewardFunction, check_scores, takes_experie
 
 STREAM = "reward_hacking"
 NONE, OVERFITTING, HACKING = 0, 1, 2
+VERDICTS = ("none", "overfitting", "reward hacking")
 Course = dict[int, float]  # a smoothed measure, by the number of updates done
 
 
@@ -83,10 +84,15 @@ class RewardHackingMonitor(PPOCallback):
         self._updates = 0
         self._courses: dict[str, Course] = {}
         self._spread: dict[str, float] = {}  # the largest deviation between single responses so far
-        self._said: list[int] = []
+        self._said: dict[int, int] = {}  # verdict, and after which update
         self._ratings: Ratings = {}  # as last read
         self._kept: str | None = None  # checkpoint of the best update
         self._goes_back = False
+
+    @property
+    def told(self) -> list[str]:
+        """Every warning of the run in few words, for its summary."""
+        return [f"{VERDICTS[verdict]} at update {update}" for verdict, update in self._said.items()]
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Refuse a module that cannot be asked, and a second monitor."""
@@ -221,7 +227,7 @@ class RewardHackingMonitor(PPOCallback):
             courses = {name: [self._courses[name][update] for update in at] for name in (*up, down)}
             if at and diverging(courses[down], [courses[name] for name in up], self.fall * self._spread[down]):
                 if verdict not in self._said:
-                    self._said.append(verdict)
+                    self._said[verdict] = self._updates
                     rank_zero_warn(self._message(verdict, down, at, courses))
                 return verdict
         return NONE
@@ -251,14 +257,14 @@ class RewardHackingMonitor(PPOCallback):
     def state_dict(self) -> dict[str, Any]:
         """Everything measured, what was said, and where the best update lies."""
         courses = {name: dict(course) for name, course in self._courses.items()}
-        kept = {"spread": dict(self._spread), "said": list(self._said), "kept": self._kept}
+        kept = {"spread": dict(self._spread), "said": dict(self._said), "kept": self._kept}
         return {"updates": self._updates, "courses": courses, **kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them up again."""
         self._updates, self._spread = state_dict["updates"], dict(state_dict["spread"])
         self._courses = {name: dict(course) for name, course in state_dict["courses"].items()}
-        self._said, self._kept = list(state_dict["said"]), state_dict["kept"]
+        self._said, self._kept = dict(state_dict["said"]), state_dict["kept"]
 
 
 def _source(gold: str | Callable[..., Any] | None) -> str | Callable[[Any], Any] | None:

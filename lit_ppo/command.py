@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import os
 import warnings
 from pathlib import Path
@@ -15,6 +16,7 @@ from jsonargparse.typing import Path_fr
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from transformers.utils.logging import disable_progress_bar
 
 import lit_ppo.all_names  # noqa: F401  short names in configurations are those of imported classes
 from lit_ppo.checkpoint import RUN, StepCheckpoint, find_checkpoints, find_last, steps_logged
@@ -22,10 +24,12 @@ from lit_ppo.errors import CommandError, parsing_error
 from lit_ppo.export import ExportModel
 from lit_ppo.interrupt import is_first_process
 from lit_ppo.module import LitPPO
-from lit_ppo.progress import LineProgress, PhaseBar, describe, progress_bar
+from lit_ppo.progress import Beside, progress_bar
 from lit_ppo.report import RunReport
 from lit_ppo.resume import changes, check_changes, tell_changes
 from lit_ppo.stages import Stage, StageRunner
+from lit_ppo.story import Story
+from lit_ppo.summary import RunSummary
 from lit_ppo.supervised import SupervisedModule
 from lit_ppo.whole_files import read_summary
 
@@ -182,6 +186,9 @@ class Command(LightningCLI):
             )
             runner.run(config.seed_everything, config.data_root)
         self.heartbeat.say(f"{self.subcommand}: building model, data and trainer")
+        if config.trainer.enable_progress_bar is False:
+            self.heartbeat.quiet = math.inf
+            disable_progress_bar()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer, with the logger and the progress bar that this command is about."""
@@ -189,21 +196,22 @@ class Command(LightningCLI):
         if (config.logger is None or config.logger is True) and not config.fast_dev_run:
             kwargs["logger"] = self._logger(Path(config.default_root_dir))
         trainer: L.Trainer = super().instantiate_trainer(**kwargs)
-        bars = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]  # type: ignore[attr-defined]
-        self.heartbeat.doing = lambda: describe(trainer)
-        for bar in bars:
-            if isinstance(bar, PhaseBar):
-                self.heartbeat.redraw = bar.redraw
-            if isinstance(bar, LineProgress):
-                bar.on_line = self.heartbeat.touch
+        for story in (callback for callback in trainer.callbacks if isinstance(callback, Story)):  # type: ignore[attr-defined]
+            self.heartbeat.doing, self.heartbeat.redraw = story.line, story.redraw
+            story.on_line, story.watched = self.heartbeat.touch, True
         self.session.interrupts.kill_children.append(lambda: _kill_ranks(trainer))
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
-        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
-            callbacks = [*callbacks, progress_bar()]
+        if config.get("enable_progress_bar") is not False:
+            bars = [callback for callback in given if isinstance(callback, ProgressBar)]
+            # first, so that its line is done before others print what they have to say at the end
+            stories = [Beside(bar) for bar in bars if not isinstance(bar, Story)] if bars else [progress_bar()]
+            given = [*stories, *given]
+            callbacks = [*callbacks, RunSummary()]
+        config = {**config, "callbacks": given}
         if config.get("enable_checkpointing") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, StepCheckpoint)]
         trainer: L.Trainer = super()._instantiate_trainer(config, callbacks)

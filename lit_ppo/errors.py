@@ -226,4 +226,6 @@ def _module_of(error: BaseException) -> str:
 
 
 def _flat(text: str) -> str:
-    return " ".join(text.split())
+    """On one line; a response in it is not obeyed by a terminal."""
+    flat = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in flat)

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
+from lit_ppo.pace import duration
+
 
 class Heartbeat:
     """Prints what the command is doing when nothing else has been printed for ``quiet`` seconds.
@@ -13,17 +15,26 @@ class Heartbeat:
         quiet: Seconds of silence after which a line is printed.
         enabled: False prints nothing, for output that others parse and for launched ranks.
 
-    ``doing`` is a text, or a function that gives one. ``redraw``, called every second, updates what stands on a
-    terminal, and says whether it could.
+    ``doing`` is a text, which is told with the time since it was set, or a function that gives one. ``redraw``, called
+    every second, updates what stands on a terminal, and says whether it could.
     """
 
     def __init__(self, quiet: float = 6.0, *, enabled: bool = True) -> None:
         self.quiet = quiet
         self.enabled = enabled
-        self.doing: str | Callable[[], str] = "starting"
+        self._last = time.monotonic()
+        self.doing = "starting"
         self.redraw: Callable[[], bool] = lambda: False
-        self._start = self._last = time.monotonic()
         self._done = threading.Event()
+
+    @property
+    def doing(self) -> str | Callable[[], str]:
+        """What is going on."""
+        return self._doing
+
+    @doing.setter
+    def doing(self, doing: str | Callable[[], str]) -> None:
+        self._doing, self._since = doing, time.monotonic()
 
     def __enter__(self) -> "Heartbeat":
         """Start the thread that watches."""
@@ -53,8 +64,11 @@ class Heartbeat:
                     self.touch()
                 if time.monotonic() - self._last < self.quiet:
                     continue
-                text = self.doing() if callable(self.doing) else self.doing
+                doing = self.doing
+                spent = time.monotonic() - self._since
+                since = f" {duration(spent)}" if spent >= 1.0 and not callable(doing) else ""
+                text = f"{doing() if callable(doing) else doing} ...{since}"
             except Exception as error:  # what it describes is changing under it in another thread
-                text = f"working ({type(error).__name__} while asking for details)"
+                text = f"working ({type(error).__name__} while asking for details) ..."
             self.touch()
-            print(f"{text} ... {time.monotonic() - self._start:.0f} s", flush=True)
+            print(text, flush=True)

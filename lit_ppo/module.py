@@ -1,5 +1,6 @@
 """LitPPO: proximal policy optimization of a language model, from a reward."""
 
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -159,7 +160,7 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
         self.rollouts = self.skipped_steps = 0
         self.actor_frozen = self._actor_rests = self.checkpoint_reference = False
-        self.phase, self.seconds = "", {}
+        self.phase, self.phase_since, self.phase_detail, self.seconds = "", None, "", {}
         self._means, self._reference_judged = {}, {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._built = False
@@ -206,6 +207,7 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
             for minibatch in self.minibatches(experience):
                 if experience.exhausted:
                     break
+                self.phase_detail = f"step {len(steps) + 1}/{self._n_steps(experience)}"
                 metrics = self.backward_minibatch(minibatch)
                 fire(self, "on_minibatch_end", experience, metrics)
                 if not experience.exhausted:
@@ -220,6 +222,9 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         return experience.minibatches(
             self.minibatch_size, epochs=self.ppo_epochs, seed=(self.seed, self.rollouts), reduction=self.loss_reduction
         )
+
+    def _n_steps(self, experience: Experience) -> int:
+        return self.ppo_epochs * max(1, math.ceil(len(experience) / self.minibatch_size))
 
     def token_rewards(self, experience: Experience) -> Tensor:
         """The score at each response's last token, less ``kl_coef`` times the KL at every token.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any, Literal
 
 import torch
@@ -35,6 +35,7 @@ class Policy(Sampling):
     sampling_difference: float | None  # of log-probs, sampling against training pass
     reward_timeout: float | None
     phase: str
+    phase_since: float | None  # by time.monotonic
     seconds: dict[str, float]
 
     @torch.inference_mode(False)
@@ -70,7 +71,9 @@ class Policy(Sampling):
         if stream is None:
             self.rollouts += 1
         if logprobs:
+            self.phase_detail = "log-probs"
             self._add_statistics(experience)
+        self.phase_detail = ""
         return experience
 
     @torch.inference_mode(False)
@@ -142,11 +145,12 @@ class Policy(Sampling):
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Note the phase at work, for the progress bar, and its seconds."""
-        before, self.phase, start = self.phase, phase, perf_counter()
+        before, start = (self.phase, self.phase_since), perf_counter()
+        self.phase, self.phase_since = phase, monotonic()
         try:
             yield
         finally:
-            self.phase = before
+            (self.phase, self.phase_since), self.phase_detail = before, ""
             self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - start
 
     def _add_statistics(self, experience: Experience) -> None:

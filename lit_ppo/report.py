@@ -23,7 +23,7 @@ class RunReport(L.Callback):
     def __init__(self, prompts: int = 32, samples: int = 3) -> None:
         if prompts < 0:
             raise ValueError(f"RunReport(prompts={prompts}): must be 0 or more")
-        if not 0 <= samples <= prompts:
+        if prompts and not 0 <= samples <= prompts:
             raise ValueError(f"RunReport(samples={samples}): must lie between 0 and prompts={prompts}")
         self.prompts, self.samples = prompts, samples
         self._before: dict[str, Any] | None = None

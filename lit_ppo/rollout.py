@@ -1,7 +1,7 @@
 """Prompts to sampled responses: a sample depends on (seed, update, row, sample number), not on how rows are batched."""
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -111,6 +111,7 @@ def sample(
     config: GenerationConfig,
     draws: Tensor | None,
     logprobs: list[list[float]] | None = None,
+    on_token: Callable[[int], None] = lambda number: None,
 ) -> list[list[int]]:
     """Responses, each up to and with its first stop token.
 
@@ -121,6 +122,7 @@ def sample(
         config: From :func:`generation_config`.
         draws: Uniform numbers (B, max_new_tokens); None is greedy.
         logprobs: An empty list, to be filled with the tokens' log-probs, tempered but before any other processor.
+        on_token: Told how many tokens the longest responses have so far.
 
     Shapes:
         prompt_ids, prompt_mask (B, P) -> B lists of at most max_new_tokens ids.
@@ -137,7 +139,7 @@ def sample(
         generation_config: Any,
         **state: Any,
     ) -> None:
-        _decode(model, input_ids, logits_processor, config, draws, responses, logprobs, state)
+        _decode(model, input_ids, logits_processor, config, draws, responses, logprobs, on_token, state)
 
     with _weights_cast_once(model, prompt_ids.device.type):
         model.generate(  # type: ignore[operator]
@@ -175,6 +177,7 @@ def _decode(
     draws: Tensor | None,
     responses: list[list[int]],
     logprobs: list[list[float]] | None,
+    on_token: Callable[[int], None],
     state: dict[str, Any],
 ) -> None:
     """Token by token; rows that have ended leave the batch, and the cache with it."""
@@ -187,6 +190,7 @@ def _decode(
         state = model._update_model_kwargs_for_generation(outputs, state)
         raw = outputs.logits[:, -1].float()
         logits = logits_processor(input_ids, raw)
+        on_token(t + 1)
         token = logits.argmax(-1) if draws is None else inverse_cdf(logits, draws[rows, t])
         tokens.append(token)
         if logprobs is not None:

@@ -27,6 +27,7 @@ class Sampling(L.LightningModule):
     reference: Reference | WithoutAdapter | None
     generation: GenerationConfig
     sampling_logprobs_tolerance: float | None
+    phase_detail: str  # how far the phase at work is, for the progress bar
     seed: int
     rollouts: int  # training rollouts so far: the update's number in every random draw
 
@@ -127,7 +128,8 @@ class Sampling(L.LightningModule):
             width = max(lengths[row] for row in mine)
             inputs = (prompt_ids[mine, -width:], prompt_mask[mine, -width:])
             logprobs: list[list[float]] | None = None if self.sampling_logprobs_tolerance is None else []
-            ids = model.generate(*inputs, self.generation, None if draws is None else draws[mine], logprobs)
+            chosen = None if draws is None else draws[mine]
+            ids = model.generate(*inputs, self.generation, chosen, logprobs, self._at_token)
             return batch.prompt_ids, list(zip(ids, logprobs or [[]] * len(ids), strict=True))
 
         with gathered(model.actor if isinstance(model, WithoutAdapter) else model):
@@ -141,6 +143,9 @@ class Sampling(L.LightningModule):
         by_row = {row: response for pair in pairs for row, response in pair}
         responses = [by_row[row] for row in range(len(prompt_ids))]
         return [ids for ids, _ in responses], [logprobs for _, logprobs in responses]
+
+    def _at_token(self, number: int) -> None:
+        self.phase_detail = f"token {number}/{self.generation.max_new_tokens}"
 
     def _continuations(self, prompt_ids: list[list[int]], response_ids: list[list[int]]) -> list[str]:
         """Responses as they continue their prompts: decoded alone, many tokenizers drop the space in front."""

@@ -16,6 +16,7 @@ from lit_ppo.sharding import clip_gradients, total_norm, without_gradient_sync
 
 T = TypeVar("T")
 _GROUPS = {"actor": "policy", "critic": "value"}
+ON_THE_BAR = ("objective/score", "objective/kl", "response/length", "throughput/tokens_per_second")
 _POSITIONS = "max_position_embeddings"
 
 
@@ -217,7 +218,7 @@ class OptimizerSteps(Policy):
         for name in self.source_names:
             metrics[f"objective/score/{name}"] = float(experience.extras[name].mean())
         for name, value in metrics.items():
-            self.log(name, value, prog_bar=name in ("objective/score", "objective/kl"), batch_size=1)
+            self.log(name, value, prog_bar=name in ON_THE_BAR, batch_size=1)
         self.seconds.clear()
 
 

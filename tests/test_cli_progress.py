@@ -1,16 +1,14 @@
 """Signs of life: what is printed while nothing else is, and what a line says."""
 
+import re
 import time
 from pathlib import Path
-from typing import Any
 
-import lightning as L
 import pytest
 
 from lit_ppo.heartbeat import Heartbeat
 from lit_ppo.progress import LineProgress, PhaseBar, progress_bar
-from tests.cli_toys import Toy, ToyData
-from tests.command import Running
+from tests.command import Running, run_command
 from tests.test_cli import config  # noqa: F401  a fixture
 
 
@@ -20,7 +18,7 @@ def test_a_line_when_nothing_was_said(capsys: pytest.CaptureFixture[str]) -> Non
         time.sleep(2.5)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "loading"
-    assert lines[1].startswith("loading libraries ... ")
+    assert lines[1] == "loading libraries ... 1 s"
     time.sleep(1.5)
     assert capsys.readouterr().out == ""  # it has ended
 
@@ -51,31 +49,38 @@ def test_never_ten_seconds_of_silence(config: Path, tmp_path: Path) -> None:  # 
             last, size = now, len(command.out)
         longest = max(longest, now - last)
         time.sleep(0.1)
-    assert command.result(1).ok().out.count("step 0/1 (update) ... ") >= 1
+    assert re.search(r"step 0/1  \(update [67] s\) \.\.\.\n", command.result(1).ok().out)
     assert longest < 10
 
 
-def test_the_bar_of_a_terminal_names_the_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Redrawn from outside while a step is running."""
-    seen: list[str] = []
+def test_time_is_that_of_what_is_going_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not that since the start; whoever describes himself tells his own."""
+    with Heartbeat(quiet=0.5) as heartbeat:
+        time.sleep(1.6)
+        heartbeat.doing = "reading"
+        time.sleep(2.2)
+        heartbeat.doing = lambda: "update 3/4"
+        time.sleep(1.2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "starting ... 1 s"
+    assert "reading ... 1 s" in lines
+    assert lines[-1] == "update 3/4 ..."
 
-    class Watched(Toy):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            loss = super().training_step(batch, batch_idx)
-            self.phase = "rollout"
-            assert bar.redraw()
-            seen.append(str(bar.train_progress_bar))
-            return loss
 
-    bar = PhaseBar()
-    monkeypatch.chdir(tmp_path)
-    L.Trainer(
-        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[bar],
-        enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
-    ).fit(Watched(), ToyData())  # fmt: skip
-    assert "phase=rollout" in seen[0]
-    assert "loss=" in seen[1]
-    assert "train/loss" not in seen[1]
+def test_without_a_progress_bar_there_are_no_signs_of_progress(config: Path, tmp_path: Path) -> None:  # noqa: F811
+    """One step takes longer than the heartbeat waits; neither is there a summary."""
+    options = ["--trainer.enable_progress_bar=false", "--model.sleep=8", "--trainer.max_steps=1"]
+    quiet = run_command("fit", "--config", config, *options, cwd=tmp_path).ok().out
+    assert [word for word in ("step 0", "step 1", " ...", "loss", " in ") if word in quiet] == []
+    assert "Run folder:" in quiet
+
+
+def test_richs_bar_is_the_only_one(config: Path, tmp_path: Path) -> None:  # noqa: F811
+    """In a pipe it prints its last state; our lines are not there, our summary is."""
+    rich = "--trainer.callbacks+=lightning.pytorch.callbacks.RichProgressBar"
+    out = run_command("fit", "--config", config, rich, cwd=tmp_path).ok().out
+    assert "step 8/8" not in out
+    assert "8 steps in " in out
 
 
 def test_lines_are_for_pipes(monkeypatch: pytest.MonkeyPatch) -> None:

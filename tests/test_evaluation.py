@@ -251,7 +251,7 @@ def test_the_report_compares_the_same_prompts_before_and_after(capsys, tmp_path,
 
 def test_the_report_can_be_shorter_or_off(capsys, tmp_path, tiny_lm, data):
     assert report(capsys, tmp_path, tiny_lm, data, prompts=4, samples=1)[0].count("before ") == 2  # title and one pair
-    assert "before" not in report(capsys, tmp_path, tiny_lm, data, prompts=0, samples=0)[0]
+    assert "before" not in report(capsys, tmp_path, tiny_lm, data, prompts=0)[0]
 
 
 def test_a_resumed_report_compares_with_the_whole_runs_start():

@@ -175,8 +175,10 @@ def test_words_with_the_numbers_once_a_level() -> None:
     """KL 0.4, 0.1, 0.4, 0.7, 0.9, 0.1: a warning, an alarm, and no more."""
     kls = (0.0, 0.4, 0.1, 0.4, 0.7, 0.9, 0.1)
     experiences = [rows(logprobs=-1.0, ref_logprobs=-1.0 - kl) for kl in kls]
-    logs, said, _ = watch(CollapseMonitor(**{**NO_RULES, "kl": (0.3, 0.6)}), *experiences)
+    monitor = CollapseMonitor(**{**NO_RULES, "kl": (0.3, 0.6)})
+    logs, said, _ = watch(monitor, *experiences)
     assert [log["collapse/level"] for log in logs] == [0.0, 1.0, 0.0, 1.0, 2.0, 2.0, 0.0]
+    assert monitor.told == ["warning at update 2 (kl)", "alarm at update 5 (kl)"]  # in the run's summary
     assert said == [
         "CollapseMonitor: warning at update 2: the policy has left the reference: 0.4 nats a token (kl is at 0.4; it "
         "warns from 0.3, and alarms from 0.6)",
@@ -242,6 +244,7 @@ def test_a_resumed_monitor_keeps_its_start_its_trend_and_what_it_said() -> None:
     assert logs[0]["collapse/level"] == 1.0
     assert "at update 3" in said[0]
     third.load_state_dict(second.state_dict())
+    assert third.told == ["warning at update 3 (kl)"]
     assert watch(third, experiences[3])[1] == []
 
 

@@ -226,6 +226,7 @@ def test_a_resumed_monitor_goes_on_and_does_not_repeat_itself() -> None:
     assert logs[0]["hacking/verdict"] == 2
     assert "at update 3: since update 1" in said[0]
     third.load_state_dict(second.state_dict())
+    assert third.told == ["reward hacking at update 3"]  # in the run's summary
     logs, said, _, _ = watch(third, UP[4:], [], [])
     assert logs[0]["hacking/verdict"] == 2
     assert said == []
