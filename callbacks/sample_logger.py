@@ -142,7 +142,12 @@ def square(kl: float) -> str:
 
 
 def _file(trainer: L.Trainer) -> Path:
-    return Path(trainer.log_dir or trainer.default_root_dir) / FILE  # asked on every rank: Lightning has them agree
+    folder = trainer.log_dir  # asked on every rank: Lightning has them agree
+    logger: Any = trainer.logger
+    if folder is not None and folder == getattr(logger, "save_dir", None) and isinstance(logger.version, str):
+        # of all runs: W&B and MLflow name theirs, and Lightning's checkpoints go by these names as well
+        return Path(folder, str(logger.name), logger.version, FILE)
+    return Path(folder or trainer.default_root_dir, FILE)
 
 
 def _cut(file: Path, trainer: L.Trainer, updates: int) -> None:

@@ -104,6 +104,25 @@ def check_estimator(name: str, advantages: Any, samples_per_prompt: int, kl_coef
         )
 
 
+def check_loggers(loggers: list[Any], names: list[str]) -> None:
+    """Refuse a logger that would fail at the first update, or the first validation.
+
+    Args:
+        loggers: The trainer's.
+        names: Of rewards and judges, each of which is logged as ``.../score/<name>``, beside ``.../score``.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    for logger in loggers:
+        uri = str(getattr(logger, "_tracking_uri", "sqlite:"))  # of MLflow's
+        if names and (uri.startswith("file:") or ":" not in uri):
+            raise ValueError(
+                f"{type(logger).__name__}(tracking_uri={uri!r}): a store of files, in which val/score cannot be both "
+                f"a metric and the folder of val/score/{names[0]}; use a data base, such as sqlite:///mlflow.db"
+            )
+
+
 def _is_integer(value: Any, at_least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
 

@@ -1,7 +1,5 @@
 """``lit-ppo`` as a LightningCLI: what it adds to the parser, and the order in which things are built."""
 
-import contextlib
-import itertools
 import math
 import os
 import warnings
@@ -22,11 +20,11 @@ import lit_ppo.all_names  # noqa: F401  short names in configurations are those 
 from lit_ppo.checkpoint import RUN, StepCheckpoint, find_checkpoints, find_last, steps_logged
 from lit_ppo.errors import CommandError, parsing_error
 from lit_ppo.export import ExportModel
-from lit_ppo.interrupt import is_first_process
 from lit_ppo.module import LitPPO
 from lit_ppo.progress import Beside, progress_bar
 from lit_ppo.report import RunReport
 from lit_ppo.resume import changes, check_changes, tell_changes
+from lit_ppo.run_folder import PREFIX, RunTrainer, claim_version
 from lit_ppo.stages import Stage, StageRunner
 from lit_ppo.story import Story
 from lit_ppo.summary import RunSummary
@@ -72,6 +70,7 @@ class Command(LightningCLI):
         Parser.arguments = tuple(session.arguments)
         super().__init__(
             model_class=L.LightningModule,
+            trainer_class=RunTrainer,
             subclass_mode_model=True,
             save_config_kwargs={"overwrite": True},  # a continued run writes into the same folder
             trainer_defaults={"default_root_dir": "runs", "log_every_n_steps": 1},
@@ -195,12 +194,14 @@ class Command(LightningCLI):
         config = self._get(self.config_init, "trainer")
         if (config.logger is None or config.logger is True) and not config.fast_dev_run:
             kwargs["logger"] = self._logger(Path(config.default_root_dir))
-        trainer: L.Trainer = super().instantiate_trainer(**kwargs)
-        for story in (callback for callback in trainer.callbacks if isinstance(callback, Story)):  # type: ignore[attr-defined]
+        trainer: Any = super().instantiate_trainer(**kwargs)
+        if trainer.needs_folder and not trainer.fast_dev_run:
+            trainer.run_folder = self._run_folder(Path(config.default_root_dir))
+        for story in (callback for callback in trainer.callbacks if isinstance(callback, Story)):
             self.heartbeat.doing, self.heartbeat.redraw = story.line, story.redraw
             story.on_line, story.watched = self.heartbeat.touch, True
         self.session.interrupts.kill_children.append(lambda: _kill_ranks(trainer))
-        return trainer
+        return trainer  # type: ignore[no-any-return]
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         given = config.get("callbacks") or []
@@ -217,16 +218,28 @@ class Command(LightningCLI):
         trainer: L.Trainer = super()._instantiate_trainer(config, callbacks)
         return trainer
 
+    def _continued(self) -> Path | None:
+        """The run folder that a run continued with ``last`` goes on in."""
+        folder = self.resumed.parent.parent if self.subcommand == "fit" and self.resumed is not None else None
+        return folder if folder is not None and folder.name.startswith(PREFIX) else None
+
     def _logger(self, root: Path) -> TensorBoardLogger:
-        """TensorBoard under ``<root>/version_N``; a run continued with ``last`` goes on in its own folder."""
-        resumed = self.resumed if self.subcommand == "fit" else None
-        folder = resumed.parent.parent if resumed is not None else None
-        if resumed is None or folder is None or not folder.name.startswith("version_"):
-            return TensorBoardLogger(root, name="", version=_claim_version(root), default_hp_metric=False)
-        version = int(folder.name.removeprefix("version_"))
+        """TensorBoard under ``<root>/version_N``."""
+        folder = self._continued()
+        if folder is None:
+            return TensorBoardLogger(root, name="", version=claim_version(root), default_hp_metric=False)
+        version = int(folder.name.removeprefix(PREFIX))
         self.goes_on = True
         # What was logged after the checkpoint is logged again: readers drop the first telling.
         return TensorBoardLogger(root, name="", version=version, default_hp_metric=False, purge_step=self.steps_logged)
+
+    def _run_folder(self, root: Path) -> str | None:
+        """The same for loggers of other kinds."""
+        folder = self._continued()
+        if folder is not None:
+            return str(folder)
+        version = claim_version(root)
+        return None if version is None else str(root / f"{PREFIX}{version}")
 
     def before_fit(self) -> None:
         """Let checkpoints hold the configuration, and an interrupt know where and when this run saves."""
@@ -247,12 +260,13 @@ class Command(LightningCLI):
             return
         folder = Path(log_dir or trainer.default_root_dir)
         checkpoint, export = (self._get(self.config_init, key) for key in ("checkpoint", "export"))
+        shown = not trainer.loggers or any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
         saved = [path.name for path in find_checkpoints(Path(checkpoint.dirpath or folder))]
         lines = {
             "Run folder": str(folder),
             "Model": f"{export.written}  (load it with from_pretrained)" if export.written else None,
             "Checkpoints": f"{checkpoint.dirpath}  ({', '.join(saved)})" if saved else None,
-            "TensorBoard": f"tensorboard --logdir {folder.parent if trainer.logger else folder}",
+            "TensorBoard": f"tensorboard --logdir {folder.parent if trainer.logger else folder}" if shown else None,
         }
         print("\n" + "\n".join(f"{name + ':':13}{text}" for name, text in lines.items() if text), flush=True)
 
@@ -281,19 +295,6 @@ def _hand_over_data_root(config: Namespace) -> bool:
     for taker in takers:
         taker.data_root = config.data_root
     return bool(takers)
-
-
-def _claim_version(root: Path) -> int | None:
-    """Make the next ``version_N``: two commands that start at once must not share one."""
-    if not is_first_process():
-        return None  # the first process says where
-    root.mkdir(parents=True, exist_ok=True)
-    taken = [int(p.name[8:]) for p in root.glob("version_*") if p.name[8:].isdigit()]
-    for version in itertools.count(max(taken, default=-1) + 1):
-        with contextlib.suppress(FileExistsError):
-            (root / f"version_{version}").mkdir()
-            return version
-    return None
 
 
 def _kill_ranks(trainer: L.Trainer) -> None:

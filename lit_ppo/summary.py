@@ -138,7 +138,8 @@ class RunSummary(L.Callback):
         values = [number(value) for _, value in validations]
         update = validations[-1][0]
         when = f" after update {update:,}" if update else " before the first update"
-        return ("from " if len(values) > 1 else "") + " to ".join(values) + (when if update != self._updates else "")
+        words = f"from {values[0]} to {values[-1]}" if values[0] != values[-1] else values[0]
+        return words + (when if update != self._updates else "")
 
     def state_dict(self) -> dict[str, Any]:
         """What the run has done so far."""

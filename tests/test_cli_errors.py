@@ -134,6 +134,12 @@ def test_config_files() -> None:
     assert config_files(["fit", "-c", "a", "--config=b", "--configs", "c", "--config"]) == ["a", "b", ""]
 
 
+def test_nothing_in_an_error_is_obeyed_by_a_terminal() -> None:
+    """Such as a response that a reward function cannot read, and says so."""
+    assert running_error(CommandError("cannot read \x1b[2J\x07\n<b>")).startswith("CommandError")
+    assert "cannot read \\x1b[2J\\x07 <b>" in running_error(CommandError("cannot read \x1b[2J\x07\n<b>"))
+
+
 def test_running_error_tells_ours_from_others() -> None:
     def caught(function: object) -> BaseException:
         try:

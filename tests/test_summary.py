@@ -94,6 +94,16 @@ def test_held_out_scores_say_when_they_were_measured(tmp_path: Path, capsys: pyt
     assert lines[1] == "  score rose from 0.1 to 0.3 (held-out 4 after update 2)"
 
 
+def test_held_out_scores_that_stand_still(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    class Still(Scripted):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val/score", 0.5)
+
+    module = Still(Clock(), [10] * 3, [0.1, 0.2, 0.3])
+    lines = summary(tmp_path, capsys, module, max_epochs=1, limit_val_batches=2, val_check_interval=1)
+    assert lines[1] == "  score rose from 0.1 to 0.3 (held-out 0.5)"
+
+
 def test_the_check_of_validation_is_no_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     options: dict[str, Any] = {"limit_val_batches": 2, "num_sanity_val_steps": 2, "check_val_every_n_epoch": 9}
     assert summary(tmp_path, capsys, scripted(3), max_epochs=1, **options)[1] == "  score rose from 0.1 to 0.3"
@@ -237,9 +247,9 @@ def test_of_litppo_with_a_monitor(tmp_path: Path, tiny_lm: Path, capsys: pytest.
     before, after = [row["val/score"] for row in rows if "val/score" in row]
     tokens = 7 * first["response/length"] + 5 * last["response/length"]
     assert lines[0].startswith(f"2 updates, 12 responses, {tokens:.0f} tokens in ")
-    held_out = f" (held-out from {before:.3g} to {after:.3g})"
+    assert before == after  # of five prompts
     assert lines[1:3] == [
-        f"  score {change(first, last, 'objective/score')}{held_out}",
+        f"  score {change(first, last, 'objective/score')} (held-out {after:.3g})",
         f"  KL to the reference {change(first, last, 'objective/kl')} nats a response",
     ]
     assert lines[-1] == "CollapseMonitor: warning at update 2 (length)."
