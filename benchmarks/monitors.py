@@ -1,17 +1,22 @@
-"""When ``CollapseMonitor`` speaks: on runs made to collapse, and on healthy ones.
+"""When the monitors speak: on runs made to collapse, to game the reward and to overfit, and on healthy ones.
 
 ``python -m benchmarks.monitors runs/quickstart [run ...]``, in a folder where the quickstart has been through its
-first two stages. The gold measure is the grammar's parser, which the training knows nothing of: the share of responses
-that it can read and finds positive. Prints one row a run, and at which update that share has fallen from its best by
-half a standard deviation of single responses at the start.
+first two stages. Every run carries ``CollapseMonitor`` and ``RewardHackingMonitor``. Gold measures come from the
+grammar's parser, which the training knows nothing of: by default the share of responses that it can read and finds
+positive. Prints one row a run: at which update each monitor first spoke, and when the training responses' gold had
+fallen from its best by half a standard deviation of single responses at the start. ``held out`` is the gold of what the
+run leaves behind, on prompts never trained on; runs that go back leave the best update behind.
 """
 
+import json
 import sys
+import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -25,14 +30,17 @@ from lit_ppo.callbacks import (
     CriticWarmup,
     EntropyBonus,
     KLLoss,
+    RewardHackingMonitor,
     RewardNormalization,
     ValueClipping,
 )
-from lit_ppo.quickstart import parse
+from lit_ppo.quickstart import Parsed, parse
+from lit_ppo.quickstart.words import SUBJECTS
 from lit_ppo.rewards import RewardModel
 
-HEADER = "run | updates | first warning | first alarm | by | gold: start | best | at the warning | end | fallen at"
 RESPONSES = 64  # an update
+HELD_OUT = 256  # prompts
+VERDICTS = {1: "overfitting", 2: "reward hacking"}
 
 
 def adam(rate: float) -> Callable[..., torch.optim.Optimizer]:
@@ -40,10 +48,32 @@ def adam(rate: float) -> Callable[..., torch.optim.Optimizer]:
     return lambda params: torch.optim.AdamW(params, lr=rate, weight_decay=0.0)
 
 
-def gold(prompts: list[str], responses: list[str]) -> list[float]:
+def reviews(prompts: list[str], responses: list[str]) -> list[Parsed | None]:
+    """What the grammar makes of each."""
+    return [parse(prompt + response) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def positive(prompts: list[str], responses: list[str]) -> list[float]:
     """1 for a review that the grammar can have written and that is positive, else 0."""
-    found = [parse(prompt + response) for prompt, response in zip(prompts, responses, strict=True)]
-    return [float(review is not None and review.polarity == "positive") for review in found]
+    return [float(review is not None and review.polarity == "positive") for review in reviews(prompts, responses)]
+
+
+def negative(prompts: list[str], responses: list[str]) -> list[float]:
+    """The same of negative ones."""
+    return [float(review is not None and review.polarity == "negative") for review in reviews(prompts, responses)]
+
+
+def readable(prompts: list[str], responses: list[str]) -> list[float]:
+    """1 for a review that the grammar can have written."""
+    return [float(review is not None) for review in reviews(prompts, responses)]
+
+
+def varied(prompts: list[str], responses: list[str]) -> list[float]:
+    """``positive``, as far as reviews differ: those of one of the grammar's 14 patterns count for a quarter at most."""
+    patterns = [review.pattern if review else None for review in reviews(prompts, responses)]
+    count = Counter(patterns)
+    worth = {pattern: min(1.0, len(responses) / 4 / n) for pattern, n in count.items()}
+    return [is_good * worth[p] for is_good, p in zip(positive(prompts, responses), patterns, strict=True)]
 
 
 def brevity(responses: list[str]) -> list[float]:
@@ -59,66 +89,124 @@ class Negative(RewardModel):
         return -super().forward(experience)
 
 
+class Loophole(RewardModel):
+    """A reward that can be gamed: it takes every "and" for enthusiasm."""
+
+    def forward(self, experience: Any) -> torch.Tensor:
+        """The reward model's scores, and one for each of the word."""
+        scores = super().forward(experience)
+        return scores + torch.tensor([float(text.split().count("and")) for text in experience.responses]).to(scores)
+
+
+def is_film(prompt: str) -> bool:
+    """Whether a prompt is of one subject of five."""
+    return any(item in prompt for item in SUBJECTS["film"]["item"])
+
+
+def by_subject(prompts: list[str], responses: list[str]) -> list[float]:
+    """A task that few prompts do not tell: films are to be praised, and everything else to be run down."""
+    opinions = {"positive": 1.0, "negative": -1.0}
+    found = [opinions.get(review.polarity, 0.0) if review else 0.0 for review in reviews(prompts, responses)]
+    return [opinion if is_film(prompt) else -opinion for opinion, prompt in zip(found, prompts, strict=True)]
+
+
+class Run(NamedTuple):
+    """A row of the table.
+
+    Args:
+        changes: What differs from the quickstart's PPO stage.
+        callbacks: Beside the monitors.
+        updates: How many.
+        gold: Gold measure.
+        prompts: Prompts to train on; None: all.
+        of: Which ones count.
+        then: What follows a verdict.
+    """
+
+    changes: dict[str, Any] = {}
+    callbacks: Callable[[], list[L.Callback]] = lambda: [AdvantageNormalization()]
+    updates: int = 40
+    gold: Callable[[list[str], list[str]], list[float]] = positive
+    prompts: int | None = None
+    of: Callable[[str], bool] = lambda prompt: True
+    then: str = "warn"
+
+
 NO_CRITIC: dict[str, Any] = {"critic": None, "samples_per_prompt": 4}
-# What differs from the quickstart's PPO stage; callbacks beside the monitor; updates.
-COLLAPSING: dict[str, tuple[dict[str, Any], Callable[[], list[L.Callback]], int]] = {
-    "no KL, rate 1e-3": ({"kl_coef": 0.0, "actor_optimizer": adam(1e-3)}, lambda: [AdvantageNormalization()], 40),
-    "no KL, rate 3e-3": ({"kl_coef": 0.0, "actor_optimizer": adam(3e-3)}, lambda: [AdvantageNormalization()], 40),
-    "no KL, rate 1e-2": ({"kl_coef": 0.0, "actor_optimizer": adam(1e-2)}, lambda: [AdvantageNormalization()], 40),
-    "one pattern": ({"kl_coef": 0.05}, lambda: [AdvantageNormalization()], 80),
+GAMED = Run({"kl_coef": 0.05, "rewards": Loophole, "critic": "actor"}, updates=60)
+NARROW = Run({"rewards": by_subject, "critic": "actor"}, gold=by_subject, prompts=16, of=is_film)
+COLLAPSING = {
+    "no KL, rate 1e-3": Run({"kl_coef": 0.0, "actor_optimizer": adam(1e-3)}),
+    "no KL, rate 3e-3": Run({"kl_coef": 0.0, "actor_optimizer": adam(3e-3)}),
+    "no KL, rate 1e-2": Run({"kl_coef": 0.0, "actor_optimizer": adam(1e-2)}),
+    "one pattern": Run({"kl_coef": 0.05}, updates=80, gold=varied),
 }
-HEALTHY: dict[str, tuple[dict[str, Any], Callable[[], list[L.Callback]], int]] = {
-    "quickstart, seed 1": ({}, lambda: [AdvantageNormalization()], 40),
-    "quickstart, seed 2": ({}, lambda: [AdvantageNormalization()], 40),
-    "quickstart, seed 3": ({}, lambda: [AdvantageNormalization()], 40),
-    "slow": ({"actor_optimizer": adam(2e-4)}, lambda: [AdvantageNormalization()], 40),
-    "AdaptiveKL": ({}, lambda: [AdvantageNormalization(), AdaptiveKL(target=2.5, horizon=2000)], 40),
-    "PPO-max's tricks": (
-        {},
-        lambda: [AdvantageNormalization(), RewardNormalization(), ValueClipping(), CriticWarmup(3), EntropyBonus(0.01)],
-        40,
+DECEIVING = {
+    "a loophole": GAMED,
+    "a loophole, going back": GAMED._replace(then="go_back"),
+    "16 films": NARROW,
+    "16 films, going back": NARROW._replace(then="go_back"),
+}
+HEALTHY = {
+    "quickstart, seed 1": Run(),
+    "quickstart, seed 2": Run(),
+    "quickstart, seed 3": Run(),
+    "slow": Run({"actor_optimizer": adam(2e-4)}),
+    "AdaptiveKL": Run(callbacks=lambda: [AdvantageNormalization(), AdaptiveKL(target=2.5, horizon=2000)]),
+    "PPO-max's tricks": Run(
+        callbacks=lambda: [
+            AdvantageNormalization(),
+            RewardNormalization(),
+            ValueClipping(),
+            CriticWarmup(3),
+            EntropyBonus(0.01),
+        ]
     ),
-    "GRPO": (
+    "GRPO": Run(
         {**NO_CRITIC, "advantages": GroupRelative(), "kl_coef": 0.0, "actor_optimizer": adam(3e-4)},
-        lambda: [KLLoss(coef=0.3)],
-        40,
+        callbacks=lambda: [KLLoss(coef=0.3)],
     ),
-    "RLOO": ({**NO_CRITIC, "advantages": LeaveOneOut()}, lambda: [AdvantageNormalization()], 40),
-    "reward: the parser": (
-        {"rewards": gold, "critic": "actor", "kl_coef": 0.2, "actor_optimizer": adam(3e-4)},
-        lambda: [AdvantageNormalization()],
-        40,
+    "RLOO": Run({**NO_CRITIC, "advantages": LeaveOneOut()}),
+    "reward: the parser": Run(
+        {"rewards": positive, "critic": "actor", "kl_coef": 0.2, "actor_optimizer": adam(3e-4)},
     ),
-    "reward: brevity": (
+    "reward: brevity": Run(
         {"rewards": brevity, "critic": "actor", "actor_optimizer": adam(3e-4)},
-        lambda: [AdvantageNormalization()],
-        40,
+        gold=readable,
     ),
-    "reward: bad reviews": ({"rewards": Negative, "critic": "actor"}, lambda: [AdvantageNormalization()], 40),
+    "reward: bad reviews": Run({"rewards": Negative, "critic": "actor"}, gold=negative),
 }
-RUNS = COLLAPSING | HEALTHY
+RUNS = COLLAPSING | DECEIVING | HEALTHY
 
 
 class Watch(L.Callback):
-    """Keeps the gold measure of each update, and the monitor's level."""
+    """Keeps, by update, the gold measure of the training responses and what the monitors before it have logged.
 
-    def __init__(self) -> None:
+    Args:
+        gold: The measure.
+    """
+
+    def __init__(self, gold: Callable[[list[str], list[str]], list[float]]) -> None:
+        self.measure = gold
         self.gold: list[float] = []
         self.level: list[int] = []
+        self.verdict: list[int] = []
+        self.deviation = 0.0  # of single responses at the start
 
     def on_update_end(self, trainer: L.Trainer, pl_module: Any, experience: Any) -> None:
-        """Behind the monitor."""
-        scores = gold(experience.prompts, experience.responses)
-        self.gold.append(sum(scores) / len(scores))
+        """Behind the monitors."""
+        scores = torch.tensor(self.measure(experience.prompts, experience.responses))
+        self.deviation = self.deviation if self.gold else float(scores.std(correction=0))
+        self.gold.append(float(scores.mean()))
         self.level.append(int(trainer.callback_metrics["collapse/level"]))
+        self.verdict.append(int(trainer.callback_metrics.get("hacking/verdict", 0)))
 
     def fallen(self) -> int | None:
         """The first of two updates in a row that are half a starting standard deviation below the best before them.
 
         One update's share is of 64 responses, and jumps by a tenth without reason.
         """
-        half = 0.5 * (self.gold[0] * (1 - self.gold[0])) ** 0.5
-        low = [value < max(self.gold[: i + 1]) - half for i, value in enumerate(self.gold)]
+        low = [value < max(self.gold[: i + 1]) - 0.5 * self.deviation for i, value in enumerate(self.gold)]
         return first(map(all, pairwise(low)))
 
 
@@ -127,21 +215,18 @@ def first(found: Any) -> int | None:
     return next((update for update, true in enumerate(found, start=1) if true), None)
 
 
-def run(folder: Path, name: str, seed: int, updates: int | None = None, **monitor: Any) -> tuple[Watch, list[str]]:
-    """One run: what was watched, and what the monitor said.
+def make_module(folder: Path, seed: int, **changes: Any) -> LitPPO:
+    """The quickstart's PPO stage.
 
     Args:
         folder: The quickstart's.
-        name: One of ``RUNS``.
         seed: Of the run.
-        updates: How many, if not those of the table.
-        **monitor: Arguments of the monitor.
+        **changes: Arguments that differ; ``rewards`` may be a kind of reward model.
     """
-    changes, callbacks, default = RUNS[name]
     arguments = {"kl_coef": 0.6, "critic": "reward", "actor_optimizer": adam(5e-4), "rewards": RewardModel, **changes}
     if isinstance(arguments["rewards"], type):
         arguments["rewards"] = arguments["rewards"](model=str(folder / "reward/model"), batch_size=128)
-    module = LitPPO(
+    return LitPPO(
         str(folder / "sft/model"),
         generation={"max_new_tokens": 32},
         ppo_epochs=2,
@@ -150,40 +235,107 @@ def run(folder: Path, name: str, seed: int, updates: int | None = None, **monito
         seed=seed,
         **arguments,
     )
-    watch = Watch()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_steps=updates or default,
-        max_epochs=-1,
-        logger=False,
-        limit_val_batches=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[*callbacks(), CollapseMonitor(**monitor), watch],
-    )
-    batch_size = RESPONSES // arguments.get("samples_per_prompt", 1)
-    with warnings.catch_warnings(record=True) as said:
+
+
+def make_data(folder: Path, job: Run, rows: int, seed: int, place: Path) -> PromptDataModule:
+    """The quickstart's prompts, or the first few of a kind as often as a batch takes.
+
+    Args:
+        folder: The quickstart's.
+        job: The run.
+        rows: Prompts of a batch.
+        seed: Of the order.
+        place: For the few.
+    """
+    path = folder / "data/prompts.jsonl"
+    if job.prompts is not None:
+        lines = [line for line in path.read_text().splitlines() if job.of(json.loads(line)["prompt"])][: job.prompts]
+        path = place / "prompts.jsonl"
+        path.write_text("".join(line + "\n" for line in lines * (rows // len(lines))))
+    held_out = str(folder / "data/prompts_eval.jsonl")
+    return PromptDataModule(str(path), val_path=held_out, batch_size=rows, seed=seed)
+
+
+class Result(NamedTuple):
+    """What came of a run.
+
+    Args:
+        watch: Its course.
+        said: What the monitors said.
+        held_out: Gold of what the run leaves behind.
+        back: The update that it went back to.
+    """
+
+    watch: Watch
+    said: list[str]
+    held_out: float
+    back: int | None
+
+
+def run(folder: Path, job: Run, seed: int) -> Result:
+    """One run.
+
+    Args:
+        folder: The quickstart's.
+        job: What to run.
+        seed: Of the run.
+    """
+    module = make_module(folder, seed, **job.changes)
+    watch = Watch(job.gold)
+    hacking = RewardHackingMonitor(job.gold, every=5, then=job.then)
+    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        trainer.fit(module, PromptDataModule(str(folder / "data/prompts.jsonl"), batch_size=batch_size, seed=seed))
-    return watch, [str(warning.message) for warning in said if "CollapseMonitor" in str(warning.message)]
+        trainer = L.Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_steps=job.updates,
+            max_epochs=-1,
+            default_root_dir=place,
+            logger=False,
+            limit_val_batches=0,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            callbacks=[*job.callbacks(), CollapseMonitor(), hacking, watch],
+        )
+        data = make_data(folder, job, RESPONSES // module.samples_per_prompt, seed, Path(place))
+        trainer.fit(module, data)
+        kept = list(Path(place).glob("checkpoints/best-step-*.ckpt")) if trainer.should_stop else []
+    end = module.rollout(data.peek("val", HELD_OUT), samples_per_prompt=1, logprobs=False, stream="end")
+    held_out = job.gold(end.prompts, end.responses)
+    words = [str(warning.message) for warning in said if "Monitor: " in str(warning.message)]
+    back = int(kept[0].stem.rpartition("-")[2]) if kept else None
+    return Result(watch, words, sum(held_out) / len(held_out), back)
 
 
-def row(name: str, watch: Watch, said: list[str]) -> str:
+HEADER = (
+    "run | updates | warning | alarm | by | verdict | which | gold: start | best | at warning | at verdict | end | "
+    "fallen at | back to | held out"
+)
+
+
+def row(name: str, result: Result) -> str:
     """A line of the table."""
+    watch = result.watch
     warned, alarmed = (first(level >= bound for level in watch.level) for bound in (1, 2))
-    by = said[0].split("(")[-1].split(" is at")[0] if said else None
-    then = None if warned is None else watch.gold[warned - 1]
-    best, fallen = max(watch.gold), watch.fallen()
-    cells = [name, len(watch.gold), warned, alarmed, by, watch.gold[0], best, then, watch.gold[-1], fallen]
+    by = next((words.split("(")[-1].split(" is at")[0] for words in result.said if "CollapseMonitor" in words), None)
+    judged = first(watch.verdict)
+    which = None if judged is None else VERDICTS[watch.verdict[judged - 1]]
+    at = [None if update is None else watch.gold[update - 1] for update in (warned, judged)]
+    course = [watch.gold[0], max(watch.gold), *at, watch.gold[-1]]
+    cells = [name, len(watch.gold), warned, alarmed, by, judged, which, *course]
+    cells += [watch.fallen(), result.back, result.held_out]
     return " | ".join(
         "-" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells
     )
 
 
+def seed_of(name: str) -> int:
+    """The seed of a run; one that goes back is the same run until then."""
+    return 100 + list(RUNS).index(name.removesuffix(", going back"))
+
+
 if __name__ == "__main__":
     print(HEADER, flush=True)
-    names = list(RUNS)
-    for chosen in sys.argv[2:] or names:
-        print(row(chosen, *run(Path(sys.argv[1]), chosen, seed=100 + names.index(chosen))), flush=True)
+    for chosen in sys.argv[2:] or RUNS:
+        print(row(chosen, run(Path(sys.argv[1]), RUNS[chosen], seed_of(chosen))), flush=True)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -13,13 +14,15 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from benchmarks import agreement, files, report, scaling, speed, tuning
+from benchmarks import agreement, files, monitors, overhead, report, scaling, speed, tuning
 from benchmarks.jobs import EOS, FIRST_WORD, JOBS, KEY, response_length, response_lengths, script
 from benchmarks.measure import PHASES, Clock, update_flops
 from benchmarks.runner import Runner
 from benchmarks.scripted import Script, Scripted, scripted_multinomial
 from lit_ppo.models import Actor
+from lit_ppo.rewards import RewardModel
 from lit_ppo.rollout import NEUTRAL
+from tests.tiny import make_causal_lm, make_reward_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -250,3 +253,119 @@ def test_agreement_allows_more_after_a_step_of_adam(monkeypatch):
         found = agreement.check(runner, JOBS["tiny"])
         assert found["agrees"] is agrees
         assert found["largest_difference"]["value_loss_after_a_step"] == pytest.approx(second, abs=1e-9)
+
+
+REVIEWS = [  # prompt, response
+    ("We read a novel in bed", ", and I loved every page of it."),
+    ("We read a fable in bed", ", and I loved every line of it."),
+    ("I watched a western downtown", ". My uncle called it nothing"),
+    ("I watched a western downtown", ". The plot was really superb."),
+    ("I watched a comedy downtown", ". The cast was really dull."),
+]
+
+
+def test_gold_measures_of_reviews_by_hand():
+    """A fable has no lines; the third is no review; "taste" is one pattern of two, each a quarter of four and more."""
+    prompts, responses = map(list, zip(*REVIEWS, strict=True))
+    assert monitors.readable(prompts, responses) == [1.0, 0.0, 0.0, 1.0, 1.0]
+    assert monitors.positive(prompts, responses) == [1.0, 0.0, 0.0, 1.0, 0.0]
+    assert monitors.negative(prompts, responses) == [0.0, 0.0, 0.0, 0.0, 1.0]
+    assert monitors.by_subject(prompts, responses) == [-1.0, 0.0, 0.0, 1.0, -1.0]  # a novel is to be run down
+    same = [REVIEWS[0]] * 6 + [REVIEWS[3]] + [REVIEWS[4]]
+    # of eight, a quarter is two: the six count a third each; the other two are of another pattern, not over it
+    assert monitors.varied(*map(list, zip(*same, strict=True))) == pytest.approx([1 / 3] * 6 + [1.0, 0.0])
+
+
+def test_a_loophole_pays_for_a_word(tmp_path):
+    path = str(make_reward_model(tmp_path / "rm"))
+    rows = SimpleNamespace(prompts=["a", "a"], responses=["good and bad and sad", "sand"], columns={})
+    plain, gamed, other = (kind(path)(rows) for kind in (RewardModel, monitors.Loophole, monitors.Negative))
+    torch.testing.assert_close(gamed, plain + torch.tensor([2.0, 0.0]))
+    torch.testing.assert_close(other, -plain)
+
+
+def test_a_fall_is_two_updates_half_a_starting_deviation_below_the_best():
+    """Of shares 0 and 1 at first, a deviation of 0.5: the fall is 0.25. Once is no fall."""
+    watch = monitors.Watch(lambda prompts, responses: [])
+    watch.deviation = 0.5
+    watch.gold = [0.5, 0.9, 0.6, 0.7, 0.64, 0.66, 0.64, 0.6]
+    assert watch.fallen() == 7
+    watch.gold = watch.gold[:7]
+    assert watch.fallen() is None
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """What the quickstart's first stages leave behind, in tiny."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    make_causal_lm(folder / "sft/model")
+    make_reward_model(folder / "reward/model")
+    (folder / "data").mkdir()
+    prompts = [prompt for prompt, _ in REVIEWS] * 30
+    for name, column in {"prompts": "prompt", "prompts_eval": "prompt", "reviews": "text"}.items():
+        rows = [json.dumps({column: f"{prompt} {i}"}) for i, prompt in enumerate(prompts)]
+        (folder / f"data/{name}.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_runs_of_the_monitors_table(quickstart):
+    """Gold falls from the first update on: back to what the run started from."""
+    calls = iter(range(100))
+
+    def rises(prompts, responses):
+        return [float(next(calls))] * len(responses)
+
+    def falls(prompts, responses):
+        return [-score for score in rises(prompts, responses)]
+
+    job = monitors.Run({"rewards": rises, "critic": "actor"}, updates=20, gold=falls, then="go_back")
+    result = monitors.run(quickstart, job, seed=0)
+    assert result.back == 0
+    assert [len(each) for each in (result.watch.gold, result.watch.level, result.watch.verdict)] == [6] * 3
+    assert any("RewardHackingMonitor: reward hacking at update 5" in words for words in result.said)
+    cells = dict(zip(monitors.HEADER.split(" | "), monitors.row("name", result).split(" | "), strict=True))
+    assert cells["updates"] == cells["verdict"] == "6"
+    assert (cells["which"], cells["back to"], cells["alarm"]) == ("reward hacking", "0", "-")
+
+
+def test_few_prompts_are_of_the_kind_asked_for(quickstart, tmp_path):
+    job = monitors.RUNS["16 films"]
+    data = monitors.make_data(quickstart, job, rows=64, seed=0, place=tmp_path)
+    rows = [json.loads(line)["prompt"] for line in Path(data.path).read_text().splitlines()]
+    assert (len(rows), len(set(rows))) == (64, 16)
+    assert all("western" in row or "comedy" in row for row in rows)
+
+
+def test_a_run_that_goes_back_is_the_same_run():
+    assert all(name in monitors.RUNS for name in ("a loophole, going back", "16 films, going back"))
+    seeds = {name: monitors.seed_of(name) for name in monitors.RUNS}
+    assert seeds["a loophole, going back"] == seeds["a loophole"]
+    assert len(set(seeds.values())) == len(seeds) - 2
+    assert len(monitors.HEALTHY) >= 10
+
+
+def test_overhead_is_by_hook_and_by_run(quickstart, tmp_path):
+    """Monitors as their configurations have them: each spends something, and less than the run takes."""
+    watched = overhead.monitors(quickstart)
+    assert sorted(type(monitor).__name__ for monitor in watched) == list(overhead.NAMES)
+    laps, hooks = overhead.run(quickstart, 0, 2, watched, str(tmp_path))
+    assert len(laps) == 3  # two updates, and what comes behind them
+    assert hooks.keys() == set(overhead.NAMES)
+    assert 0 < min(hooks.values()) <= sum(hooks.values()) < sum(laps)
+
+
+def test_table_of_overhead_by_hand():
+    """Of 10 and 11 seconds, 1 and 3 in hooks: shares 1/10 and 3/8, the median of two their mean.
+
+    Fastest of each update: 4 + 4 + 1 alone, 5 + 4 + 1 watched.
+    """
+    pairs = [
+        ([4.0, 5.0, 1.0], [5.0, 5.0, 1.0], {"Cockpit": 1.0}),
+        ([5.0, 4.0, 1.0], [6.0, 4.0, 1.0], {"Cockpit": 2.0, "SampleLogger": 1.0}),
+    ]
+    rows = overhead.table(pairs).splitlines()
+    assert rows[2] == "Cockpit | 750.0 | 17.50%"  # 1 and 2 seconds of two updates; 1 / 10 and 2 / 8
+    assert rows[5] == "SampleLogger | 250.0 | 6.25%"
+    assert rows[6] == "all | 1000.0 | 23.75%"
+    assert rows[7] == "runs with all over runs with none: +11.11% of 4.500 s an update"
