@@ -39,6 +39,7 @@ class RunSummary(L.Callback):
         self._seconds = 0.0  # of earlier parts of the run
         self._since: float | None = None
         self._resumed_after = 0
+        self._lines: list[str] = []  # not printed yet
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """A new run, unless a checkpoint says otherwise."""
@@ -80,26 +81,36 @@ class RunSummary(L.Callback):
                 self._held_out[name] = [*self._held_out.get(name, [])[:1], (self._updates, float(value))]
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print."""
+        """Sum up; Lightning's bars are still on the screen."""
         total = total_updates(trainer)
         early = self._updates < total if total != float("inf") else trainer.should_stop
-        self._print(trainer, "Stopped early: " if early else "")
+        self._sum_up(trainer, "Stopped early: " if early else "")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Print."""
+        if stage == "fit":
+            self._print(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Print, if there is anything to tell."""
         asked = isinstance(exception, KeyboardInterrupt | SIGTERMException)
         if self._since is not None and self._updates > self._resumed_after:
-            self._print(trainer, "Interrupted: " if asked else f"Ended by an error ({type(exception).__name__}): ")
+            self._sum_up(trainer, "Interrupted: " if asked else f"Ended by an error ({type(exception).__name__}): ")
+        self._print(trainer)
 
     def _add(self, name: str, value: Any) -> None:
         values = self._series.setdefault(name, [])
         values.append(float(value))
         del values[KEPT : max(KEPT, len(values) - KEPT)]
 
-    def _print(self, trainer: Any, how: str) -> None:
+    def _sum_up(self, trainer: Any, how: str) -> None:
         self._seconds, self._since = self._spent(), None
-        if trainer.is_global_zero and trainer.progress_bar_callback is not None:
-            print("\n" + "\n".join(self.lines(trainer, how)), flush=True)
+        self._lines = self.lines(trainer, how)
+
+    def _print(self, trainer: Any) -> None:
+        lines, self._lines = self._lines, []
+        if lines and trainer.is_global_zero and trainer.progress_bar_callback is not None:
+            print("\n" + "\n".join(lines), flush=True)
 
     def _spent(self) -> float:
         return self._seconds + (self._clock() - self._since if self._since is not None else 0.0)

@@ -141,6 +141,26 @@ def test_of_a_run_that_ends_early(
     assert lines[1] == "  score rose from 0.1 to 0.2"
 
 
+def test_it_comes_after_the_bars_and_all_the_same_where_the_export_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Lightning's Rich bar ends in ``teardown`` only; a failure before that is one after the last update."""
+
+    class Last(L.Callback):
+        def on_fit_end(self, *_: Any) -> None:
+            print("the result")
+            raise RuntimeError("no room")
+
+    class Bar(Silence):
+        def teardown(self, *_: Any, **__: Any) -> None:
+            print("the bar's last words")
+
+    lines = summary(tmp_path, capsys, scripted(3), max_epochs=1, bar=False, others=[Bar()])
+    assert [lines[0], lines[2][:9]] == ["the bar's last words", "3 updates"]
+    lines = summary(tmp_path, capsys, scripted(3), max_epochs=1, others=[Last()])
+    assert [lines[0], lines[2][:9]] == ["the result", "3 updates"]
+
+
 def test_of_a_run_without_a_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     lines = summary(tmp_path, capsys, scripted(6), others=[Ends()], max_epochs=-1)
     assert lines[0].startswith("Stopped early: 2 updates, 8 responses")
