@@ -103,7 +103,9 @@ def test_score_distributions_are_shares_of_now_and_the_start(tmp_path: Path):
 
 def test_scores_that_are_all_alike_or_not_finite_end_no_run(tmp_path: Path):
     _, logger = watch(tmp_path, 1, scores=lambda update: [3.0] * 8)
-    assert list(shown(logger, "scores")) == [0]
+    outline = shown(logger, "scores")[0]["at the start"]
+    assert max(outline) == [4.0, 0.0]  # bins that can be seen
+    assert max(y for _, y in outline) == 1.0
     _, logger = watch(tmp_path, 2, every=1, scores=lambda update: [float("nan" if update else 1)] * 8)
     assert list(shown(logger, "scores")) == [0]
     assert len(dots_of(shown(logger, "score_against_kl")[1])) == 1
