@@ -143,12 +143,13 @@ def test_only_the_best_is_kept_and_the_run_goes_on_from_there(gamed: Any) -> Non
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
 def test_going_on_from_there_is_the_same_run_to_the_bit(tmp_path: Path, gamed: Any, actor: Path) -> None:
-    """It comes to the same verdict, now as one that only stops: same weights, same logs."""
+    """It comes to the same verdict, by the same weights and logs, and goes back to where it came from."""
     folder, monitor, weights, _, trainer = gamed
     best = best_of(monitor)
     start = folder / "checkpoints" / f"best-step-{best:06d}.ckpt"
-    _, again, module, other = fit(tmp_path, actor, start, then="stop")
+    _, again, module, other = fit(tmp_path, actor, start)
     assert other.global_step == trainer.global_step
+    assert_same(again.end, weights.after[best])
     for update in range(best, trainer.global_step + 1):
         assert_same(again.after[update], weights.after[update])
     whole, rest = logged(trainer), logged(other)
@@ -173,6 +174,30 @@ def test_a_resumed_run_knows_where_its_best_lies(tmp_path: Path, gamed: Any, act
     assert_same(again.end, weights.after[best])
     assert (tmp_path / f"first/checkpoints/best-step-{best:06d}.ckpt").exists()
     assert not list((tmp_path / "second/checkpoints").glob("best*"))
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+def test_another_runs_best_is_left_alone(tmp_path: Path, gamed: Any, actor: Path) -> None:
+    """A new best of a run that goes on elsewhere replaces its own, not that of the run before."""
+    fit(tmp_path / "first", actor, max_steps=1)
+    before = list((tmp_path / "first/checkpoints").glob("best*"))
+    fit(tmp_path / "second", actor, tmp_path / "first/checkpoints/step-000001.ckpt")
+    assert before == list((tmp_path / "first/checkpoints").glob("best*"))
+    assert len(list((tmp_path / "second/checkpoints").glob("best*"))) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+def test_an_older_best_is_not_taken_for_the_best(tmp_path: Path, gamed: Any, actor: Path) -> None:
+    """The best update was passed while nobody kept it."""
+    best = best_of(gamed[1])
+    fit(tmp_path / "first", actor, max_steps=1)
+    fit(tmp_path / "second", actor, tmp_path / "first/checkpoints/step-000001.ckpt", then="warn", max_steps=best + 1)
+    start = tmp_path / f"second/checkpoints/step-{best + 1:06d}.ckpt"
+    with pytest.warns(
+        UserWarning, match=rf"no checkpoint of update {best} \(.*first.checkpoints.best-step-00000\d.ckpt"
+    ):
+        _, again, _, other = fit(tmp_path / "third", actor, start)
+    assert_same(again.end, gamed[2].after[other.global_step])
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")

@@ -108,6 +108,7 @@ def watch(
         precision_plugin=SimpleNamespace(forward_context=nullcontext),
         strategy=SimpleNamespace(broadcast=lambda found: found),
         is_global_zero=True,
+        fast_dev_run=True,  # nothing is written
     )
     module: Any = Given([*held_out, 0.0], [*gold, 0.0])
     logs: list[dict[str, float]] = []
@@ -123,6 +124,7 @@ def watch(
             monitor.on_scores(trainer, module, experience)
             monitor.on_update_end(trainer, module, experience)
             monitor.on_train_batch_end(trainer, module, None, None, update)
+        monitor.on_train_end(trainer, module)
     return logs, [str(warning.message) for warning in said], trainer.should_stop, module
 
 
@@ -214,6 +216,14 @@ def test_a_verdict_stops_the_run_if_it_may(then: str) -> None:
     series = ([0.0, 1.0], [0.0, 1.0], [1.0, 0.0])
     assert watch(by_hand(then=then), *series)[2] == (then == "stop")
     assert not watch(by_hand(then=then), *series[:2], gold=[0.0, 1.0])[2]
+
+
+def test_without_a_checkpoint_there_is_no_going_back_and_another_fit_has_nothing_to_go_back_from() -> None:
+    monitor = by_hand(then="go_back")
+    _, said, stop, _ = watch(monitor, [0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 0.0, 0.0])
+    assert stop
+    assert said[1:] == ["RewardHackingMonitor: no checkpoint of update 0 (None); the weights stay as they are"]
+    assert watch(monitor, [], [], [])[1] == []
 
 
 def test_a_resumed_monitor_goes_on_and_does_not_repeat_itself() -> None:
