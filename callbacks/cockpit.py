@@ -37,6 +37,7 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
         "lowest twentieth of the scores": ["^collapse/score_tail$"],
     },
     "Is it collapsing?": {
+        "spread of the scores": ["^objective/score_std$"],
         "entropy, nats a token": ["^policy/entropy$"],
         "tokens a response": ["^(response|val)/length$"],
         "responses that end": ["^(response|val)/ended_fraction$"],

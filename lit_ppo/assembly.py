@@ -29,6 +29,7 @@ from lit_ppo.rewards import RewardModel
 from lit_ppo.rollout import generation_config
 from lit_ppo.schedulers import per_step
 from lit_ppo.sharding import build, check_placed, shard
+from lit_ppo.tokenization import save_tokenizer
 from lit_ppo.whole import whole_weights
 
 M = TypeVar("M", bound=nn.Module)
@@ -249,7 +250,7 @@ class Assembly(Policy):
                 whole.save_pretrained(dirpath)
             else:
                 model.save_pretrained(dirpath, state_dict=weights)
-            self.tokenizer.save_pretrained(str(dirpath))
+            save_tokenizer(self.tokenizer, dirpath)
 
 
 def _plain(name: str) -> str:

@@ -16,7 +16,7 @@ from lit_ppo.distributed import rank
 from lit_ppo.optimizer_settings import BuiltOptimizer, restore_settings
 from lit_ppo.schedulers import per_step
 from lit_ppo.sharding import build, check_placed, shard
-from lit_ppo.tokenization import loads_the_same
+from lit_ppo.tokenization import loads_the_same, save_tokenizer
 from lit_ppo.whole import whole_weights
 
 
@@ -161,7 +161,7 @@ class SupervisedModule(L.LightningModule):
         weights = whole_weights(self.model)
         if weights is None or rank() == 0:
             self.model.save_pretrained(str(dirpath), state_dict=weights)
-            self.tokenizer.save_pretrained(str(dirpath))
+            save_tokenizer(self.tokenizer, dirpath)
 
 
 def load(module: SupervisedModule, argument: str, auto_class: Any, source: str, **kwargs: Any) -> Any:

@@ -65,6 +65,16 @@ def _trainer(vocab_size: int) -> trainers.BpeTrainer:
     )
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Save a tokenizer beside its model: the same bytes wherever and however it was loaded.
+
+    transformers would note down that it came from a folder, and that the process was offline.
+    """
+    for name in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name, None)
+    tokenizer.save_pretrained(str(path))
+
+
 def loads_the_same(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> bool:
     """Whether the tokenizer, saved beside a model of this config, is loaded as it is.
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from benchmarks import agreement, files, monitors, overhead, report, scaling, speed, tuning
+from benchmarks import agreement, dials, files, monitors, overhead, report, scaling, speed, tuning
 from benchmarks.jobs import EOS, FIRST_WORD, JOBS, KEY, response_length, response_lengths, script
 from benchmarks.measure import PHASES, Clock, update_flops
 from benchmarks.runner import Runner
@@ -369,3 +370,14 @@ def test_table_of_overhead_by_hand():
     assert rows[5] == "SampleLogger | 250.0 | 6.25%"
     assert rows[6] == "all | 1000.0 | 23.75%"
     assert rows[7] == "runs with all over runs with none: +11.11% of 4.500 s an update"
+
+
+def test_dials_draw_a_line_for_each_run_in_each_panel(tmp_path):
+    rows = [dict.fromkeys(dials.PANELS, value) for value in (0.1, 0.5, 0.3)]
+    dials.draw(dict.fromkeys(dials.COLORS, rows), tmp_path / "drawn.svg")
+    drawn, page = (path.read_text() for path in (tmp_path / "drawn.svg", ROOT / "docs" / "dials.svg"))
+    for picture in (drawn, page):
+        assert {*dials.PANELS.values(), *dials.COLORS} <= {e.text for e in ElementTree.fromstring(picture).iter()}
+        for color in dials.COLORS.values():
+            lines = re.findall(rf'<path d="M[^"]+" clip-path="[^"]+" style="fill: none; stroke: {color}', picture)
+            assert len(lines) == len(dials.PANELS)

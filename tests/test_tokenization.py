@@ -1,5 +1,6 @@
 """The trained tokenizer: reversible, reproducible, loadable beside a model of any family."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from lit_ppo.tokenization import loads_the_same, train_tokenizer
+from lit_ppo.tokenization import loads_the_same, save_tokenizer, train_tokenizer
 from tests.tiny import FAMILIES, make_config
 
 TEXTS = ["the film was good", " the film was really bad", "the plot, the cast : naïve \u2014 and 2,000 good films"] * 3
@@ -75,6 +76,17 @@ def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
+
+
+def test_saved_alike_however_it_was_loaded(tmp_path: Path) -> None:
+    """transformers adds the last two to a tokenizer's own settings."""
+    train_tokenizer(["a fine film"], 258, tmp_path / "trained")
+    for name, local_files_only in (("hub", False), ("offline", True)):
+        loaded = AutoTokenizer.from_pretrained(tmp_path / "trained", local_files_only=local_files_only)
+        save_tokenizer(loaded, tmp_path / name)
+    one, other = ((tmp_path / name / "tokenizer_config.json").read_text() for name in ("hub", "offline"))
+    assert one == other
+    assert json.loads(one).keys() & {"pad_token", "is_local", "local_files_only"} == {"pad_token"}
 
 
 def test_texts_may_come_from_a_generator(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from lit_ppo.experience import Minibatch
 from tests.callbacks.test_alignment_tax import texts
 from tests.callbacks.toy import Attach, Recorder, Spy, Toy, run_updates
 from tests.callbacks.trick import Trick
+from tests.command import REPOSITORY
 from tests.test_experience import make as make_experience
 from tests.tiny import make_causal_lm
 from tests.toys import count_good, make_data, make_module, make_trainer, write_prompts
@@ -211,7 +212,7 @@ def test_every_chart_finds_its_curves_and_no_curve_is_in_two(events: EventAccumu
     assert sorted(found["seconds an update"]) == ["time/rollout", "time/score", "time/update"]
     wins = ["", "/good", "/letters", "/more"]
     assert sorted(found["wins over the reference"]) == [f"val/win_rate{name}" for name in wins]
-    left = {"epoch", "hp_metric", "objective/entropy", "objective/score_std", "policy/loss", "hacking/best_update",
+    left = {"epoch", "hp_metric", "objective/entropy", "policy/loss", "hacking/best_update",
             "tax/loss_increase", "collapse/entropy", "collapse/kl", "collapse/length"}  # fmt: skip
     assert {name for name in logged if not name.startswith("final/")} - {*shown} <= left
 
@@ -233,6 +234,28 @@ def test_charts_that_would_stay_empty_are_left_out(run_folder: Path, tmp_path: P
     curves = {title: tags for charts in LAYOUT.values() for title, tags in charts.items()}
     filled = {title for title, tags in curves.items() if any(re.match(tag, name) for tag in tags for name in logged)}
     assert titles == filled
+
+
+def test_the_page_names_what_is_logged(events: EventAccumulator):
+    """docs/monitoring.md goes by the same questions, and has a row for nearly every chart."""
+    page = (REPOSITORY / "docs/monitoring.md").read_text()
+    headings = re.findall(r"^## (.*\?)$", page, re.MULTILINE)
+    assert headings == [*LAYOUT]
+    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    named = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+    logged = {*events.Tags()["scalars"]}
+    assert named <= logged
+    charts = {title: tags for question in LAYOUT.values() for title, tags in question.items()}
+    silent = {title for title, tags in charts.items() if not any(matches(tags, name) for name in named)}
+    assert silent == {
+        "each reward and judge", "tokens whose value is clipped", "probability ratio, mean", "learning rates"
+    }  # fmt: skip
+    figures = {*re.findall(r"`(figure/\w+)`", page)}
+    assert figures == {*events.Tags()["images"]}
+
+
+def matches(tags: list[str], name: str) -> bool:
+    return any(re.match(tag, name) for tag in tags)
 
 
 def test_figures_are_in_the_event_file(events: EventAccumulator):
