@@ -78,7 +78,16 @@ class CollapseMonitor(PPOCallback):
         lookahead: int = 3,
         stop: bool = False,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name in WORDS}
+        given = {
+            "kl": kl,
+            "length": length,
+            "perplexity": perplexity,
+            "entropy": entropy,
+            "distinct": distinct,
+            "duplicates": duplicates,
+            "opening": opening,
+            "score_tail": score_tail,
+        }
         self.levels = {
             name: value if value is None else levels(self, name, value, above=1.0 if name in FACTORS else 0.0)
             for name, value in given.items()
