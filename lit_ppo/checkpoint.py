@@ -91,7 +91,8 @@ class StepCheckpoint(Checkpoint):
         """
         told, logged = trainer.global_step, {}
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
-        if progress.processed > progress.completed and trainer._logger_connector.should_update_logs:
+        at_its_end = trainer.training and progress.processed > progress.completed
+        if at_its_end and trainer._logger_connector.should_update_logs:
             told = trainer.fit_loop.epoch_loop._batches_that_stepped
             # validation before the first update has been told under the same step
             metrics = trainer._logger_connector.metrics["log"] if told else trainer.logged_metrics
