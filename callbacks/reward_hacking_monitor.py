@@ -210,7 +210,7 @@ class RewardHackingMonitor(PPOCallback):
         except ValueError as error:  # somebody may be writing in it
             rank_zero_warn(f"{error}; until then the ratings of before count")
         course: Course = {}
-        known = sorted(self._courses["held_out"].keys() & self._ratings.keys())
+        known = sorted(self._courses["train"].keys() & self._ratings.keys())
         for update in known:
             mean = sum(self._ratings[update]) / len(self._ratings[update])
             course[update] = self.decay * list(course.values())[-1] + (1.0 - self.decay) * mean if course else mean
@@ -223,9 +223,9 @@ class RewardHackingMonitor(PPOCallback):
             falling = self._courses.get(down)
             if not falling:
                 continue
-            at = [update for update in falling if update in self._courses["train"]]
+            at = list(falling)  # of ratings, not all that the others have
             courses = {name: [self._courses[name][update] for update in at] for name in (*up, down)}
-            if at and diverging(courses[down], [courses[name] for name in up], self.fall * self._spread[down]):
+            if diverging(courses[down], [courses[name] for name in up], self.fall * self._spread[down]):
                 if verdict not in self._said:
                     self._said[verdict] = self._updates
                     rank_zero_warn(self._message(verdict, down, at, courses))

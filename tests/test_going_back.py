@@ -76,7 +76,7 @@ def fit(folder: Path, actor: Path, start: Path | None = None, **options: Any) ->
     module = make_module(actor, **{**arguments, **options})
     monitor = RewardHackingMonitor(gold, prompts=9, every=2, then=then)
     weights = Weights()
-    saves = StepCheckpoint(every_n_train_steps=100, dirpath=str(folder / "checkpoints"))
+    saves = StepCheckpoint(every_n_train_steps=100, dirpath=str(folder / "saved"))
     callbacks = [monitor, weights, saves, ExportModel(str(folder / "model"))]
     defaults = {"max_steps": UPDATES, "devices": n_ranks(), "enable_checkpointing": True}
     trainer = make_trainer(folder, callbacks=callbacks, **{**defaults, **for_trainer})
@@ -131,10 +131,10 @@ def test_only_the_best_is_kept_and_the_run_goes_on_from_there(gamed: Any) -> Non
     """It is the newest, so that ``last`` means it; the run as it stood at the verdict lies there too."""
     folder, monitor, _, _, trainer = gamed
     name = f"best-step-{best_of(monitor):06d}.ckpt"
-    files = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    files = sorted(path.name for path in (folder / "saved").iterdir())
     assert files == [name, f"step-{trainer.global_step:06d}.ckpt"]
-    assert find_last(folder, str(folder / "checkpoints")).name == name
-    best = torch.load(folder / "checkpoints" / name, weights_only=True)
+    assert find_last(folder, str(folder / "saved")).name == name
+    best = torch.load(folder / "saved" / name, weights_only=True)
     assert best["global_step"] == best_of(monitor)
     # a run that goes on with it logs again what this step's logger was told only afterwards
     assert best[RUN]["steps_logged"] == best_of(monitor) - 1
@@ -146,7 +146,7 @@ def test_going_on_from_there_is_the_same_run_to_the_bit(tmp_path: Path, gamed: A
     """It comes to the same verdict, by the same weights and logs, and goes back to where it came from."""
     folder, monitor, weights, _, trainer = gamed
     best = best_of(monitor)
-    start = folder / "checkpoints" / f"best-step-{best:06d}.ckpt"
+    start = folder / "saved" / f"best-step-{best:06d}.ckpt"
     _, again, module, other = fit(tmp_path, actor, start)
     assert other.global_step == trainer.global_step
     assert_same(again.end, weights.after[best])
@@ -168,22 +168,22 @@ def test_a_resumed_run_knows_where_its_best_lies(tmp_path: Path, gamed: Any, act
     best = best_of(monitor)
     assert trainer.global_step - best > 2
     fit(tmp_path / "first", actor, max_steps=best + 1)
-    start = tmp_path / f"first/checkpoints/step-{best + 1:06d}.ckpt"
+    start = tmp_path / f"first/saved/step-{best + 1:06d}.ckpt"
     _, again, _, other = fit(tmp_path / "second", actor, start)
     assert other.global_step == trainer.global_step
     assert_same(again.end, weights.after[best])
-    assert (tmp_path / f"first/checkpoints/best-step-{best:06d}.ckpt").exists()
-    assert not list((tmp_path / "second/checkpoints").glob("best*"))
+    assert (tmp_path / f"first/saved/best-step-{best:06d}.ckpt").exists()
+    assert not list((tmp_path / "second/saved").glob("best*"))
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
 def test_another_runs_best_is_left_alone(tmp_path: Path, gamed: Any, actor: Path) -> None:
     """A new best of a run that goes on elsewhere replaces its own, not that of the run before."""
     fit(tmp_path / "first", actor, max_steps=1)
-    before = list((tmp_path / "first/checkpoints").glob("best*"))
-    fit(tmp_path / "second", actor, tmp_path / "first/checkpoints/step-000001.ckpt")
-    assert before == list((tmp_path / "first/checkpoints").glob("best*"))
-    assert len(list((tmp_path / "second/checkpoints").glob("best*"))) == 1
+    before = list((tmp_path / "first/saved").glob("best*"))
+    fit(tmp_path / "second", actor, tmp_path / "first/saved/step-000001.ckpt")
+    assert before == list((tmp_path / "first/saved").glob("best*"))
+    assert len(list((tmp_path / "second/saved").glob("best*"))) == 1
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
@@ -191,11 +191,9 @@ def test_an_older_best_is_not_taken_for_the_best(tmp_path: Path, gamed: Any, act
     """The best update was passed while nobody kept it."""
     best = best_of(gamed[1])
     fit(tmp_path / "first", actor, max_steps=1)
-    fit(tmp_path / "second", actor, tmp_path / "first/checkpoints/step-000001.ckpt", then="warn", max_steps=best + 1)
-    start = tmp_path / f"second/checkpoints/step-{best + 1:06d}.ckpt"
-    with pytest.warns(
-        UserWarning, match=rf"no checkpoint of update {best} \(.*first.checkpoints.best-step-00000\d.ckpt"
-    ):
+    fit(tmp_path / "second", actor, tmp_path / "first/saved/step-000001.ckpt", then="warn", max_steps=best + 1)
+    start = tmp_path / f"second/saved/step-{best + 1:06d}.ckpt"
+    with pytest.warns(UserWarning, match=rf"no checkpoint of update {best} \(.*first.saved.best-step-00000\d.ckpt"):
         _, again, _, other = fit(tmp_path / "third", actor, start)
     assert_same(again.end, gamed[2].after[other.global_step])
 
@@ -204,8 +202,8 @@ def test_an_older_best_is_not_taken_for_the_best(tmp_path: Path, gamed: Any, act
 def test_where_the_best_is_gone_the_weights_stay(tmp_path: Path, gamed: Any, actor: Path) -> None:
     best = best_of(gamed[1])
     fit(tmp_path / "first", actor, max_steps=best + 1)
-    (tmp_path / f"first/checkpoints/best-step-{best:06d}.ckpt").unlink()
-    start = tmp_path / f"first/checkpoints/step-{best + 1:06d}.ckpt"
+    (tmp_path / f"first/saved/best-step-{best:06d}.ckpt").unlink()
+    start = tmp_path / f"first/saved/step-{best + 1:06d}.ckpt"
     with pytest.warns(UserWarning, match=rf"RewardHackingMonitor: no checkpoint of update {best} .*stay as they are"):
         _, again, _, other = fit(tmp_path / "second", actor, start)
     assert_same(again.end, gamed[2].after[other.global_step])
@@ -215,14 +213,14 @@ def test_without_a_verdict_the_last_weights_stay(tmp_path: Path, actor: Path) ->
     """Gold is the score itself; its best is kept all the same, for whoever wants it."""
     monitor, weights, _, _ = fit(tmp_path, actor, gold=count_good, max_steps=6)
     assert_same(weights.end, weights.after[6])
-    (kept,) = (tmp_path / "checkpoints").glob("best*")
+    (kept,) = (tmp_path / "saved").glob("best*")
     assert kept.name == f"best-step-{best_of(monitor):06d}.ckpt"
 
 
 @pytest.mark.parametrize("then", ["warn", "stop"])
 def test_nothing_is_kept_unless_asked_for(tmp_path: Path, actor: Path, then: str) -> None:
     _, weights, _, trainer = fit(tmp_path, actor, then=then, max_steps=24)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{trainer.global_step:06d}.ckpt"]
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == [f"step-{trainer.global_step:06d}.ckpt"]
     assert_same(weights.end, weights.after[trainer.global_step])
 
 
@@ -236,7 +234,7 @@ def test_the_best_may_be_what_the_run_started_from(tmp_path: Path, actor: Path) 
     monitor, weights, _, trainer = fit(tmp_path / "first", actor, gold=unlike_the_start)
     assert best_of(monitor) == 0 < trainer.global_step < UPDATES
     assert_same(weights.end, weights.after[0])
-    start = tmp_path / "first/checkpoints/best-step-000000.ckpt"
+    start = tmp_path / "first/saved/best-step-000000.ckpt"
     _, again, _, other = fit(tmp_path / "second", actor, start, gold=unlike_the_start, then="stop")
     assert other.global_step == trainer.global_step
     assert_same(again.end, weights.after[trainer.global_step])

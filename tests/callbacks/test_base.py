@@ -2,13 +2,14 @@
 
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import lightning as L
 import pytest
 
 from lit_ppo.advantages import GAE
 from lit_ppo.callbacks import PPOCallback, fire
-from lit_ppo.callbacks.base import HOOKS
+from lit_ppo.callbacks.base import HOOKS, of_first_process
 from lit_ppo.callbacks.checks import (
     at_least,
     fraction,
@@ -133,3 +134,20 @@ def test_token_rewards_are_required_where_an_estimator_says_that_it_reads_none()
         ValueError, match=r"PPOCallback changes token rewards, .*\(advantages=ScoresAlone\) .*with KLLoss"
     ):
         require_token_rewards(PPOCallback(), SimpleNamespace(advantages=scores_alone))
+
+
+def test_what_the_first_process_finds_or_fails_at_all_are_told() -> None:
+    """The other one does not look for itself."""
+    told: list[Any] = []
+
+    def trainer(first: bool) -> Any:
+        broadcast = (lambda found: told.append(found) or found) if first else (lambda found: told[-1])
+        return SimpleNamespace(is_global_zero=first, strategy=SimpleNamespace(broadcast=broadcast))
+
+    def fail() -> None:
+        raise OSError("the disk is gone")
+
+    assert of_first_process(trainer(True), lambda: 7) == of_first_process(trainer(False), lambda: 8) == 7
+    for first in (True, False):
+        with pytest.raises(ValueError, match=r"^the disk is gone$"):
+            of_first_process(trainer(first), fail if first else lambda: 8)

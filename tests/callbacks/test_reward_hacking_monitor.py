@@ -79,6 +79,7 @@ class Given:
         self.asked: list[Any] = []
 
     def rollout(self, prompts: Any, **kwargs: Any) -> Any:
+        assert not torch.is_grad_enabled()
         self.asked.append((prompts, kwargs))
         gold = self.gold.pop(0)
         return SimpleNamespace(extras={"judge": torch.tensor([gold - 1, gold + 1])})
