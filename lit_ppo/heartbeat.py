@@ -66,7 +66,7 @@ class Heartbeat:
                     continue
                 doing = self.doing
                 spent = time.monotonic() - self._since
-                since = f" {duration(spent)}" if spent >= 1.0 and not callable(doing) else ""
+                since = f" {duration(spent)}" if spent > 0.5 and not callable(doing) else ""
                 text = f"{doing() if callable(doing) else doing} ...{since}"
             except Exception as error:  # what it describes is changing under it in another thread
                 text = f"working ({type(error).__name__} while asking for details) ..."

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import threading
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,13 +119,18 @@ def test_a_run_in_mid_update_says_phase_how_long_and_how_far(tmp_path: Path):
         def during(self, update: int) -> None:
             self.phase_detail = "token 5/32"
             seen.append(bar.line())
-            self.phase_detail = ""
+            self.phase, self.phase_since, self.phase_detail = "score", self.clock.now, ""
+            self.clock.now += 2.0
+            seen.append(bar.line())
 
     fit(tmp_path, Looked(clock, [9, 69, 0.4]), bar, max_epochs=1)
     assert seen == [
         "update 0/3  (rollout 9 s, token 5/32)",
+        "update 0/3  (score 2 s)",
         "update 1/3  score 0  1,234 tok/s  (rollout 1 min 9 s, token 5/32)  0 s left",
-        "update 2/3  score 1  1,234 tok/s  (rollout, token 5/32)  39 s left",  # (9 + 69) / 2 - 0.4
+        "update 1/3  score 0  1,234 tok/s  (score 2 s)  0 s left",
+        "update 2/3  score 1  1,234 tok/s  (rollout, token 5/32)  41 s left",  # (11 + 71) / 2 - 0.4
+        "update 2/3  score 1  1,234 tok/s  (score 2 s)  39 s left",
     ]
 
 
@@ -152,14 +158,16 @@ def test_the_total_is_the_runs(tmp_path: Path, options: dict[str, Any], first: s
     assert bar.lines[-1].split("  ")[0] == last
 
 
-def test_a_run_without_an_end_has_no_total(tmp_path: Path):
+def test_a_run_without_an_end_has_no_total(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     class Stop(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
             trainer.should_stop = trainer.global_step >= 4
 
-    bar = Told(Clock())
+    bar = LineProgress(seconds=999.0)
+    bar.clock, bar.watched = Clock(), True
     fit(tmp_path, Scripted(bar.clock, [1] * 9), bar, Stop(), max_epochs=-1)
-    assert bar.lines[-1] == "update 2  score 1  1,234 tok/s"
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("update")]
+    assert lines == ["update 0", "update 2  score 1  1,234 tok/s"]  # the first, and the last
 
 
 def test_a_resumed_run_counts_all_updates_and_times_its_own(tmp_path: Path):
@@ -289,6 +297,7 @@ def test_signs_of_life_without_the_command(tmp_path: Path, capsys: pytest.Captur
     class Looks(Scripted):
         def during(self, update: int) -> None:
             pulses.append(bar._pulse)
+            assert "heartbeat" in [thread.name for thread in threading.enumerate()]
             print(bar._pulse.doing())
 
     fit(tmp_path, Looks(Clock(), [4]), bar, max_epochs=1, limit_train_batches=1)
@@ -319,6 +328,7 @@ def test_other_bars_get_phase_and_time_left(tmp_path: Path, bar: Any, monkeypatc
 
     class Looks(Scripted):
         def during(self, update: int) -> None:
+            assert not update or "left" in column()  # as the bar itself has drawn it at the end of an update
             beside.redraw()
             seen.append(column() if update else None)
 
