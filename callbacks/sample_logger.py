@@ -1,6 +1,7 @@
 """The same prompts answered again and again: before and after, side by side."""
 
 import json
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -153,5 +154,14 @@ def _file(trainer: L.Trainer) -> Path:
 def _cut(file: Path, trainer: L.Trainer, updates: int) -> None:
     """Leave out the lines of later updates than ``updates``: they are written again. A new run starts a new file."""
     if trainer.is_global_zero and not trainer.fast_dev_run and file.exists():  # type: ignore[attr-defined]
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if updates else []
-        file.write_text("".join(line for line in lines if json.loads(line)["update"] <= updates), encoding="utf-8")
+        lines = [f"{line}\n" for line in file.read_text(encoding="utf-8").splitlines()] if updates else []
+        file.write_text("".join(line for line in lines if _written_after(line) <= updates), encoding="utf-8")
+
+
+def _written_after(line: str) -> float:
+    """How many updates; more than any for what a run that was killed has written of a line."""
+    try:
+        after: float = json.loads(line)["update"]
+    except (ValueError, TypeError, KeyError):
+        return inf
+    return after

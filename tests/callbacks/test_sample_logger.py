@@ -188,6 +188,17 @@ def test_a_new_run_in_an_old_folder_starts_a_new_file(tmp_path: Path):
     assert [line["update"] for line in lines(tmp_path)] == [0] * 3 + [2] * 3
 
 
+def test_half_a_line_of_a_run_that_was_killed_is_no_obstacle(tmp_path: Path):
+    """Nor is a last line without its end, as editors write it when ratings are added."""
+    watch(tmp_path, 2, save=tmp_path / "two.ckpt")
+    file = tmp_path / "samples.jsonl"
+    whole = file.read_text()
+    for rest in ('{"update": 4, "promp', "3\n", "\n", ""):
+        file.write_text(whole.removesuffix("\n") + ("\n" + rest if rest else ""))
+        watch(tmp_path, 4, resume=tmp_path / "two.ckpt")
+        assert [line["update"] for line in lines(tmp_path)] == [0] * 3 + [2] * 3 + [4] * 3
+
+
 def test_a_fast_dev_run_writes_nothing(tmp_path: Path, tiny_lm: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     trainer = make_trainer(tmp_path, callbacks=[SampleLogger()], fast_dev_run=True, max_steps=-1)
