@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
 from lit_ppo.callbacks.base import PPOCallback, PPOModule, as_in_a_step, batch_of, make_ready
-from lit_ppo.callbacks.checks import at_least, loader_over_rows, refuse_beside, require
+from lit_ppo.callbacks.checks import at_least, loader_over_rows, refuse_beside, require, warn_of_gaps
 
 
 class AlignmentTax(PPOCallback):
@@ -46,6 +46,7 @@ class AlignmentTax(PPOCallback):
         refuse_beside(self, trainer, AlignmentTax, why="both would log tax/loss")
         if stage != "fit":
             return
+        warn_of_gaps(self, trainer)
         make_ready(self.data, trainer)
         held_out = is_overridden("val_dataloader", self.data) and self.data.val_dataloader()
         self._loader = loader_over_rows(self, self.data, "val_dataloader" if held_out else "train_dataloader")

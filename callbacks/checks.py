@@ -3,6 +3,7 @@
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
 
@@ -89,6 +90,15 @@ def require_prompts(callback: L.Callback, trainer: L.Trainer, pl_module: Any) ->
         )
 
 
+def warn_of_gaps(callback: L.Callback, trainer: L.Trainer) -> None:
+    """Warn where the trainer's loggers do not get every update's numbers: those of what is measured get lost."""
+    if trainer.loggers and trainer.log_every_n_steps != 1:  # type: ignore[attr-defined]
+        rank_zero_warn(
+            f"{type(callback).__name__}: Trainer(log_every_n_steps={trainer.log_every_n_steps}) logs other updates "  # type: ignore[attr-defined]
+            "than those that are measured; use log_every_n_steps=1"
+        )
+
+
 def loader_over_rows(callback: L.Callback, data: L.LightningDataModule, name: str) -> DataLoader[Any]:
     """The data module's loader, if its rows can be drawn in an order of the callback's own.
 
@@ -158,8 +168,9 @@ def levels(callback: object, name: str, value: Any, above: float) -> tuple[float
     Raises:
         ValueError: Naming class, argument and value.
     """
-    numbers = [x for x in value if isinstance(x, int | float) and not isinstance(x, bool)] if value else []
-    if len(numbers) != 2 or len(value) != 2 or not above < numbers[0] <= numbers[1] < float("inf"):
+    given = value if isinstance(value, list | tuple) else ()
+    numbers = [x for x in given if isinstance(x, int | float) and not isinstance(x, bool)]
+    if len(numbers) != 2 or len(given) != 2 or not above < numbers[0] <= numbers[1] < float("inf"):
         raise ValueError(
             f"{type(callback).__name__}({name}={value!r}): must be two numbers over {above:g}, the level of a warning "
             "and that of an alarm, the first not over the second; None switches the rule off"

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_ppo import TextDataModule
 from lit_ppo.callbacks import AlignmentTax
-from tests.callbacks.toy import Recorder, Toy, ToyTexts, run_updates
+from tests.callbacks.toy import Recorder, Toy, ToyTexts, run_updates, trainer_of
 from tests.callbacks.trick import Trick
 from tests.command import REPOSITORY
 from tests.tiny import WORDS, make_causal_lm
@@ -139,6 +140,17 @@ def test_other_loaders_are_refused_before_the_first_rollout():
     with pytest.raises(ValueError, match=r"AlignmentTax\(data=ToyTexts\): train_dataloader\(\) gives no DataLoader"):
         watch(1, data=data, module=module)
     assert module.experiences == []
+
+
+@pytest.mark.parametrize(("every", "logs"), [(1, True), (50, True), (50, False)])
+def test_loggers_that_do_not_get_every_update_are_warned_of(tmp_path: Path, every: int, logs: bool):
+    """Lightning's own default: it logs updates 49, 99, ..., and what was measured at 0, 50, ... is lost."""
+    monitor = AlignmentTax(ToyTexts())
+    trainer = trainer_of([monitor], 2, Recorder(tmp_path) if logs else None)
+    trainer.log_every_n_steps = every
+    words = r"AlignmentTax: Trainer\(log_every_n_steps=50\) logs other updates than those that are measured; use"
+    with pytest.warns(UserWarning, match=words) if logs and every > 1 else nullcontext():
+        monitor.setup(trainer, Toy(), "fit")
 
 
 def test_module_that_cannot_read_text_is_refused_before_the_first_rollout():
