@@ -5,11 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule, as_in_a_step, of_first_process
-from lit_ppo.callbacks.checks import at_least, fraction, one_of, positive, refuse_beside, require, require_prompts
+from lit_ppo.callbacks.checks import (
+    at_least,
+    fraction,
+    one_of,
+    positive,
+    refuse_beside,
+    require,
+    require_prompts,
+    warn_of_gaps,
+)
 from lit_ppo.functional import diverging
 from lit_ppo.ratings import Ratings, is_ratings, read_ratings
 from lit_ppo.reward_functions import RewardFunction, check_scores, takes_experience
@@ -44,7 +54,8 @@ class RewardHackingMonitor(PPOCallback):
             ratings, ``ratings.jsonl``, ``.json``, ``.csv`` or ``.tsv``, that grows as the run does: rows with an
             ``update`` and a ``rating``, as lines that ``SampleLogger`` wrote with a rating added to each. An update
             counts once it has ratings, by their mean; rows still without one are left out.
-            Every rank calls a function on all responses. None: only overfitting is looked for.
+            Every rank calls a function on all responses; what it gives the first one counts. None: only overfitting
+            is looked for.
         prompts: Held-out prompts, one response each.
         every: Updates from one time to the next; the first is before the first update. Ratings are of these updates.
         decay: What is left of the old in a smoothed measure each time.
@@ -98,6 +109,8 @@ class RewardHackingMonitor(PPOCallback):
         """Refuse a module that cannot be asked, and a second monitor."""
         require(self, pl_module, "rollout", "score")
         refuse_beside(self, trainer, RewardHackingMonitor, why="both would log hacking/verdict")
+        if stage == "fit":
+            warn_of_gaps(self, trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Refuse data without prompts to look at, a name that no reward has, and another run's ratings."""
@@ -177,7 +190,8 @@ class RewardHackingMonitor(PPOCallback):
                 self._add("gold", held_out.extras[self._source])
             elif self._source is not None:
                 scores = check_scores(self._source(held_out), len(held_out), "RewardHackingMonitor(gold)")
-                self._add("gold", scores)
+                # a judge that does not say the same twice must not part the ranks
+                self._add("gold", torch.tensor(trainer.strategy.broadcast(scores.tolist())))
         if self.then == "go_back" and self._best() == self._updates and not trainer.fast_dev_run:
             self._keep(trainer)
 

@@ -191,6 +191,21 @@ def test_measures_every_so_many_updates_on_the_same_draws() -> None:
     assert module.asked == [("7 of val", asked)] * 3  # before the first update, after three, after six
 
 
+def test_of_several_best_updates_the_first_is_marked() -> None:
+    assert [log["hacking/best_update"] for log in watch(by_hand(), UP[:3], UP[:3], [2.0] * 3)[0]] == [0, 0, 0]
+
+
+def test_an_update_that_is_begun_again_counts_once() -> None:
+    """As after an error in its reward: by quarters 0.25 x 0 + 0.75 x 8 = 6, and what was first there, 4, is gone."""
+    monitor = by_hand(gold=None, decay=0.25)
+    watch(monitor, [0.0], [0.0], [0.0])
+    for score, smoothed in ((4.0, 3.0), (8.0, 6.0)):
+        experience: Any = SimpleNamespace(raw_scores=torch.tensor([score, score]))
+        module: Any = SimpleNamespace(log=lambda name, value: None)
+        monitor.on_scores(SimpleNamespace(), module, experience)  # type: ignore[arg-type]
+        assert monitor.state_dict()["courses"]["train"] == {0: 0.0, 1: smoothed}
+
+
 def test_without_held_out_prompts_it_asks_the_first_training_prompts() -> None:
     assert watch(by_hand(), [0.0], [0.0], [0.0], splits=("train",))[3].asked[0][0] == "64 of train"
 
@@ -274,6 +289,15 @@ def test_ratings_of_people_are_gold_as_they_come_in(tmp_path: Path) -> None:
     ]
 
 
+def test_ratings_are_smoothed_as_scores_are(tmp_path: Path) -> None:
+    """By quarters: 0.25 x 8 + 0.75 x 4 = 5, then 0.25 x 5 + 0.75 x 1 = 2."""
+    file = tmp_path / "ratings.jsonl"
+    monitor = by_hand(gold=str(file), decay=0.25)
+    ratings = [(0, 8.0), (1, 4.0), (2, 1.0)]
+    logs, *_ = watch(monitor, UP[:3], UP[:3], [0.0] * 3, before=lambda update: write(file, ratings[: update + 1]))
+    assert [log["hacking/gold"] for log in logs] == pytest.approx([8.0, 5.0, 2.0])
+
+
 def test_while_ratings_cannot_be_read_those_of_before_count(tmp_path: Path) -> None:
     """Somebody saves half a line; then the rest."""
     file = tmp_path / "ratings.jsonl"
@@ -336,6 +360,19 @@ def test_gold_may_be_a_function_a_source_or_an_import_path(gold: Any, shift: flo
     """On the toy it is minus the held-out score."""
     values = run_updates(RewardHackingMonitor(gold, prompts=5, every=1), 1).trainer.callback_metrics
     assert values["hacking/gold"].item() == pytest.approx(shift - values["hacking/held_out"].item())
+
+
+def test_ranks_go_by_what_the_first_one_was_told() -> None:
+    """A judge that answers otherwise each time it is asked: another rank has heard -100, the first one 1."""
+    monitor = by_hand(gold=lambda experience: torch.full((2,), -100.0))
+    module = SimpleNamespace(rollout=lambda *_, **__: ["a", "b"], score=lambda experience: torch.zeros(2))
+    trainer: Any = SimpleNamespace(
+        datamodule=SimpleNamespace(peek=lambda split, n: ["p"]),
+        precision_plugin=SimpleNamespace(forward_context=nullcontext),
+        strategy=SimpleNamespace(broadcast=lambda heard: [1.0 for _ in heard]),
+    )
+    monitor.on_train_start(trainer, module)
+    assert monitor.state_dict()["courses"]["gold"] == {0: 1.0}
 
 
 def test_unknown_names_and_data_without_prompts_are_refused() -> None:
