@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,6 +67,7 @@ def test_distinct_ngrams_by_hand() -> None:
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
     assert [distinct_ngrams(ids, mask, n) for n in (1, 2, 3, 4, 5)] == [3 / 7, 2 / 4, 1.0, 1.0, 1.0]
     assert distinct_ngrams(ids[1:], mask[1:], 3) == 1.0  # none at all
+    assert distinct_ngrams(ids[:2, :2], mask[:2, :2], 2) == 0.5  # the n-gram is the whole response
 
 
 def test_duplicates_and_openings_by_hand() -> None:
@@ -77,6 +79,7 @@ def test_duplicates_and_openings_by_hand() -> None:
     assert largest_opening(ids, mask, 2) == pytest.approx(4 / 5)
     assert largest_opening(ids, mask, 3) == pytest.approx(3 / 5)
     assert largest_opening(ids, mask, 9) == pytest.approx(3 / 5)
+    assert duplicate_fraction(ids[3:].fill_(0), mask[3:]) == 0.0  # ``0`` and ``0 0``, whatever the padding is
 
 
 START: dict[str, Any] = {
@@ -153,6 +156,41 @@ def test_levels_of_each_rule(rule: str, factors: tuple[float, float], level: flo
         assert f"({rule} is at {distance:.3g}; it warns from {bounds[0]:g}, and alarms from {bounds[1]:g})" in said[0]
 
 
+def test_levels_count_from_where_they_are() -> None:
+    """In numbers that are exact: KL 0.25 is half way to 0.5, and would be there in one update; then 0.5, then 0.75."""
+    experiences = [rows(logprobs=-1.0, ref_logprobs=-1.0 - kl) for kl in (0.0, 0.25, 0.5, 0.75)]
+    monitor = CollapseMonitor(**{**NO_RULES, "kl": (0.5, 0.75), "lookahead": 1})
+    assert [log["collapse/level"] for log in watch(monitor, *experiences)[0]] == [0.0, 1.0, 1.0, 2.0]
+
+
+def test_what_is_nought_ends_no_run() -> None:
+    """A policy without a choice left, or from the start; scores that were all alike, and then one of them is not."""
+    sure, open_ = rows(logprobs=0.0, ref_logprobs=0.0), rows()
+    for experiences, levels in (((open_, sure), [0, 2]), ((sure, open_), [0, 0]), ((sure, sure), [0, 0])):
+        monitor = CollapseMonitor(**{**NO_RULES, "entropy": (2.0, 4.0)})
+        assert [log["collapse/level"] for log in watch(monitor, *experiences)[0]] == levels
+    alike, worse = rows(scores=torch.ones(10)), rows(scores=torch.tensor([0.0] + [1.0] * 9))
+    monitor = CollapseMonitor(**{**NO_RULES, "score_tail": (1.0, 2.0)})
+    assert [log["collapse/level"] for log in watch(monitor, alike, alike, worse)[0]] == [0, 0, 2]
+
+
+def test_a_state_taken_is_not_changed_by_the_run_that_goes_on() -> None:
+    monitor = CollapseMonitor(**{**NO_RULES, "kl": (0.3, 0.6)})
+    watch(monitor, rows(), rows(ref_logprobs=-1.4))
+    state = monitor.state_dict()
+    before = deepcopy(state)
+    watch(monitor, rows(ref_logprobs=-1.7))
+    assert state == before
+
+
+@pytest.mark.parametrize("levels", [0.5, True, (0.5, "1"), (0.1, 0.2, 0.3)])
+def test_levels_that_are_not_two_numbers_are_refused_in_words(levels: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"CollapseMonitor\(kl=.*\): must be two numbers over 0, the level of a warning"
+    ):
+        CollapseMonitor(kl=levels)
+
+
 def test_a_length_that_grows_counts_as_one_that_shrinks() -> None:
     """2 to 4 tokens are a factor of 2."""
     monitor = CollapseMonitor(**{**NO_RULES, "length": (1.999, 2.001), "lookahead": 0})
@@ -172,12 +210,12 @@ def test_what_was_so_from_the_start_is_no_collapse() -> None:
 
 
 def test_words_with_the_numbers_once_a_level() -> None:
-    """KL 0.4, 0.1, 0.4, 0.7, 0.9, 0.1: a warning, an alarm, and no more."""
-    kls = (0.0, 0.4, 0.1, 0.4, 0.7, 0.9, 0.1)
+    """KL 0.4, 0.1, 0.4, 0.7, 0.9, 0.1, 0.4: a warning, an alarm, and no more."""
+    kls = (0.0, 0.4, 0.1, 0.4, 0.7, 0.9, 0.1, 0.4)
     experiences = [rows(logprobs=-1.0, ref_logprobs=-1.0 - kl) for kl in kls]
     monitor = CollapseMonitor(**{**NO_RULES, "kl": (0.3, 0.6)})
     logs, said, _ = watch(monitor, *experiences)
-    assert [log["collapse/level"] for log in logs] == [0.0, 1.0, 0.0, 1.0, 2.0, 2.0, 0.0]
+    assert [log["collapse/level"] for log in logs] == [0.0, 1.0, 0.0, 1.0, 2.0, 2.0, 0.0, 1.0]
     assert monitor.told == ["warning at update 2 (kl)", "alarm at update 5 (kl)"]  # in the run's summary
     assert said == [
         "CollapseMonitor: warning at update 2: the policy has left the reference: 0.4 nats a token (kl is at 0.4; it "
