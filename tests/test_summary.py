@@ -189,6 +189,20 @@ def test_a_resumed_run_tells_of_the_whole_one(tmp_path: Path, capsys: pytest.Cap
     ]
 
 
+def test_a_run_resumed_from_its_middle_has_the_time_until_then(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Two updates of 10 s until the checkpoint; the third is taken twice, and counts once."""
+
+    class Saves(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 4:
+                trainer.save_checkpoint(tmp_path / "two.ckpt")
+
+    module = scripted(3)
+    fit(tmp_path, module, Silence(), RunSummary(module.clock), Saves(), max_epochs=1)
+    lines = summary(tmp_path, capsys, scripted(3), max_epochs=1, resume=tmp_path / "two.ckpt")
+    assert lines[0].startswith("3 updates (2 of them before it was resumed), 12 responses, 36 tokens in 30 s")
+
+
 def test_a_resumed_run_that_does_not_know_the_first_part_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     trainer = fit(tmp_path, scripted(6), Silence())
     trainer.save_checkpoint(tmp_path / "six.ckpt")
