@@ -476,3 +476,4 @@ def test_arguments_that_cannot_be(folder, tmp_path):
     fused = make_module(folder / "gpt2", actor_optimizer=lambda params: torch.optim.SGD(params, lr=0.1, fused=True))
     with pytest.raises(ValueError, match=r"SGD\(fused=True\): PyTorch has no fused SGD for FSDP2Strategy"):
         make_trainer(tmp_path, strategy="fsdp2", max_steps=1).fit(fused, make_data(tmp_path))
+    dist.destroy_process_group()  # Lightning leaves it, and takes later tests of this process for ranks
