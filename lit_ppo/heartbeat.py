@@ -1,5 +1,6 @@
 """A sign of life at least every few seconds, whatever the command is busy with."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -59,16 +60,18 @@ class Heartbeat:
 
     def _watch(self) -> None:
         while not self._done.wait(1.0):
-            try:
+            with contextlib.suppress(Exception):  # what it describes is changing under it in another thread
                 if self.redraw():
                     self.touch()
-                if time.monotonic() - self._last < self.quiet:
-                    continue
-                doing = self.doing
-                spent = time.monotonic() - self._since
-                since = f" {duration(spent)}" if spent > 0.5 and not callable(doing) else ""
-                text = f"{doing() if callable(doing) else doing} ...{since}"
-            except Exception as error:  # what it describes is changing under it in another thread
-                text = f"working ({type(error).__name__} while asking for details) ..."
-            self.touch()
-            print(text, flush=True)
+            if time.monotonic() - self._last >= self.quiet:
+                text = self._text()
+                self.touch()
+                print(text, flush=True)
+
+    def _text(self) -> str:
+        doing, spent = self.doing, time.monotonic() - self._since
+        try:
+            since = f" {duration(spent)}" if spent > 0.5 and not callable(doing) else ""
+            return f"{doing() if callable(doing) else doing} ...{since}"
+        except Exception as error:  # as above
+            return f"working ({type(error).__name__} while asking for details) ..."

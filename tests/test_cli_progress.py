@@ -1,14 +1,18 @@
 """Signs of life: what is printed while nothing else is, and what a line says."""
 
 import re
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from lit_ppo.heartbeat import Heartbeat
 from lit_ppo.progress import LineProgress, PhaseBar, progress_bar
 from tests.command import Running, run_command
+from tests.scripted import Clock
 from tests.test_cli import config  # noqa: F401  a fixture
 
 
@@ -23,20 +27,75 @@ def test_a_line_when_nothing_was_said(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == ""  # it has ended
 
 
-def test_silent_while_others_speak_and_where_output_is_parsed(capsys: pytest.CaptureFixture[str]) -> None:
-    with Heartbeat(quiet=2.5) as heartbeat, Heartbeat(quiet=0.1, enabled=False) as disabled:
+class Simulated(Heartbeat):
+    """Its second passes at once, and only while it waits."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, quiet: float) -> None:
+        self.clock = Clock()
+        monkeypatch.setattr("lit_ppo.heartbeat.time", SimpleNamespace(monotonic=self.clock))
+        super().__init__(quiet)
+
+    def beat(self, seconds: int) -> None:
+        """Watch so long."""
+        end = self.clock.now + seconds
+
+        def wait(second: float) -> bool:
+            if self.clock.now == end:
+                return True
+            self.clock.now += second
+            return False
+
+        self._done = SimpleNamespace(wait=wait)  # type: ignore[assignment]
+        self._watch()
+
+
+def test_silence_counts_from_what_was_printed_last(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heartbeat = Simulated(monkeypatch, quiet=3.0)
+    heartbeat.beat(2)
+    heartbeat.say("loading", doing="loading libraries")
+    heartbeat.beat(2)
+    heartbeat.touch()
+    heartbeat.beat(2)
+    assert capsys.readouterr().out == "loading\n"
+    heartbeat.beat(1)
+    assert capsys.readouterr().out == "loading libraries ... 5 s\n"
+    heartbeat.beat(2)
+    assert capsys.readouterr().out == ""
+    heartbeat.beat(1)
+    assert capsys.readouterr().out == "loading libraries ... 8 s\n"
+
+
+def test_what_is_drawn_is_a_sign_of_life(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    heartbeat = Simulated(monkeypatch, quiet=3.0)
+    heartbeat.redraw = lambda: True
+    heartbeat.beat(10)
+    heartbeat.redraw = lambda: False
+    heartbeat.beat(2)
+    assert capsys.readouterr().out == ""
+    heartbeat.beat(1)
+    assert capsys.readouterr().out == "starting ... 13 s\n"
+
+
+def test_silent_where_output_is_parsed(capsys: pytest.CaptureFixture[str]) -> None:
+    before = set(threading.enumerate())
+    with Heartbeat(quiet=0.1, enabled=False) as disabled:
         disabled.say("nothing")
-        for _ in range(8):
-            heartbeat.touch()
-            time.sleep(0.4)
+        assert set(threading.enumerate()) <= before
     assert capsys.readouterr().out == ""
 
 
-def test_what_is_described_may_fail(capsys: pytest.CaptureFixture[str]) -> None:
-    with Heartbeat(quiet=0.1) as heartbeat:
-        heartbeat.doing = lambda: str(1 / 0)
-        time.sleep(1.5)
-    assert "ZeroDivisionError" in capsys.readouterr().out
+def test_what_is_described_may_fail(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line now and then all the same, and none for every drawing that fails."""
+
+    def fails() -> Any:
+        raise RuntimeError("dictionary changed size during iteration")
+
+    heartbeat = Simulated(monkeypatch, quiet=3.0)
+    heartbeat.doing = heartbeat.redraw = fails
+    heartbeat.beat(7)
+    assert capsys.readouterr().out == "working (RuntimeError while asking for details) ...\n" * 2
 
 
 def test_never_ten_seconds_of_silence(config: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -53,21 +112,19 @@ def test_never_ten_seconds_of_silence(config: Path, tmp_path: Path) -> None:  # 
     assert longest < 10
 
 
-def test_time_is_that_of_what_is_going_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_time_is_that_of_what_is_going_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Not that since the start; whoever describes himself tells his own."""
-    with Heartbeat(quiet=0.5) as heartbeat:
-        time.sleep(1.6)
-        heartbeat.doing = "reading"
-        time.sleep(2.2)
-        heartbeat.doing = lambda: "update 3/4"
-        time.sleep(1.2)
+    heartbeat = Simulated(monkeypatch, quiet=1.0)
+    heartbeat.beat(2)
+    heartbeat.doing = "reading"
+    heartbeat.beat(2)
+    heartbeat.doing = lambda: "update 3/4"
+    heartbeat.beat(1)
+    heartbeat.redraw = lambda: setattr(heartbeat, "doing", "writing") is not None  # has only just begun
+    heartbeat.beat(1)
     lines = capsys.readouterr().out.splitlines()
-    told = [re.fullmatch(r"(\w+)[\w/ ]* \.\.\.(?: (\d) s)?", line) for line in lines]
-    found = [(match[1], int(match[2] or 0)) for match in told if match]
-    assert len(found) == len(lines)
-    assert all(seconds <= 2 for _, seconds in found)  # of 5 in all
-    assert {"starting", "reading"} == {name for name, seconds in found if seconds}
-    assert found[-1] == ("update", 0)
+    assert lines[:4] == ["starting ... 1 s", "starting ... 2 s", "reading ... 1 s", "reading ... 2 s"]
+    assert lines[4:] == ["update 3/4 ...", "writing ..."]
 
 
 def test_without_a_progress_bar_there_are_no_signs_of_progress(config: Path, tmp_path: Path) -> None:  # noqa: F811
