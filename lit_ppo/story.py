@@ -37,9 +37,9 @@ def total_updates(trainer: L.Trainer) -> float:
     if trainer.max_steps < 0:
         return total
     done = updates_done(trainer)
-    # a module that steps its optimizers by hand may take several global steps in an update
+    # a module that steps its optimizers by hand may take several global steps in an update, or none
     each = max(1.0, trainer.global_step / done) if done else 1.0
-    return min(total, math.ceil(trainer.max_steps / each))
+    return min(total, done + math.ceil(max(0, trainer.max_steps - trainer.global_step) / each))
 
 
 def unit(trainer: L.Trainer) -> str:
@@ -50,10 +50,19 @@ def unit(trainer: L.Trainer) -> str:
 def shown(name: str, value: float) -> str:
     """A metric in few words.
 
-    >>> shown("objective/score", 1.23456), shown("response/length", 23.0), shown(SPEED, 1234.5)
-    ('score 1.235', 'length 23', '1,234 tok/s')
+    >>> shown("objective/score", 1.23456), shown("response/length", 16384.0), shown(SPEED, 1234.5), shown(SPEED, 0.42)
+    ('score 1.235', 'length 16,384', '1,234 tok/s', '0.42 tok/s')
     """
-    return f"{value:,.0f} tok/s" if name == SPEED else f"{short(name)} {value:.4g}"
+    return f"{number(value)} tok/s" if name == SPEED else f"{short(name)} {number(value, digits=4)}"
+
+
+def number(x: float, digits: int = 3) -> str:
+    """So many digits, or all that stand before the point.
+
+    >>> number(0.3149), number(-22.0), number(-1250.4), number(999.5), number(-0.0)
+    ('0.315', '-22', '-1,250', '1,000', '0')
+    """
+    return f"{x:,.0f}" if abs(x) >= 10**digits - 0.5 else f"{x + 0.0:,.{digits}g}"
 
 
 def short(name: str) -> str:
@@ -145,7 +154,7 @@ class Story(L.Callback):
         batches = loop.max_batches if isinstance(loop.max_batches, list) else [loop.max_batches]
         stage = trainer.state.stage.value
         return {"validate": "validation"}.get(stage, str(stage)) + _of(
-            loop.batch_progress.current.completed, sum(batches)
+            loop.batch_progress.current.processed, sum(batches)
         )
 
     def phase(self) -> str:
@@ -153,7 +162,7 @@ class Story(L.Callback):
         module: Any = self._run.lightning_module
         since = getattr(module, "phase_since", None)
         seconds = self.pace.spent() if since is None else self.clock() - since
-        time_in = duration(seconds) if seconds >= 1.0 and self._run.training else ""
+        time_in = duration(seconds) if seconds >= 1.0 else ""
         at_work = " ".join(word for word in (phase_of(module), time_in) if word)
         return ", ".join(word for word in (at_work, str(getattr(module, "phase_detail", "") or "")) if word)
 

@@ -8,12 +8,12 @@ import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_ppo.pace import duration
-from lit_ppo.story import short, total_updates, unit, updates_done
+from lit_ppo.story import number, short, total_updates, unit, updates_done
 
 KEPT = 10  # values at either end of a run that its first and last means are taken over, at most
 MONITORED = 3  # of what a monitor has said
 WORDS = {"kl": ("KL to the reference", " nats a response"), "length": ("length", " tokens")}
-STATE = ("counted", "responses", "tokens", "fired")
+STATE = ("counted", "responses", "tokens")
 
 
 class RunSummary(L.Callback):
@@ -35,7 +35,6 @@ class RunSummary(L.Callback):
         self._updates = self._counted = self._responses = self._tokens = 0
         self._series: dict[str, list[float]] = {}  # the first and the last values
         self._held_out: dict[str, list[tuple[int, float]]] = {}  # of the first and the last validation, with the update
-        self._fired = False
         self._seconds = 0.0  # of earlier parts of the run
         self._since: float | None = None
         self._resumed_after = 0
@@ -56,7 +55,6 @@ class RunSummary(L.Callback):
         mask, scores, kl = (getattr(experience, name, None) for name in ("response_mask", "raw_scores", "kl"))
         if mask is None or scores is None:
             return
-        self._fired = True
         self._counted += 1
         self._responses += len(mask)
         self._tokens += int(mask.sum())
@@ -68,7 +66,7 @@ class RunSummary(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         """Take a step's numbers, where the module hands nothing over."""
         before, self._updates = self._updates, updates_done(trainer)
-        if not self._fired and self._updates != before:
+        if not self._responses and self._updates != before:
             self._counted += 1
             for name, value in trainer.progress_bar_metrics.items():
                 if not name.startswith("val/"):
@@ -126,7 +124,7 @@ class RunSummary(L.Callback):
         of = f" of {total:,.0f}" if n < total < float("inf") else ""
         before = f"{self._resumed_after:,} of them before it was resumed" if self._resumed_after else ""
         unknown = ", which are not counted here" if before and self._counted < n else ""
-        amounts = [f"{self._responses:,} responses", f"{self._tokens:,} tokens"] if self._fired else []
+        amounts = [f"{self._responses:,} responses", f"{self._tokens:,} tokens"] if self._responses else []
         counted = f"{n:,}{of} {thing}{'s' * (n != 1)}" + (f" ({before}{unknown})" if before else "")
         n_ends = min(KEPT, max(1, self._counted // 10))
         ends = f"first {thing} to last" if n_ends == 1 else f"means of the first {n_ends} {thing}s to the last {n_ends}"
@@ -166,15 +164,6 @@ class RunSummary(L.Callback):
         self._series = {name: list(values) for name, values in state_dict["series"].items()}
         self._held_out = {name: [(n, x) for n, x in pairs] for name, pairs in state_dict["held_out"].items()}
         self._seconds = state_dict["seconds"]
-
-
-def number(x: float) -> str:
-    """Three digits, or all that stand before the point.
-
-    >>> number(0.3149), number(-22.0), number(1250.4)
-    ('0.315', '-22', '1,250')
-    """
-    return f"{x:,.0f}" if abs(x) >= 999.5 else f"{x:.3g}"
 
 
 def moved(first: float, last: float) -> str:

@@ -80,6 +80,25 @@ class Scripted(L.LightningModule):
         return [torch.optim.SGD(self.parameters(), lr=0.0) for _ in range(2)]
 
 
+class Automatic(L.LightningModule):
+    """Leaves the steps to Lightning; its metric is the batch's number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(1, 1)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.log("train/loss", float(self.trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1), prog_bar=True)
+        loss: Tensor = self.net(batch).sum()
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val/loss", float(self.trainer.global_step), prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
 def fit(folder: Path, module: L.LightningModule, *callbacks: L.Callback, **options: Any) -> L.Trainer:
     """Train on three batches an epoch; validation has two."""
     arguments: dict[str, Any] = {

@@ -10,13 +10,14 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
 from lit_ppo import LitPPO
 from lit_ppo.pace import Pace
 from lit_ppo.progress import Beside, LineProgress, PhaseBar
-from lit_ppo.story import Story
-from tests.scripted import Clock, Scripted, fit
+from lit_ppo.story import Story, fitting
+from tests.scripted import Automatic, Clock, Loader, Scripted, fit
 from tests.toys import make_data, make_module, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
@@ -143,6 +144,69 @@ def test_validation_says_where_both_are_and_stops_the_clock(tmp_path: Path):
     assert "update 2/3, validation 1/2  score 1  1,234 tok/s  5 s left" in bar.lines
 
 
+def test_validation_says_what_it_is_at_and_for_how_long(tmp_path: Path):
+    """Its second batch comes 100 s after the first."""
+    bar = Told(Clock())
+    seen = []
+
+    class Looks(Scripted):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.phase_since = self.phase_since or self.clock.now
+            self.phase, self.phase_detail = "rollout", "token 5/32"
+            seen.append(bar.line())
+            self.clock.now += 100.0
+
+    fit(tmp_path, Looks(bar.clock, [4] * 3), bar, max_epochs=1, limit_val_batches=2)
+    assert seen == [
+        "update 3/3, validation 0/2  score 2  1,234 tok/s  (rollout, token 5/32)",
+        "update 3/3, validation 1/2  score 2  1,234 tok/s  (rollout 1 min 40 s, token 5/32)",
+    ]
+
+
+def test_metrics_of_validation_stand_in_the_line_as_soon_as_it_ends(tmp_path: Path):
+    """Measured after two optimizer steps, that is, after one update of three."""
+    bar = Told(Clock())
+    seen = []
+
+    class Measures(Scripted):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val/score", float(self.trainer.global_step), prog_bar=True)
+
+        def during(self, update: int) -> None:
+            seen.append(bar.line())
+
+    fit(tmp_path, Measures(bar.clock, [4] * 3), bar, max_epochs=1, limit_val_batches=2, val_check_interval=1)
+    assert seen[1] == "update 1/3  score 0  1,234 tok/s  val/score 2  (rollout 4 s)  4 s left"
+
+
+def test_validation_on_several_sets_counts_all_their_batches(tmp_path: Path):
+    """Two batches and three; and by itself it has a last word."""
+
+    class Two(Scripted):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            return None
+
+    bar = Told(Clock())
+    trainer = L.Trainer(callbacks=[bar], logger=False, accelerator="cpu", default_root_dir=tmp_path)
+    trainer.validate(Two(bar.clock, []), [Loader(torch.zeros(2, 1)), Loader(torch.zeros(3, 1))])
+    assert bar.lines == [f"validation {n}/5" for n in range(6)]
+    assert bar.line() == "finishing validate"
+
+
+def test_waiting_has_its_time_from_one_second_on(tmp_path: Path):
+    bar = Told(Clock())
+    seen = []
+
+    class Waits(L.Callback):
+        def on_fit_start(self, *_: Any) -> None:
+            for seconds in (0.9, 0.1, 59.0):
+                bar.clock.now += seconds
+                seen.append(bar.line())
+
+    fit(tmp_path, Scripted(bar.clock, [1] * 6), bar, Waits())
+    assert seen == ["preparing to fit", "preparing to fit  (1 s)", "preparing to fit  (1 min)"]
+
+
 @pytest.mark.parametrize(
     ("options", "first", "last"),
     [
@@ -156,6 +220,28 @@ def test_the_total_is_the_runs(tmp_path: Path, options: dict[str, Any], first: s
     fit(tmp_path, Scripted(bar.clock, [1] * 9), bar, **options)
     assert bar.lines[0].split("  ")[0] == first
     assert bar.lines[-1].split("  ")[0] == last
+
+
+def test_updates_without_an_optimizer_step_come_on_top(tmp_path: Path):
+    """The first and the third update take none, the second and the fourth one of two: two steps in four updates."""
+
+    class Rests(Scripted):
+        def optimizers(self, *_: Any) -> Any:
+            update = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1
+            return super().optimizers()[: update % 2]
+
+    bar = Told(Clock())
+    fit(tmp_path, Rests(bar.clock, [1] * 9), bar, max_epochs=-1, max_steps=2)
+    said = dict.fromkeys(line.split("  ")[0] for line in bar.lines)
+    assert list(said) == ["update 0/2", "update 1/3", "update 2/3", "update 3/4", "update 4/4"]
+
+
+def test_accumulated_batches_make_one_step(tmp_path: Path):
+    """Two steps an epoch of three batches: of two, and of the one that is left."""
+    bar = Told(Clock())
+    fit(tmp_path, Automatic(), bar, accumulate_grad_batches=2)
+    said = dict.fromkeys(line.split("  ")[0] for line in bar.lines)
+    assert list(said) == [f"step {n}/4" for n in range(5)]
 
 
 def test_a_run_without_an_end_has_no_total(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -245,6 +331,36 @@ def test_a_narrow_terminal_gets_the_line_that_fits(tmp_path: Path, monkeypatch: 
     assert max(map(len, frames)) <= 36
 
 
+def test_the_last_column_stays_empty_and_the_line_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A terminal wraps a line of its own width: the words of 29 columns need 30."""
+    whole = "update 2/3  score 1  6 s left"
+    for columns, words in ((30, whole), (29, "update 2/3  6 s left"), (7, "update")):
+        screen = drawn(monkeypatch, columns)
+        bar = PhaseBar()
+        bar.clock, bar.watched = Clock(), True
+        fit(tmp_path, Scripted(bar.clock, [4, 8, 6]), bar, max_epochs=1)
+        frames = [frame.strip() for frame in screen.getvalue().split("\r")]
+        assert words in frames
+        assert max(map(len, frames)) < columns
+    assert fitting(["update 10/20", "score 1", "(rollout)"], 9) == "update 10"
+
+
+def test_a_line_is_drawn_ten_times_a_second_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Three updates of 0.04 s: at the start, when 0.12 s have gone by as the third ends, and at the very end."""
+    drawn(monkeypatch, 100)
+    times = []
+
+    class Counts(PhaseBar):
+        def redraw(self) -> bool:
+            times.append(round(self.clock() - 1000.0, 2))
+            return super().redraw()
+
+    bar = Counts()
+    bar.clock, bar.watched = Clock(), True
+    fit(tmp_path, Scripted(bar.clock, [0.04, 0.04, 0.04]), bar, max_epochs=1)
+    assert times == [0.0, 0.12, 0.12]
+
+
 def test_warnings_and_lightnings_words_stand_above_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     screen = drawn(monkeypatch, 100)
     shown: list[str] = []
@@ -304,6 +420,19 @@ def test_signs_of_life_without_the_command(tmp_path: Path, capsys: pytest.Captur
     assert "update 0/1  (rollout" in capsys.readouterr().out
     assert pulses[0]._done.is_set()
     assert bar._pulse is None
+
+
+def test_other_ranks_have_no_pulse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(L.Trainer, "is_global_zero", False)
+    bar = LineProgress()
+    pulses = []
+
+    class Looks(Scripted):
+        def during(self, update: int) -> None:
+            pulses.append(bar._pulse)
+
+    fit(tmp_path, Looks(Clock(), [4]), bar, max_epochs=1, limit_train_batches=1)
+    assert pulses == [None]
 
 
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_ppo.callbacks import CollapseMonitor
 from lit_ppo.progress import LineProgress
 from lit_ppo.summary import RunSummary, said
-from tests.scripted import Clock, Scripted, fit
+from tests.scripted import Automatic, Clock, Scripted, fit
 from tests.toys import make_data, make_module, make_trainer, write_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
@@ -26,9 +26,9 @@ class Silence(LineProgress):
         self.watched = True
 
 
-def summary(folder: Path, capsys: pytest.CaptureFixture[str], module: Scripted, **options: Any) -> list[str]:
+def summary(folder: Path, capsys: pytest.CaptureFixture[str], module: Any, **options: Any) -> list[str]:
     """Lines printed by a run."""
-    others, callback = options.pop("others", []), options.pop("summary", RunSummary(module.clock))
+    others, callback = options.pop("others", []), options.pop("summary", None) or RunSummary(module.clock)
     capsys.readouterr()
     on_interrupt = signal.getsignal(signal.SIGINT)
     with contextlib.suppress(SystemExit, RuntimeError, SIGTERMException):
@@ -213,6 +213,38 @@ def test_a_resumed_run_that_does_not_know_the_first_part_says_so(tmp_path: Path,
     ]
 
 
+def test_a_resumed_run_that_takes_no_update_tells_of_the_first_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    class Stop(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.should_stop = True
+
+    module = scripted(9)
+    trainer = fit(tmp_path, module, Silence(), RunSummary(module.clock))
+    trainer.save_checkpoint(tmp_path / "six.ckpt")
+    options: dict[str, Any] = {"max_epochs": 3, "resume": tmp_path / "six.ckpt", "others": [Stop()]}
+    assert summary(tmp_path, capsys, scripted(9), **options)[:2] == [
+        "Stopped early: 6 of 9 updates (6 of them before it was resumed), 24 responses, 72 tokens in 1 min; "
+        "first update to last:",
+        "  score rose from 0.1 to 0.6",
+    ]
+
+
+def test_a_state_stays_as_it_was_taken(tmp_path: Path):
+    """Whoever writes it to disk may take his time."""
+    states = []
+
+    class Takes(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            states.append(callback.state_dict())
+
+    callback, module = RunSummary(), scripted(3)
+    fit(tmp_path, module, Silence(), callback, Takes(), max_epochs=1, limit_val_batches=1, val_check_interval=1)
+    assert [state["series"]["kl"] for state in states] == [[0.0], [0.0, 0.5], [0.0, 0.5, 1.0]]
+    assert [state["held_out"] for state in states] == [
+        {}, {"val/score": [[1, 2.0]]}, {"val/score": [[1, 2.0], [2, 4.0]]},
+    ]  # fmt: skip
+
+
 def test_a_second_run_starts_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     callback = RunSummary(Clock())
     for _ in range(2):
@@ -226,6 +258,18 @@ def test_a_module_without_hooks_is_told_by_the_metrics_of_its_bar(tmp_path: Path
         "3 updates in 30 s; first update to last:",
         "  score rose from 0 to 2",
         "  tok/s stayed at 1,234",
+    ]
+
+
+def test_steps_of_accumulated_batches_count_and_held_out_metrics_are_no_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Steps of batches 0 and 1, 2, 3 and 4, 5; of each the last one's number. Validation logs the step's to the bar."""
+    clock = Clock()
+    options: dict[str, Any] = {"accumulate_grad_batches": 2, "limit_val_batches": 1, "summary": RunSummary(clock)}
+    assert summary(tmp_path, capsys, Automatic(), **options) == [
+        "4 steps in 0 s; first step to last:",
+        "  loss rose from 1 to 5 (held-out from 2 to 4)",
     ]
 
 
@@ -264,6 +308,7 @@ def test_what_monitors_have_warned_of():
         "Watcher: no warnings.",
     ]
     assert said([Guard(), Watcher()]) == ["Guard and Watcher: no warnings."]
+    assert said([Guard("a", "b", "c")]) == ["Guard: a, b, c."]
     assert said([Guard("a", "b", "c", "d", "e")]) == ["Guard: a, b, c, and 2 more."]
     assert said([Ends()]) == []
 
