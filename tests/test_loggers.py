@@ -13,6 +13,7 @@ from lightning.pytorch.loggers.logger import Logger
 
 from lit_ppo.callbacks import AlignmentTax, Cockpit, CollapseMonitor, RewardHackingMonitor, SampleLogger
 from lit_ppo.checks import check_loggers
+from lit_ppo.run_folder import RunTrainer
 from tests.callbacks.test_alignment_tax import texts
 from tests.command import run_command
 from tests.loggers import MlflowLike, WandbLike
@@ -100,6 +101,20 @@ def test_which_stores_are_of_files() -> None:
                 check_loggers([SimpleNamespace(), logger], ["judge"])
         else:
             check_loggers([logger], ["judge"])
+
+
+def test_which_loggers_leave_the_run_without_a_folder(tmp_path: Path) -> None:
+    """The first one's counts, as it does for Lightning; without any, everything lies in the root."""
+    ours, other = CSVLogger(tmp_path), WandbLike()
+    for loggers, needed in (
+        (False, False),
+        (ours, False),
+        (other, True),
+        ([ours, other], False),
+        ([other, ours], True),
+    ):
+        trainer = RunTrainer(logger=loggers, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+        assert trainer.needs_folder is needed
 
 
 @pytest.mark.parametrize("save_dir", [None, "elsewhere"])
