@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from torch.utils.data import DataLoader
 
 from lit_ppo import LitPPO
 from lit_ppo.pace import Pace
@@ -301,7 +302,7 @@ class Screen(io.StringIO):
 def drawn(monkeypatch: pytest.MonkeyPatch, columns: int) -> Screen:
     screen = Screen()
     monkeypatch.setattr("sys.stdout", screen)
-    monkeypatch.setattr("shutil.get_terminal_size", lambda: SimpleNamespace(columns=columns))
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *_, **__: SimpleNamespace(columns=columns))
     monkeypatch.setenv("COLUMNS", str(columns))
     return screen
 
@@ -388,6 +389,33 @@ def test_warnings_and_lightnings_words_stand_above_the_line(tmp_path: Path, monk
     for said in ("so it is\n", "and so on\n"):
         assert screen.getvalue().split(said)[0].split("\r")[-1] == ""  # nothing else stood in that line
     assert (warnings.showwarning, handler.emit) == (showwarning, emit)
+
+
+@pytest.mark.parametrize("run", ["validate", "test", "predict"])
+def test_the_line_is_closed_before_results_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: str):
+    """Lightning prints them between the end of the loop and ``teardown``."""
+    screen = drawn(monkeypatch, 100)
+    ends = []
+
+    class After(L.Callback):
+        def on_validation_end(self, *_: Any) -> None:
+            ends.append((bar.line(), screen.getvalue().split("\r")[-1].rstrip(" ")))
+
+        on_test_end = on_predict_end = on_validation_end
+
+    class Every(Scripted):
+        def test_step(self, batch: Any, batch_idx: int) -> Any:
+            self.clock.now += 1.0
+            return batch
+
+        predict_step = test_step
+
+    bar = PhaseBar()
+    bar.clock, bar.watched = Clock(), True
+    trainer = L.Trainer(callbacks=[bar, After()], logger=False, accelerator="cpu", default_root_dir=tmp_path)
+    getattr(trainer, run)(Every(bar.clock, []), DataLoader(torch.zeros(2, 1)))
+    where = {"validate": "validation", "predict": "predict"}.get(run, run)
+    assert ends == [(f"finishing {run}", f"{where} 2/2\n")]
 
 
 def test_the_line_is_closed_by_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
