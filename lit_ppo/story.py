@@ -153,7 +153,7 @@ class Story(L.Callback):
         loop: Any = loops.get(trainer.state.fn.value, trainer.predict_loop)
         batches = loop.max_batches if isinstance(loop.max_batches, list) else [loop.max_batches]
         stage = trainer.state.stage.value
-        return {"validate": "validation"}.get(stage, str(stage)) + _of(
+        return {"validate": "validation", "predict": "prediction"}.get(stage, str(stage)) + _of(
             loop.batch_progress.current.processed, sum(batches)
         )
 

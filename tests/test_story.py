@@ -414,7 +414,7 @@ def test_the_line_is_closed_before_results_are_printed(tmp_path: Path, monkeypat
     bar.clock, bar.watched = Clock(), True
     trainer = L.Trainer(callbacks=[bar, After()], logger=False, accelerator="cpu", default_root_dir=tmp_path)
     getattr(trainer, run)(Every(bar.clock, []), DataLoader(torch.zeros(2, 1)))
-    where = {"validate": "validation", "predict": "predict"}.get(run, run)
+    where = {"validate": "validation", "predict": "prediction"}.get(run, run)
     assert ends == [(f"finishing {run}", f"{where} 2/2\n")]
 
 
