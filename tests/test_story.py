@@ -223,18 +223,25 @@ def test_the_total_is_the_runs(tmp_path: Path, options: dict[str, Any], first: s
     assert bar.lines[-1].split("  ")[0] == last
 
 
-def test_updates_without_an_optimizer_step_come_on_top(tmp_path: Path):
-    """The first and the third update take none, the second and the fourth one of two: two steps in four updates."""
-
-    class Rests(Scripted):
+@pytest.mark.parametrize(
+    ("steps", "max_steps", "totals"),
+    [
+        ((0, 1, 0, 1), 2, (2, 3, 3, 4, 4)),  # what takes none comes on top
+        ((2, 2, 2), 5, (5, 3, 3, 3)),  # after the first, three more steps make two updates of two
+        ((1, 1, 4), 3, (3, 3, 3, 3)),  # three too many take nothing away
+    ],
+)
+def test_the_total_where_updates_take_steps_of_their_own_number(
+    tmp_path: Path, steps: tuple[int, ...], max_steps: int, totals: tuple[int, ...]
+):
+    class Takes(Scripted):
         def optimizers(self, *_: Any) -> Any:
-            update = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1
-            return super().optimizers()[: update % 2]
+            return super().optimizers()[:1] * steps[self.trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1]
 
     bar = Told(Clock())
-    fit(tmp_path, Rests(bar.clock, [1] * 9), bar, max_epochs=-1, max_steps=2)
+    fit(tmp_path, Takes(bar.clock, [1] * 9), bar, max_epochs=-1, max_steps=max_steps)
     said = dict.fromkeys(line.split("  ")[0] for line in bar.lines)
-    assert list(said) == ["update 0/2", "update 1/3", "update 2/3", "update 3/4", "update 4/4"]
+    assert list(said) == [f"update {n}/{total}" for n, total in enumerate(totals)]
 
 
 def test_accumulated_batches_make_one_step(tmp_path: Path):
