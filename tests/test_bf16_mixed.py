@@ -1,5 +1,6 @@
 """Under bf16-mixed the models compute in bfloat16; all that is kept, and every gradient, is as in float32."""
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -9,8 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lit_ppo import LitPPO
+from lit_ppo.callbacks import AlignmentTax, Cockpit, RewardHackingMonitor, SampleLogger
 from lit_ppo.functional import policy_loss, value_loss
 from lit_ppo.rollout import NEUTRAL, sample
+from tests.callbacks.test_alignment_tax import texts
 from tests.tiny import make_causal_lm
 from tests.toys import logged, make_data, make_module, make_trainer
 
@@ -172,6 +175,34 @@ def test_preflight_training_and_validation_compute_alike(tmp_path, tiny_lm, monk
     trainer.fit(make_module(tiny_lm), data)
     assert list(seen) == ["preflight", "validation", "training"]
     assert all(autocast == {precision == "bf16-mixed"} for autocast in seen.values())
+
+
+def test_monitors_compute_as_steps_do(tmp_path, tiny_lm, monkeypatch):
+    """Rollouts by their streams, scores, and the loss on text: all in the trainer's precision."""
+    seen: set[tuple[str, bool]] = set()
+
+    def noting(method: str, name: Callable[..., str]) -> None:
+        plain = getattr(LitPPO, method)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            seen.add((name(*args), torch.is_autocast_enabled("cpu")))
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(LitPPO, method, noted)
+
+    noting("_sample", lambda *args: str(args[-1]))
+    noting("scores_by", lambda *args: "score")
+    noting("loss_on_text", lambda *args: "text")
+    monitors = [
+        Cockpit(best_of_prompts=2, best_of=2),
+        SampleLogger(prompts=2),
+        AlignmentTax(texts(tmp_path)),
+        RewardHackingMonitor(prompts=2),
+    ]
+    trainer = make_trainer(tmp_path, precision="bf16-mixed", callbacks=monitors, max_steps=1, num_sanity_val_steps=0)
+    trainer.fit(make_module(tiny_lm), make_data(tmp_path, val_fraction=0.25))
+    assert {"cockpit", "samples", "text", "reward_hacking", "score"} <= {name for name, _ in seen}
+    assert {autocast for _, autocast in seen} == {True}
 
 
 @pytest.mark.parametrize("trained", [True, False])

@@ -128,9 +128,14 @@ def test_a_resumed_run_compares_with_the_whole_runs_start(tmp_path: Path):
 
 
 def test_the_data_is_set_up_with_the_trainer_and_let_go():
-    data = ToyTexts()
+    class Closing(ToyTexts):
+        def teardown(self, stage: str) -> None:
+            assert stage == "fit"
+            self.calls.append("teardown" + (" with a trainer" if self.trainer is not None else ""))
+
+    data = Closing()
     watch(2, data=data)
-    assert data.calls == ["prepare_data", "setup fit with a trainer"]
+    assert data.calls == ["prepare_data", "setup fit with a trainer", "teardown with a trainer"]
     assert data.trainer is None
 
 

@@ -102,7 +102,14 @@ def test_an_actor_at_rest_has_no_ratios(tmp_path: Path):
 
 def test_numbers_that_are_not_finite_have_no_histogram(tmp_path: Path):
     """TensorBoard raises on them, and a monitor must not end a run."""
-    lost = Spy("on_advantages", lambda module, experience: setattr(experience, "advantages", experience.advantages / 0))
+
+    def lose(module: Any, experience: Any) -> None:
+        """A single token's."""
+        first = torch.zeros_like(experience.advantages, dtype=torch.bool)
+        first[0, 0] = True
+        experience.advantages = experience.advantages.masked_fill(first, math.inf)
+
+    lost = Spy("on_advantages", lose)
     run_updates([lost, Cockpit(every=1)], 2, logger=TensorBoardLogger(tmp_path, name="run", version=0))
     events = EventAccumulator(str(tmp_path / "run/version_0")).Reload()
     assert "histogram/advantages" not in events.Tags()["histograms"]
@@ -236,6 +243,19 @@ def test_charts_that_would_stay_empty_are_left_out(run_folder: Path, tmp_path: P
     assert titles == filled
 
 
+@pytest.mark.parametrize(
+    ("rewards", "judges", "there"), [([], None, False), (["good"], None, True), ([], "judges", True)]
+)
+def test_one_reward_needs_no_chart_of_each_but_a_judge_does(tmp_path: Path, rewards: Any, judges: Any, there: bool):
+    logger, data = Recorder(tmp_path), None
+    trainer: Any = SimpleNamespace(callbacks=[], loggers=[logger], is_global_zero=True, datamodule=data)
+    module: Any = SimpleNamespace(source_names=rewards, eval_rewards=judges)
+    Cockpit().on_train_start(trainer, module)
+    ((layout, _, _),) = logger.of("add_custom_scalars")
+    assert ("each reward and judge" in layout["Is it learning?"]) == there
+    assert "score" in layout["Is it learning?"]
+
+
 def test_the_page_names_what_is_logged(events: EventAccumulator):
     """docs/monitoring.md goes by the same questions, and has a row for nearly every chart."""
     page = (REPOSITORY / "docs/monitoring.md").read_text()
@@ -294,6 +314,7 @@ def test_hyperparameters_come_with_the_outcome(run_folder: Path, events: EventAc
     metrics = torch.load(run_folder / "metrics.pt")
     for name in ("objective/score", "objective/kl", "response/length", "val/score", "val/kl", "val/win_rate"):
         (final,) = events.Scalars(f"final/{name}")
+        assert final.step == 3  # of the policy after three updates
         assert final.value == pytest.approx(metrics[name])
     plugin = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
     hyperparameters = plugin.session_start_info.hparams
@@ -301,6 +322,7 @@ def test_hyperparameters_come_with_the_outcome(run_folder: Path, events: EventAc
     assert hyperparameters["actor_lr"].number_value == pytest.approx(0.1)
     assert hyperparameters["callbacks"].string_value.startswith("AdaptiveKL ValueClipping AlignmentTax")
     assert "actor_scheduler" not in hyperparameters  # None
+    assert "activation_checkpointing" not in hyperparameters  # False
 
 
 def test_the_run_is_the_same_and_other_loggers_are_left_alone(run_folder: Path, tmp_path: Path):

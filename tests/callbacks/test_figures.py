@@ -3,16 +3,18 @@
 import ast
 import json
 import math
+from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lit_ppo.callbacks import Cockpit, figures
 from tests.callbacks.test_cockpit import watch
-from tests.callbacks.toy import Attach, Prompts, Recorder, Spy, Toy, run_updates
+from tests.callbacks.toy import Attach, Prompts, Recorder, Spy, Toy, ToyData, drawn, run_updates
 from tests.tiny import make_causal_lm
 from tests.toys import count_good, logged, make_data, make_module, make_trainer, write_prompts
 
@@ -52,14 +54,28 @@ def test_the_line_is_the_best_of_the_starting_policys_samples(tmp_path: Path):
     logger = Recorder(tmp_path)
     run_updates([Cockpit(every=1, best_of_prompts=3, best_of=4)], 2, logger=logger)
     start = Toy()
-    drawn = start.rollout(Prompts(["a", "b", "c"]), samples_per_prompt=4, stream="cockpit")
-    scores = start.score(drawn).view(3, 4).tolist()
+    samples = start.rollout(Prompts(["a", "b", "c"]), samples_per_prompt=4, stream="cockpit")
+    scores = start.score(samples).view(3, 4).tolist()
     expected = []
     for n in range(1, 5):
         best = [max(chosen) for row in scores for chosen in combinations(row, n)]
         expected.append([math.log(n) - (n - 1) / n, sum(best) / len(best)])
     for figure in shown(logger, "score_against_kl").values():
         assert figure["starting policy, best of 1 to 4"] == [pytest.approx(point) for point in expected]
+
+
+def test_samples_of_a_prompt_need_not_be_neighbours():
+    """Two samples of each of three prompts: 1 and 6, 2 and 5, 3 and 4; a mean of 3.5 alone, of 5 for the best."""
+    scores = torch.tensor([1.0, 2.0, 3.0, 6.0, 5.0, 4.0])
+    rows = SimpleNamespace(group=torch.tensor([0, 1, 2, 0, 1, 2]))
+    module: Any = SimpleNamespace(rollout=lambda *args, **kwargs: rows, score=lambda experience: scores)
+    plain = SimpleNamespace(forward_context=nullcontext)
+    trainer: Any = SimpleNamespace(
+        callbacks=[], loggers=[], is_global_zero=True, datamodule=ToyData(3), precision_plugin=plain
+    )
+    cockpit = Cockpit(best_of_prompts=3, best_of=2)
+    cockpit.on_train_start(trainer, module)
+    assert cockpit.state_dict()["best"] == [3.5, 5.0]
 
 
 @pytest.mark.parametrize("lacks", ["data", "peek", "rollout", "score"])
@@ -106,9 +122,30 @@ def test_scores_that_are_all_alike_or_not_finite_end_no_run(tmp_path: Path):
     outline = shown(logger, "scores")[0]["at the start"]
     assert max(outline) == [4.0, 0.0]  # bins that can be seen
     assert max(y for _, y in outline) == 1.0
-    _, logger = watch(tmp_path, 2, every=1, scores=lambda update: [float("nan" if update else 1)] * 8)
-    assert list(shown(logger, "scores")) == [0]
-    assert len(dots_of(shown(logger, "score_against_kl")[1])) == 1
+    for lost in (0, 1):
+        given = lambda update: [float("nan" if update == lost else 1), *[1.0] * 7]  # noqa: B023, E731
+        _, logger = watch(tmp_path, 2, every=1, scores=given)
+        assert list(shown(logger, "scores")) == [0] * lost
+        assert len(dots_of(shown(logger, "score_against_kl")[1])) == 1
+
+
+def test_dots_are_coloured_by_their_update_from_the_first_to_the_last():
+    """An update without a number has no dot, and the ones behind it keep their colours."""
+    dots: Any = figures.score_against_kl([5.0, math.nan, 1.0, 2.0], [1.0, 1.0, 1.0, 1.0], []).axes[0].collections[0]
+    assert dots.get_array().tolist() == [0, 2, 3]
+    assert dots.get_clim() == (0, 3)
+    assert figures.score_against_kl([5.0], [1.0], []).axes[0].collections[0].get_clim() == (0, 1)
+
+
+def test_a_start_that_reaches_further_than_now_is_seen_whole():
+    """Bins of half a point again: -1 is in the first, 11 in the last, and none of the four is left out."""
+    figure = drawn(figures.score_distributions([2.0, 3.0], [-1.0, 2.0, 3.0, 11.0], 7))
+    steps = {label: sorted({(x, y) for x, y in figure[label] if y}) for label in ("at the start", "now, update 7")}
+    assert steps["at the start"] == [
+        *[(-1.0, 0.25), (-0.5, 0.25), (2.0, 0.25), (2.5, 0.25)],
+        *[(3.0, 0.25), (3.5, 0.25), (10.5, 0.25), (11.0, 0.25)],
+    ]
+    assert steps["now, update 7"] == [(2.0, 0.5), (2.5, 0.5), (3.0, 0.5), (3.5, 0.5)]
 
 
 def test_what_draws_is_loaded_with_the_first_figure():
@@ -135,8 +172,8 @@ def test_points_are_what_is_logged_and_the_line_is_of_the_first_training_prompts
     start = make_module(actor)
     start.configure_model()
     prompts = [json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()[:3]]
-    drawn = start.rollout(prompts, samples_per_prompt=4, stream="cockpit")
-    pairs = [*zip(drawn.prompts, count_good([], drawn.responses), strict=True)]
+    samples = start.rollout(prompts, samples_per_prompt=4, stream="cockpit")
+    pairs = [*zip(samples.prompts, count_good([], samples.responses), strict=True)]
     scores = [[score for prompt, score in pairs if prompt == asked] for asked in prompts]
     assert [len(row) for row in scores] == [4, 4, 4]
     best = [[max(chosen) for row in scores for chosen in combinations(row, n)] for n in range(1, 5)]

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_ppo.callbacks import SampleLogger
 from lit_ppo.callbacks.showing import pieces
-from tests.callbacks.toy import Recorder, Toy, ToyData, run_updates, trainer_of
+from tests.callbacks.toy import Recorder, Spy, Toy, ToyData, run_updates, trainer_of
 from tests.callbacks.trick import Trick
 from tests.tiny import make_causal_lm
 from tests.toys import count_good, make_data, make_module, make_trainer, write_prompts
@@ -180,6 +180,17 @@ def test_a_resumed_run_compares_with_the_whole_runs_start(tmp_path: Path):
     assert [step for _, _, step in logger.of("add_text")] == [4, 6]
     rows = shown(logger.of("add_text")[-1][1]).rows[1:]
     assert [row[1] for row in rows] == [line["response"] for line in lines(whole)[:3]]
+
+
+def test_a_resumed_run_that_is_stopped_at_once_writes_nothing_twice(tmp_path: Path):
+    watch(tmp_path, 2, save=tmp_path / "two.ckpt")
+    before = lines(tmp_path)
+    stop = Spy("on_train_start", lambda module: setattr(module.trainer, "should_stop", True))
+    logger = Recorder(tmp_path)
+    module = run_updates([SampleLogger(), stop], 4, logger=logger, resume=tmp_path / "two.ckpt")
+    assert int(module.updates) == 2
+    assert lines(tmp_path) == before
+    assert logger.of("add_text") == []
 
 
 def test_a_new_run_in_an_old_folder_starts_a_new_file(tmp_path: Path):
