@@ -5,6 +5,7 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from lit_ppo.callbacks import ReferenceUpdate
 from lit_ppo.report import RunReport
 from lit_ppo.rewards import RewardModel
 from tests.tiny import make_causal_lm
@@ -114,6 +115,18 @@ def test_the_reference_answers_once(tmp_path, sharp_lm, data):
     other = make_data(tmp_path, val_path=str(write_prompts(tmp_path / "more.jsonl", 6)), batch_size=3)
     make_trainer(tmp_path).validate(module, other, verbose=False)
     assert asked == ["val/0", "val/1", "val/1"]  # the first three prompts are the same
+
+
+def test_a_reference_that_moves_answers_every_time(tmp_path, sharp_lm, data):
+    """Moved to the actor after each update, it says what the actor says: half of the wins, whatever was learnt."""
+    judged = {"eval_rewards": {"long": long}, "minibatch_size": 3}
+    for callbacks, alike in (([ReferenceUpdate(every=1)], True), ([], False)):
+        logger = MemoryLogger()
+        trainer = make_trainer(tmp_path, max_steps=4, val_check_interval=2, callbacks=callbacks, logger=logger)
+        trainer.fit(make_module(sharp_lm, **judged), data)
+        rows = [row for row in logger.rows if "val/score" in row]
+        assert len({row["val/score/long"] for row in rows}) > 1
+        assert all(row["val/win_rate"] == row["val/win_rate/long"] == 0.5 for row in rows) == alike
 
 
 def test_judges_change_nothing(tmp_path, sharp_lm, data):
