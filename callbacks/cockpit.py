@@ -83,11 +83,12 @@ class Cockpit(PPOCallback):
     At the end the hyperparameters tab gets the run's last numbers, by which runs are compared.
 
     Costs a rollout of ``best_of_prompts`` x ``best_of`` responses before the first update, then a tenth of a second
-    every so many updates. Other loggers get the figures if they have ``add_figure``, and are left alone otherwise.
+    each time that it draws. Other loggers get the figures if they have ``add_figure``, and are left alone otherwise.
 
     Args:
-        every: Updates from one set of histograms and figures to the next, the first update's included; the figures
-            are drawn once more at the end.
+        every: Updates from one set of histograms to the next, the first update's included.
+        figures_every: Updates from one set of figures to the next, which shows the run up to there; they are drawn
+            once more at the end.
         best_of_prompts: Training prompts that the starting policy answers.
         best_of: Its samples of each of them; 0: no such line. There is none either where the module has no
             ``rollout`` and ``score``, or the data no ``peek``.
@@ -100,8 +101,9 @@ class Cockpit(PPOCallback):
     al. 2022, arXiv:2210.10760 (score against KL, best of n).
     """
 
-    def __init__(self, every: int = 10, best_of_prompts: int = 16, best_of: int = 16) -> None:
+    def __init__(self, every: int = 10, figures_every: int = 50, best_of_prompts: int = 16, best_of: int = 16) -> None:
         self.every = at_least(self, "every", every, 1)
+        self.figures_every = at_least(self, "figures_every", figures_every, 1)
         self.best_of_prompts = at_least(self, "best_of_prompts", best_of_prompts, 1)
         self.best_of = at_least(self, "best_of", best_of, 0)
         self._updates = 0
@@ -150,6 +152,7 @@ class Cockpit(PPOCallback):
             self._kl.append(float(experience.kl.sum(1).mean()))
         if self._updates % self.every == 0:
             self._write_histograms(trainer, experience)
+        if self._updates and self._updates % self.figures_every == 0:
             self._draw(trainer)
         self._updates += 1
 
@@ -189,7 +192,8 @@ class Cockpit(PPOCallback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Draw the whole run; write the hyperparameters with its last numbers."""
-        if self._now and (self._updates - 1) % self.every:
+        last = self._updates - 1
+        if self._now and (not last or last % self.figures_every):
             self._draw(trainer)
         logged = trainer.callback_metrics
         outcome = {f"final/{name}": float(logged[name]) for name in FINAL if name in logged}

@@ -27,11 +27,10 @@ def dots_of(figure: dict[str, list[list[float]]]) -> list[list[float]]:
     return figure["this run"]
 
 
-def test_figures_of_the_first_and_every_second_update_and_of_the_last(tmp_path: Path):
-    _, logger = watch(tmp_path, 4)
-    assert list(shown(logger, "score_against_kl")) == list(shown(logger, "scores")) == [0, 2, 3]
-    _, logger = watch(tmp_path, 3)
-    assert list(shown(logger, "scores")) == [0, 2]
+@pytest.mark.parametrize(("updates", "steps"), [(1, [0]), (2, [1]), (3, [2]), (4, [2, 3]), (5, [2, 4])])
+def test_figures_after_every_second_update_and_at_the_end(tmp_path: Path, updates: int, steps: list[int]):
+    _, logger = watch(tmp_path, updates)
+    assert list(shown(logger, "score_against_kl")) == list(shown(logger, "scores")) == steps
 
 
 def test_every_update_is_a_point_at_its_kl_and_score(tmp_path: Path):
@@ -52,7 +51,7 @@ def test_the_tricks_scores_are_not_in_the_figures(tmp_path: Path):
 def test_the_line_is_the_best_of_the_starting_policys_samples(tmp_path: Path):
     """Every choice of n of the 4 samples of each of 3 prompts, drawn again from a toy that has learnt nothing."""
     logger = Recorder(tmp_path)
-    run_updates([Cockpit(every=1, best_of_prompts=3, best_of=4)], 2, logger=logger)
+    run_updates([Cockpit(figures_every=1, best_of_prompts=3, best_of=4)], 2, logger=logger)
     start = Toy()
     samples = start.rollout(Prompts(["a", "b", "c"]), samples_per_prompt=4, stream="cockpit")
     scores = start.score(samples).view(3, 4).tolist()
@@ -92,14 +91,14 @@ def test_there_is_no_line_where_nobody_can_be_asked(lacks: str):
 
 def test_no_line_if_none_is_asked_for(tmp_path: Path):
     logger = Recorder(tmp_path)
-    run_updates([Cockpit(every=1, best_of=0)], 1, logger=logger)
+    run_updates([Cockpit(best_of=0)], 1, logger=logger)
     assert list(shown(logger, "score_against_kl")[0]) == ["_child0", "this run"]
 
 
 def test_a_run_without_reference_has_no_kl_to_show(tmp_path: Path):
     _, logger = watch(tmp_path, 2, reference=False)
     assert shown(logger, "score_against_kl") == {}
-    assert list(shown(logger, "scores")) == [0, 1]
+    assert list(shown(logger, "scores")) == [1]
 
 
 def test_score_distributions_are_shares_of_now_and_the_start(tmp_path: Path):
@@ -124,9 +123,9 @@ def test_scores_that_are_all_alike_or_not_finite_end_no_run(tmp_path: Path):
     assert max(y for _, y in outline) == 1.0
     for lost in (0, 1):
         given = lambda update: [float("nan" if update == lost else 1), *[1.0] * 7]  # noqa: B023, E731
-        _, logger = watch(tmp_path, 2, every=1, scores=given)
-        assert list(shown(logger, "scores")) == [0] * lost
-        assert len(dots_of(shown(logger, "score_against_kl")[1])) == 1
+        _, logger = watch(tmp_path, 3, every=1, scores=given)
+        assert list(shown(logger, "scores")) == [2] * lost
+        assert len(dots_of(shown(logger, "score_against_kl")[2])) == 2
 
 
 def test_dots_are_coloured_by_their_update_from_the_first_to_the_last():
@@ -164,7 +163,7 @@ def test_points_are_what_is_logged_and_the_line_is_of_the_first_training_prompts
     recorder = Attach(tmp_path)
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text("".join(write_prompts(held_out).read_text().splitlines(keepends=True)[6:]))
-    trainer = make_trainer(tmp_path, callbacks=[Cockpit(every=1, best_of_prompts=3, best_of=4), recorder])
+    trainer = make_trainer(tmp_path, callbacks=[Cockpit(figures_every=1, best_of_prompts=3, best_of=4), recorder])
     trainer.fit(make_module(actor), make_data(tmp_path, val_path=str(held_out)))
     figure = shown(recorder.logger, "score_against_kl")[1]
     rows = logged(trainer)
@@ -188,7 +187,7 @@ def test_a_resumed_run_draws_the_whole_run(tmp_path: Path):
 
     def last_figures(folder: Path, resume: Path | None = None, max_steps: int = 3) -> list[Any]:
         folder.mkdir(exist_ok=True)
-        recorder, cockpit = Attach(folder), Cockpit(every=2, best_of_prompts=3, best_of=4)
+        recorder, cockpit = Attach(folder), Cockpit(figures_every=2, best_of_prompts=3, best_of=4)
         trainer = make_trainer(folder, callbacks=[cockpit, recorder], max_steps=max_steps)
         trainer.fit(make_module(actor), make_data(folder), ckpt_path=resume)
         trainer.save_checkpoint(folder / "last.ckpt")
