@@ -90,7 +90,7 @@ class PhaseBar(_Bar):
         now = self.clock()
         if self.is_enabled and (force or now - self._last >= DRAWN):
             if self._bar is None:
-                self._bar = tqdm(file=sys.stdout, leave=True, dynamic_ncols=True, bar_format="{desc}")
+                self._bar = tqdm(file=sys.stdout, leave=True, ncols=1, nrows=2, bar_format="{desc}")
                 self._make_room()
             self._last = now
             self.redraw()
@@ -102,7 +102,7 @@ class PhaseBar(_Bar):
             return False
         fitting_in = self._run.state.fn == "fit" and self._run.train_dataloader is not None
         total = total_updates(self._run) if fitting_in else 0.0
-        bar.bar_format = "{desc}"
+        bar.bar_format, bar.ncols = "{desc}", columns  # tqdm draws nothing where a terminal does not know its size
         if 0.0 < total < math.inf and len("  ".join(words)) + BAR + 2 <= columns:
             bar.total, bar.n, bar.bar_format = total, min(updates_done(self._run), total), f"{{bar:{BAR}}}  {{desc}}"
         bar.set_description_str(fitting(words, columns), refresh=False)

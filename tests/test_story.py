@@ -329,6 +329,17 @@ def test_a_terminal_has_one_line_for_the_whole_run(tmp_path: Path, monkeypatch: 
     assert "██████████  update 6/6  score 5  1,234 tok/s" in frames
 
 
+def test_a_terminal_that_does_not_know_its_size_has_the_line_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """That of a container or of ``script``, say: it has 80 columns then."""
+    screen = drawn(monkeypatch, 80)
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda file: (-1, -1))
+    bar = PhaseBar()
+    bar.clock, bar.watched = Clock(), True
+    fit(tmp_path, Scripted(bar.clock, [4, 8, 6]), bar, max_epochs=1)
+    frames = [frame.rstrip() for frame in screen.getvalue().split("\r")]
+    assert "███▎        update 1/3  score 0  1,234 tok/s  8 s left" in frames
+
+
 def test_a_narrow_terminal_gets_the_line_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     screen = drawn(monkeypatch, 36)
     bar = PhaseBar()
