@@ -1,9 +1,10 @@
-"""What the monitors cost: ``python -m benchmarks.overhead runs/quickstart [--pairs 4] [--updates 40]``.
+"""What the monitors cost: ``python -m benchmarks.overhead runs/quickstart [--pairs 4] [--updates 101]``.
 
 The quickstart's PPO stage with all monitors as their configurations have them, and with none, in turns. Two measures,
 in seconds of the processor: what the trainer's profiler finds in each monitor's hooks over the rest of the run, which
 hardly differs from run to run, but misses what logging their numbers costs; and the ratio of the runs, which misses
-nothing. A run with monitors is the same run, to the bit: of each update the fastest of all pairs is taken, as whatever
+nothing. What monitors do once, when a run begins and when it ends, is told apart from what they do in its updates, of
+which there are so many that each monitor's turn comes (every 50 updates, at most). A run with monitors is the same run, to the bit: of each update the fastest of all pairs is taken, as whatever
 else the machine does only ever slows it down. Building models and reading texts, before the first update, is left out.
 """
 
@@ -11,10 +12,11 @@ import argparse
 import tempfile
 import warnings
 from collections import defaultdict
+from operator import truediv
 from pathlib import Path
 from statistics import median
 from time import process_time
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import yaml
@@ -30,12 +32,24 @@ ROOT = Path(__file__).parent.parent
 NAMES = ("AlignmentTax", "Cockpit", "CollapseMonitor", "RewardHackingMonitor", "SampleLogger")
 
 
+class Spent(NamedTuple):
+    """Seconds in a monitor's hooks.
+
+    Args:
+        updates: In the updates.
+        once: When the training begins and when it ends.
+    """
+
+    updates: float = 0.0
+    once: float = 0.0
+
+
 class Hooks(Profiler):
     """Seconds by callback, in whatever hook but those before and after the run; what a hook calls is its own."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.seconds: dict[str, Spent] = defaultdict(Spent)
         self._started: dict[str, float] = {}
 
     def start(self, action_name: str) -> None:
@@ -45,8 +59,12 @@ class Hooks(Profiler):
     def stop(self, action_name: str) -> None:
         """It ends."""
         spent = process_time() - self._started.pop(action_name)
-        if not action_name.endswith((".setup", ".teardown")):
-            self.seconds[action_name.removeprefix("[Callback]").partition(".")[0]] += spent
+        name, _, hook = action_name.removeprefix("[Callback]").partition(".")
+        updates, once = self.seconds[name]
+        if hook in ("on_train_start", "on_train_end"):
+            self.seconds[name] = Spent(updates, once + spent)
+        elif hook not in ("setup", "teardown"):
+            self.seconds[name] = Spent(updates + spent, once)
 
 
 def monitors(folder: Path) -> list[L.Callback]:
@@ -70,7 +88,7 @@ def monitors(folder: Path) -> list[L.Callback]:
 
 def run(
     folder: Path, seed: int, updates: int, callbacks: list[L.Callback], root: str
-) -> tuple[list[float], dict[str, float]]:
+) -> tuple[list[float], dict[str, Spent]]:
     """Seconds of each update, and of each monitor's hooks.
 
     Args:
@@ -122,19 +140,22 @@ class Clock(L.Callback):
     on_train_end = on_train_batch_end
 
 
-def table(pairs: list[tuple[list[float], list[float], dict[str, float]]]) -> str:
+def table(pairs: list[tuple[list[float], list[float], dict[str, Spent]]]) -> str:
     """Medians over pairs of runs; and the ratio of both kinds of run, of each update the fastest.
 
     Args:
         pairs: Seconds of each update without monitors, with them, and in the hooks of each.
     """
     updates = len(pairs[0][0]) - 1
-    rows = ["monitor | milliseconds an update | share of the update"]
+    rows = ["monitor | milliseconds an update | share of the update | once a run, updates"]
     for names in (*((name,) for name in NAMES), NAMES):
-        spent = [sum(hooks.get(name, 0.0) for name in names) for _, _, hooks in pairs]
-        rest = [sum(watched) - sum(hooks.values()) for _, watched, hooks in pairs]
-        share = median(cost / work for cost, work in zip(spent, rest, strict=True))
-        rows.append(f"{names[0] if len(names) == 1 else 'all'} | {1000 * median(spent) / updates:.1f} | {share:.2%}")
+        spent, once = (
+            [sum(hooks.get(name, Spent())[kind] for name in names) for _, _, hooks in pairs] for kind in (0, 1)
+        )
+        rest = [sum(watched) - sum(map(sum, hooks.values())) for _, watched, hooks in pairs]
+        share, start = (median(map(truediv, cost, rest)) for cost in (spent, once))
+        name = names[0] if len(names) == 1 else "all"
+        rows.append(f"{name} | {1000 * median(spent) / updates:.1f} | {share:.2%} | {start * updates:.2f}")
     alone, watched = (sum(map(min, zip(*(pair[kind] for pair in pairs), strict=True))) for kind in (0, 1))
     rows.append(f"runs with all over runs with none: {watched / alone - 1.0:+.2%} of {alone / updates:.3f} s an update")
     return "\n".join(rows)
@@ -145,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pairs", type=int, default=4)
-    parser.add_argument("--updates", type=int, default=40)
+    parser.add_argument("--updates", type=int, default=101)
     asked = parser.parse_args()
     pairs = []
     with tempfile.TemporaryDirectory() as logs:
