@@ -187,7 +187,7 @@ class Cockpit(PPOCallback):
             batch = peek("train", self.best_of_prompts)
             samples = pl_module.rollout(batch, samples_per_prompt=self.best_of, logprobs=False, stream="cockpit")
             scores = pl_module.score(samples).cpu()
-        scores = scores[samples.group.cpu().argsort(stable=True)].view(-1, self.best_of)
+        scores = scores[samples.group.cpu().argsort()].view(-1, self.best_of)
         return [float(best_of_n_score(scores, n)) for n in range(1, self.best_of + 1)]
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:

@@ -58,7 +58,7 @@ class SampleLogger(PPOCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Answer for the first time; forget what was written after the checkpoint that the run goes on from."""
         _cut(_file(trainer), trainer, self._updates)
-        if self._before is None:
+        if not self._updates:
             self._show(trainer, pl_module)
 
     def on_update_end(self, trainer: L.Trainer, pl_module: PPOModule, experience: Any) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from copy import deepcopy
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,6 +135,20 @@ def test_a_micro_batch_without_weight_adds_no_ratios(tmp_path: Path):
     ]
 
 
+def test_a_state_stays_what_it_was(tmp_path: Path):
+    """It may be written, or taken up, while the run goes on."""
+    cockpit = Cockpit(every=1)
+    run_updates(cockpit, 1, logger=Recorder(tmp_path))
+    state = cockpit.state_dict()
+    before = deepcopy(state)
+    other = Cockpit(every=1)
+    other.load_state_dict(state)
+    for one in (cockpit, other):
+        run_updates(one, 1, logger=Recorder(tmp_path))
+        assert len(one.state_dict()["score"]) == len(one.state_dict()["kl"]) == 2
+        assert state == before
+
+
 # ---- on LitPPO
 
 
@@ -186,11 +201,14 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         RewardHackingMonitor(gold=letters, prompts=4, every=1),
         Cockpit(every=2, figures_every=1, best_of_prompts=3, best_of=4),
     ]
-    callbacks: list[L.Callback] = [AdaptiveKL(target=1.0, horizon=100), ValueClipping(0.2), *monitors]
+    callbacks: list[L.Callback] = [AdaptiveKL(target=1.0, horizon=100), ValueClipping(0.2), L.Callback(), *monitors]
     trainer = make_trainer(folder, callbacks=callbacks, logger=logger, max_steps=3, val_check_interval=1)
     data = make_data(folder, val_path=str(write_prompts(folder / "held_out.jsonl", 5)))
     rewards = {"good": count_good, "more": count_good}
-    module = make_module(actor, rewards=rewards, eval_rewards={"letters": letters}, max_skipped_steps=1)
+    schedule = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+    arguments: dict[str, Any] = {"eval_rewards": {"letters": letters}, "max_skipped_steps": 1}
+    module = make_module(actor, rewards=rewards, critic_scheduler=schedule, **arguments)
+    module.hparams["_class_path"] = "lit_ppo.LitPPO"  # as Lightning's command does
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*Monitor")  # what they have to say is tested elsewhere
         trainer.fit(module, data)
@@ -244,17 +262,33 @@ def test_charts_that_would_stay_empty_are_left_out(run_folder: Path, tmp_path: P
     assert titles == filled
 
 
-@pytest.mark.parametrize(
-    ("rewards", "judges", "there"), [([], None, False), (["good"], None, True), ([], "judges", True)]
-)
-def test_one_reward_needs_no_chart_of_each_but_a_judge_does(tmp_path: Path, rewards: Any, judges: Any, there: bool):
-    logger, data = Recorder(tmp_path), None
-    trainer: Any = SimpleNamespace(callbacks=[], loggers=[logger], is_global_zero=True, datamodule=data)
-    module: Any = SimpleNamespace(source_names=rewards, eval_rewards=judges)
-    Cockpit().on_train_start(trainer, module)
+def layout_of(folder: Path, callbacks: list[L.Callback], **module: Any) -> set[str]:
+    """The charts of a module that has what is given, trained by a trainer without a data module."""
+    logger = Recorder(folder)
+    trainer: Any = SimpleNamespace(callbacks=callbacks, loggers=[logger], is_global_zero=True, datamodule=None)
+    Cockpit().on_train_start(trainer, SimpleNamespace(**module))  # type: ignore[arg-type]
     ((layout, _, _),) = logger.of("add_custom_scalars")
-    assert ("each reward and judge" in layout["Is it learning?"]) == there
-    assert "score" in layout["Is it learning?"]
+    return {title for charts in layout.values() for title in charts}
+
+
+def test_charts_that_nobody_can_tell_of_are_there(tmp_path: Path):
+    """A module that says nothing of itself; of other monitors one knows."""
+    monitors = ("tax", "collapse", "hacking")
+    titles = {title: tags for charts in LAYOUT.values() for title, tags in charts.items()}
+    others = {title for title, (tag, *_) in titles.items() if tag.lstrip("^").startswith(monitors)}
+    assert len(others) == 8
+    assert layout_of(tmp_path, []) == titles.keys() - others
+    collapse = layout_of(tmp_path, [CollapseMonitor()])
+    assert collapse - layout_of(tmp_path, [CollapseMonitor()], reference=None) == {
+        "perplexity under the reference", "wins over the reference"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("rewards", "judges", "there"), [([], None, 0), (["good"], None, 1), ([], "judges", 1)])
+def test_one_reward_needs_no_chart_of_each_but_a_judge_does(tmp_path: Path, rewards: Any, judges: Any, there: int):
+    titles = layout_of(tmp_path, [], source_names=rewards, eval_rewards=judges)
+    assert ("each reward and judge" in titles) == there
+    assert "score" in titles
 
 
 def test_the_page_names_what_is_logged(events: EventAccumulator):
@@ -321,7 +355,10 @@ def test_hyperparameters_come_with_the_outcome(run_folder: Path, events: EventAc
     hyperparameters = plugin.session_start_info.hparams
     assert hyperparameters["kl_coef"].number_value == pytest.approx(0.1)
     assert hyperparameters["actor_lr"].number_value == pytest.approx(0.1)
-    assert hyperparameters["callbacks"].string_value.startswith("AdaptiveKL ValueClipping AlignmentTax")
+    assert hyperparameters["critic_lr"].number_value == pytest.approx(0.1)  # as given, not what the schedule left
+    tricks = "AdaptiveKL ValueClipping AlignmentTax SampleLogger CollapseMonitor RewardHackingMonitor Cockpit"
+    assert hyperparameters["callbacks"].string_value == tricks
+    assert not [name for name in hyperparameters if name.startswith("_")]
     assert "actor_scheduler" not in hyperparameters  # None
     assert "activation_checkpointing" not in hyperparameters  # False
 

@@ -67,7 +67,13 @@ def test_samples_of_a_prompt_need_not_be_neighbours():
     """Two samples of each of three prompts: 1 and 6, 2 and 5, 3 and 4; a mean of 3.5 alone, of 5 for the best."""
     scores = torch.tensor([1.0, 2.0, 3.0, 6.0, 5.0, 4.0])
     rows = SimpleNamespace(group=torch.tensor([0, 1, 2, 0, 1, 2]))
-    module: Any = SimpleNamespace(rollout=lambda *args, **kwargs: rows, score=lambda experience: scores)
+    asked: list[dict[str, Any]] = []
+
+    def rollout(prompts: Prompts, **kwargs: Any) -> Any:
+        asked.append({"prompts": len(prompts.prompts), **kwargs})
+        return rows
+
+    module: Any = SimpleNamespace(rollout=rollout, score=lambda experience: scores)
     plain = SimpleNamespace(forward_context=nullcontext)
     trainer: Any = SimpleNamespace(
         callbacks=[], loggers=[], is_global_zero=True, datamodule=ToyData(3), precision_plugin=plain
@@ -75,6 +81,9 @@ def test_samples_of_a_prompt_need_not_be_neighbours():
     cockpit = Cockpit(best_of_prompts=3, best_of=2)
     cockpit.on_train_start(trainer, module)
     assert cockpit.state_dict()["best"] == [3.5, 5.0]
+    assert asked == [
+        {"prompts": 3, "samples_per_prompt": 2, "logprobs": False, "stream": "cockpit"}
+    ]  # texts are enough
 
 
 @pytest.mark.parametrize("lacks", ["data", "peek", "rollout", "score"])
@@ -99,6 +108,22 @@ def test_a_run_without_reference_has_no_kl_to_show(tmp_path: Path):
     _, logger = watch(tmp_path, 2, reference=False)
     assert shown(logger, "score_against_kl") == {}
     assert list(shown(logger, "scores")) == [1]
+
+
+def test_a_run_that_goes_on_without_its_reference_has_no_kl_to_show_either(tmp_path: Path):
+    cockpit, logger = Cockpit(every=1, best_of=0), Recorder(tmp_path)
+    cockpit.load_state_dict({"updates": 1, "kl": [2.0], "score": [1.0], "start": [1.0], "best": []})
+    run_updates([cockpit], 1, logger=logger, reference=False)
+    assert [(tag, step) for tag, _, step in logger.of("add_figure")] == [("figure/scores", 1)]
+
+
+def test_a_resumed_run_that_is_stopped_at_once_draws_nothing(tmp_path: Path):
+    """It has no scores of its own; those of the update before were drawn by the run that had it."""
+    watch(tmp_path, 2, save=tmp_path / "two.ckpt")
+    stop = Spy("on_train_start", lambda module: setattr(module.trainer, "should_stop", True))
+    module, logger = watch(tmp_path, 4, stop, resume=tmp_path / "two.ckpt")
+    assert int(module.updates) == 2
+    assert logger.of("add_figure") == []
 
 
 def test_score_distributions_are_shares_of_now_and_the_start(tmp_path: Path):

@@ -199,12 +199,31 @@ def test_a_new_run_in_an_old_folder_starts_a_new_file(tmp_path: Path):
     assert [line["update"] for line in lines(tmp_path)] == [0] * 3 + [2] * 3
 
 
+def test_a_run_that_goes_on_from_its_very_start_starts_the_file_again(tmp_path: Path):
+    """A checkpoint of before the first update: the first answers are in the file once, not left out."""
+    early = Spy("on_rollout_start", lambda module, prompts: module.trainer.save_checkpoint(tmp_path / "none.ckpt"))
+    monitor = SampleLogger(every=2, prompts=3)
+    run_updates([monitor, early], 1, logger=Recorder(tmp_path))
+    watch(tmp_path, 2, resume=tmp_path / "none.ckpt")
+    assert [line["update"] for line in lines(tmp_path)] == [0] * 3 + [2] * 3
+
+
+def test_one_process_of_several_writes_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    watch(tmp_path, 1)
+    file = tmp_path / "samples.jsonl"
+    before = file.read_text()
+    monkeypatch.setattr(L.Trainer, "is_global_zero", property(lambda trainer: False))
+    _, logger = watch(tmp_path, 1)
+    assert logger.of("add_text") == []
+    assert file.read_text() == before
+
+
 def test_half_a_line_of_a_run_that_was_killed_is_no_obstacle(tmp_path: Path):
     """Nor is a last line without its end, as editors write it when ratings are added."""
     watch(tmp_path, 2, save=tmp_path / "two.ckpt")
     file = tmp_path / "samples.jsonl"
     whole = file.read_text()
-    for rest in ('{"update": 4, "promp', "3\n", "\n", ""):
+    for rest in ('{"update": 4, "promp', "3\n", "{}\n", "\n", ""):
         file.write_text(whole.removesuffix("\n") + ("\n" + rest if rest else ""))
         watch(tmp_path, 4, resume=tmp_path / "two.ckpt")
         assert [line["update"] for line in lines(tmp_path)] == [0] * 3 + [2] * 3 + [4] * 3
