@@ -95,6 +95,11 @@ class Evaluation(Policy):
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self._predictions]
+            lines = [_line(json.dumps(row, ensure_ascii=False)) for row in self._predictions]
             (folder / PREDICTIONS).write_text("".join(lines), encoding="utf-8")
         rank_zero_info(f"{len(self._predictions)} predictions: {folder / PREDICTIONS}")
+
+
+def _line(text: str) -> str:
+    """JSON as one line by anybody's count, in which neither a terminal nor an editor finds anything to obey."""
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text) + "\n"

@@ -211,6 +211,25 @@ def test_predictions_are_written_as_json_lines(tmp_path, tiny_lm, data):
     assert rows[0]["response"] != rows[1]["response"]
 
 
+def test_nothing_in_a_prediction_is_obeyed(tmp_path, tiny_lm, data, monkeypatch):
+    """Not by a terminal, nor by what counts lines; letters of any language stay readable."""
+    wicked = 'schön 好 \x1b[2J\x9b31m\x00\x7f\n\r\x85\u2028\u202e\u2066 \ud800 \U000e0041 "\\'
+    module = make_module(tiny_lm)
+    rollout = module.rollout
+
+    def saying(*args, **kwargs):
+        experience = rollout(*args, **kwargs)
+        experience.responses = [wicked] * len(experience)
+        return experience
+
+    monkeypatch.setattr(module, "rollout", saying)
+    make_trainer(tmp_path, logger=False).predict(module, data)
+    text = (tmp_path / "predictions.jsonl").read_bytes().decode()
+    assert [json.loads(line)["response"] for line in text.splitlines()] == [wicked] * 5
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert text.count("schön 好") == 5
+
+
 def test_each_of_several_rewards_is_logged_under_its_name(tmp_path, tiny_lm, data):
     def length(prompts, responses):
         return [len(r.split()) / 7 for r in responses]
