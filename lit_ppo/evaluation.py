@@ -58,7 +58,7 @@ class Evaluation(Policy):
         for key, values in metrics.items():
             mean = self._means.setdefault(f"{name}/{key}", MeanMetric(sync_on_compute=False)).to(self.device)
             mean.update(values.float())  # the same on every rank: nothing to exchange
-            self.log(f"{name}/{key}", mean, metric_attribute=f"{name}/{key}", batch_size=len(experience))
+            self.log(f"{name}/{key}", mean, metric_attribute=f"{name}/{key}")
 
     def _judged(self, experience: Experience) -> dict[str, Tensor]:
         """Scores by the training reward, under the empty name, and by whatever else has one."""

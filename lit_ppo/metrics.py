@@ -35,7 +35,7 @@ TAGS = {
 
 def log_policy(micro: Minibatch, clip_range: float | None) -> None:
     """How far the policy has moved from the one that sampled: KL(old || new) by k3, ratio, share of clipped tokens."""
-    ratio = torch.exp(micro.new_logprobs.detach() - micro.logprobs)
+    ratio = torch.exp(micro.new_logprobs - micro.logprobs)
     micro.log("approx_kl", kl_estimate(micro.logprobs, micro.new_logprobs, "k3"))
     micro.log("ratio", ratio)
     micro.log_extremes("ratio", ratio)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lit_ppo.callbacks import ReferenceUpdate
@@ -209,6 +210,24 @@ def test_predictions_are_written_as_json_lines(tmp_path, tiny_lm, data):
     assert [row["score"] for row in rows] == count_good([], [row["response"] for row in rows])
     assert rows[0]["prompt"] == rows[1]["prompt"]
     assert rows[0]["response"] != rows[1]["response"]
+
+
+def test_predictions_lie_with_the_logs_once_by_draws_of_each_batchs_own(tmp_path, tiny_lm, data):
+    """Batches of 3 and 2 prompts; asked twice, a run writes its last answers."""
+    module = make_module(tiny_lm)
+    logger = CSVLogger(tmp_path / "logs", name="run", version=4)
+    for _ in range(2):
+        make_trainer(tmp_path, logger=logger).predict(module, data)
+    rows = [json.loads(line) for line in (tmp_path / "logs/run/version_4/predictions.jsonl").read_text().splitlines()]
+    prompts = held_out(tmp_path)
+    batches = [module.rollout(some, stream=f"predict/{i}") for i, some in enumerate((prompts[:3], prompts[3:]))]
+    assert [row["response"] for row in rows] == [response for batch in batches for response in batch.responses]
+
+
+def test_one_process_of_several_writes_the_predictions(tmp_path, tiny_lm, data, monkeypatch):
+    monkeypatch.setattr("lit_ppo.evaluation.rank", lambda: 1)
+    make_trainer(tmp_path, logger=False).predict(make_module(tiny_lm), data)
+    assert not (tmp_path / "predictions.jsonl").exists()
 
 
 def test_nothing_in_a_prediction_is_obeyed(tmp_path, tiny_lm, data, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lit_ppo.experience import Minibatch
-from lit_ppo.metrics import failure_facts, in_force, log_policy, of_experience, of_steps
+from lit_ppo.metrics import failure_facts, forget_last_update, in_force, log_policy, of_experience, of_steps
 from tests.test_experience import make
 
 
@@ -102,3 +102,19 @@ def test_a_failure_is_told_with_the_batchs_numbers():
         "update 7: policy_loss=nan, value_loss=0.5 is not finite, 3 optimizer steps in a row (max_skipped_steps=2); "
         "2 responses of up to 3 tokens, scores -1 to 1, KL 0 to 2, advantages 0 to 2; "
     )
+
+
+def test_only_what_the_step_has_logged_for_itself_is_forgotten():
+    """Not the mean over an epoch, of which a part is there, nor what a hook between two steps has said."""
+    forgotten: list[str] = []
+
+    def logged(name: str, fx: str, on_epoch: bool) -> Any:
+        return SimpleNamespace(meta=SimpleNamespace(fx=fx, on_epoch=on_epoch), reset=lambda: forgotten.append(name))
+
+    rows = [
+        logged("step", "training_step", False),
+        logged("epoch", "training_step", True),
+        logged("hook", "on_train_batch_start", False),
+    ]
+    forget_last_update(SimpleNamespace(_results=SimpleNamespace(result_metrics=rows)))
+    assert forgotten == ["step"]
