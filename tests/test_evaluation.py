@@ -242,8 +242,8 @@ def test_nothing_in_a_prediction_is_obeyed(tmp_path, tiny_lm, data, monkeypatch)
         return experience
 
     monkeypatch.setattr(module, "rollout", saying)
-    make_trainer(tmp_path, logger=False).predict(module, data)
-    text = (tmp_path / "predictions.jsonl").read_bytes().decode()
+    make_trainer(tmp_path / "new", logger=False).predict(module, data)
+    text = (tmp_path / "new/predictions.jsonl").read_bytes().decode()
     assert [json.loads(line)["response"] for line in text.splitlines()] == [wicked] * 5
     assert all(line.isprintable() for line in text.split("\n"))
     assert text.count("schön 好") == 5
