@@ -4,7 +4,9 @@ The quickstart's PPO stage with all monitors as their configurations have them, 
 in seconds of the processor: what the trainer's profiler finds in each monitor's hooks over the rest of the run, which
 hardly differs from run to run, but misses what logging their numbers costs; and the ratio of the runs, which misses
 nothing. What monitors do once, when a run begins and when it ends, is told apart from what they do in its updates, of
-which there are so many that each monitor's turn comes (every 50 updates, at most). A run with monitors is the same run, to the bit: of each update the fastest of all pairs is taken, as whatever
+which there are so many that each monitor's turn comes (every 50 updates, at most).
+
+A run with monitors is the same run, to the bit: of each update the fastest of all pairs is taken, as whatever
 else the machine does only ever slows it down. Building models and reading texts, before the first update, is left out.
 """
 

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 BROKEN = "\ufffd"  # what a tokenizer shows for a part of a character
+# Python takes these for not printable: the joiners of Persian words and of emoji, the space of Chinese and Japanese.
+HARMLESS = "\u200c\u200d\u3000"
 
 
 def printable(text: str) -> str:
@@ -12,7 +14,7 @@ def printable(text: str) -> str:
     >>> print(printable("fine\x1b[2J\nnext"))
     fine\x1b[2J\nnext
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() or c in HARMLESS else c.encode("unicode_escape").decode() for c in text)
 
 
 def pieces(decode: Callable[[list[int]], str], ids: Sequence[int], values: Sequence[float]) -> list[tuple[str, float]]:

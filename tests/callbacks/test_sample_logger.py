@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_ppo.callbacks import SampleLogger
-from lit_ppo.callbacks.showing import pieces
+from lit_ppo.callbacks.showing import pieces, printable
 from tests.callbacks.toy import Recorder, Spy, Toy, ToyData, run_updates, trainer_of
 from tests.callbacks.trick import Trick
 from tests.tiny import make_causal_lm
@@ -263,6 +263,12 @@ def test_a_response_is_shown_as_text_whatever_it_is(wicked: str):
     written_out = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in wicked)
     assert cells.rows[1] == [written_out, written_out, "+1.00", written_out, "+2.00", "+0.00"]
     assert written_out.isprintable()
+
+
+def test_scripts_stay_readable():
+    """Persian joins letters with U+200C, families are joined with U+200D, and Japanese has a wide space of its own."""
+    for text in ("می\u200cخواهم", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "映画\u3000最高"):
+        assert printable(text) == text
 
 
 def test_the_file_can_be_printed_on_a_terminal_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
