@@ -267,7 +267,7 @@ def test_a_response_is_shown_as_text_whatever_it_is(wicked: str):
 
 def test_scripts_stay_readable():
     """Persian joins letters with U+200C, families are joined with U+200D, and Japanese has a wide space of its own."""
-    for text in ("می\u200cخواهم", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "映画\u3000最高"):
+    for text in ("می\u200cروم", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "映画\u3000最高"):
         assert printable(text) == text
 
 
