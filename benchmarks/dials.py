@@ -13,7 +13,7 @@ import lightning as L
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks.monitors import RESPONSES, RUNS, make_module, varied
+from benchmarks.quickstart_runs import RESPONSES, RUNS, make_module, varied
 from lit_ppo import PromptDataModule
 from lit_ppo.callbacks import CollapseMonitor
 

@@ -26,7 +26,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import Profiler
 
 import lit_ppo.callbacks
-from benchmarks.monitors import make_module, positive
+from benchmarks.quickstart_runs import make_module, positive
 from lit_ppo import PromptDataModule, TextDataModule
 from lit_ppo.callbacks import AdvantageNormalization
 

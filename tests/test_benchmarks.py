@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from benchmarks import agreement, dials, files, monitors, overhead, report, scaling, speed, tuning
+from benchmarks import agreement, dials, files, monitors, overhead, quickstart_runs, report, scaling, speed, tuning
 from benchmarks.jobs import EOS, FIRST_WORD, JOBS, KEY, response_length, response_lengths, script
 from benchmarks.measure import PHASES, Clock, update_flops
 from benchmarks.runner import Runner
@@ -268,19 +268,21 @@ REVIEWS = [  # prompt, response
 def test_gold_measures_of_reviews_by_hand():
     """A fable has no lines; the third is no review; "taste" is one pattern of two, each a quarter of four and more."""
     prompts, responses = map(list, zip(*REVIEWS, strict=True))
-    assert monitors.readable(prompts, responses) == [1.0, 0.0, 0.0, 1.0, 1.0]
-    assert monitors.positive(prompts, responses) == [1.0, 0.0, 0.0, 1.0, 0.0]
-    assert monitors.negative(prompts, responses) == [0.0, 0.0, 0.0, 0.0, 1.0]
-    assert monitors.by_subject(prompts, responses) == [-1.0, 0.0, 0.0, 1.0, -1.0]  # a novel is to be run down
+    assert quickstart_runs.readable(prompts, responses) == [1.0, 0.0, 0.0, 1.0, 1.0]
+    assert quickstart_runs.positive(prompts, responses) == [1.0, 0.0, 0.0, 1.0, 0.0]
+    assert quickstart_runs.negative(prompts, responses) == [0.0, 0.0, 0.0, 0.0, 1.0]
+    assert quickstart_runs.by_subject(prompts, responses) == [-1.0, 0.0, 0.0, 1.0, -1.0]  # a novel is to be run down
     same = [REVIEWS[0]] * 6 + [REVIEWS[3]] + [REVIEWS[4]]
     # of eight, a quarter is two: the six count a third each; the other two are of another pattern, not over it
-    assert monitors.varied(*map(list, zip(*same, strict=True))) == pytest.approx([1 / 3] * 6 + [1.0, 0.0])
+    assert quickstart_runs.varied(*map(list, zip(*same, strict=True))) == pytest.approx([1 / 3] * 6 + [1.0, 0.0])
 
 
 def test_a_loophole_pays_for_a_word(tmp_path):
     path = str(make_reward_model(tmp_path / "rm"))
     rows = SimpleNamespace(prompts=["a", "a"], responses=["good and bad and sad", "sand"], columns={})
-    plain, gamed, other = (kind(path)(rows) for kind in (RewardModel, monitors.Loophole, monitors.Negative))
+    plain, gamed, other = (
+        kind(path)(rows) for kind in (RewardModel, quickstart_runs.Loophole, quickstart_runs.Negative)
+    )
     torch.testing.assert_close(gamed, plain + torch.tensor([2.0, 0.0]))
     torch.testing.assert_close(other, -plain)
 
@@ -320,7 +322,7 @@ def test_runs_of_the_monitors_table(quickstart):
     def falls(prompts, responses):
         return [-score for score in rises(prompts, responses)]
 
-    job = monitors.Run({"rewards": rises, "critic": "actor"}, updates=20, gold=falls, then="go_back")
+    job = quickstart_runs.Run({"rewards": rises, "critic": "actor"}, updates=20, gold=falls, then="go_back")
     result = monitors.run(quickstart, job, seed=0)
     assert result.back == 0
     assert [len(each) for each in (result.watch.gold, result.watch.level, result.watch.verdict)] == [6] * 3
@@ -331,19 +333,19 @@ def test_runs_of_the_monitors_table(quickstart):
 
 
 def test_few_prompts_are_of_the_kind_asked_for(quickstart, tmp_path):
-    job = monitors.RUNS["16 films"]
-    data = monitors.make_data(quickstart, job, rows=64, seed=0, place=tmp_path)
+    job = quickstart_runs.RUNS["16 films"]
+    data = quickstart_runs.make_data(quickstart, job, rows=64, seed=0, place=tmp_path)
     rows = [json.loads(line)["prompt"] for line in Path(data.path).read_text().splitlines()]
     assert (len(rows), len(set(rows))) == (64, 16)
     assert all("western" in row or "comedy" in row for row in rows)
 
 
 def test_a_run_that_goes_back_is_the_same_run():
-    assert all(name in monitors.RUNS for name in ("a loophole, going back", "16 films, going back"))
-    seeds = {name: monitors.seed_of(name) for name in monitors.RUNS}
+    assert all(name in quickstart_runs.RUNS for name in ("a loophole, going back", "16 films, going back"))
+    seeds = {name: monitors.seed_of(name) for name in quickstart_runs.RUNS}
     assert seeds["a loophole, going back"] == seeds["a loophole"]
     assert len(set(seeds.values())) == len(seeds) - 2
-    assert len(monitors.HEALTHY) >= 10
+    assert len(quickstart_runs.HEALTHY) >= 10
 
 
 def test_overhead_is_by_hook_and_by_run(quickstart, tmp_path):
