@@ -1,14 +1,17 @@
 """Checkpoints that are whole or not there, and the search for the newest."""
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_ppo.distributed import gather_shares
 from lit_ppo.errors import CommandError
+from lit_ppo.events import tell_again
 from lit_ppo.preemption import StopRequest
 from lit_ppo.whole_files import PARTIAL, put_in_place, use_whole_files
 
@@ -39,7 +42,7 @@ class StepCheckpoint(Checkpoint):
         self.keep = keep
         self.dirpath = dirpath
         self.config: dict[str, Any] | None = None  # the run's, where a command has one
-        self.log_again = False  # on resume: tell the logger what the checkpoint's own step logged
+        self.log_again = False  # on resume: loggers are to be told again what the checkpoint covers
         self.stop_request = StopRequest()
         self._last_step = -1
         self._after_validation = False
@@ -98,13 +101,19 @@ class StepCheckpoint(Checkpoint):
             metrics = trainer._logger_connector.metrics["log"] if told else trainer.logged_metrics
             logged = {name: float(value) for name, value in metrics.items()}
             logged["epoch"] = trainer.current_epoch
-        checkpoint[RUN] = {"config": self.config, "logged": logged, "steps_logged": told}
+        for logger in _tensorboards(trainer):
+            logger.experiment.flush()  # what the checkpoint covers outlives a crash
+        checkpoint[RUN] = {"config": self.config, "logged": logged, "steps_logged": told, "time": time.time()}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Tell the logger what the step logged, where it has been made to forget it."""
-        if self.log_again and checkpoint.get(RUN, {}).get("logged"):
-            for logger in trainer.loggers:
-                logger.log_metrics(checkpoint[RUN]["logged"], step=steps_logged(checkpoint))
+        """Tell the loggers what they had been told by then, where they have been made to forget it."""
+        run = checkpoint.get(RUN)
+        if not self.log_again or not run:
+            return
+        for tensorboard in _tensorboards(trainer):
+            tell_again(tensorboard, steps_logged(checkpoint), run["time"], but=run["logged"])
+        for logger in trainer.loggers if run["logged"] else ():
+            logger.log_metrics(run["logged"], step=steps_logged(checkpoint))
 
     def save(self, trainer: L.Trainer) -> None:
         """Save this step, unless it has been saved; collective over ranks.
@@ -138,6 +147,11 @@ def _validation_follows(trainer: L.Trainer) -> bool:
         return False
     loop.val_loop.setup_data()
     return not loop.val_loop.skip
+
+
+def _tensorboards(trainer: L.Trainer) -> list[TensorBoardLogger]:
+    """Those that this process writes to."""
+    return [x for x in trainer.loggers if isinstance(x, TensorBoardLogger)] if trainer.is_global_zero else []
 
 
 def _age(checkpoint: Path) -> tuple[int, int]:

@@ -227,7 +227,8 @@ class Command(LightningCLI):
         """TensorBoard under ``<root>/version_N``."""
         folder = self._continued()
         if folder is None:
-            return TensorBoardLogger(root, name="", version=claim_version(root), default_hp_metric=False)
+            # from step 0 on: TensorBoard takes the first start in a folder for that of the run, and drops nothing by it
+            return TensorBoardLogger(root, name="", version=claim_version(root), default_hp_metric=False, purge_step=0)
         version = int(folder.name.removeprefix(PREFIX))
         self.goes_on = True
         # What was logged after the checkpoint is logged again: readers drop the first telling.

@@ -10,10 +10,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_ppo.checkpoint import step_of
 from tests.scripts import killed_runs
+from tests.test_events import shown
 from tests.tiny import make_causal_lm
 
 pytestmark = pytest.mark.skipif(not hasattr(killed_runs.os, "fork"), reason="forks")
 
+SAMPLES = "version_0/samples.jsonl"
 UPDATES = 8  # two batches an epoch: into the fourth epoch
 MOMENTS = [  # each in a process of its own, which goes on where the one before it was killed
     "rollout end x 1",
@@ -41,6 +43,16 @@ MOMENTS = [  # each in a process of its own, which goes on where the one before 
     "train end x 1",
 ]
 FEW = ["rewards x 4", "half written x 3"]
+WATCHED = [
+    "scoring x 1",  # before the first update
+    "scoring x 9",
+    "gathering the checkpoint x 1",  # the monitors have measured, and nothing is saved of it
+    "half written x 2",
+    "validating x 1",
+    "after os.replace x 2",  # histograms are with the writer's thread
+    "gathering the checkpoint x 2",
+    "batch end x 1",
+]
 
 
 def run(folder: Path, actor: Path, tricks: str, kill_at: str | None = None) -> list[str]:
@@ -99,7 +111,7 @@ def check_that_all_act(told: dict[str, list[tuple[int, float]]]) -> None:
     assert kls[3] == kls[6] == 0 != kls[5]  # the reference has caught up with the actor
 
 
-@pytest.mark.parametrize(("tricks", "moments"), [("most", MOMENTS), ("others", FEW)])
+@pytest.mark.parametrize(("tricks", "moments"), [("most", MOMENTS), ("others", FEW), ("monitors", WATCHED)])
 def test_killed_at_every_kind_of_moment(tmp_path: Path, tricks: str, moments: list[str]) -> None:
     actor = make_causal_lm(tmp_path / "lm", scale=4.0)
     assert updates_of(run(tmp_path / "whole", actor, tricks)) == [*range(UPDATES)]
@@ -117,6 +129,11 @@ def test_killed_at_every_kind_of_moment(tmp_path: Path, tricks: str, moments: li
     assert cut_logs == whole
     if tricks == "most":
         check_that_all_act(whole)
+    steps = shown(cut / "version_0")
+    assert steps == shown(tmp_path / "whole/version_0")
+    if tricks == "monitors":
+        assert {"histogram/scores", "figure/scores", "samples/text_summary", "tax/loss", "collapse/level"} <= {*steps}
+        assert (cut / SAMPLES).read_text() == (tmp_path / "whole" / SAMPLES).read_text()
     assert [step for step, _ in whole["objective/score"]] == [*range(UPDATES)]
     assert [step for step, _ in whole["val/score"]] == [0, 2, 5]
     one, other = (

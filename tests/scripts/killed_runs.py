@@ -15,6 +15,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lit_ppo import TextDataModule
 from lit_ppo.callbacks import (
     AdaptiveKL,
+    AlignmentTax,
+    Cockpit,
+    CollapseMonitor,
     CriticWarmup,
     EntropyBonus,
     KLEarlyStop,
@@ -24,8 +27,10 @@ from lit_ppo.callbacks import (
     PTXLoss,
     ReferenceUpdate,
     RejectionSampling,
+    RewardHackingMonitor,
     RewardNormalization,
     RewardScaling,
+    SampleLogger,
     ValueNormalization,
 )
 from lit_ppo.checkpoint import StepCheckpoint, find_last, steps_logged
@@ -145,12 +150,25 @@ def last_checkpoint(folder: Path) -> Path | None:
         return None
 
 
+def brevity(prompts: list[str], responses: list[str]) -> list[float]:
+    """The opposite of the reward."""
+    return [-float(len(response.split())) for response in responses]
+
+
 def tricks_of(run: str, folder: Path) -> list[Any]:
     """All that keep a state and can stand together; of those that exclude each other, ``"others"`` has the rest."""
     if run == "others":
         return [RewardScaling(decay=0.9), ReferenceUpdate(decay=0.7)]
     texts = folder / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": " ".join(WORDS[i : i + 3 + i % 3])}) + "\n" for i in range(5)))
+    if run == "monitors":
+        return [
+            AlignmentTax(TextDataModule(str(texts), batch_size=2), every=2),
+            Cockpit(every=2, figures_every=3, best_of_prompts=2, best_of=2),
+            CollapseMonitor(),
+            RewardHackingMonitor(brevity, prompts=4, every=2),
+            SampleLogger(every=3, prompts=2),
+        ]
     return [
         CriticWarmup(updates=2),
         PrioritizedSampling(scale=(0.0, 10.0)),
@@ -169,7 +187,7 @@ def tricks_of(run: str, folder: Path) -> list[Any]:
 def train(folder: Path, actor: Path, updates: int, run: str) -> None:
     """The run, from wherever it stands, as the command makes it: two batches an epoch, validation every third."""
     newest = last_checkpoint(folder)
-    purge = None if newest is None else steps_logged(read_summary(newest))
+    purge = 0 if newest is None else steps_logged(read_summary(newest))
     logger = TensorBoardLogger(folder, name="", version=0, purge_step=purge, default_hp_metric=False)
     checkpoint = StepCheckpoint(every_n_train_steps=1)
     checkpoint.log_again = newest is not None
