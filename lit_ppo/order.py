@@ -66,7 +66,7 @@ def checked_weights(where: str, weights: Sequence[float] | np.ndarray | Tensor, 
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """A permutation of each epoch from seed and epoch, this rank's share of it, from ``start`` on in the next pass.
+    """A permutation of each epoch from seed and epoch, this rank's share of it, from ``start`` on.
 
     Lightning keeps a ``DistributedSampler`` as it is and tells it the epoch; any other sampler it would replace by
     one of its own when there are several ranks, with another seed.
@@ -75,9 +75,7 @@ class EpochSampler(DistributedSampler[Any]):
     start = 0
 
     def __iter__(self) -> Iterator[Any]:
-        rows = list(super().__iter__())
-        start, self.start = self.start, 0
-        return iter(rows[start:])
+        return iter(list(super().__iter__())[self.start :])
 
 
 class ResumableLoader(DataLoader[Any]):

@@ -26,7 +26,7 @@ def deal(
     >>> deal([5, 1, 3, 2, 4], 2, micro_batch_size=2)
     [[[0, 3], [1]], [[4, 2], []]]
     """
-    longest_first = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])  # of one length: in their order
     # there and back again (0 1 1 0 0 1 ...), so that no rank always gets the longer row of a pair
     shares = [[row for i, row in enumerate(longest_first) if _rank(i, n_ranks) == rank] for rank in range(n_ranks)]
     if micro_batch_tokens is None:

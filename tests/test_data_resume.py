@@ -268,6 +268,15 @@ def test_weights_hold_from_the_next_batch_on(tmp_path: Path, file: Path) -> None
     assert seen[:2] + seen[9:] == expected_batches()[:2] + expected_batches()[9:]
 
 
+def test_a_weighted_batch_is_the_documented_draw(tmp_path: Path, file: Path) -> None:
+    """From [seed, batch, 1]: with two keys it would be drawn from the numbers that shuffled the epochs."""
+    weights = np.array([0.0, 0.1, 0.2, 0.1, 1.0, 0.3, 0.4])
+    seen = fit(tmp_path / "run", prompts(file), WeightsAfter(2, weights.tolist()), max_epochs=1).seen
+    chances = weights / weights.sum()
+    drawn = np.random.default_rng([SEED, 2, 1]).choice(N_ROWS, size=BATCH, replace=False, p=chances)
+    assert seen[2] == (0, 2, drawn.tolist())
+
+
 def test_resumed_run_keeps_its_weights(tmp_path: Path, file: Path) -> None:
     weights = [0.0, 0.1, 0.2, 0.1, 1.0, 0.3, 0.4]
     data = prompts(file)

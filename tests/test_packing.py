@@ -131,3 +131,14 @@ def test_a_family_whose_window_only_its_mask_knows_goes_without(tmp_path):
     assert model.config._attn_implementation == "sdpa"
     states, _ = read_tokens(model.base_model, *batch("left", extra=2))
     torch.testing.assert_close(states, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_a_family_with_layers_of_another_kind_goes_without(tmp_path):
+    """Chunks are as long as no row that is tried: in a few tokens they look like full attention."""
+    model = AutoModelForCausalLM.from_pretrained(make_causal_lm(tmp_path, "llama")).eval()
+    model.config.layer_types = ["full_attention", "chunked_attention"]
+    use_packing(model)
+    assert model.config._attn_implementation == "sdpa"
+    model.config.layer_types = ["full_attention", "full_attention"]
+    use_packing(model)
+    assert model.config._attn_implementation == NAME

@@ -176,15 +176,16 @@ def test_types_are_told_apart() -> None:
     assert not changes({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]})
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["seed_everything", "model.class_path", "model.init_args.actor", "model.init_args.reference", "report.prompts"],
-)
+MODELS = ["actor", "critic", "reference", "actor_lora", "critic_lora", "critic_lora.r", "model", "tokenizer"]
+NOT_MODELS = ["seed_everything", "model.class_path", "data.class_path", "report.prompts"]
+
+
+@pytest.mark.parametrize("name", [*NOT_MODELS, *(f"model.init_args.{name}" for name in MODELS)])
 def test_what_cannot_change_is_refused(name: str) -> None:
     with pytest.raises(CommandError, match=rf"x.ckpt: {name} was 'a', now 'b', and cannot change within a run") as told:
         check_changes("x.ckpt", {"trainer.max_steps": (1, 2), name: ("a", "b")})
     assert told.value.exit_code == 2
-    check_changes("x.ckpt", {"trainer.max_steps": (1, 2)})
+    check_changes("x.ckpt", {"trainer.max_steps": (1, 2), "model.init_args.critic_optimizer.init_args.lr": (1, 2)})
 
 
 # The command
