@@ -58,6 +58,12 @@ CHANGED: dict[str, tuple[dict[str, Any], dict[str, Any], str, list[float]]] = {
         "policy/lr",
         [2e-3, 1e-3],
     ),
+    "rate under a schedule that multiplies the first one": (
+        {"actor_scheduler": halved_by_number},
+        {"actor_scheduler": halved_by_number, "actor_optimizer": adam(8e-3)},
+        "policy/lr",
+        [2e-3, 1e-3],
+    ),
     "schedule": (  # 0.01 x 0.1^2, 0.01 x 0.1^3
         {"critic_scheduler": exponential(0.5)},
         {"critic_scheduler": exponential(0.1)},
@@ -88,6 +94,15 @@ def test_a_changed_value_takes_effect(
     fit(tmp_path, actor, updates=2, **before)
     _, rows = fit(tmp_path, actor, updates=4, start=2, **after)
     assert [row[tag] for row in rows] == pytest.approx(values, rel=1e-6)
+
+
+def test_updates_in_which_the_actor_rested_are_no_steps_of_its_schedule(tmp_path: Path, actor: Path) -> None:
+    """One of the two updates before: the new schedule has done one step, 0.008 x 0.5."""
+    schedule = {"actor_scheduler": exponential(0.5)}
+    fit(tmp_path, actor, CriticWarmup(updates=1), updates=2, **schedule)
+    later = {"start": 2, "actor_optimizer": adam(8e-3), **schedule}
+    _, rows = fit(tmp_path, actor, CriticWarmup(updates=1), updates=4, **later)
+    assert [row["policy/lr"] for row in rows] == pytest.approx([4e-3, 2e-3], rel=1e-6)
 
 
 def test_a_longer_run_stretches_its_schedule(tmp_path: Path, actor: Path) -> None:
@@ -174,6 +189,11 @@ def test_callbacks_are_compared_by_class_not_by_place() -> None:
 def test_types_are_told_apart() -> None:
     assert changes({"a": 1, "b": 0}, {"a": 1.0, "b": False}) == {"a": (1, 1.0), "b": (0, False)}
     assert not changes({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]})
+
+
+def test_what_says_nothing_of_the_run_is_ignored_at_the_top_alone() -> None:
+    assert not changes({"config": "a", "stages": ["a"], "ckpt_path": None}, {"config": "b", "weights_only": True})
+    assert changes({"model": {"config": "a"}}, {"model": {"config": "b"}}) == {"model.config": ("a", "b")}
 
 
 MODELS = ["actor", "critic", "reference", "actor_lora", "critic_lora", "critic_lora.r", "model", "tokenizer"]
