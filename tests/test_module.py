@@ -1,6 +1,7 @@
 """LitPPO against a slow oracle, and the invariances that make its numbers trustworthy."""
 
 import inspect
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 
-from lit_ppo import LitPPO, LitRewardModel, LitSFT
+from lit_ppo import LitPPO, LitRewardModel, LitSFT, policy
 from lit_ppo.advantages import GAE
 from lit_ppo.callbacks.base import HOOKS
 from lit_ppo.metrics import peak_memory
@@ -250,6 +251,16 @@ def test_metrics_are_those_of_the_experience(tmp_path, gpt2):
     assert row["throughput/tokens_per_second"] == pytest.approx(n_tokens / sum(seconds.values()))
 
 
+def test_each_updates_seconds_are_its_own(tmp_path, gpt2, monkeypatch):
+    """By a clock that goes on by one each time it is looked at: each of three phases takes 1 s, an update 3 s."""
+    monkeypatch.setattr(policy, "perf_counter", itertools.count().__next__)
+    _, recorder, trainer = record(tmp_path, gpt2)
+    for experience, row in zip(recorder.experiences, logged(trainer), strict=True):
+        assert [row[f"time/{phase}"] for phase in ("rollout", "score", "update")] == [1.0, 1.0, 1.0]
+        n_tokens = int(experience.response_mask.sum())
+        assert row["throughput/tokens_per_second"] == pytest.approx(n_tokens / 3, rel=1e-6)
+
+
 def test_the_memory_logged_is_the_process_own(tmp_path, gpt2):
     """As Linux has it, kB in /proc; a process with torch in it has over 100 MiB."""
     _, trainer = record(tmp_path, gpt2)[1:]
@@ -355,6 +366,15 @@ def test_a_frozen_actor_runs_neither_forward_nor_schedule(tmp_path, gpt2):
     assert [row["policy/lr"] for row in rows] == pytest.approx([0.1, 0.1, 0.05])
     assert recorder.experiences[1].kl.abs().max() < 1e-5  # still the reference
     assert trainer.global_step == 3
+
+
+def test_a_model_that_comes_to_rest_has_no_gradient_any_more(tmp_path, gpt2):
+    class Freeze(L.Callback):
+        def on_rollout_start(self, trainer: Any, pl_module: Any, prompts: Any) -> None:
+            pl_module.actor_frozen = trainer.global_step == 1
+
+    _, _, trainer = record(tmp_path, gpt2, Freeze())
+    assert ["policy/grad_norm" in row for row in logged(trainer)] == [True, False]
 
 
 def test_exhausted_cancels_the_step_and_ends_the_update(tmp_path, gpt2):
