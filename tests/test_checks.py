@@ -1,6 +1,8 @@
 """What is refused before the first rollout, each with class, argument, value and remedy."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from lit_ppo import LitPPO
 from lit_ppo.advantages import GroupRelative, LeaveOneOut, Reinforce
 from lit_ppo.checkpoint import StepCheckpoint
-from lit_ppo.preflight import check_batch
+from lit_ppo.preflight import check_batch, check_disk
 from lit_ppo.rewards import RewardModel
 from tests.tiny import WORDS, make_causal_lm, make_reward_model, make_tokenizer
 from tests.toys import make_data, make_module, make_trainer
@@ -155,6 +157,23 @@ def test_a_full_disk_is_found_before_the_first_rollout(tmp_path, tiny_lm, monkey
         trainer.fit(make_module(tiny_lm), make_data(tmp_path))
 
 
+def test_room_for_three_checkpoints_is_enough(tmp_path, tiny_lm, monkeypatch):
+    """Two are kept and the next is written before the oldest goes; each number trained takes 12 bytes with its moments.
+
+    One weight is a share, of 500 numbers in all; the frozen reference is in no checkpoint.
+    """
+    module = make_module(tiny_lm)
+    module.configure_model()
+    module._trainer = make_trainer(tmp_path, enable_checkpointing=True, callbacks=[StepCheckpoint()])
+    trained = [*module.actor.parameters(), *module.critic.parameters()]
+    trained[0].whole_shape = torch.Size([5, 100])
+    need = 3 * 12 * (500 + sum(p.numel() for p in trained[1:]))
+    for free in (need, need - 1):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        with nullcontext() if free == need else pytest.raises(ValueError, match="make room or choose another folder"):
+            check_disk(module)
+
+
 def test_sampling_filters_are_warned_about(tmp_path, tiny_lm):
     module = make_module(tiny_lm, generation={"max_new_tokens": 4, "top_k": 5})
     with pytest.warns(UserWarning, match="top_k sample from another distribution"):
@@ -169,22 +188,42 @@ def test_weights_in_half_precision_are_refused(tmp_path, tiny_lm, precision):
         trainer.fit(make_module(tiny_lm), make_data(tmp_path))
 
 
-def test_the_longest_micro_batch_is_tried_and_leaves_no_trace(tmp_path, tiny_lm, monkeypatch):
-    """Longest prompt 4, 10 new tokens, 3 rows: seen by the actor before any rollout."""
-    seen = []
-    forward = LitPPO.actor_forward
-    monkeypatch.setattr(
-        LitPPO,
-        "actor_forward",
-        lambda self, model, rows, **kw: (
-            seen.append((len(rows), rows.response_mask.sum().item(), rows.prompt_mask.sum().item()))
-            or forward(self, model, rows, **kw)
-        ),
-    )
-    module = make_module(tiny_lm)
+@pytest.mark.parametrize(
+    ("split", "n_rows"),
+    [
+        ({"micro_batch_size": 3}, 3),
+        ({"micro_batch_size": 9}, 5),  # no more than a minibatch
+        ({"micro_batch_size": None}, 5),
+        ({"micro_batch_size": None, "micro_batch_tokens": 41}, 2),  # rows of 14 tokens
+        ({"micro_batch_size": None, "micro_batch_tokens": 13}, 1),  # a longer row stands alone
+    ],
+)
+def test_the_longest_micro_batch_is_tried_and_leaves_no_trace(tmp_path, tiny_lm, monkeypatch, split, n_rows):
+    """Longest prompt 4, 10 new tokens, minibatches of 5 rows: seen forward and backward before any rollout."""
+    seen, backward = [], []
+
+    def seeing(name):
+        forward = getattr(LitPPO, name)
+
+        def sees(self, model, rows, **options):
+            seen.append((name, len(rows), int(rows.response_mask.sum()), int(rows.prompt_mask.sum())))
+            return forward(self, model, rows, **options)
+
+        monkeypatch.setattr(LitPPO, name, sees)
+
+    def gradients(self, loss):
+        loss.backward()
+        models = {"actor": self.actor, "critic": self.critic}
+        backward.append([name for name, model in models.items() if any(p.grad is not None for p in model.parameters())])
+
+    seeing("actor_forward")
+    seeing("critic_forward")
+    monkeypatch.setattr(LitPPO, "manual_backward", gradients)
+    module = make_module(tiny_lm, **split)
     trainer = make_trainer(tmp_path, max_steps=0)
     trainer.fit(module, make_data(tmp_path))
-    assert seen == [(3, 30, 12)]
+    assert seen == [(name, n_rows, 10 * n_rows, 4 * n_rows) for name in ("actor_forward", "critic_forward")]
+    assert backward == [["actor"], ["actor", "critic"]]
     start = make_module(tiny_lm)
     start.configure_model()
     assert all(p.grad is None for p in module.parameters())

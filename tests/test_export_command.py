@@ -8,6 +8,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 
+from lit_ppo.export import write_model
 from tests.command import run_command
 from tests.test_cli import CONFIG
 from tests.test_resume_config import ppo
@@ -57,6 +58,35 @@ def test_any_module_that_can_be_saved(tmp_path: Path) -> None:
     last = "runs/version_0/checkpoints/step-000008.ckpt"
     run_command("export", f"--ckpt_path={last}", "--output=deep/out", cwd=tmp_path).ok()
     assert files(tmp_path / "deep/out") == files(tmp_path / "runs/version_0/model")
+
+
+def test_a_checkpoint_of_other_models_is_refused(tmp_path: Path, run: Path) -> None:
+    """Else what it lacks would be exported as it was before training."""
+    (checkpoint,) = run.rglob("*.ckpt")
+    state = torch.load(checkpoint, weights_only=True)
+    del state["state_dict"]["actor.model.transformer.wte.weight"]
+    torch.save(state, tmp_path / "other.ckpt")
+    command = ["export", "--ckpt_path=other.ckpt", "--output=out"]
+    run_command(*command, cwd=tmp_path).refused("none of LitPPO with these models", "it lacks actor.model")
+    assert not (tmp_path / "out").exists()
+
+
+class Saves:
+    """As much of a module as is asked for."""
+
+    def save_pretrained(self, dirpath: Path) -> None:
+        (dirpath / "config.json").write_text("new")
+
+
+def test_a_model_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    """Files of the one before are gone, and so is what an export that was killed left behind."""
+    for name in ("model", "model.partial", "model.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shard.safetensors").write_text("of before")
+    write_model(Saves(), tmp_path / "model")
+    assert files(tmp_path) == {"model/config.json": b"new"}
+    write_model(Saves(), tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_what_is_missing_or_in_the_way_is_named(tmp_path: Path, run: Path) -> None:

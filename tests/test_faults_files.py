@@ -1,18 +1,21 @@
 """Checkpoints that cannot be written or read, and files that would run code."""
 
 import json
+import os
 import pickle
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lit_ppo.checkpoint import StepCheckpoint, find_last
 from lit_ppo.models import load_causal_lm, load_critic, load_tokenizer
 from lit_ppo.rewards import RewardModel
-from lit_ppo.whole_files import CheckpointError, WholeFiles, put_in_place, read_summary
+from lit_ppo.whole_files import CheckpointError, WholeFiles, put_in_place, read_summary, use_whole_files
 from tests.command import run_command
 from tests.test_resume_config import ppo
 from tests.tiny import make_causal_lm, make_reward_model
@@ -70,6 +73,45 @@ def test_a_checkpoint_that_is_there_is_replaced_in_one_step(tmp_path: Path, save
     assert (folder / "name").read_text() == "sharded.partial"
 
 
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What is brought to the disk, with its size by then, and what is renamed, in turn."""
+    told: list[tuple[Any, ...]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        told.append(("sync", path.name, None if path.is_dir() else path.stat().st_size))
+        fsync(descriptor)
+
+    def replaced(old: Any, new: Any) -> None:
+        told.append(("rename", Path(old).name, Path(new).name))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    return told
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files")
+def test_bytes_are_on_the_disk_before_they_have_the_name_and_the_name_right_after(tmp_path: Path, disk: Any) -> None:
+    """Else a power cut leaves a checkpoint's name with half a file behind it, or the new file without its name."""
+    path = tmp_path / "saved" / "x.ckpt"
+    WholeFiles().save_checkpoint({"weight": torch.zeros(99)}, path)
+    size = path.stat().st_size
+    assert disk == [("sync", "x.ckpt.partial", size), ("rename", "x.ckpt.partial", "x.ckpt"), ("sync", "saved", None)]
+    disk.clear()
+    put_in_place(path, tmp_path / "saved" / "y.ckpt")
+    assert disk == [("sync", "x.ckpt", size), ("rename", "x.ckpt", "y.ckpt"), ("sync", "saved", None)]
+    folder = tmp_path / "z.ckpt.partial"  # as sharding strategies write
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner" / "0.distcp").write_bytes(b"three")
+    disk.clear()
+    put_in_place(folder, tmp_path / "z.ckpt")
+    inside = [("sync", "inner", None), ("sync", "0.distcp", 5), ("sync", "z.ckpt.partial", None)]
+    assert disk == [*inside, ("rename", "z.ckpt.partial", "z.ckpt"), ("sync", tmp_path.name, None)]
+
+
 def test_going_back_keeps_what_is_written_anew(tmp_path: Path, tiny_lm: Path) -> None:
     """Steps 1 to 3 are there, and the run goes on from 1 again: its new step 2 is the newest, not the oldest."""
     fit(tmp_path, tiny_lm, updates=3)
@@ -77,6 +119,31 @@ def test_going_back_keeps_what_is_written_anew(tmp_path: Path, tiny_lm: Path) ->
     fit(tmp_path, tiny_lm, updates=2, ckpt_path=first, keep=2)
     assert find_last(tmp_path, str(first.parent)).name == "step-000002.ckpt"
     assert sorted(path.name for path in first.parent.iterdir()) == ["step-000002.ckpt", "step-000003.ckpt"]
+    left_behind = first.with_name("step-000009.ckpt.partial")
+    left_behind.touch()
+    fit(tmp_path, tiny_lm, updates=2, keep=1)  # from the start: steps 1 and 2 once more
+    assert [path.name for path in first.parent.iterdir()] == ["step-000002.ckpt"]
+
+
+def test_a_second_run_with_the_same_callback_is_saved_too(tmp_path: Path, tiny_lm: Path) -> None:
+    """A notebook's cell run again: it ends at the step that the first one saved last."""
+    saving = StepCheckpoint(dirpath=str(tmp_path / "saved"))
+    for seed in (3, 4):
+        module = make_module(tiny_lm, seed=seed)
+        trainer = make_trainer(tmp_path, callbacks=[saving], max_steps=1, enable_checkpointing=True)
+        trainer.fit(module, make_data(tmp_path))
+    state = torch.load(tmp_path / "saved" / "step-000001.ckpt", weights_only=True)["state_dict"]
+    assert all(value.equal(module.state_dict()[name]) for name, value in state.items())
+
+
+def test_another_way_of_writing_checkpoints_is_left_alone() -> None:
+    class Own(TorchCheckpointIO):
+        """As given to ``Trainer(plugins=...)``."""
+
+    for given, used in ((TorchCheckpointIO(), WholeFiles), (Own(), Own)):
+        trainer: Any = SimpleNamespace(strategy=SimpleNamespace(checkpoint_io=given))
+        use_whole_files(trainer)
+        assert type(trainer.strategy.checkpoint_io) is used
 
 
 class Trap:

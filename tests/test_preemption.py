@@ -131,6 +131,9 @@ def test_a_second_signal_ends_the_run_at_once(capsys: pytest.CaptureFixture[str]
         with pytest.raises(SystemExit) as left:
             signal.raise_signal(signal.SIGTERM)
         assert left.value.code == 143
+        request.close()
+        request.listen(SimpleNamespace(_accelerator_connector=environment))  # type: ignore[arg-type]
+        assert request.agreed() == 0  # the next run has not been asked
     finally:
         request.close()
     assert signal.getsignal(signal.SIGTERM) is before

@@ -14,12 +14,12 @@ from tests.toys import logged, make_data, make_module, make_trainer
 UPDATES = 5  # two batches an epoch: into the third epoch
 
 
-def callbacks(folder: Path) -> list[Any]:
+def callbacks(folder: Path, **saving: Any) -> list[Any]:
     return [
         AdaptiveKL(target=0.01, horizon=50),
         CriticWarmup(updates=2),
         RewardNormalization(),
-        StepCheckpoint(every_n_train_steps=1, keep=9, dirpath=str(folder / "checkpoints")),
+        StepCheckpoint(**{"every_n_train_steps": 1, "keep": 9, "dirpath": str(folder / "checkpoints"), **saving}),
     ]
 
 
@@ -32,10 +32,10 @@ def halve(optimizer: Any) -> Any:
 
 
 def fit(
-    folder: Path, actor: Path, ckpt_path: Path | None = None, updates: int = UPDATES
+    folder: Path, actor: Path, ckpt_path: Path | None = None, updates: int = UPDATES, **saving: Any
 ) -> tuple[Any, list[dict[str, float]]]:
     module = make_module(actor, actor_optimizer=adam, critic_optimizer=adam, actor_scheduler=halve)
-    trainer = make_trainer(folder, callbacks=callbacks(folder), max_steps=updates, enable_checkpointing=True)
+    trainer = make_trainer(folder, callbacks=callbacks(folder, **saving), max_steps=updates, enable_checkpointing=True)
     trainer.fit(module, make_data(folder), ckpt_path=None if ckpt_path is None else str(ckpt_path), weights_only=False)
     return module, logged(trainer)
 
@@ -60,6 +60,16 @@ def test_going_on_after_any_update_changes_nothing(tmp_path, whole, stop):
                 assert row[name] == value, name
     for name, value in module.state_dict().items():
         assert value.equal(weights[name]), name
+
+
+def test_a_run_that_ended_goes_on_where_more_updates_are_asked_for(tmp_path, whole):
+    """In the middle of an epoch, which Lightning counts as done by the end of training: it was saved before."""
+    _, actor, weights, rows = whole
+    saving = {"every_n_train_steps": 50}
+    fit(tmp_path, actor, updates=3, **saving)
+    module, resumed = fit(tmp_path, actor, tmp_path / "checkpoints" / "step-000003.ckpt", **saving)
+    assert [row["epoch"] for row in resumed] == [row["epoch"] for row in rows[3:]] == [1, 2]
+    assert all(value.equal(weights[name]) for name, value in module.state_dict().items())
 
 
 def test_the_reference_after_resume_is_what_the_run_started_from(tmp_path, whole):

@@ -19,6 +19,8 @@ def test_decoding_gives_back_the_text_with_one_leading_space(tmp_path: Path) -> 
     unseen = "Zwölf 日本 \t tabs,  two spaces .\nnew line"
     for text in (*TEXTS, unseen):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == " " + text.removeprefix(" ")
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert saved["clean_up_tokenization_spaces"] is False  # transformers 4 takes silence for yes
 
 
 def test_word_has_one_token_at_the_start_and_inside(tmp_path: Path) -> None:
