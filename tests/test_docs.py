@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.command import REPOSITORY, run_command
@@ -46,7 +47,7 @@ def test_metrics_named_there_are_logged_here(tmp_path: Path, tiny_lm: Path, tiny
         "runs/reward/version_0/model", str(tiny_reward)
     )
     (tmp_path / "migrated.yaml").write_text(block)
-    arguments = ["--config", "migrated.yaml", "--model.generation.max_new_tokens=4", "--trainer.max_steps=1"]
+    arguments = ["--config", "migrated.yaml", "--model.generation.max_new_tokens=4", "--trainer.max_steps=2"]
     run_command("fit", *arguments, cwd=tmp_path).ok()
     events = EventAccumulator(str(tmp_path / "runs/migrated/version_0")).Reload()
     table = FROM_TRL.split("## Metrics\n")[1]
@@ -54,3 +55,7 @@ def test_metrics_named_there_are_logged_here(tmp_path: Path, tiny_lm: Path, tiny
     named = {name for row in ours for name in re.findall(r"`(\w+/\w+)`", row)}
     assert len(named) > 10
     assert named <= set(events.Tags()["scalars"])
+    # as TRL: 3e-6 at the first of ceil(10,000 / 32) = 313 updates, less a 313th of it with each
+    assert "max_steps: 313 " in block
+    for tag in ("policy/lr", "value/lr"):
+        assert [point.value for point in events.Scalars(tag)] == pytest.approx([3e-6, 3e-6 * 312 / 313], rel=1e-5)
