@@ -15,6 +15,10 @@ FILE = "samples.jsonl"
 SQUARES = ((2.0, "🟥"), (0.5, "🟧"), (0.1, "🟨"))  # nats, from which on a token gets which
 LESS_LIKELY = "🟦"
 NUMBERS = ("score", "KL")  # columns
+LEGEND = "KL of the token behind it, nats: " + ", ".join(
+    [f"{colour} from {least:g}" for least, colour in reversed(SQUARES)]
+    + [f"{LESS_LIKELY} from {-SQUARES[-1][0]:g} down"]
+)
 
 
 class SampleLogger(PPOCallback):
@@ -119,7 +123,8 @@ class SampleLogger(PPOCallback):
             coloured = "".join(square(kl) + text for text, kl in sample["tokens"])
             numbers = [f"{before['score']:+.2f}", coloured, f"{sample['score']:+.2f}", f"{sample['kl']:+.2f}"]
             rows.append([sample["prompt"], before["response"], *numbers])
-        return html_table(["prompt", "before the first update", "score", after, "score", "KL"], rows, NUMBERS)
+        table = html_table(["prompt", "before the first update", "score", after, "score", "KL"], rows, NUMBERS)
+        return f"{table}\n\n{LEGEND}"
 
     def state_dict(self) -> dict[str, Any]:
         """What the run started from, and how far it is."""

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_ppo.callbacks import SampleLogger
+from lit_ppo.callbacks.sample_logger import LEGEND
 from lit_ppo.callbacks.showing import pieces, printable
 from tests.callbacks.toy import Recorder, Spy, Toy, ToyData, run_updates, trainer_of
 from tests.callbacks.trick import Trick
@@ -38,6 +39,8 @@ class Cells(HTMLParser):
         self.rows: list[list[str]] = []
         self.tags: set[str] = set()
         self.whole: list[str] = []  # what is not broken into lines
+        self.below = ""  # the table
+        self.in_cell = False
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
@@ -46,10 +49,17 @@ class Cells(HTMLParser):
             self.rows.append([])
         if tag in ("td", "th"):
             self.rows[-1].append("")
+            self.in_cell = True
         self.keeps = tag == "pre"
 
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self.in_cell = False
+
     def handle_data(self, data: str) -> None:
-        if self.rows and self.rows[-1]:
+        if not self.in_cell:
+            self.below += data.strip()
+        else:
             self.rows[-1][-1] += data
             self.whole += [data] * self.keeps
 
@@ -134,6 +144,8 @@ def test_tokens_are_coloured_by_their_kl():
     table = sampler._table([{"prompt": "p", "response": "abcdef", "score": 0.0, "kl": 2.46, "tokens": tokens}])
     assert shown(table).rows[1] == ["p", "(not asked)", "+nan", "a🟨b🟧c🟥de🟦f", "+0.00", "+2.46"]
     assert shown(table).rows[0][3] == "after one update"
+    legend = "KL of the token behind it, nats: 🟨 from 0.1, 🟧 from 0.5, 🟥 from 2, 🟦 from -0.1 down"
+    assert shown(table).below == legend
 
 
 def test_held_out_prompts_come_first_then_the_training_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -258,7 +270,8 @@ def test_a_response_is_shown_as_text_whatever_it_is(wicked: str):
     sampler._updates, sampler._before = 3, [{"prompt": wicked, "response": wicked, "score": 1.0}]
     tokens = [[wicked, 0.0]]
     cells = shown(sampler._table([{"prompt": wicked, "response": wicked, "score": 2.0, "kl": 0.0, "tokens": tokens}]))
-    assert cells.tags == {"table", "thead", "tbody", "tr", "th", "td", "pre"}
+    assert cells.tags == {"table", "thead", "tbody", "tr", "th", "td", "pre", "p"}
+    assert cells.below == LEGEND  # and nothing of the table
     assert cells.whole == ["score", "score", "KL", "+1.00", "+2.00", "+0.00"]  # TensorBoard breaks numbers in two
     written_out = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in wicked)
     assert cells.rows[1] == [written_out, written_out, "+1.00", written_out, "+2.00", "+0.00"]
