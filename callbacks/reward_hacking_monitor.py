@@ -99,11 +99,13 @@ class RewardHackingMonitor(PPOCallback):
         self._ratings: Ratings = {}  # as last read
         self._kept: str | None = None  # checkpoint of the best update
         self._goes_back = False
+        self._back_at: int | None = None  # update whose weights the run has ended with
 
     @property
     def told(self) -> list[str]:
         """Every warning of the run in few words, for its summary."""
-        return [f"{VERDICTS[verdict]} at update {update}" for verdict, update in self._said.items()]
+        said = [f"{VERDICTS[verdict]} at update {update}" for verdict, update in self._said.items()]
+        return said if self._back_at is None else [*said, f"back to the weights of update {self._back_at}"]
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Refuse a module that cannot be asked, and a second monitor."""
@@ -128,10 +130,11 @@ class RewardHackingMonitor(PPOCallback):
                     f"RewardHackingMonitor(gold={self.gold!r}): there are ratings already, of another run, as this one "
                     "has not begun; name a new file"
                 )
+            rank_zero_info(f"RewardHackingMonitor: reads ratings from {Path(str(self.gold)).expanduser().absolute()}")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Measure what the run starts from."""
-        self._goes_back = False
+        self._goes_back, self._back_at = False, None
         if not self._courses:
             self._measure(trainer, pl_module)
 
@@ -175,6 +178,7 @@ class RewardHackingMonitor(PPOCallback):
             return
         checkpoint = trainer.strategy.load_checkpoint(kept)
         trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
+        self._back_at = best
         if trainer.is_global_zero:
             Path(kept).touch()
         rank_zero_info(f"RewardHackingMonitor: back to the weights of update {best}; {kept} goes on from there")

@@ -119,6 +119,7 @@ def test_the_run_ends_with_the_weights_of_the_best_update(gamed: Any) -> None:
     best = best_of(monitor)
     assert 0 < best < trainer.global_step < UPDATES
     assert_same(weights.end, weights.after[best])
+    assert monitor.told[1:] == [f"back to the weights of update {best}"]  # in the run's summary
     last = weights.after[trainer.global_step]
     for name in ("actor.model.transformer.wte.weight", "critic.value_head.weight"):
         assert not torch.equal(weights.end[name], last[name]), name

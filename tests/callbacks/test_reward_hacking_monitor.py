@@ -1,6 +1,7 @@
 """RewardHackingMonitor: the rule on series made by hand, what is measured, and a proxy that rises while gold falls."""
 
 import json
+import logging
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -287,6 +288,15 @@ def test_ratings_of_people_are_gold_as_they_come_in(tmp_path: Path) -> None:
         "rose from 0.5 to 2.12 and the held-out score from 0.5 to 2.12, while gold scores fell from 2 to 1, over "
         "0.25 times their standard deviation of 1.48; go back there, raise kl_coef, or mend the reward"
     ]
+
+
+def test_it_says_where_it_expects_ratings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
+        watch(by_hand(gold="ratings.jsonl"), UP[:1], UP[:1], [0.0])
+    assert caplog.messages.count(f"RewardHackingMonitor: reads ratings from {tmp_path / 'ratings.jsonl'}") == 1
 
 
 def test_ratings_are_smoothed_as_scores_are(tmp_path: Path) -> None:
