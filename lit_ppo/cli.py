@@ -9,13 +9,16 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lit_ppo.errors import CommandError, running_error
 from lit_ppo.heartbeat import Heartbeat
 from lit_ppo.interrupt import Interrupts, is_first_process
+
+LIGHTNING_LOG = logging.getLogger("lightning.pytorch.utilities.rank_zero")
 
 
 def main(args: list[str] | None = None) -> int:
@@ -78,6 +81,7 @@ class Session:
         self.heartbeat.say("lit-ppo: loading PyTorch, transformers and Lightning", doing="loading libraries")
         from lit_ppo.command import Command
 
+        warnings.formatwarning = _worded(warnings.formatwarning)
         if not sys.stdout.isatty():
             from transformers.utils.logging import disable_progress_bar
 
@@ -126,18 +130,29 @@ def _without_ckpt_path(arguments: list[str]) -> list[str]:
 def process_state() -> Iterator[None]:
     """Put environment and import path back afterwards: a second call in the same process starts alike."""
     environment, path = dict(os.environ), list(sys.path)
-    lightning_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    lightning_log.addFilter(_no_advertisement)
+    filters, worded = list(LIGHTNING_LOG.filters), warnings.formatwarning
+    LIGHTNING_LOG.addFilter(_no_advertisement)
     try:
         with warnings.catch_warnings():
             # Lightning 2.6 with torch 2.13; nothing that a user could do anything about.
             warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
             yield
     finally:
-        lightning_log.removeFilter(_no_advertisement)
+        LIGHTNING_LOG.filters[:], warnings.formatwarning = filters, worded
         os.environ.clear()
         os.environ.update(environment)
         sys.path[:] = path
+
+
+def _worded(other: Callable[..., str]) -> Callable[..., str]:
+    """What this package warns of in words alone: where that stands in its source helps nobody."""
+
+    def worded(message: Any, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
+        if Path(filename).is_relative_to(Path(__file__).parent):
+            return f"lit-ppo: warning: {message}\n"
+        return other(message, category, filename, lineno, line)
+
+    return worded
 
 
 def _no_advertisement(record: logging.LogRecord) -> bool:

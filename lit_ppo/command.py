@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import lit_ppo.all_names  # noqa: F401  short names in configurations are those of imported classes
 from lit_ppo.checkpoint import RUN, StepCheckpoint, find_checkpoints, find_last, steps_logged
+from lit_ppo.cli import LIGHTNING_LOG
 from lit_ppo.errors import CommandError, parsing_error
 from lit_ppo.export import ExportModel
 from lit_ppo.module import LitPPO
@@ -247,6 +248,10 @@ class Command(LightningCLI):
         checkpoint = self._get(self.config_init, "checkpoint")
         checkpoint.config, checkpoint.log_again = self._effective(self._config), self.goes_on
         self.session.interrupts.will_stop = lambda: checkpoint.stop_request.listening
+        # Lightning takes the last epoch for done, also where a callback has ended it
+        LIGHTNING_LOG.addFilter(
+            lambda record: not (self.trainer.should_stop and "stopped: `max_epochs=" in record.getMessage())
+        )
         # told above, as old -> new
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks used to create")
         if self.trainer.is_global_zero and checkpoint in self.trainer.callbacks:  # type: ignore[attr-defined]

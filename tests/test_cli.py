@@ -118,6 +118,41 @@ def test_overlays_append_callbacks_by_short_name(config: Path, tmp_path: Path) -
     assert "psst!" in run_command(*args, cwd=tmp_path).ok().out
 
 
+STOPS = """
+import warnings
+
+import lightning as L
+
+from lit_ppo.callbacks.checks import warn_of_gaps
+
+
+class Stops(L.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 3:
+            warn_of_gaps(self, trainer)
+            warnings.warn("the writer of the callback looks for this", stacklevel=1)
+            trainer.should_stop = True
+"""
+
+
+def test_warnings_are_words_and_an_epoch_that_a_callback_ends_is_not_called_the_last(
+    config: Path, tmp_path: Path
+) -> None:
+    """The place in the source is told of what is not ours."""
+    (tmp_path / "mine.py").write_text(STOPS)
+    limit = "`Trainer.fit` stopped: `max_epochs=1` reached."
+    whole = run_command("fit", "--config", config, cwd=tmp_path).ok()
+    assert limit in whole.out + whole.err
+    ended = run_command(
+        "fit", "--config", config, "--trainer.callbacks+=mine.Stops", "--trainer.log_every_n_steps=2", cwd=tmp_path
+    ).ok()
+    assert limit not in ended.out + ended.err
+    assert "Stopped early: 3 of 8 steps" in ended.out
+    said = (ended.out + ended.err).splitlines()
+    assert any(line.startswith("lit-ppo: warning: Stops: Trainer(log_every_n_steps=2) logs other") for line in said)
+    assert any(re.search(r"mine.py:\d+: UserWarning: the writer of the callback", line) for line in said)
+
+
 @pytest.mark.parametrize("name", ["AdaptiveKL", "AdvantageNormalization", "ValueClipping"])
 def test_tricks_by_short_name(config: Path, tmp_path: Path, name: str) -> None:
     result = run_command("fit", "--config", config, f"--trainer.callbacks+={name}", "--print_config", cwd=tmp_path).ok()
