@@ -124,7 +124,7 @@ class SampleLogger(PPOCallback):
             numbers = [f"{before['score']:+.2f}", coloured, f"{sample['score']:+.2f}", f"{sample['kl']:+.2f}"]
             rows.append([sample["prompt"], before["response"], *numbers])
         table = html_table(["prompt", "before the first update", "score", after, "score", "KL"], rows, NUMBERS)
-        return f"{table}\n\n{LEGEND}"
+        return f"{LEGEND}\n\n{table}"  # below it nobody would see it: TensorBoard shows a part of the table
 
     def state_dict(self) -> dict[str, Any]:
         """What the run started from, and how far it is."""

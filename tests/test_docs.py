@@ -2,9 +2,12 @@
 
 import json
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.command import REPOSITORY, run_command
@@ -59,3 +62,22 @@ def test_metrics_named_there_are_logged_here(tmp_path: Path, tiny_lm: Path, tiny
     assert "max_steps: 313 " in block
     for tag in ("policy/lr", "value/lr"):
         assert [point.value for point in events.Scalars(tag)] == pytest.approx([3e-6, 3e-6 * 312 / 313], rel=1e-5)
+
+
+def test_the_command_that_switches_the_monitors_on(tmp_path: Path) -> None:
+    """What stands behind a configuration on the command line is said to its callback."""
+    shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
+    page = (REPOSITORY / "docs/monitoring.md").read_text()
+    (block,) = re.findall(r"```bash\n(lit-ppo .*?)\ntensorboard", page, re.DOTALL)
+    gold = ["--trainer.callbacks.init_args.gold", "my_rewards.truth"]
+    arguments = shlex.split(block.replace("\\\n", ""))[1:]
+    behind = arguments.index("configs/monitors/reward_hacking_monitor.yaml") + 1
+    arguments[behind:behind] = gold
+    printed = yaml.safe_load(run_command(*arguments, "--print_config", cwd=tmp_path).ok().out)
+    callbacks = printed["trainer"]["callbacks"]
+    given = {callback["class_path"].split(".")[-1]: callback["init_args"] for callback in callbacks}
+    assert given.keys() - {"AdvantageNormalization"} == {
+        path.stem.title().replace("_", "") for path in (REPOSITORY / "configs/monitors").iterdir()
+    }
+    assert given["AlignmentTax"]["data"]["init_args"]["path"] == "reviews.jsonl"
+    assert given["RewardHackingMonitor"]["gold"] == "my_rewards.truth"

@@ -39,7 +39,7 @@ class Cells(HTMLParser):
         self.rows: list[list[str]] = []
         self.tags: set[str] = set()
         self.whole: list[str] = []  # what is not broken into lines
-        self.below = ""  # the table
+        self.beside = ""  # the table
         self.in_cell = False
         self.feed(html)
 
@@ -58,7 +58,7 @@ class Cells(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if not self.in_cell:
-            self.below += data.strip()
+            self.beside += data.strip()
         else:
             self.rows[-1][-1] += data
             self.whole += [data] * self.keeps
@@ -145,7 +145,7 @@ def test_tokens_are_coloured_by_their_kl():
     assert shown(table).rows[1] == ["p", "(not asked)", "+nan", "a🟨b🟧c🟥de🟦f", "+0.00", "+2.46"]
     assert shown(table).rows[0][3] == "after one update"
     legend = "KL of the token behind it, nats: 🟨 from 0.1, 🟧 from 0.5, 🟥 from 2, 🟦 from -0.1 down"
-    assert shown(table).below == legend
+    assert shown(table).beside == legend
 
 
 def test_held_out_prompts_come_first_then_the_training_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -271,7 +271,7 @@ def test_a_response_is_shown_as_text_whatever_it_is(wicked: str):
     tokens = [[wicked, 0.0]]
     cells = shown(sampler._table([{"prompt": wicked, "response": wicked, "score": 2.0, "kl": 0.0, "tokens": tokens}]))
     assert cells.tags == {"table", "thead", "tbody", "tr", "th", "td", "pre", "p"}
-    assert cells.below == LEGEND  # and nothing of the table
+    assert cells.beside == LEGEND  # and nothing of the table
     assert cells.whole == ["score", "score", "KL", "+1.00", "+2.00", "+0.00"]  # TensorBoard breaks numbers in two
     written_out = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in wicked)
     assert cells.rows[1] == [written_out, written_out, "+1.00", written_out, "+2.00", "+0.00"]
