@@ -44,7 +44,8 @@ class Evaluation(Policy):
 
     def _evaluate(self, name: str, prompts: Any, batch_idx: int) -> None:
         stream = f"{name}/{batch_idx}"
-        experience = self.rollout(prompts, samples_per_prompt=1, stream=stream)
+        with self.at_work("rollout"):
+            experience = self.rollout(prompts, samples_per_prompt=1, stream=stream)
         scores = self._judged(experience)
         metrics = {
             **{f"score{judge}": values for judge, values in scores.items()},
@@ -62,17 +63,19 @@ class Evaluation(Policy):
 
     def _judged(self, experience: Experience) -> dict[str, Tensor]:
         """Scores by the training reward, under the empty name, and by whatever else has one."""
-        named = self.scores_by(self.rewards, experience)
-        if self.eval_rewards is not None:
-            judged = self.scores_by(self.eval_rewards, experience)
-            named |= {name: judged[name] for name in names_of(self.eval_rewards)}
+        with self.at_work("score"):
+            named = self.scores_by(self.rewards, experience)
+            if self.eval_rewards is not None:
+                judged = self.scores_by(self.eval_rewards, experience)
+                named |= {name: judged[name] for name in names_of(self.eval_rewards)}
         return {f"/{name}" if name else "": scores for name, scores in named.items()}
 
     def _reference_scores(self, prompts: Any, stream: str, texts: list[str]) -> dict[str, Tensor]:
         """The same of the reference's own responses to the same prompts; sampled once, unless the reference moves."""
         known = None if self.checkpoint_reference else self._reference_judged.get(stream)
         if known is None or known[0] != texts:
-            theirs = self.rollout(prompts, samples_per_prompt=1, policy="reference", logprobs=False, stream=stream)
+            with self.at_work("rollout"):
+                theirs = self.rollout(prompts, samples_per_prompt=1, policy="reference", logprobs=False, stream=stream)
             known = self._reference_judged[stream] = texts, self._judged(theirs)
         return known[1]
 

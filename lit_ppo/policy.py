@@ -144,14 +144,23 @@ class Policy(Sampling):
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Note the phase at work, for the progress bar, and its seconds."""
-        before, start = (self.phase, self.phase_since), perf_counter()
+        """Note the phase at work, and its seconds, which are an update's."""
+        start = perf_counter()
+        try:
+            with self.at_work(phase):
+                yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - start
+
+    @contextmanager
+    def at_work(self, phase: str) -> Iterator[None]:
+        """Note the phase at work, for the progress bar."""
+        before = self.phase, self.phase_since
         self.phase, self.phase_since = phase, monotonic()
         try:
             yield
         finally:
             (self.phase, self.phase_since), self.phase_detail = before, ""
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - start
 
     def _add_statistics(self, experience: Experience) -> None:
         """Log-probs of actor and reference, KL and values, by the same forwards that training uses."""

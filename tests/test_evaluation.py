@@ -48,6 +48,28 @@ def test_validation_during_training_moves_nothing(tmp_path, tiny_lm, data):
         assert value.equal(with_validation.state_dict()[name])
 
 
+def test_validation_says_what_it_is_at_and_counts_for_no_update(tmp_path, tiny_lm, data):
+    """Two batches, and each once more by the reference."""
+    seen = []
+
+    def scored(prompts, responses):
+        seen.append((module.phase, module.phase_detail))
+        return count_good(prompts, responses)
+
+    module = make_module(tiny_lm, rewards=scored)
+    sampled = module.rollout
+
+    def rollout(*args, **options):
+        seen.append((module.phase, module.phase_since is not None))
+        return sampled(*args, **options)
+
+    module.rollout = rollout
+    make_trainer(tmp_path).validate(module, data, verbose=False)
+    assert seen == [("rollout", True), ("score", "")] * 4
+    assert (module.phase, module.phase_since, module.phase_detail) == ("", None, "")
+    assert module.seconds == {}
+
+
 def long(prompts, responses):
     return [float(len(response.split())) for response in responses]
 
