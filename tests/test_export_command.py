@@ -9,6 +9,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 
 from lit_ppo.export import write_model
+from lit_ppo.export_command import build
 from tests.command import run_command
 from tests.test_cli import CONFIG
 from tests.test_resume_config import ppo
@@ -69,6 +70,19 @@ def test_a_checkpoint_of_other_models_is_refused(tmp_path: Path, run: Path) -> N
     command = ["export", "--ckpt_path=other.ckpt", "--output=out"]
     run_command(*command, cwd=tmp_path).refused("none of LitPPO with these models", "it lacks actor.model")
     assert not (tmp_path / "out").exists()
+
+
+def test_of_all_models_only_the_actor_need_be_there(tmp_path: Path) -> None:
+    arguments = {
+        "actor": str(make_causal_lm(tmp_path / "lm")),
+        "critic": "gone",
+        "reference": "gone",
+        "rewards": {"class_path": "RewardFunction", "init_args": {"function": "tests.toys.count_good"}},
+        "generation": {"max_new_tokens": 6},
+    }
+    module = build({"model": {"class_path": "LitPPO", "init_args": arguments}})
+    module.configure_model()
+    assert {name.split(".")[0] for name, _ in module.named_parameters()} == {"actor"}
 
 
 class Saves:

@@ -139,6 +139,39 @@ def test_a_second_signal_ends_the_run_at_once(capsys: pytest.CaptureFixture[str]
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize(
+    ("environment", "taken"),
+    [
+        (SLURMEnvironment(), {signal.SIGTERM, signal.SIGUSR1}),
+        (SLURMEnvironment(requeue_signal=signal.SIGUSR2), {signal.SIGTERM, signal.SIGUSR2}),
+        (SLURMEnvironment(auto_requeue=False), {signal.SIGTERM}),
+        (None, {signal.SIGTERM}),
+    ],
+)
+def test_the_signals_that_are_taken_over(environment: Any, taken: set[signal.Signals]) -> None:
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+    request = StopRequest()
+    connector = SimpleNamespace(cluster_environment=environment)
+    request.listen(SimpleNamespace(_accelerator_connector=connector))  # type: ignore[arg-type]
+    try:
+        assert {number for number in numbers if signal.getsignal(number) is not before[number]} == taken
+    finally:
+        request.close()
+    assert {number: signal.getsignal(number) for number in numbers} == before
+
+
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "RANK", "SLURM_PROCID"])
+def test_of_launched_processes_the_first_one_speaks(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for other in ("LOCAL_RANK", "RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(other, raising=False)
+    assert interrupt.is_first_process()
+    monkeypatch.setenv(name, "0")
+    assert interrupt.is_first_process()
+    monkeypatch.setenv(name, "1")
+    assert not interrupt.is_first_process()
+
+
 @pytest.mark.parametrize("will_stop", [True, False])
 def test_a_run_that_saves_has_as_long_as_its_step_takes(monkeypatch: pytest.MonkeyPatch, will_stop: bool) -> None:
     forced: list[int] = []

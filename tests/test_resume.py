@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import AdaptiveKL, CriticWarmup, RewardNormalization
-from lit_ppo.checkpoint import StepCheckpoint
+from lit_ppo.checkpoint import RUN, StepCheckpoint, find_checkpoints
 from tests.tiny import make_causal_lm
 from tests.toys import logged, make_data, make_module, make_trainer
 
@@ -70,6 +70,19 @@ def test_a_run_that_ended_goes_on_where_more_updates_are_asked_for(tmp_path, who
     module, resumed = fit(tmp_path, actor, tmp_path / "checkpoints" / "step-000003.ckpt", **saving)
     assert [row["epoch"] for row in resumed] == [row["epoch"] for row in rows[3:]] == [1, 2]
     assert all(value.equal(weights[name]) for name, value in module.state_dict().items())
+
+
+def test_a_checkpoint_tells_again_only_what_its_step_logs(tmp_path, whole):
+    """Every other update is logged: of updates 0 to 3 those that are 1 and 3, after steps 2 and 4."""
+    saving = StepCheckpoint(every_n_train_steps=1, keep=9, dirpath=str(tmp_path / "checkpoints"))
+    options = {"max_steps": 4, "enable_checkpointing": True, "log_every_n_steps": 2}
+    trainer = make_trainer(tmp_path, callbacks=[saving], **options)
+    trainer.fit(make_module(whole[1]), make_data(tmp_path))
+    told = [torch.load(path, weights_only=True)[RUN] for path in find_checkpoints(tmp_path)]
+    assert [run["steps_logged"] for run in told] == [1, 1, 3, 3]
+    assert [run["logged"].get("objective/score") for run in told[::2]] == [None, None]
+    scores = [row["objective/score"] for row in logged(trainer)]
+    assert [run["logged"]["objective/score"] for run in told[1::2]] == scores
 
 
 def test_the_reference_after_resume_is_what_the_run_started_from(tmp_path, whole):
