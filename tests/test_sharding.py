@@ -141,16 +141,18 @@ class Counted(LitPPO):
 
 def count_collectives(folder: Path) -> None:
     found = {}
-    for name in ("fsdp2", "each", "ddp"):
+    for name in ("fsdp2", "each", "fsdp", "ddp"):
         for size in (1, 2):
-            strategy = FSDP2Strategy(sync_every_micro_batch=True) if name == "each" else name
+            special = {"each": partial(FSDP2Strategy, sync_every_micro_batch=True), "fsdp": CPUFSDP}
+            strategy = special[name]() if name in special else name
             options = {"minibatch_size": 8, "micro_batch_size": size, "ppo_epochs": 1}
             module: Any = make_module(folder / "gpt2", **options)
             module.__class__ = Counted
             trainer = make_trainer(folder, devices=n_ranks(), strategy=strategy, max_steps=1)
             trainer.fit(module, make_data(folder, batch_size=8))
-            whole = whole_weights(module.actor, "model.") or module.actor.model.state_dict()
-            found[name, size] = module.collectives, module.of_text, whole
+            whole = whole_weights(module.actor, "model.")
+            weights = module.actor.model.state_dict() if whole is None else whole
+            found[name, size] = module.collectives, module.of_text, weights
     if rank() == 0:
         torch.save(found, folder / "counted.pt")
 
@@ -309,6 +311,8 @@ def everything(folder: Path) -> None:
         load_families,
         fail_on_the_first,
         fail_alone,
+        refuse_fetched_code,
+        keep_models,
         move_the_reference,
         count_collectives,
         precisions,
@@ -351,11 +355,13 @@ def test_gradients_are_exchanged_once_an_optimizer_step(folder):
     n = {key: counts for key, (counts, _, _) in found.items()}
     text = {key: counts for key, (_, counts, _) in found.items()}
     assert n["fsdp2", 1]["reduce_scatter_base"] == n["fsdp2", 2]["reduce_scatter_base"] == 7
+    assert n["fsdp", 1]["reduce_scatter_base"] == n["fsdp", 2]["reduce_scatter_base"] == 7
     assert n["each", 1]["reduce_scatter_base"] == 4 * 7
     assert n["each", 2]["reduce_scatter_base"] == 2 * 7
     assert n["ddp", 1] == n["ddp", 2]
     assert n["ddp", 1]["allreduce"] > 0
     assert text["fsdp2", 1]["reduce_scatter_base"] == text["fsdp2", 2]["reduce_scatter_base"] == 3
+    assert text["fsdp", 1]["reduce_scatter_base"] == text["fsdp", 2]["reduce_scatter_base"] == 3
     assert text["each", 1]["reduce_scatter_base"] == 4 * 3
     assert text["ddp", 1] == text["ddp", 2]
     expected = found["each", 2][2]
