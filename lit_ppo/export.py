@@ -9,6 +9,7 @@ import lightning as L
 from lit_ppo.checks import check_has_adapter
 from lit_ppo.distributed import rank
 from lit_ppo.sharding import is_sharded
+from lit_ppo.whole_files import PARTIAL, sync
 
 
 class ExportModel(L.Callback):
@@ -65,13 +66,14 @@ def check_target(where: str, folder: Path) -> None:
 
 def write_model(module: Any, target: Path, *, adapter: bool = False) -> None:
     """Write a model beside its place and put it there once it is whole; called by every rank that has a share of it."""
-    partial, old = (target.with_name(f"{target.name}.{word}") for word in ("partial", "old"))
+    partial, old = (target.with_name(f"{target.name}{word}") for word in (PARTIAL, ".old"))
     if rank() == 0:
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
     module.save_pretrained(partial, **({"adapter": True} if adapter else {}))
     if rank() == 0:
+        sync(partial)
         if target.exists():
             target.rename(old)
         partial.rename(target)
