@@ -235,22 +235,27 @@ def make_ready(data: L.LightningDataModule, trainer: L.Trainer) -> None:
 
 
 def of_first_process(trainer: Any, find: Callable[[], Any]) -> Any:
-    """What the first process finds, on every rank: of a file that others write to, each might find something else.
+    """What the first process finds, on every rank: a file that others write to, or a judge, might tell each another.
 
     Args:
         trainer: The trainer.
         find: Gives plain data.
 
     Raises:
-        ValueError: It failed there, with its message.
+        ValueError: It failed there, with its message. The first process raises errors of other kinds as they are.
     """
     found: Any = None
+    failure: Exception | None = None
     if trainer.is_global_zero:
         try:
             found = find(), None
         except (OSError, ValueError) as error:
             found = None, str(error)
+        except Exception as error:  # nobody is to wait for what does not come
+            failure, found = error, (None, f"{type(error).__name__}: {error}")
     found, problem = trainer.strategy.broadcast(found)
+    if failure is not None:
+        raise failure
     if problem is not None:
         raise ValueError(problem)
     return found

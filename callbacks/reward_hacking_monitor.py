@@ -54,8 +54,7 @@ class RewardHackingMonitor(PPOCallback):
             ratings, ``ratings.jsonl``, ``.json``, ``.csv`` or ``.tsv``, that grows as the run does: rows with an
             ``update`` and a ``rating``, as lines that ``SampleLogger`` wrote with a rating added to each. An update
             counts once it has ratings, by their mean; rows still without one are left out.
-            Every rank calls a function on all responses; what it gives the first one counts. None: only overfitting
-            is looked for.
+            The first process calls a function, on all responses. None: only overfitting is looked for.
         prompts: Held-out prompts, one response each.
         every: Updates from one time to the next; the first is before the first update. Ratings are of these updates.
         decay: What is left of the old in a smoothed measure each time.
@@ -193,11 +192,15 @@ class RewardHackingMonitor(PPOCallback):
             if isinstance(self._source, str):
                 self._add("gold", held_out.extras[self._source])
             elif self._source is not None:
-                scores = check_scores(self._source(held_out), len(held_out), "RewardHackingMonitor(gold)")
-                # a judge that does not say the same twice must not part the ranks
-                self._add("gold", torch.tensor(trainer.strategy.broadcast(scores.tolist())))
+                self._add("gold", torch.tensor(of_first_process(trainer, lambda: self._asked(held_out))))
         if self.then == "go_back" and self._best() == self._updates and not trainer.fast_dev_run:
             self._keep(trainer)
+
+    def _asked(self, held_out: Any) -> list[float]:
+        """What the function finds; a judge may not say the same twice, which would part the ranks."""
+        source: Any = self._source
+        scores: list[float] = check_scores(source(held_out), len(held_out), "RewardHackingMonitor(gold)").tolist()
+        return scores
 
     def _keep(self, trainer: Any) -> None:
         """Save this update in place of the best one before."""

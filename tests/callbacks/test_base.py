@@ -151,3 +151,7 @@ def test_what_the_first_process_finds_or_fails_at_all_are_told() -> None:
     for first in (True, False):
         with pytest.raises(ValueError, match=r"^the disk is gone$"):
             of_first_process(trainer(first), fail if first else lambda: 8)
+    with pytest.raises(ZeroDivisionError):
+        of_first_process(trainer(True), lambda: 1 / 0)
+    with pytest.raises(ValueError, match=r"^ZeroDivisionError: division by zero$"):
+        of_first_process(trainer(False), lambda: 8)

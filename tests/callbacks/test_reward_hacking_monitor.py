@@ -372,17 +372,27 @@ def test_gold_may_be_a_function_a_source_or_an_import_path(gold: Any, shift: flo
     assert values["hacking/gold"].item() == pytest.approx(shift - values["hacking/held_out"].item())
 
 
-def test_ranks_go_by_what_the_first_one_was_told() -> None:
-    """A judge that answers otherwise each time it is asked: another rank has heard -100, the first one 1."""
-    monitor = by_hand(gold=lambda experience: torch.full((2,), -100.0))
-    module = SimpleNamespace(rollout=lambda *_, **__: ["a", "b"], score=lambda experience: torch.zeros(2))
-    trainer: Any = SimpleNamespace(
-        datamodule=SimpleNamespace(peek=lambda split, n: ["p"]),
-        precision_plugin=SimpleNamespace(forward_context=nullcontext),
-        strategy=SimpleNamespace(broadcast=lambda heard: [1.0 for _ in heard]),
-    )
-    monitor.on_train_start(trainer, module)
-    assert monitor.state_dict()["courses"]["gold"] == {0: 1.0}
+def test_the_first_process_asks_for_all() -> None:
+    """A judge that answers otherwise each time it is asked would part the ranks."""
+    asked: list[Any] = []
+    told: list[Any] = []
+
+    def judge(experience: Any) -> torch.Tensor:
+        asked.append(experience)
+        return torch.full((2,), float(len(asked)))
+
+    for first in (True, False):
+        monitor = by_hand(gold=judge)
+        module = SimpleNamespace(rollout=lambda *_, **__: ["a", "b"], score=lambda experience: torch.zeros(2))
+        trainer: Any = SimpleNamespace(
+            datamodule=SimpleNamespace(peek=lambda split, n: ["p"]),
+            precision_plugin=SimpleNamespace(forward_context=nullcontext),
+            strategy=SimpleNamespace(broadcast=lambda found: told.append(found) or found if found else told[-1]),
+            is_global_zero=first,
+        )
+        monitor.on_train_start(trainer, module)
+        assert monitor.state_dict()["courses"]["gold"] == {0: 1.0}
+    assert len(asked) == 1
 
 
 def test_unknown_names_and_data_without_prompts_are_refused() -> None:
