@@ -15,7 +15,7 @@ FILE = "samples.jsonl"
 SQUARES = ((2.0, "🟥"), (0.5, "🟧"), (0.1, "🟨"))  # nats, from which on a token gets which
 LESS_LIKELY = "🟦"
 NUMBERS = ("score", "KL")  # columns
-LEGEND = "KL of the token behind it, nats: " + ", ".join(
+LEGEND = "KL of the token that follows, nats: " + ", ".join(
     [f"{colour} from {least:g}" for least, colour in reversed(SQUARES)]
     + [f"{LESS_LIKELY} from {-SQUARES[-1][0]:g} down"]
 )

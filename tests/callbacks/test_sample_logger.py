@@ -144,7 +144,7 @@ def test_tokens_are_coloured_by_their_kl():
     table = sampler._table([{"prompt": "p", "response": "abcdef", "score": 0.0, "kl": 2.46, "tokens": tokens}])
     assert shown(table).rows[1] == ["p", "(not asked)", "+nan", "a🟨b🟧c🟥de🟦f", "+0.00", "+2.46"]
     assert shown(table).rows[0][3] == "after one update"
-    legend = "KL of the token behind it, nats: 🟨 from 0.1, 🟧 from 0.5, 🟥 from 2, 🟦 from -0.1 down"
+    legend = "KL of the token that follows, nats: 🟨 from 0.1, 🟧 from 0.5, 🟥 from 2, 🟦 from -0.1 down"
     assert shown(table).beside == legend
 
 
