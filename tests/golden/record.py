@@ -18,7 +18,8 @@ import lightning
 import torch
 import transformers
 
-from tests.golden.jobs import JOBS, Result, run_job
+from tests.golden.jobs import JOBS, run_job
+from tests.golden.result import Result
 
 RECORD = Path(__file__).with_name("record.json")
 RTOL = 1e-5
