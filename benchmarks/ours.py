@@ -17,7 +17,7 @@ from benchmarks.measure import Clock, matmul_peak, memory, touch, update_flops
 from benchmarks.scripted import Script, Scripted
 from lit_ppo import LitPPO
 from lit_ppo.callbacks import AdvantageNormalization, PPOCallback, ValueClipping
-from lit_ppo.data import PromptDataModule
+from lit_ppo.data.prompts import PromptDataModule
 from lit_ppo.rewards import RewardModel
 
 DEFAULTS = {"micro_batch_tokens": 4096, "attention": "sdpa", "reward_batch": 32, "environment": {}}

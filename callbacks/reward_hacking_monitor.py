@@ -20,9 +20,9 @@ from lit_ppo.callbacks.checks import (
     require_prompts,
     warn_of_gaps,
 )
+from lit_ppo.data.ratings import Ratings, is_ratings, read_ratings
 from lit_ppo.functional import diverging
-from lit_ppo.ratings import Ratings, is_ratings, read_ratings
-from lit_ppo.reward_functions import RewardFunction, check_scores, takes_experience
+from lit_ppo.rewards.function import RewardFunction, check_scores, takes_experience
 
 STREAM = "reward_hacking"
 NONE, OVERFITTING, HACKING = 0, 1, 2

@@ -4,41 +4,69 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lit_ppo.data import PreferenceDataModule, PromptDataModule, TextDataModule
+    from lit_ppo.advantages import GAE, AdvantageEstimator, GroupRelative, LeaveOneOut, Reinforce
+    from lit_ppo.data.preferences import PreferenceDataModule
+    from lit_ppo.data.prompts import PromptDataModule
+    from lit_ppo.data.text import TextDataModule
     from lit_ppo.experience import Experience
-    from lit_ppo.module import LitPPO
-    from lit_ppo.reward_modeling import LitRewardModel
-    from lit_ppo.sft import LitSFT
-    from lit_ppo.strategies import FSDP2Strategy
+    from lit_ppo.optim.schedules import WarmupCosine
+    from lit_ppo.parallel.strategies import FSDP2Strategy
+    from lit_ppo.ppo.module import LitPPO
+    from lit_ppo.rewards import RewardFunction, RewardModel
+    from lit_ppo.run.checkpoint import StepCheckpoint
+    from lit_ppo.run.export import ExportModel
+    from lit_ppo.supervised.reward_model import LitRewardModel
+    from lit_ppo.supervised.sft import LitSFT
+
+# Configurations and checkpoints hold these names, so the modules behind them may move.
+# Loaded on first use: torch and transformers take seconds to import, and the command prints before that.
+_MODULES = {
+    "AdvantageEstimator": "advantages",
+    "Experience": "experience",
+    "ExportModel": "run.export",
+    "FSDP2Strategy": "parallel.strategies",
+    "GAE": "advantages",
+    "GroupRelative": "advantages",
+    "LeaveOneOut": "advantages",
+    "LitPPO": "ppo.module",
+    "LitRewardModel": "supervised.reward_model",
+    "LitSFT": "supervised.sft",
+    "PreferenceDataModule": "data.preferences",
+    "PromptDataModule": "data.prompts",
+    "Reinforce": "advantages",
+    "RewardFunction": "rewards",
+    "RewardModel": "rewards",
+    "StepCheckpoint": "run.checkpoint",
+    "TextDataModule": "data.text",
+    "WarmupCosine": "optim.schedules",
+}
 
 __all__ = [
+    "GAE",
+    "AdvantageEstimator",
     "Experience",
+    "ExportModel",
     "FSDP2Strategy",
+    "GroupRelative",
+    "LeaveOneOut",
     "LitPPO",
     "LitRewardModel",
     "LitSFT",
     "PreferenceDataModule",
     "PromptDataModule",
+    "Reinforce",
+    "RewardFunction",
+    "RewardModel",
+    "StepCheckpoint",
     "TextDataModule",
+    "WarmupCosine",
 ]
-
-# Imported when first asked for: torch and transformers take seconds, and the command speaks before that.
-_HOMES = {
-    "Experience": "experience",
-    "FSDP2Strategy": "strategies",
-    "LitPPO": "module",
-    "LitRewardModel": "reward_modeling",
-    "LitSFT": "sft",
-    "PreferenceDataModule": "data",
-    "PromptDataModule": "data",
-    "TextDataModule": "data",
-}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

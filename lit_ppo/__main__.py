@@ -2,7 +2,7 @@
 
 import sys
 
-from lit_ppo.cli import main
+from lit_ppo.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -20,10 +20,10 @@ from benchmarks.jobs import EOS, FIRST_WORD, JOBS, KEY, response_length, respons
 from benchmarks.measure import PHASES, Clock, update_flops
 from benchmarks.runner import Runner
 from benchmarks.scripted import Script, Scripted, scripted_multinomial
-from lit_ppo.models import Actor
+from lit_ppo.generation.transformers import NEUTRAL
+from lit_ppo.models.actor_critic import Actor
 from lit_ppo.rewards import RewardModel
-from lit_ppo.rollout import NEUTRAL
-from tests.tiny import make_causal_lm, make_reward_model
+from tests.helpers.tiny import make_causal_lm, make_reward_model
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,10 +7,10 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_ppo.tokenization import train_tokenizer
-from tests.command import REPOSITORY, run_command
-from tests.test_cli_errors import ppo_arguments
-from tests.tiny import WORDS, make_causal_lm
+from lit_ppo.data.tokenization import train_tokenizer
+from tests.cli.test_errors import ppo_arguments
+from tests.helpers.command import REPOSITORY, run_command
+from tests.helpers.tiny import WORDS, make_causal_lm
 
 CONFIGS = REPOSITORY / "configs"
 TRICKS = sorted(f"{path.parent.name}/{path.stem}" for path in [*CONFIGS.glob("tricks/*"), *CONFIGS.glob("monitors/*")])

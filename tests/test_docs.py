@@ -10,8 +10,8 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.command import REPOSITORY, run_command
-from tests.tiny import WORDS
+from tests.helpers.command import REPOSITORY, run_command
+from tests.helpers.tiny import WORDS
 
 FROM_TRL = (REPOSITORY / "docs/from_trl.md").read_text()
 # of TRL 1.12's PPOConfig, beside those of transformers' TrainingArguments

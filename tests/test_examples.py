@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import AdaptiveKL, CriticWarmup, RewardNormalization
-from tests.command import REPOSITORY
+from tests.helpers.command import REPOSITORY
 
 EXAMPLE = REPOSITORY / "examples/own_module.py"
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}

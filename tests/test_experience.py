@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_ppo.experience import Experience, Minibatch, model_inputs
-from lit_ppo.plan import deal
+from lit_ppo.parallel.plan import deal
 
 
 def make(lengths=(3, 1, 4, 2, 4), prompts=(2, 3, 1, 3, 2)) -> Experience:

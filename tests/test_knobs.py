@@ -19,17 +19,17 @@ import torch
 
 import lit_ppo
 import lit_ppo.advantages
+import lit_ppo.optim.schedules
 import lit_ppo.rewards
-import lit_ppo.schedulers
 from lit_ppo import LitRewardModel, LitSFT, PreferenceDataModule, PromptDataModule, TextDataModule
 from lit_ppo.advantages import GAE, GroupRelative
-from lit_ppo.checkpoint import StepCheckpoint
-from lit_ppo.export import ExportModel
-from lit_ppo.report import RunReport
+from lit_ppo.cli.report import RunReport
+from lit_ppo.optim.schedules import WarmupCosine
 from lit_ppo.rewards import RewardFunction, RewardModel
-from lit_ppo.schedulers import WarmupCosine
-from tests.tiny import WORDS, make_causal_lm, make_reward_model, make_tokenizer
-from tests.toys import count_good, make_module, make_trainer
+from lit_ppo.run.checkpoint import StepCheckpoint
+from lit_ppo.run.export import ExportModel
+from tests.helpers.tiny import WORDS, make_causal_lm, make_reward_model, make_tokenizer
+from tests.helpers.toys import count_good, make_module, make_trainer
 
 Arguments = dict[str, Any]
 
@@ -226,7 +226,7 @@ MODEL = {
     "model_kwargs": (None, {"layer_norm_epsilon": 0.1}),
 }
 COLUMNS = ["text", "other", "chosen", "rejected"]
-SPLIT = "results do not hang on it (tests/test_module.py: micro-batches); it bounds the memory of a forward"
+SPLIT = "results do not hang on it (tests/ppo/test_module.py: micro-batches); it bounds the memory of a forward"
 KNOBS = {
     "LitPPO": Knobs(
         run_ppo,
@@ -259,8 +259,8 @@ KNOBS = {
             actor_scheduler=(None, halved),
             critic_scheduler=(None, halved),
             max_grad_norm=(None, 0.01),
-            activation_checkpointing="results do not hang on it (tests/test_equivalence.py); it bounds the memory",
-            compile_blocks="results do not hang on it (tests/test_equivalence.py); it is for speed",
+            activation_checkpointing="results stay the same (tests/parallel/test_equivalence.py); it bounds the memory",
+            compile_blocks="results do not hang on it (tests/parallel/test_equivalence.py); it is for speed",
             max_skipped_steps=(0, 100, {"actor_optimizer": sgd(float("inf"))}),
             reward_timeout=(None, 0.05, {"rewards": slow}),
             model_kwargs=(None, {"layer_norm_epsilon": 0.1}),
@@ -271,9 +271,9 @@ KNOBS = {
         run_ppo,
         {},
         pairs_of(
-            mixed_precision="on two ranks: tests/test_sharding.py",
-            offload_frozen="on two ranks: tests/test_sharding.py",
-            sync_every_micro_batch="on two ranks: tests/test_sharding.py",
+            mixed_precision="on two ranks: tests/parallel/test_sharding.py",
+            offload_frozen="on two ranks: tests/parallel/test_sharding.py",
+            sync_every_micro_batch="on two ranks: tests/parallel/test_sharding.py",
             process_group_backend="Lightning's own",
             timeout="Lightning's own",
         ),
@@ -307,7 +307,7 @@ KNOBS = {
             append_eos=(True, False),
             column_names=(COLUMNS, COLUMNS[::-1], {"path": "table.csv"}),
             tokenizer_path="it goes with tokenizer_vocab_size (below); the folder's name changes nothing but the place",
-            tokenizer_vocab_size="a model has to be as large (tests/test_data_text.py looks at the tokenizer written)",
+            tokenizer_vocab_size="a model has to be as large (tests/data/test_text.py looks at the tokenizer written)",
         ),
     ),
     "PreferenceDataModule": Knobs(
@@ -340,8 +340,8 @@ KNOBS = {
             tokenizer=(None, "reversed"),
             aggregation=("last", "mean"),
             label=(0, 1, {"model": "two"}),
-            batch_size="scores do not hang on it (tests/test_reward_models.py); it bounds the memory of a forward",
-            batch_tokens="scores do not hang on it (tests/test_reward_models.py); it bounds the memory of a forward",
+            batch_size="scores do not hang on it (tests/rewards/test_model.py); it bounds the memory of a forward",
+            batch_tokens="scores do not hang on it (tests/rewards/test_model.py); it bounds the memory of a forward",
             model_kwargs=(None, {"layer_norm_epsilon": 0.1}),
         ),
     ),

@@ -11,9 +11,9 @@ import lit_ppo.callbacks
 from lit_ppo import PromptDataModule
 from lit_ppo.advantages import GroupRelative, LeaveOneOut, Reinforce
 from tests.callbacks.test_contract import TRICKS
-from tests.callbacks.trick import made
-from tests.tiny import WORDS, make_causal_lm
-from tests.toys import make_module, make_trainer
+from tests.helpers.tiny import WORDS, make_causal_lm
+from tests.helpers.toys import make_module, make_trainer
+from tests.helpers.trick import made
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Monitor")  # what monitors have to say is tested elsewhere
 

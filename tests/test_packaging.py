@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import REPOSITORY
+from tests.helpers.command import REPOSITORY
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 import lit_ppo.callbacks
 from lit_ppo.advantages import AdvantageEstimator
-from tests.command import REPOSITORY, run_command
-from tests.test_cli_errors import ppo_arguments
+from tests.cli.test_errors import ppo_arguments
+from tests.helpers.command import REPOSITORY, run_command
+from tests.helpers.tiny import WORDS
 from tests.test_recipes import RECIPES
-from tests.tiny import WORDS
 
 README = (REPOSITORY / "README.md").read_text()
 

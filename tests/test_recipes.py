@@ -8,9 +8,9 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.command import REPOSITORY, run_command
-from tests.test_cli_errors import ppo_arguments
-from tests.tiny import WORDS
+from tests.cli.test_errors import ppo_arguments
+from tests.helpers.command import REPOSITORY, run_command
+from tests.helpers.tiny import WORDS
 
 CONFIGS = REPOSITORY / "configs"
 GONE = object()

@@ -10,9 +10,9 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_ppo.data.text import TextDataModule
 from lit_ppo.quickstart import words
 from lit_ppo.quickstart.grammar import OPENINGS, PATTERNS, SHARES, generate, generate_opening, parse
-from lit_ppo.text_data import TextDataModule
 
 RATINGS = {"positive": 0.95, "neutral": 0.3, "negative": 0.05}
 """Label by polarity: the share of raters who would call the review positive. Never 0 or 1, so that a reward model

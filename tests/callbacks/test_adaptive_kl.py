@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from lit_ppo.callbacks import AdaptiveKL, CriticWarmup
-from tests.callbacks.toy import Spy, Toy, run_updates
-from tests.callbacks.trick import Trick
-from tests.toys import logged, make_data, make_module, make_trainer
+from tests.helpers.toy import Spy, Toy, run_updates
+from tests.helpers.toys import logged, make_data, make_module, make_trainer
+from tests.helpers.trick import Trick
 
 TRICK = {
     "AdaptiveKL": Trick(

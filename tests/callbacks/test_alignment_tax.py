@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from lit_ppo import TextDataModule
 from lit_ppo.callbacks import AlignmentTax
-from tests.callbacks.toy import Recorder, Toy, ToyTexts, run_updates, trainer_of
-from tests.callbacks.trick import Trick
-from tests.command import REPOSITORY
-from tests.tiny import WORDS, make_causal_lm
-from tests.toys import MemoryLogger, logged, make_data, make_module, make_trainer
+from tests.helpers.command import REPOSITORY
+from tests.helpers.tiny import WORDS, make_causal_lm
+from tests.helpers.toy import Recorder, Toy, ToyTexts, run_updates, trainer_of
+from tests.helpers.toys import MemoryLogger, logged, make_data, make_module, make_trainer
+from tests.helpers.trick import Trick
 
 TRICK = {
     "AlignmentTax": Trick(
@@ -193,7 +193,7 @@ def stock_loss(folder: Path, model: Any) -> float:
 
 
 def two_rank_callbacks(folder: Path) -> list[L.Callback]:
-    """What ``tests.scripts.two_ranks`` trains with."""
+    """What ``tests.helpers.two_ranks`` trains with."""
     return [AlignmentTax(texts(folder), every=1)]
 
 
@@ -222,7 +222,7 @@ def test_two_ranks_measure_as_one(tmp_path, lm):
     trainer = make_trainer(tmp_path, callbacks=two_rank_callbacks(tmp_path))
     trainer.fit(make_module(lm), make_data(tmp_path))
     callbacks = f"{__name__}.two_rank_callbacks"
-    command = [sys.executable, "-m", "tests.scripts.two_ranks", str(tmp_path), str(lm), "critic", callbacks]
+    command = [sys.executable, "-m", "tests.helpers.two_ranks", str(tmp_path), str(lm), "critic", callbacks]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     two = torch.load(tmp_path / "two.pt", weights_only=True)

@@ -21,7 +21,7 @@ from lit_ppo.callbacks.checks import (
     require_model,
     require_token_rewards,
 )
-from tests.callbacks.toy import Foreign, Spy, Toy, run_updates
+from tests.helpers.toy import Foreign, Spy, Toy, run_updates
 
 
 def test_hooks_reach_plain_callbacks_in_list_order_with_their_arguments():

@@ -35,12 +35,12 @@ from lit_ppo.callbacks import (
 from lit_ppo.callbacks.cockpit import LAYOUT
 from lit_ppo.experience import Minibatch
 from tests.callbacks.test_alignment_tax import texts
-from tests.callbacks.toy import Attach, Recorder, Spy, Toy, run_updates
-from tests.callbacks.trick import Trick
-from tests.command import REPOSITORY
+from tests.helpers.command import REPOSITORY
+from tests.helpers.tiny import make_causal_lm
+from tests.helpers.toy import Attach, Recorder, Spy, Toy, run_updates
+from tests.helpers.toys import count_good, make_data, make_module, make_trainer, write_prompts
+from tests.helpers.trick import Trick
 from tests.test_experience import make as make_experience
-from tests.tiny import make_causal_lm
-from tests.toys import count_good, make_data, make_module, make_trainer, write_prompts
 
 ROOT = Path(__file__).parents[2]
 
@@ -153,7 +153,7 @@ def test_a_state_stays_what_it_was(tmp_path: Path):
 
 
 def two_rank_callbacks(folder: Path) -> list[L.Callback]:
-    """What ``tests.scripts.two_ranks`` trains with."""
+    """What ``tests.helpers.two_ranks`` trains with."""
     return [Cockpit(every=1, figures_every=1, best_of_prompts=3, best_of=4), Attach(folder)]
 
 
@@ -162,7 +162,7 @@ def test_two_ranks_show_what_one_shows(tmp_path: Path):
     actor = make_causal_lm(tmp_path / "lm", scale=4.0)
     make_trainer(tmp_path, callbacks=two_rank_callbacks(tmp_path)).fit(make_module(actor), make_data(tmp_path))
     one = torch.load(tmp_path / "recorded.pt")
-    command = [sys.executable, "-m", "tests.scripts.two_ranks", str(tmp_path), str(actor), "critic"]
+    command = [sys.executable, "-m", "tests.helpers.two_ranks", str(tmp_path), str(actor), "critic"]
     done = subprocess.run(
         [*command, f"{__name__}.two_rank_callbacks"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )

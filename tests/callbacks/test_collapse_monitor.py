@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lit_ppo.callbacks import CollapseMonitor
 from lit_ppo.diversity import distinct_ngrams, duplicate_fraction, largest_opening
-from tests.callbacks.trick import Trick
-from tests.tiny import make_causal_lm
-from tests.toys import logged, make_data, make_module, make_trainer
+from tests.helpers.tiny import make_causal_lm
+from tests.helpers.toys import logged, make_data, make_module, make_trainer
+from tests.helpers.trick import Trick
 
 RULES = ("kl", "length", "perplexity", "entropy", "distinct", "duplicates", "opening", "score_tail")
 FACTORS = ("length", "perplexity", "entropy", "distinct")  # whose distance is 1 at the start

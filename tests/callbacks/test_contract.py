@@ -22,9 +22,9 @@ from lightning.pytorch.loggers.logger import Logger
 
 import lit_ppo.callbacks
 from lit_ppo.callbacks import PPOCallback
-from tests.callbacks.toy import Foreign, Recorder, Toy, run_updates
-from tests.callbacks.trick import Trick, made
-from tests.toys import MemoryLogger
+from tests.helpers.toy import Foreign, Recorder, Toy, run_updates
+from tests.helpers.toys import MemoryLogger
+from tests.helpers.trick import Trick, made
 
 ROOT = Path(__file__).parents[2]
 
@@ -270,10 +270,10 @@ def test_page_says_when_what_and_where_from(name: str):
 def test_imports_only_what_a_trick_may(path: Path):
     """A trick knows tensors, Lightning, its base and the mathematics: nothing of processes, files or our module."""
     allowed = {"torch", "lightning", "typing", "collections", "contextlib", "math"}
-    allowed |= {"lit_ppo.functional", "lit_ppo.callbacks", "lit_ppo.diversity", "lit_ppo.reward_functions"}
+    allowed |= {"lit_ppo.functional", "lit_ppo.callbacks", "lit_ppo.diversity", "lit_ppo.rewards.function"}
     allowed |= {"showing": {"html"}, "figures": {"matplotlib"}}.get(path.stem, set())
     if any(snake_case(name) == path.stem for name in MONITORS):  # they write what they see, and read of it
-        allowed |= {"json", "pathlib", "lit_ppo.ratings"}
+        allowed |= {"json", "pathlib", "lit_ppo.data.ratings"}
     tree = ast.parse(path.read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

@@ -10,11 +10,11 @@ import pytest
 
 from lit_ppo import PromptDataModule
 from lit_ppo.callbacks import CurriculumSampling
-from lit_ppo.checkpoint import StepCheckpoint
-from tests.callbacks.toy import Spy, Toy, ToyData, run_updates
-from tests.callbacks.trick import Trick
-from tests.tiny import WORDS
-from tests.toys import logged, make_module, make_trainer
+from lit_ppo.run.checkpoint import StepCheckpoint
+from tests.helpers.tiny import WORDS
+from tests.helpers.toy import Spy, Toy, ToyData, run_updates
+from tests.helpers.toys import logged, make_module, make_trainer
+from tests.helpers.trick import Trick
 
 TRICK = {
     "CurriculumSampling": Trick(

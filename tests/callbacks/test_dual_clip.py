@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import DualClip
-from tests.callbacks.toy import Toy, run_updates
-from tests.callbacks.trick import Trick
-from tests.tiny import make_causal_lm
-from tests.toys import logged, make_data, make_module, make_trainer
+from tests.helpers.tiny import make_causal_lm
+from tests.helpers.toy import Toy, run_updates
+from tests.helpers.toys import logged, make_data, make_module, make_trainer
+from tests.helpers.trick import Trick
 
 TRICK = {
     "DualClip": Trick(

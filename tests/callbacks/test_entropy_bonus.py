@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import CriticWarmup, EntropyBonus
-from tests.callbacks.toy import TOKENS, Spy, T, Toy, run_updates
-from tests.callbacks.trick import Trick
+from tests.helpers.toy import TOKENS, Spy, T, Toy, run_updates
+from tests.helpers.trick import Trick
 
 TRICK = {
     # the toy's entropy is over 1 nat, so the bonus acts in the very first step alone

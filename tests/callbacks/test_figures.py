@@ -14,9 +14,9 @@ import torch
 
 from lit_ppo.callbacks import Cockpit, figures
 from tests.callbacks.test_cockpit import watch
-from tests.callbacks.toy import Attach, Prompts, Recorder, Spy, Toy, ToyData, drawn, run_updates
-from tests.tiny import make_causal_lm
-from tests.toys import count_good, logged, make_data, make_module, make_trainer, write_prompts
+from tests.helpers.tiny import make_causal_lm
+from tests.helpers.toy import Attach, Prompts, Recorder, Spy, Toy, ToyData, drawn, run_updates
+from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer, write_prompts
 
 
 def shown(logger: Recorder, name: str) -> dict[int, dict[str, list[list[float]]]]:

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import CriticWarmup, KLEarlyStop
-from tests.callbacks.toy import Rows, Spy, Toy, run_updates
-from tests.callbacks.trick import Trick
-from tests.tiny import make_causal_lm
-from tests.toys import logged, make_data, make_module, make_trainer
+from tests.helpers.tiny import make_causal_lm
+from tests.helpers.toy import Rows, Spy, Toy, run_updates
+from tests.helpers.toys import logged, make_data, make_module, make_trainer
+from tests.helpers.trick import Trick
 
 TRICK = {
     # the toy's second step of an update finds a KL, its first has none

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from lit_ppo.callbacks import LengthPenalty
-from tests.callbacks.first_update import first_update, return_mean
-from tests.callbacks.toy import run_updates
-from tests.callbacks.trick import Trick
+from tests.helpers.first_update import first_update, return_mean
+from tests.helpers.toy import run_updates
+from tests.helpers.trick import Trick
 
 TRICK = {
     "LengthPenalty": Trick(

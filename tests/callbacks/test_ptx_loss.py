@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from lit_ppo import TextDataModule
 from lit_ppo.callbacks import CriticWarmup, PTXLoss
-from tests.callbacks.toy import Spy, Toy, ToyTexts, run_updates
-from tests.callbacks.trick import Trick
-from tests.command import REPOSITORY, run_command
-from tests.test_cli_errors import ppo_arguments
-from tests.tiny import WORDS, make_causal_lm
-from tests.toys import logged, make_data, make_module, make_trainer
+from tests.cli.test_errors import ppo_arguments
+from tests.helpers.command import REPOSITORY, run_command
+from tests.helpers.tiny import WORDS, make_causal_lm
+from tests.helpers.toy import Spy, Toy, ToyTexts, run_updates
+from tests.helpers.toys import logged, make_data, make_module, make_trainer
+from tests.helpers.trick import Trick
 
 TRICK = {
     "PTXLoss": Trick(
@@ -346,7 +346,7 @@ def test_the_commands_data_root_is_the_texts_too(tmp_path, tiny_lm, tiny_reward)
 
 
 def two_rank_callbacks(folder: Path) -> list[L.Callback]:
-    """What ``tests.scripts.two_ranks`` trains with."""
+    """What ``tests.helpers.two_ranks`` trains with."""
     return [PTXLoss(TextDataModule(str(folder / "texts.jsonl"), max_length=8, batch_size=3, seed=0), 0.5)]
 
 
@@ -355,7 +355,7 @@ def test_two_ranks_read_and_learn_as_one(tmp_path, lm):
     write_texts(tmp_path)
     module, trainer = fit(tmp_path, lm, *two_rank_callbacks(tmp_path), max_steps=2)
     callbacks = f"{__name__}.two_rank_callbacks"
-    command = [sys.executable, "-m", "tests.scripts.two_ranks", str(tmp_path), str(lm), "critic", callbacks]
+    command = [sys.executable, "-m", "tests.helpers.two_ranks", str(tmp_path), str(lm), "critic", callbacks]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     two = torch.load(tmp_path / "two.pt", weights_only=True)

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from lit_ppo.callbacks import ReferenceUpdate
-from lit_ppo.checkpoint import StepCheckpoint
-from tests.callbacks.toy import Spy, Toy, run_updates
-from tests.callbacks.trick import Trick
-from tests.tiny import make_causal_lm
-from tests.toys import logged, make_data, make_module, make_trainer
+from lit_ppo.run.checkpoint import StepCheckpoint
+from tests.helpers.tiny import make_causal_lm
+from tests.helpers.toy import Spy, Toy, run_updates
+from tests.helpers.toys import logged, make_data, make_module, make_trainer
+from tests.helpers.trick import Trick
 
 TRICK = {
     "ReferenceUpdate": Trick(

@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_ppo.callbacks import RewardBaseline, RewardClipping, RewardNormalization, RewardScaling
-from tests.callbacks.first_update import first_update, return_mean
-from tests.callbacks.toy import Rows, Toy, run_updates
-from tests.callbacks.trick import Trick
-from tests.test_module import record
-from tests.tiny import make_causal_lm
+from tests.helpers.first_update import first_update, return_mean
+from tests.helpers.tiny import make_causal_lm
+from tests.helpers.toy import Rows, Toy, run_updates
+from tests.helpers.trick import Trick
+from tests.ppo.test_module import record
 
 TRICK = {
     "RewardBaseline": Trick(

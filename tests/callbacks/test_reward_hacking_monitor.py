@@ -15,10 +15,10 @@ import torch
 
 from lit_ppo.callbacks import RewardHackingMonitor, SampleLogger
 from lit_ppo.functional import diverging
-from tests.callbacks.toy import Prompts, run_updates
-from tests.callbacks.trick import Trick
-from tests.tiny import make_causal_lm
-from tests.toys import count_good, logged, make_data, make_module, make_trainer, write_prompts
+from tests.helpers.tiny import make_causal_lm
+from tests.helpers.toy import Prompts, run_updates
+from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer, write_prompts
+from tests.helpers.trick import Trick
 
 LETTERS = "abcde"
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import RewardNormalization
-from tests.callbacks.toy import run_updates
-from tests.callbacks.trick import Trick
+from tests.helpers.toy import run_updates
+from tests.helpers.trick import Trick
 
 TRICK = {
     "RewardNormalization": Trick(

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import RewardClipping, RewardNormalization, RewardScaling
-from tests.callbacks.first_update import first_update, return_mean
-from tests.callbacks.toy import run_updates
-from tests.callbacks.trick import Trick
+from tests.helpers.first_update import first_update, return_mean
+from tests.helpers.toy import run_updates
+from tests.helpers.trick import Trick
 
 TRICK = {
     "RewardScaling": Trick(

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import RewardWhitening
-from tests.callbacks.first_update import LAMBDA, first_update
-from tests.callbacks.toy import run_updates
-from tests.callbacks.trick import Trick
+from tests.helpers.first_update import LAMBDA, first_update
+from tests.helpers.toy import run_updates
+from tests.helpers.trick import Trick
 
 TRICK = {
     "RewardWhitening": Trick(

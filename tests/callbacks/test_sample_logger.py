@@ -16,10 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lit_ppo.callbacks import SampleLogger
 from lit_ppo.callbacks.sample_logger import LEGEND
 from lit_ppo.callbacks.showing import pieces, printable
-from tests.callbacks.toy import Recorder, Spy, Toy, ToyData, run_updates, trainer_of
-from tests.callbacks.trick import Trick
-from tests.tiny import make_causal_lm
-from tests.toys import count_good, make_data, make_module, make_trainer, write_prompts
+from tests.helpers.tiny import make_causal_lm
+from tests.helpers.toy import Recorder, Spy, Toy, ToyData, run_updates, trainer_of
+from tests.helpers.toys import count_good, make_data, make_module, make_trainer, write_prompts
+from tests.helpers.trick import Trick
 
 TRICK = {
     "SampleLogger": Trick(

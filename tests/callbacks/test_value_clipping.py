@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import ValueClipping
-from tests.callbacks.toy import Toy, run_updates
-from tests.callbacks.trick import Trick
+from tests.helpers.toy import Toy, run_updates
+from tests.helpers.trick import Trick
 
 TRICK = {
     "ValueClipping": Trick(

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import ValueClipping, ValueNormalization
-from tests.callbacks.toy import Rows, Spy, Toy, run_updates
-from tests.callbacks.trick import Trick
-from tests.tiny import make_causal_lm
-from tests.toys import count_good, logged, make_data, make_module, make_trainer
+from tests.helpers.tiny import make_causal_lm
+from tests.helpers.toy import Rows, Spy, Toy, run_updates
+from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer
+from tests.helpers.trick import Trick
 
 TRICK = {
     "ValueNormalization": Trick(acts={}, refuses={"decay": 1.0}, knobs={"decay": ({}, {"decay": 0.5})}, needs="critic")

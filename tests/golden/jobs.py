@@ -42,9 +42,9 @@ from lit_ppo.callbacks import (
 )
 from lit_ppo.rewards import RewardModel
 from tests.golden.result import Result, Rows, result
-from tests.ranks import on_ranks
-from tests.tiny import WORDS, make_causal_lm, make_reward_model
-from tests.toys import GOOD, count_good, make_data, make_module, make_trainer, write_prompts
+from tests.helpers.ranks import on_ranks
+from tests.helpers.tiny import WORDS, make_causal_lm, make_reward_model
+from tests.helpers.toys import GOOD, count_good, make_data, make_module, make_trainer, write_prompts
 
 UPDATES = 6
 

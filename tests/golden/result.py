@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tests.toys import MemoryLogger
+from tests.helpers.toys import MemoryLogger
 
 OF_THE_CLOCK = ("time/", "throughput/", "memory/")
 

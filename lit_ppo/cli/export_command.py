@@ -1,0 +1,101 @@
+"""``lit-ppo export``: the model of a checkpoint, in Hugging Face format."""
+
+import argparse
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+import lit_ppo.cli.all_names  # noqa: F401  short names in configurations are those of imported classes
+from lit_ppo.parallel.checkpoint_io import WholeFiles, read_summary
+from lit_ppo.ppo.checks import check_has_adapter
+from lit_ppo.run.checkpoint import RUN
+from lit_ppo.run.errors import CommandError
+from lit_ppo.run.export import check_target, write_model
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"export: {message}; see lit-ppo export --help", exit_code=2)
+
+
+def export(arguments: list[str]) -> None:
+    """Run the command.
+
+    Args:
+        arguments: Those after ``export``.
+
+    Raises:
+        CommandError: The arguments are not complete, or the checkpoint is of no use.
+    """
+    parser = _Parser("lit-ppo export", description="Writes the model of a checkpoint.", allow_abbrev=False)
+    parser.add_argument("--ckpt_path", type=Path, required=True, help="The checkpoint.")
+    parser.add_argument("--output", type=Path, required=True, help="Folder for the model, replaced if it is one.")
+    parser.add_argument("--adapter", action="store_true", help="Write the adapter alone, for peft; else it is merged.")
+    given = parser.parse_args(arguments)
+    if not given.ckpt_path.exists():
+        raise CommandError(f"--ckpt_path {given.ckpt_path}: no such checkpoint")
+    check_target(f"--output {given.output}", given.output)
+    module = build(config_of(given.ckpt_path))
+    try:
+        check_has_adapter("export --adapter", module, given.adapter)
+    except ValueError as error:
+        raise CommandError(str(error), exit_code=2) from error
+    checkpoint = load(given.ckpt_path)
+    module.configure_model()
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+    write_model(module, given.output, adapter=given.adapter)
+    print(f"Model: {given.output}  (load it with from_pretrained)", flush=True)
+
+
+def config_of(checkpoint: Path) -> dict[str, Any]:
+    """The configuration of the run that wrote it: in it, or beside it in the run's folder.
+
+    Raises:
+        CommandError: There is none.
+    """
+    config = (read_summary(checkpoint).get(RUN) or {}).get("config")
+    if config is None:
+        beside = checkpoint.absolute().parent.parent / "config.yaml"
+        if not beside.is_file():
+            raise CommandError(
+                f"--ckpt_path {checkpoint}: says nothing of how its model is built, and there is no {beside}; put the "
+                "run's config.yaml there"
+            )
+        config = yaml.safe_load(beside.read_text(encoding="utf-8"))
+    return dict(config)
+
+
+def build(config: dict[str, Any]) -> Any:
+    """The configuration's module, with as little to load as can be.
+
+    Raises:
+        CommandError: It cannot be exported.
+    """
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(L.LightningModule, "model", subclass_mode=True)
+    module = parser.instantiate(parser.parse_object({"model": config["model"]})).model
+    if not hasattr(module, "save_pretrained"):
+        raise CommandError(f"{type(module).__name__} has no save_pretrained(dirpath): nothing to export")
+    if hasattr(module, "only_actor"):
+        module.only_actor()
+    return module
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The checkpoint with whole weights; a sharded one is put together."""
+    if not path.is_dir():
+        return WholeFiles().load_checkpoint(path)
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    weights: dict[str, Any] = {}
+    planner = _EmptyStateDictLoadPlanner(keys={"state_dict"})
+    with torch.no_grad():
+        _load_state_dict(weights, storage_reader=FileSystemReader(path), planner=planner, no_dist=True)
+    return {**read_summary(path), **weights}

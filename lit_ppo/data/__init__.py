@@ -1,0 +1,1 @@
+"""Prompts, text and preferences: from files and datasets to batches."""

@@ -1,0 +1,175 @@
+"""Text to token ids: prompts for sampling, and rows padded into a batch."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lit_ppo.data.files import short
+
+Message = dict[str, Any]
+
+TEXTS_AT_ONCE = 1000
+SECONDS_OF_SILENCE = 3.0
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] | Sequence[list[Message]],
+    max_length: int | None = None,
+    where: str = "encode_prompts",
+    argument: str = "max_length",
+) -> tuple[list[str], list[list[int]]]:
+    """Renders and tokenises prompts, ready to be continued.
+
+    Plain text gets what the tokenizer itself puts in front (its beginning-of-text token once, if it uses one) and no
+    end-of-text token. Chat messages give the ids of ``apply_chat_template(add_generation_prompt=True)``.
+
+    Args:
+        tokenizer: Tokenizer of the model that continues the prompts.
+        prompts: Strings, or lists of chat messages (``{"role": ..., "content": ...}``).
+        max_length: Longer prompts lose tokens from the left, except a leading beginning-of-text token; one warning
+            says how many did. The texts stay whole. None: no limit.
+        where: Who asks, as messages name it.
+        argument: What ``max_length`` is called there.
+
+    Returns:
+        The texts (of chat messages: rendered) and the ids.
+
+    Raises:
+        ValueError: Chat messages for a tokenizer without a chat template, or a prompt without a token.
+    """
+    chats = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    if chats and len(chats) < len(prompts):
+        raise ValueError(f"{where}: plain and chat prompts are mixed; use one kind")
+    texts = render_chats(tokenizer, chats, where) if chats else [str(prompt) for prompt in prompts]
+    # a template writes its special tokens itself: the tokenizer's own would come on top
+    ids = tokenize(tokenizer, texts, add_special_tokens=not chats)
+    if not chats:
+        ids = [_open_ended(tokenizer, text, row) for text, row in zip(texts, ids, strict=True)]
+    for text, row in zip(texts, ids, strict=True):
+        if not row:
+            raise ValueError(f"{where}: the prompt {text!r:.60} has no token; remove it or use another tokenizer")
+    return texts, truncate_left(ids, max_length, tokenizer.bos_token_id, f"{where}({argument}={max_length})", "prompts")
+
+
+def render_chats(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[Message]], where: str, add_generation_prompt: bool = True
+) -> list[str]:
+    """Chat messages as text, by the tokenizer's own template.
+
+    Raises:
+        ValueError: The tokenizer has no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"{where}: the data are chat messages, and the tokenizer {tokenizer.name_or_path!r} has no chat template; "
+            "use the tokenizer of a chat model, or set tokenizer.chat_template"
+        )
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    return [str(tokenizer.apply_chat_template(chat, **options)) for chat in chats]
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special_tokens: bool = True
+) -> list[list[int]]:
+    """Ids of many texts, batch by batch; says how far it is where that takes long.
+
+    Texts may be of any length: the tokenizer's own warning about long ones would only repeat ours.
+    """
+    ids: list[list[int]] = []
+    options: dict[str, Any] = {"add_special_tokens": add_special_tokens, "verbose": False}
+    said = time.monotonic()
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        ids += tokenizer(list(texts[start : start + TEXTS_AT_ONCE]), **options)["input_ids"]
+        if time.monotonic() - said > SECONDS_OF_SILENCE:
+            rank_zero_info(f"Tokenised {len(ids)} of {len(texts)} texts")
+            said = time.monotonic()
+    return ids
+
+
+def _open_ended(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[int]:
+    """The ids without a second beginning-of-text token, and without an end-of-text token that closes the prompt."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:  # the text brings its own
+        ids = ids[1:]
+    if eos is not None and len(ids) > 1 and ids[-1] == eos and not text.endswith(str(tokenizer.eos_token)):
+        ids = ids[:-1]
+    return ids
+
+
+def truncate_left(
+    ids: list[list[int]], max_length: int | None, bos: int | None, where: str, what: str
+) -> list[list[int]]:
+    """Cuts rows from the left to ``max_length`` tokens, keeping a leading ``bos``; one warning counts them."""
+    if max_length is None:
+        return ids
+    n_cut, longest = sum(len(row) > max_length for row in ids), max(map(len, ids), default=0)
+    if n_cut:
+        rank_zero_warn(
+            f"{where}: {n_cut} of {len(ids)} {what} are longer and were cut from the left; the longest has {longest} "
+            "tokens"
+        )
+    return [row if len(row) <= max_length else _tail(row, max_length, bos) for row in ids]
+
+
+def _tail(row: list[int], length: int, bos: int | None) -> list[int]:
+    head = row[:1] if bos is not None and row[0] == bos else []
+    return head + row[len(row) - (length - len(head)) :]
+
+
+def resolve_tokenizer(where: str, tokenizer: str | PreTrainedTokenizerBase | None, trainer: Any) -> Any:
+    """The tokenizer that was given, loaded if it is a path or name, else the one of the module being trained.
+
+    Raises:
+        ValueError: Neither is there, or it cannot be loaded.
+    """
+    if isinstance(tokenizer, str):
+        try:
+            return AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{where}(tokenizer={tokenizer!r}): it cannot be loaded ({short(str(error))}); "
+                "give the folder of a saved tokenizer, or a hub name"
+            ) from error
+    if tokenizer is None:
+        tokenizer = getattr(getattr(trainer, "lightning_module", None), "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError(
+            f"{where}(tokenizer=None): there is no module being trained whose tokenizer could be used; "
+            "give a tokenizer, a path or a hub name"
+        )
+    return tokenizer
+
+
+def padding_id(where: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills up short rows: the tokenizer's padding token, else its end-of-text token.
+
+    Raises:
+        ValueError: It has neither.
+    """
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token_id, int):
+            return token_id
+    raise ValueError(
+        f"{where}: the tokenizer {tokenizer.name_or_path!r} has neither a padding nor an end-of-text token; "
+        "set tokenizer.pad_token"
+    )
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
+    """Rows as ``input_ids`` and ``attention_mask``, padded on the right to the longest of them.
+
+    >>> {name: x.tolist() for name, x in pad_right([[5, 6], [7]], pad_id=0).items()}
+    {'input_ids': [[5, 6], [7, 0]], 'attention_mask': [[1, 1], [1, 0]]}
+    """
+    lengths = np.array([len(row) for row in rows])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    ids[mask] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
+    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}

@@ -1,0 +1,240 @@
+"""Prompts for PPO: every rank gets the same batches, in an order that survives a restart."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from lit_ppo.data.batch import HeldOutPrompts, PromptBatch, PromptTable, TrainingPrompts
+from lit_ppo.data.chats import chat_cell, is_chat
+from lit_ppo.data.encoding import encode_prompts
+from lit_ppo.data.files import Table
+from lit_ppo.data.module import TableDataModule, check_identity
+from lit_ppo.data.order import PromptLoader, PromptOrder, checked_weights
+from lit_ppo.data.tables import cell, require_columns, text_cell
+
+
+class PromptDataModule(TableDataModule):
+    """Prompts to sample responses to: plain text, or chat messages where the column holds lists of them.
+
+    Each batch is a :class:`~lit_ppo.data.batch.PromptBatch` of all ranks' prompts, the same on every rank. Training
+    shuffles every epoch anew; batch number ``u`` depends on the seed and ``u`` alone, and a resumed run goes on with
+    the next one. Held-out prompts come in the order of the file.
+
+    Args:
+        path: Training file or hub data set, see :func:`lit_ppo.data.files.read_table`.
+        prompt_column: Column with the prompt.
+        val_path: Validation file.
+        val_fraction: Share of the training file to hold out instead, see :func:`lit_ppo.data.tables.split_table`.
+        split_column: Column whose value decides which rows are held out; None: the prompt itself.
+        test_path: File for ``trainer.test``.
+        predict_path: File for ``trainer.predict``.
+        batch_size: Prompts of an update, over all ranks.
+        max_prompt_length: Longer prompts lose tokens from the left (a warning says how many did); None: no limit.
+        lower_case: Lower-case prompts; other columns stay as they are.
+        column_names: Columns of a CSV or TSV file without a header.
+        tokenizer: Tokenizer, or its path or hub name; None: that of the module being trained.
+        data_root: Folder that relative data paths start from; None: the working directory.
+        seed: Seed of the order; None: that of ``seed_everything``.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        prompt_column: str = "prompt",
+        val_path: str | None = None,
+        val_fraction: float = 0.0,
+        split_column: str | None = None,
+        test_path: str | None = None,
+        predict_path: str | None = None,
+        batch_size: int = 64,
+        max_prompt_length: int | None = None,
+        lower_case: bool = False,
+        column_names: list[str] | None = None,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        data_root: str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(
+            path, val_path, val_fraction, split_column, batch_size, lower_case, column_names, tokenizer, data_root, seed
+        )
+        self.prompt_column, self.test_path, self.predict_path = prompt_column, test_path, predict_path
+        if max_prompt_length is not None:
+            self._at_least("max_prompt_length", max_prompt_length, 2)
+        self.max_prompt_length = max_prompt_length
+        self._tables: dict[str, PromptTable] = {}
+        self._weights: np.ndarray | None = None
+        self._training: TrainingPrompts | None = None
+
+    def setup(self, stage: str) -> None:
+        """Reads and tokenises what the stage needs.
+
+        Raises:
+            ValueError: There is nothing to validate, test or predict on, or something is wrong with a file.
+        """
+        super().setup(stage)
+        stage = str(getattr(stage, "value", stage))  # Lightning hands over an enum
+        if stage in ("fit", "validate"):
+            self._setup_split(stage)
+        else:
+            self._tables[stage] = self._encode(f"{stage}_path", self.read(self._given(f"{stage}_path")))
+
+    def _setup_split(self, stage: str) -> None:
+        if stage == "validate" and not self.val_fraction:
+            self._given("val_path")
+        train, val = self.read_split([self.prompt_column])
+        if val is not None:
+            self._tables["val"] = self._encode("path" if self.val_path is None else "val_path", val)
+        if stage == "fit":
+            table = self._tables["train"] = self._encode("path", train)
+            order = PromptOrder(len(table), self.batch_size, self.seed)
+            if self._weights is not None:  # set before this call of fit
+                order.weights = checked_weights(f"{type(self).__name__}.set_weights", self._weights, len(table))
+            self._training = TrainingPrompts(table, order, self._batches_trained() or 0)
+
+    def _given(self, argument: str) -> str:
+        if getattr(self, argument) is None:
+            raise ValueError(f"{self.where(argument)}: no prompts for this; give a file")
+        return argument
+
+    def _encode(self, argument: str, table: Table) -> PromptTable:
+        where, column = self.where(argument), self.prompt_column
+        require_columns(where, table, [column])
+        chat = is_chat(cell(where, table, 0, column))
+        prompts: list[Any] = []
+        for i in range(len(table)):
+            if is_chat(cell(where, table, i, column)) != chat:
+                raise ValueError(f"{where}: {table.place(i)}: plain and chat prompts are mixed; use one kind")
+            prompts.append(
+                chat_cell(where, table, i, column, self.cased)
+                if chat
+                else self.cased(text_cell(where, table, i, column))
+            )
+        columns = {name: [row.get(name) for row in table.rows] for name in table.columns if name != column}
+        if not chat and columns.pop("messages", None) is not None:
+            warnings.warn(
+                f"{where}: the column 'messages' is left out: under that name rewards look for chat prompts; train on "
+                "it with prompt_column='messages', or rename it",
+                stacklevel=2,
+            )
+        if chat and "messages" in columns:
+            raise ValueError(
+                f"{where}: chat prompts are handed on as 'messages', which is another column here; rename it"
+            )
+        texts, ids = encode_prompts(
+            self.load_tokenizer(), prompts, self.max_prompt_length, type(self).__name__, "max_prompt_length"
+        )
+        return PromptTable(texts, ids, columns | ({"messages": prompts} if chat else {}))
+
+    @property
+    def columns(self) -> dict[str, list[Any]]:
+        """Every column but the prompt, over the training rows."""
+        return self._fit_state("columns").table.columns
+
+    @property
+    def n_rows(self) -> int:
+        """Training rows, each of which takes a weight in :meth:`set_weights`."""
+        return len(self._fit_state("n_rows").table)
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt that has been read, of whatever split."""
+        return max((len(ids) for table in self._tables.values() for ids in table.prompt_ids), default=0)
+
+    def peek(self, split: str, n: int = 1) -> PromptBatch | None:
+        """The first prompts of a split, ``"train"`` or ``"val"``, if there are any; nothing moves on."""
+        table = self._tables.get(split)
+        return None if table is None else table.batch(list(range(min(n, len(table)))))
+
+    def set_weights(self, weights: Sequence[float] | torch.Tensor | None) -> None:
+        """From the next batch on, draws the rows of a batch by weight, without replacement.
+
+        Args:
+            weights: One number a training row, not negative; rows with 0 are never drawn, and a batch is smaller
+                where fewer rows than ``batch_size`` are left. None: back to every row once an epoch.
+        """
+        training = self._fit_state("set_weights")
+        where = f"{type(self).__name__}.set_weights"
+        checked = None if weights is None else checked_weights(where, weights, len(training.table))
+        self._weights = training.order.weights = checked
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The batches of one epoch, from wherever training stands."""
+        training = self._fit_state("train_dataloader")
+        training.order.repeat = self._overfit_batches(len(training))
+        return self._loader(training)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """The validation prompts; nothing if none were asked for."""
+        return self._held_out("val") if "val" in self._tables else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The prompts of ``test_path``."""
+        return self._held_out("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The prompts of ``predict_path``."""
+        return self._held_out("predict")
+
+    def _held_out(self, split: str) -> DataLoader[Any]:
+        return self._loader(HeldOutPrompts(self._tables[split], self.batch_size))
+
+    @staticmethod
+    def _loader(prompts: TrainingPrompts | HeldOutPrompts) -> DataLoader[Any]:
+        # its own generator: a loader draws from the global one, which belongs to the model
+        return PromptLoader(prompts, batch_size=None, num_workers=0, generator=torch.Generator())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Batches done, sampling weights, and what tells whether they still mean the same."""
+        if self._training is None:
+            return {}
+        # a batch that was drawn and not finished (the run was stopped in its middle) is to be drawn again
+        trained = self._batches_trained()
+        position = self._training.position if trained is None else min(self._training.position, trained)
+        weights = None if self._weights is None else torch.from_numpy(self._weights)
+        return {"position": position, "weights": weights, **self._identity(self._training)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the next batch.
+
+        Raises:
+            ValueError: The data, ``batch_size`` or seed are not those of the saved run, so that its place in them
+                means nothing.
+        """
+        if not state_dict or (self.trainer is not None and self.trainer.state.fn != "fit"):
+            return  # validating a checkpoint on other prompts is fine
+        training = self._fit_state("load_state_dict")
+        check_identity(self, state_dict, self._identity(training), "prompts")
+        training.position = int(state_dict["position"])
+        weights = state_dict["weights"]
+        self._weights = training.order.weights = None if weights is None else weights.numpy()
+
+    @staticmethod
+    def _identity(training: TrainingPrompts) -> dict[str, Any]:
+        order = training.order
+        fingerprint = training.table.fingerprint
+        return {"rows": order.n_rows, "batch_size": order.batch_size, "seed": order.seed, "fingerprint": fingerprint}
+
+    def _batches_trained(self) -> int | None:
+        """Batches that the trainer has finished, over all epochs and calls of ``fit``; None without a trainer."""
+        if self.trainer is None:
+            return None
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return int(progress.processed)
+
+    def _overfit_batches(self, n_batches: int) -> int | None:
+        """The number of batches that ``Trainer(overfit_batches=...)`` asks to see again and again."""
+        asked = self.trainer.overfit_batches if self.trainer is not None else 0  # type: ignore[attr-defined]
+        if not asked:
+            return None
+        return min(asked, n_batches) if isinstance(asked, int) else max(1, int(asked * n_batches))
+
+    def _fit_state(self, name: str) -> TrainingPrompts:
+        if self._training is None:
+            raise RuntimeError(f"{type(self).__name__}.{name}: nothing has been read yet; call setup('fit') first")
+        return self._training

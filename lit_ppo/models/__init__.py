@@ -1,0 +1,1 @@
+"""Actor, critic and reference around Hugging Face models."""

@@ -1,0 +1,170 @@
+"""Adapters of low rank (LoRA): few weights trained beside a frozen model, which without them is the reference."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lit_ppo.models.actor_critic import Actor
+
+FIELDS = (
+    "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern",
+    "use_rslora",
+)  # fmt: skip
+NEUTRAL = {"lora_dropout": 0, "bias": "none"}  # may be named, as other people's settings do
+
+
+def check_lora(argument: str, fields: Any) -> None:
+    """Check what an adapter is to be made of.
+
+    Args:
+        argument: Class and argument, such as ``LitPPO(actor_lora``, for messages.
+        fields: Of ``peft.LoraConfig``.
+
+    Raises:
+        ValueError: A field that would train other weights than an adapter's, add dropout or move the frozen ones.
+        ImportError: peft is not installed.
+    """
+    if not isinstance(fields, dict):
+        raise ValueError(f"{argument}={fields!r}): must be fields of peft.LoraConfig, such as {{r: 16}}")
+    for name, value in fields.items():
+        if name not in FIELDS and (name not in NEUTRAL or value != NEUTRAL[name]):
+            raise ValueError(
+                f"{argument}={fields!r}): {name}={value!r} is not served, as the reference must be the same model "
+                f"without its adapter, and dropout is off in rollouts and updates alike; give {', '.join(FIELDS)}"
+            )
+    if find_spec("peft") is None:
+        raise ImportError(f"{argument}={fields!r}): needs peft; pip install 'lit-ppo[peft]', or leave it out")
+
+
+def add_adapter(argument: str, model: PreTrainedModel, fields: dict[str, Any], seed: int) -> None:
+    """Freeze a model and put an adapter into it that changes nothing yet.
+
+    Args:
+        argument: See :func:`check_lora`.
+        model: Causal LM, or the backbone of one.
+        fields: See :func:`check_lora`.
+        seed: Of the adapter's random half.
+
+    Raises:
+        ValueError: peft cannot make it, or it would lie on the embeddings or the head.
+    """
+    from peft import LoraConfig
+
+    transposed = any(isinstance(module, Conv1D) for module in model.modules())
+    try:
+        config = LoraConfig(**fields, fan_in_fan_out=transposed, task_type="CAUSAL_LM")
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            torch.manual_seed(seed)
+            # what single layers of another kind need is set for them
+            warnings.filterwarnings("ignore", message=r"fan_in_fan_out is set to")
+            model.add_adapter(config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{argument}={fields!r}): {str(error).splitlines()[0]}") from error
+    layers = _adapted_layers(model)
+    if model.get_input_embeddings() in layers or model.get_output_embeddings() in layers:
+        raise ValueError(
+            f"{argument}={fields!r}): target_modules hold the embeddings or the language-model head, which must stay "
+            "as they are; name other layers"
+        )
+    model.eval()
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Inside this the model computes as if it had no adapter."""
+    layers = _adapted_layers(model)
+    for layer in layers:  # enable_adapters(False) would also freeze the adapter, in the midst of its training
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def _adapted_layers(model: nn.Module) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def save_adapter(model: PreTrainedModel, weights: dict[str, Tensor] | None, dirpath: str | Path) -> None:
+    """Write an adapter as ``peft`` reads it.
+
+    Not by peft itself, which finds no adapter in what FSDP's first version has wrapped.
+
+    Args:
+        model: With an adapter.
+        weights: The adapter's, whole and without gradients, where the model's are not.
+        dirpath: Folder; made if it does not exist.
+    """
+    if weights is None:
+        weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    named = {f"base_model.model.{name.replace('.default', '')}": x.contiguous() for name, x in weights.items()}
+    config = copy(model.peft_config["default"])
+    for field, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(config, field, sorted(value))  # the same file from every process
+    config.save_pretrained(str(dirpath))
+    save_file(named, Path(dirpath) / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def merged(
+    model: PreTrainedModel, weights: dict[str, Tensor] | None, load: Callable[[], PreTrainedModel]
+) -> PreTrainedModel:
+    """A model of its own, with the adapter added to its weights.
+
+    Args:
+        model: With an adapter.
+        weights: See :func:`save_adapter`.
+        load: Loads the same model without adapter.
+    """
+    from peft import PeftModel
+
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is deprecated")  # peft asks for it
+        save_adapter(model, weights, folder)
+        whole: PreTrainedModel = PeftModel.from_pretrained(load(), folder).merge_and_unload()
+    return whole
+
+
+class WithoutAdapter:
+    """An actor without its adapter, as a reference: no module, so that its weights are counted and saved once.
+
+    Args:
+        actor: With an adapter; where it is sharded, what the strategy made of it.
+    """
+
+    def __init__(self, actor: Actor) -> None:
+        self.actor = actor
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The Hugging Face model, adapter and all."""
+        return self.actor.model
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The actor's forward."""
+        with adapter_off(self.actor):
+            return self.actor(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> list[list[int]]:
+        """See :func:`lit_ppo.generation.transformers.sample`."""
+        with adapter_off(self.actor):
+            return self.actor.generate(*args, **kwargs)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The actor's."""
+        return self.actor.named_parameters()

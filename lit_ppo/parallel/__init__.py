@@ -1,0 +1,1 @@
+"""Many processes: collectives, the plan that deals rows, sharded models, strategies."""

@@ -1,0 +1,1 @@
+"""One PPO update, in the order of the arrow."""

@@ -1,0 +1,213 @@
+"""The contract on LitPPO itself: what callbacks set is in force, whatever they keep, and without a critic."""
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from lit_ppo import LitPPO
+from lit_ppo.callbacks import AdaptiveKL, RewardNormalization
+from tests.helpers.oracle import Oracle
+from tests.helpers.tiny import make_causal_lm
+from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer
+from tests.ppo.test_module import record, rows_of
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory):
+    return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
+
+
+def test_attributes_that_a_callback_sets_are_in_force(tmp_path, lm):
+    """One update of 7 prompts x 2 samples, one pass of 3 minibatches, all by attributes set at its start."""
+
+    class Set(L.Callback):
+        def on_rollout_start(self, trainer: Any, pl_module: Any, prompts: Any) -> None:
+            pl_module.samples_per_prompt, pl_module.ppo_epochs = 2, 1
+            pl_module.kl_coef, pl_module.kl_estimator, pl_module.clip_range = 0.7, "k3", 1e-6
+
+    _, recorder, trainer = record(tmp_path, lm, Set())
+    first, second = recorder.experiences
+    assert (len(first), len(second)) == (14, 10)
+    assert [len(rows) for rows in recorder.minibatches] == [5, 5, 4, 5, 5]
+    log_ratio = second.logprobs - second.ref_logprobs
+    expected = (torch.exp(-log_ratio) - 1 + log_ratio) * second.response_mask
+    torch.testing.assert_close(second.kl, expected, rtol=1e-4, atol=1e-6)
+    last = second.response_mask.sum(1) - 1
+    rewards = -0.7 * second.kl
+    rewards[torch.arange(10), last] += second.scores
+    torch.testing.assert_close(second.rewards, rewards, rtol=1e-4, atol=1e-6)
+    assert recorder.metrics[1]["clip_fraction"] > 0.9
+    assert logged(trainer)[1]["objective/kl_coef"] == pytest.approx(0.7)
+
+
+def test_metrics_are_of_raw_scores_and_of_the_coefficient_in_force(tmp_path, lm):
+    _, recorder, trainer = record(
+        tmp_path, lm, RewardNormalization(), AdaptiveKL(target=0.001, horizon=20), kl_coef=0.3
+    )
+    rows = logged(trainer)
+    for experience, row in zip(recorder.experiences, rows, strict=True):
+        scores = count_good([], experience.responses)
+        assert row["objective/score"] == pytest.approx(sum(scores) / len(scores))
+        assert experience.scores.mean().item() != pytest.approx(sum(scores) / len(scores))
+        reward = sum(scores) / len(scores) - row["objective/kl_coef"] * experience.kl.sum(1).mean().item()
+        assert row["objective/rlhf_reward"] == pytest.approx(reward, rel=1e-4)
+    assert rows[0]["objective/kl_coef"] == pytest.approx(0.3)
+    assert rows[1]["objective/kl_coef"] == pytest.approx(0.3 * (1 - 0.2 * 7 / 20))  # KL 0 in the first update
+
+
+class MeanCentred:
+    """An estimator that needs no values: each response's summed rewards less the batch's mean."""
+
+    needs_values = False
+
+    def __call__(self, experience: Any) -> tuple[torch.Tensor, None]:
+        total = experience.rewards.sum(1)
+        return (total - total.mean())[:, None] * experience.response_mask, None
+
+
+@pytest.mark.parametrize("reference", ["actor", None])
+def test_without_a_critic(tmp_path, lm, reference):
+    module, recorder, trainer = record(tmp_path, lm, critic=None, advantages=MeanCentred(), reference=reference)
+    assert module.critic is None
+    assert not any("value" in name for row in logged(trainer) for name in row)
+    assert {name.split(".")[0] for name in module.state_dict()} == {"actor"}
+    assert recorder.experiences[0].values is None
+    start = make_module(lm)
+    start.configure_model()
+    assert any(not v.equal(start.state_dict()[k]) for k, v in module.state_dict().items())
+
+
+def test_rows_that_a_callback_keeps_are_all_that_is_trained_on(tmp_path, lm):
+    class Keep(L.Callback):
+        def on_rollout_end(self, trainer: Any, pl_module: Any, experience: Any) -> None:
+            experience.keep([4, 1, 1])
+
+    _, recorder, _ = record(tmp_path, lm, Keep(), max_steps=1)
+    assert len(recorder.experiences[0]) == 3
+    assert [len(rows) for rows in recorder.minibatches] == [3, 3]  # fewer than minibatch_size make one
+
+
+def test_keeping_no_rows_is_refused(tmp_path, lm):
+    class Drop(L.Callback):
+        def on_rollout_end(self, trainer: Any, pl_module: Any, experience: Any) -> None:
+            experience.keep([])
+
+    with pytest.raises(ValueError, match="kept none of the rows"):
+        record(tmp_path, lm, Drop())
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+def test_a_response_masked_out_as_a_whole_trains_nothing(tmp_path, lm, reduction):
+    class Filter(L.Callback):
+        def on_rollout_end(self, trainer: Any, pl_module: Any, experience: Any) -> None:
+            mask = experience.response_mask.clone()
+            mask[0] = False
+            experience.response_mask = mask
+
+    module, _, trainer = record(tmp_path, lm, Filter(), loss_reduction=reduction, micro_batch_size=1, max_steps=1)
+    assert all(value.isfinite().all() for value in module.state_dict().values())
+    assert trainer.global_step == 1
+
+
+@pytest.mark.parametrize("lifted", ["on_rollout_start", "on_update_end"])
+def test_the_critic_learns_on_schedule_while_the_actor_rests(tmp_path, lm, lifted):
+    """Two frozen updates, whichever hook lifts it: the actor's schedule waits, the critic's goes on."""
+
+    def lift(self: Any, trainer: Any, pl_module: Any, *arguments: Any) -> None:
+        done = trainer.global_step + (lifted == "on_update_end")
+        pl_module.actor_frozen = done < 2
+
+    def halve(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+
+    hooks = {lifted: lift, "on_train_start": lambda self, trainer, pl_module: setattr(pl_module, "actor_frozen", True)}
+    callback = type("Lift", (L.Callback,), hooks)()
+    _, _, trainer = record(tmp_path, lm, callback, actor_scheduler=halve, critic_scheduler=halve, max_steps=4)
+    rows = logged(trainer)
+    assert [row["policy/lr"] for row in rows] == pytest.approx([0.1, 0.1, 0.1, 0.05])
+    assert [row["value/lr"] for row in rows] == pytest.approx([0.1, 0.05, 0.025, 0.0125])
+    assert ["policy/loss" in row for row in rows] == [False, False, True, True]
+
+
+def test_an_actor_that_is_frozen_within_an_update_rests_from_the_next_one_on(tmp_path, lm):
+    """Read at each update: its other steps, and its schedule's, are taken."""
+
+    def halve(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+
+    hooks = {"on_minibatch_start": lambda self, trainer, pl_module, minibatch: setattr(pl_module, "actor_frozen", True)}
+    callback = type("Freeze", (L.Callback,), hooks)()
+    _, recorder, trainer = record(tmp_path, lm, callback, actor_scheduler=halve, ppo_epochs=1, max_steps=2)
+    assert ["policy_loss" in step for step in recorder.metrics] == [True, True, False]  # 7 rows, then 5, by fives
+    assert [row["policy/lr"] for row in logged(trainer)] == pytest.approx([0.1, 0.05])
+
+
+def test_each_update_permutes_its_rows_anew(tmp_path, lm):
+    _, recorder, _ = record(tmp_path, lm, minibatch_size=7, ppo_epochs=2, max_steps=2)
+    assert len({tuple(rows) for rows in recorder.minibatches}) == 4
+
+
+def test_the_critics_gradient_is_clipped_too(tmp_path, lm):
+    """Plain gradient descent moves by rate x norm: at most 0.1 x 0.01."""
+    module, recorder, _ = record(tmp_path, lm, max_grad_norm=0.01, ppo_epochs=1, max_steps=1, minibatch_size=7)
+    start = make_module(lm)
+    start.configure_model()
+    moved = sum(((v - start.critic.state_dict()[k]) ** 2).sum() for k, v in module.critic.state_dict().items())
+    assert recorder.metrics[0]["critic_grad_norm"] > 0.02
+    assert moved.sqrt().item() == pytest.approx(0.001, rel=1e-3)
+
+
+def test_kl_is_to_the_reference_that_was_given(tmp_path, lm):
+    """By the oracle, with a reference that is not the actor."""
+    other = make_causal_lm(tmp_path / "other", seed=5, scale=4.0)
+    _, recorder, _ = record(tmp_path, lm, reference=str(other), max_steps=1)
+    oracle, reference = (Oracle(path, temperature=1.0) for path in (lm, other))
+    experience = recorder.experiences[0]
+    for i, (prompt, response) in enumerate(rows_of(experience)):
+        kl = oracle.logprobs(oracle.actor, prompt, response) - reference.logprobs(reference.actor, prompt, response)
+        torch.testing.assert_close(experience.kl[i, : len(response)].double(), kl, rtol=1e-4, atol=1e-5)
+
+
+def test_an_overridden_training_step_keeps_the_clock(tmp_path, lm, monkeypatch):
+    """Seconds are of one update, not of all so far."""
+
+    class Own(LitPPO):
+        def training_step(self, prompts: Any, batch_idx: int) -> None:
+            self.update(self.collect(prompts))
+            assert self.seconds == {}
+
+    module = make_module(lm)
+    module.__class__ = Own
+    make_trainer(tmp_path).fit(module, make_data(tmp_path))
+
+
+def test_steps_skipped_in_a_row_are_counted_over_a_resume(tmp_path, lm):
+    module = make_module(lm, max_skipped_steps=5)
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(module, make_data(tmp_path))
+    module.skipped_steps = 3
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = make_module(lm, max_skipped_steps=5)
+    again.on_load_checkpoint(torch.load(tmp_path / "a.ckpt", weights_only=True))
+    assert (again.skipped_steps, again.rollouts) == (3, 1)
+
+
+def test_returns_are_needed_where_there_is_a_critic(tmp_path, lm):
+    class NoReturns(MeanCentred):
+        needs_values = True
+
+    with pytest.raises(ValueError, match="gives no returns for the critic to learn"):
+        record(tmp_path, lm, advantages=NoReturns())
+
+
+def test_hyperparameters_with_lists_load_from_a_checkpoint(tmp_path, lm):
+    module = make_module(lm, generation={"max_new_tokens": 6, "eos_token_id": [1, 2]})
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(module, make_data(tmp_path))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.warns(UserWarning, match="Found keys that are in the model state dict but not in the checkpoint"):
+        loaded = LitPPO.load_from_checkpoint(tmp_path / "a.ckpt", rewards=count_good, weights_only=False)
+    assert loaded.hparams["generation"] == {"max_new_tokens": 6, "eos_token_id": [1, 2]}
+    assert all(v.equal(loaded.state_dict()[k]) for k, v in module.state_dict().items())

@@ -1,0 +1,191 @@
+"""The command: configuration, run folders, resuming, results."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.helpers.command import run_command
+
+CONFIG: dict[str, Any] = {
+    "model": {"class_path": "tests.helpers.cli_toys.Toy"},
+    "data": {"class_path": "tests.helpers.cli_toys.ToyData"},
+    "trainer": {"max_epochs": 1, "accelerator": "cpu", "enable_model_summary": False, "num_sanity_val_steps": 0},
+    "checkpoint": {"every_n_train_steps": 3},
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A configuration of eight steps."""
+    path = tmp_path / "toy.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return path
+
+
+def scalars(folder: Path, tag: str = "train/loss") -> dict[int, float]:
+    """Step -> value, and a failure if a step was told twice."""
+    events = EventAccumulator(str(folder)).Reload().Scalars(tag)
+    assert len({event.step for event in events}) == len(events)
+    return {event.step: event.value for event in events}
+
+
+def test_fit_leaves_a_run_folder_and_says_where(config: Path, tmp_path: Path) -> None:
+    result = run_command("fit", "--config", config, cwd=tmp_path).ok()
+    folder = tmp_path / "runs" / "version_0"
+    assert {"config.yaml", "checkpoints", "model"} <= {path.name for path in folder.iterdir()}
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
+        "step-000006.ckpt",
+        "step-000008.ckpt",
+    ]
+    assert sorted(scalars(folder)) == list(range(8))
+    for word in ("runs/version_0/model", "tensorboard --logdir runs", "step-000008.ckpt"):
+        assert word in result.out
+    first = result.out.splitlines()[0]
+    assert first.startswith("lit-ppo: loading")
+    assert re.search(r"step 8/8  loss \S+  \(update\)", result.out)
+
+
+def test_twice_gives_two_folders_with_the_same_numbers_and_another_seed_others(config: Path, tmp_path: Path) -> None:
+    for extra in ([], [], ["--seed_everything", "7"]):
+        run_command("fit", "--config", config, *extra, cwd=tmp_path).ok()
+    first, second, other = (scalars(tmp_path / "runs" / f"version_{i}") for i in range(3))
+    assert first == second
+    assert first != other
+    assert yaml.safe_load((tmp_path / "runs/version_0/config.yaml").read_text())["seed_everything"] == 42
+
+
+def test_two_calls_in_one_process(config: Path, tmp_path: Path) -> None:
+    run_command("fit", "--config", config, cwd=tmp_path, calls=2).ok()
+    assert scalars(tmp_path / "runs/version_0") == scalars(tmp_path / "runs/version_1")
+
+
+def test_resume_goes_on_in_the_same_folder(config: Path, tmp_path: Path) -> None:
+    run_command("fit", "--config", config, cwd=tmp_path / "whole").ok()
+    run_command("fit", "--config", config, "--trainer.max_steps=5", cwd=tmp_path).ok()
+    (tmp_path / "runs/version_0/checkpoints/step-000005.ckpt").unlink()  # as if it had been killed after the fifth
+    (tmp_path / "runs/version_0/checkpoints/step-000006.ckpt.partial").write_text("half")
+    run_command("fit", "--config", config, "--ckpt_path=last", cwd=tmp_path).ok()
+    assert not (tmp_path / "runs/version_1").exists()
+    assert scalars(tmp_path / "runs/version_0") == scalars(tmp_path / "whole/runs/version_0")
+    names = [path.name for path in sorted((tmp_path / "runs/version_0/checkpoints").iterdir())]
+    assert names == ["step-000006.ckpt", "step-000008.ckpt"]
+
+
+def test_last_without_a_checkpoint_is_an_error(config: Path, tmp_path: Path) -> None:
+    result = run_command("fit", "--config", config, "--ckpt_path", "last", cwd=tmp_path)
+    result.refused("--ckpt_path last", "runs/version_*/checkpoints", "start afresh")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_checkpoints_hold_plain_things_only(config: Path, tmp_path: Path) -> None:
+    run_command("fit", "--config", config, cwd=tmp_path).ok()
+    path = tmp_path / "runs/version_0/checkpoints/step-000008.ckpt"
+    loaded = torch.load(path, weights_only=True)
+    assert loaded["hyper_parameters"]["width"] == 4
+
+
+def test_the_command_line_rules_over_the_checkpoint(config: Path, tmp_path: Path) -> None:
+    """Lightning's own command takes the model's arguments from the checkpoint."""
+    run_command("fit", "--config", config, "--trainer.max_steps=3", cwd=tmp_path).ok()
+    out = run_command("fit", "--config", config, "--model.start=here", "--ckpt_path=last", cwd=tmp_path).ok().out
+    assert "model.init_args.start: None -> here" in out
+    assert "tests.helpers.cli_toys.Toy: Lightning goes on with its optimizers and schedules as they were saved" in out
+    saved = yaml.safe_load((tmp_path / "runs/version_0/config.yaml").read_text())
+    assert saved["model"]["init_args"]["start"] == "here"
+
+
+def test_validate_and_test_and_predict(config: Path, tmp_path: Path) -> None:
+    run_command("fit", "--config", config, cwd=tmp_path).ok()
+    assert "val/loss" in run_command("validate", "--config", config, "--ckpt_path=last", cwd=tmp_path).ok().out
+    assert "test/loss" in run_command("test", "--config", config, cwd=tmp_path).ok().out
+    run_command("predict", "--config", config, cwd=tmp_path).ok()
+
+
+def test_overlays_append_callbacks_by_short_name(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("from tests.helpers.cli_toys import Shout\nclass Whisper(Shout):\n    pass\n")
+    for name, entry in {"one": {"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss"}},
+                        "two": {"class_path": "mine.Whisper", "init_args": {"word": "psst"}}}.items():  # fmt: skip
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [entry]}}))
+    args = ["fit", "--config", config, "--config", "one.yaml", "--config", "two.yaml"]
+    printed = run_command(*args, "--print_config", cwd=tmp_path).ok().out
+    names = [callback["class_path"] for callback in yaml.safe_load(printed)["trainer"]["callbacks"]]
+    assert [name.rsplit(".")[-1] for name in names] == ["EarlyStopping", "Whisper"]
+    assert "psst!" in run_command(*args, cwd=tmp_path).ok().out
+
+
+STOPS = """
+import warnings
+
+import lightning as L
+
+from lit_ppo.callbacks.checks import warn_of_gaps
+
+
+class Stops(L.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 3:
+            warn_of_gaps(self, trainer)
+            warnings.warn("the writer of the callback looks for this", stacklevel=1)
+            trainer.should_stop = True
+"""
+
+
+def test_warnings_are_words_and_an_epoch_that_a_callback_ends_is_not_called_the_last(
+    config: Path, tmp_path: Path
+) -> None:
+    """The place in the source is told of what is not ours."""
+    (tmp_path / "mine.py").write_text(STOPS)
+    limit = "`Trainer.fit` stopped: `max_epochs=1` reached."
+    whole = run_command("fit", "--config", config, cwd=tmp_path).ok()
+    assert limit in whole.out + whole.err
+    ended = run_command(
+        "fit", "--config", config, "--trainer.callbacks+=mine.Stops", "--trainer.log_every_n_steps=2", cwd=tmp_path
+    ).ok()
+    assert limit not in ended.out + ended.err
+    assert "Stopped early: 3 of 8 steps" in ended.out
+    said = (ended.out + ended.err).splitlines()
+    assert any(line.startswith("lit-ppo: warning: Stops: Trainer(log_every_n_steps=2) logs other") for line in said)
+    assert any(re.search(r"mine.py:\d+: UserWarning: the writer of the callback", line) for line in said)
+
+
+@pytest.mark.parametrize("name", ["AdaptiveKL", "AdvantageNormalization", "ValueClipping"])
+def test_tricks_by_short_name(config: Path, tmp_path: Path, name: str) -> None:
+    result = run_command("fit", "--config", config, f"--trainer.callbacks+={name}", "--print_config", cwd=tmp_path).ok()
+    assert f"lit_ppo.callbacks.{name}" in result.out
+
+
+def test_data_root_reaches_the_data(config: Path, tmp_path: Path) -> None:
+    result = run_command("fit", "--config", config, "--data_root", "/some/where", cwd=tmp_path).ok()
+    assert "ToyData reads None under /some/where" in result.out
+
+
+def test_no_checkpoints_no_logger_no_export_when_they_are_off(config: Path, tmp_path: Path) -> None:
+    off = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--export.dirpath=out"]
+    run_command("fit", "--config", config, *off, cwd=tmp_path).ok()
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert not list(tmp_path.rglob("events*"))
+    assert (tmp_path / "out" / "weights.pt").is_file()
+
+
+def test_export_replaces_a_model_but_nothing_else(config: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        run_command("fit", "--config", config, "--export.dirpath=out", cwd=tmp_path).ok()
+    (tmp_path / "out" / "config.json").unlink()
+    run_command("fit", "--config", config, "--export.dirpath=out", cwd=tmp_path).refused("ExportModel(dirpath='out')")
+    assert (tmp_path / "out" / "weights.pt").is_file()
+
+
+def test_checkpoint_settings(config: Path, tmp_path: Path) -> None:
+    settings = ["--checkpoint.keep=3", "--checkpoint.every_n_train_steps=2", "--checkpoint.dirpath=saved"]
+    run_command("fit", "--config", config, *settings, cwd=tmp_path).ok()
+    names = [path.name for path in sorted((tmp_path / "saved").iterdir())]
+    assert names == ["step-000004.ckpt", "step-000006.ckpt", "step-000008.ckpt"]
+    result = run_command(
+        "fit", "--config", config, *settings, "--ckpt_path=last", "--trainer.max_epochs=2", cwd=tmp_path
+    )
+    assert "saved/step-000008.ckpt" in result.ok().err

@@ -1,0 +1,159 @@
+"""Bad input to the command: one line, the last one, with place, value and remedy; no traceback."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_ppo.cli.errors import config_files, nearest, running_error
+from lit_ppo.run.errors import CommandError
+from tests.cli.test_command import CONFIG
+from tests.helpers.command import REPOSITORY, run_command
+from tests.helpers.tiny import WORDS
+
+OVERLAYS = {
+    "mistyped key": ("trainer:\n  max_stepz: 3\n", ["over.yaml:2", "trainer.max_stepz", "'trainer.max_steps'"]),
+    "mistyped section": ("trainr:\n  max_steps: 3\n", ["trainr.max_steps", "'trainer.max_steps'"]),
+    "broken yaml": ("trainer: {max_steps: 3\nmodel: [\n", ["over.yaml:2", "not valid YAML"]),
+    "callback": ("trainer:\n  callbacks:\n  - class_path: AdaptivKL\n", ["over.yaml:3", "AdaptivKL", "'AdaptiveKL'"]),
+    "callback's argument": (
+        "trainer:\n  callbacks+:\n  - class_path: AdaptiveKL\n    init_args: {targt: 3}\n",
+        ["over.yaml:4", "AdaptiveKL", "'targt'", "'target'"],
+    ),
+    "model's argument": ("model:\n  init_args:\n    widht: 3\n", ["over.yaml:3", "Toy", "'widht'", "'width'"]),
+    "model class": ("model:\n  class_path: LitPPPO\n", ["over.yaml:2", "LitPPPO", "'LitPPO'"]),
+    "no init_args": ("model:\n  class_path: LitPPO\n  actor: x\n", ["over.yaml:2", "model", "init_args"]),
+    "value for section": ("trainer: 3\n", ["trainer", "3", "mapping"]),
+    "stage's key": ("stages: [{nme: x}]\n", ["over.yaml:1", "stages", "'nme'", "'name'"]),
+    "stage's file": ("stages: [{name: x, config: [nope.yaml]}]\n", ["stages", "nope.yaml", "does not exist"]),
+}
+
+ARGUMENTS = {
+    "flag": ("--trainer.max_stepz=3", ["--trainer.max_stepz", "'--trainer.max_steps'"]),
+    "abbreviated flag": ("--trainer.max_step=3", ["--trainer.max_step", "no such option"]),
+    "flag without its section": ("--max_steps=3", ["--max_steps", "'--trainer.max_steps'"]),
+    "type": ("--trainer.max_steps=three", ["trainer.max_steps", "'three'", "int"]),
+    "model's type": ("--model.width=wide", ["model (Toy).width", "'wide'", "int"]),
+    "model's argument": ("--model.widht=3", ["model (Toy)", "'widht'", "'width'"]),
+    "refused by the model": ("--model.width=0", ["Toy(width=0): must be at least 1"]),
+    "raised in the run": ("--model.fail_at=2", ["Toy(fail_at=2): failed as told", "tests.helpers.cli_toys, line"]),
+    "data without its path": ("--data=PromptDataModule", ["PromptDataModule", "path is missing", "--data.path"]),
+    "checkpoint": ("--ckpt_path=nope.ckpt", ["--ckpt_path nope.ckpt", "'last'"]),
+    "callback's value": ("--checkpoint.keep=0", ["StepCheckpoint(keep=0)", "at least 1"]),
+    "config": ("--config=nope.yaml", ["nope.yaml", "does not exist"]),
+    "trick on a foreign module": ("--trainer.callbacks+=AdaptiveKL", ["AdaptiveKL", "kl_coef", "Toy"]),
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "toy.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return path
+
+
+@pytest.mark.parametrize(("text", "words"), OVERLAYS.values(), ids=OVERLAYS.keys())
+def test_a_bad_overlay_is_refused(config: Path, tmp_path: Path, text: str, words: list[str]) -> None:
+    (tmp_path / "over.yaml").write_text(text)
+    run_command("fit", "--config", config, "--config", "over.yaml", cwd=tmp_path).refused(*words)
+
+
+@pytest.mark.parametrize(("argument", "words"), ARGUMENTS.values(), ids=ARGUMENTS.keys())
+def test_a_bad_argument_is_refused(config: Path, tmp_path: Path, argument: str, words: list[str]) -> None:
+    run_command("fit", "--config", config, argument, cwd=tmp_path).refused(*words)
+
+
+def test_a_data_root_that_nobody_takes_is_refused(config: Path, tmp_path: Path) -> None:
+    args = ["--data=tests.helpers.cli_toys.RootlessData", "--data_root=here"]
+    run_command("fit", "--config", config, *args, cwd=tmp_path).refused("--data_root here", "leave it out")
+
+
+def test_a_module_that_cannot_be_imported(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    result = run_command("fit", "--config", config, "--trainer.callbacks+=broken.Trick", cwd=tmp_path)
+    result.refused("trainer.callbacks", "broken.py", "invalid syntax")
+    result = run_command("fit", "--config", config, "--trainer.callbacks+=nowhere.Trick", cwd=tmp_path)
+    result.refused("trainer.callbacks", "nowhere")
+
+
+@pytest.mark.parametrize("args", [["fitt"], ["fit"], ["fit", "--config"], []])
+def test_an_incomplete_command_is_refused(tmp_path: Path, args: list[str]) -> None:
+    assert run_command(*args, cwd=tmp_path).refused().code == 2
+
+
+def test_debug_shows_the_traceback_and_ends_with_the_same_line(config: Path, tmp_path: Path) -> None:
+    result = run_command("fit", "--config", config, "--model.width=0", "--debug", cwd=tmp_path)
+    assert result.code == 1
+    assert "Traceback (most recent call last)" in result.err
+    assert "Toy(width=0): must be at least 1" in result.last
+
+
+PPO = {
+    "missing actor": ("--model.actor=nope", ["LitPPO(actor", "nope"]),
+    "missing reward model": ("--model.rewards.model=nope", ["RewardModel(model='nope')"]),
+    "minibatch over the batch": ("--model.minibatch_size=400", ["LitPPO(minibatch_size=400)", "8"]),
+    "choice": ("--model.kl_estimator=k4", ["model (LitPPO).kl_estimator", "'k4'", "'k3'"]),
+    "argument of the reward": ("--model.rewards.modle=x", ["RewardModel", "'modle'", "'model'"]),
+    "argument of the optimizer": ("--model.actor_optimizer.lrr=1", ["model (LitPPO).actor_optimizer", "'lrr'", "'lr'"]),
+    "estimator": ("--model.advantages=GEA", ["model (LitPPO).advantages", "'GEA'", "'GAE'"]),
+    "missing prompts": ("--data.path=nope.jsonl", ["PromptDataModule(path='nope.jsonl')", "does not exist"]),
+    "missing column": ("--data.prompt_column=question", ["prompts.jsonl", "'question'", "'prompt'"]),
+    "generation": ("--model.generation.max_tokens=4", ["LitPPO(generation", "max_tokens"]),
+}
+
+
+def ppo_arguments(folder: Path, lm: Path, reward: Path) -> list[str]:
+    """``configs/ppo.yaml`` with paths and sizes overridden."""
+    rows = [{"prompt": f"the {word} was", "level": i} for i, word in enumerate(WORDS[:16])]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths = [f"--model.actor={lm}", f"--model.rewards.model={reward}", "--data.path=prompts.jsonl"]
+    sizes = ["--data.batch_size=8", "--model.minibatch_size=4", "--model.micro_batch_size=2"]
+    lengths = [
+        "--model.generation.max_new_tokens=6",
+        "--data.max_prompt_length=8",
+        "--trainer.val_check_interval=1.0",
+        "--data.val_fraction=0.25",
+    ]
+    config = str(REPOSITORY / "configs" / "ppo.yaml")
+    return ["--config", config, *paths, *sizes, *lengths, "--trainer.accelerator=cpu"]
+
+
+@pytest.mark.parametrize(("argument", "words"), PPO.values(), ids=PPO.keys())
+def test_a_bad_argument_to_ppo_is_refused(
+    tmp_path: Path, tiny_lm: Path, tiny_reward: Path, argument: str, words: list[str]
+) -> None:
+    run_command("fit", *ppo_arguments(tmp_path, tiny_lm, tiny_reward), argument, cwd=tmp_path).refused(*words)
+
+
+def test_nearest() -> None:
+    assert nearest("lrr", ["lr", "betas"]) == "did you mean 'lr'?"
+    assert nearest("zzz", ["lr", "betas"]) == "known: betas, lr"
+
+
+def test_config_files() -> None:
+    assert config_files(["fit", "-c", "a", "--config=b", "--configs", "c", "--config"]) == ["a", "b", ""]
+
+
+def test_nothing_in_an_error_is_obeyed_by_a_terminal() -> None:
+    """Such as a response that a reward function cannot read, and says so."""
+    assert running_error(CommandError("cannot read \x1b[2J\x07\n<b>")).startswith("CommandError")
+    assert "cannot read \\x1b[2J\\x07 <b>" in running_error(CommandError("cannot read \x1b[2J\x07\n<b>"))
+
+
+def test_running_error_tells_ours_from_others() -> None:
+    def caught(function: object) -> BaseException:
+        try:
+            function()  # type: ignore[operator]
+        except Exception as error:
+            return error
+        raise AssertionError
+
+    assert (
+        running_error(CommandError("plain\nwords"))
+        == "CommandError: plain words; run again with --debug for the traceback"
+    )
+    foreign = running_error(caught(lambda: {}["key"]))
+    assert foreign.startswith("KeyError in tests.cli.test_errors, line ")
+    ours = running_error(caught(lambda: nearest(1, ["a"])))  # type: ignore[arg-type]
+    assert "AttributeError in lit_ppo.cli.errors, line " in ours

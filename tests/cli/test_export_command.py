@@ -1,0 +1,123 @@
+"""``lit-ppo export``: byte for byte what the run itself exports."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+
+from lit_ppo.cli.export_command import build
+from lit_ppo.run.export import write_model
+from tests.cli.test_command import CONFIG
+from tests.helpers.command import run_command
+from tests.helpers.tiny import make_causal_lm
+from tests.run.test_resume_config import ppo
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder; nothing but the actor is left of the models that it was built from."""
+    folder = tmp_path_factory.mktemp("export")
+    actor = make_causal_lm(folder / "lm", scale=4.0)
+    run_command(*ppo(folder, actor), "--model.actor_optimizer.lr=1e-2", cwd=folder).ok()
+    return folder / "runs/ppo/version_0"
+
+
+def test_the_model_of_a_checkpoint_is_that_of_the_run(tmp_path: Path, run: Path) -> None:
+    (checkpoint,) = run.rglob("*.ckpt")
+    result = run_command("export", "--ckpt_path", checkpoint, "--output", "out", cwd=tmp_path).ok()
+    assert files(tmp_path / "out") == files(run / "model")
+    assert files(run / "model")["model.safetensors"] != files(run.parents[2] / "lm")["model.safetensors"]  # it learnt
+    assert "Model: out" in result.out
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_sharded_checkpoint_and_one_without_configuration(tmp_path: Path, run: Path) -> None:
+    """As sharding strategies write it: weights in a folder, the rest in meta.pt; the configuration lies beside it."""
+    (checkpoint,) = run.rglob("*.ckpt")
+    whole = torch.load(checkpoint, weights_only=True)
+    del whole["lit_ppo_run"]
+    folder = tmp_path / "version_0/checkpoints/step-000001.ckpt"
+    dcp.save({"state_dict": whole.pop("state_dict")}, checkpoint_id=folder, no_dist=True)
+    torch.save(whole, folder / "meta.pt")
+    command = ["export", "--ckpt_path", folder, "--output", "out"]
+    run_command(*command, cwd=tmp_path).refused("says nothing of how its model is built", "version_0/config.yaml")
+    shutil.copy(run / "config.yaml", tmp_path / "version_0")
+    run_command(*command, cwd=tmp_path).ok()
+    assert files(tmp_path / "out") == files(run / "model")
+
+
+def test_any_module_that_can_be_saved(tmp_path: Path) -> None:
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(CONFIG))
+    run_command("fit", "--config", "toy.yaml", cwd=tmp_path).ok()
+    last = "runs/version_0/checkpoints/step-000008.ckpt"
+    run_command("export", f"--ckpt_path={last}", "--output=deep/out", cwd=tmp_path).ok()
+    assert files(tmp_path / "deep/out") == files(tmp_path / "runs/version_0/model")
+
+
+def test_a_checkpoint_of_other_models_is_refused(tmp_path: Path, run: Path) -> None:
+    """Else what it lacks would be exported as it was before training."""
+    (checkpoint,) = run.rglob("*.ckpt")
+    state = torch.load(checkpoint, weights_only=True)
+    del state["state_dict"]["actor.model.transformer.wte.weight"]
+    torch.save(state, tmp_path / "other.ckpt")
+    command = ["export", "--ckpt_path=other.ckpt", "--output=out"]
+    run_command(*command, cwd=tmp_path).refused("none of LitPPO with these models", "it lacks actor.model")
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_all_models_only_the_actor_need_be_there(tmp_path: Path) -> None:
+    arguments = {
+        "actor": str(make_causal_lm(tmp_path / "lm")),
+        "critic": "gone",
+        "reference": "gone",
+        "rewards": {"class_path": "RewardFunction", "init_args": {"function": "tests.helpers.toys.count_good"}},
+        "generation": {"max_new_tokens": 6},
+    }
+    module = build({"model": {"class_path": "LitPPO", "init_args": arguments}})
+    module.configure_model()
+    assert {name.split(".")[0] for name, _ in module.named_parameters()} == {"actor"}
+
+
+class Saves:
+    """As much of a module as is asked for."""
+
+    def save_pretrained(self, dirpath: Path) -> None:
+        (dirpath / "config.json").write_text("new")
+
+
+def test_a_model_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    """Files of the one before are gone, and so is what an export that was killed left behind."""
+    for name in ("model", "model.partial", "model.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shard.safetensors").write_text("of before")
+    write_model(Saves(), tmp_path / "model")
+    assert files(tmp_path) == {"model/config.json": b"new"}
+    write_model(Saves(), tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file and its folder: after a crash of the machine there is no name without content."""
+    seen: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda descriptor: seen.append("synced") or fsync(descriptor))
+    monkeypatch.setattr(Path, "rename", lambda path, target: seen.append("renamed") or rename(path, target))
+    write_model(Saves(), tmp_path / "model")
+    assert seen == ["synced", "synced", "renamed"]
+
+
+def test_what_is_missing_or_in_the_way_is_named(tmp_path: Path, run: Path) -> None:
+    (checkpoint,) = run.rglob("*.ckpt")
+    assert run_command("export", "--output=out", cwd=tmp_path).refused("export", "--ckpt_path").code == 2
+    run_command("export", "--ckpt_path=nope", "--output=out", cwd=tmp_path).refused("--ckpt_path nope", "no such")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/diary.txt").write_text("mine")
+    run_command("export", "--ckpt_path", checkpoint, "--output=out", cwd=tmp_path).refused("--output out", "no model")

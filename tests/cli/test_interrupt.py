@@ -1,0 +1,107 @@
+"""Ctrl-C and SIGTERM: out within ten seconds, with the code and the words, and nothing left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cli.test_command import CONFIG
+from tests.helpers.command import REPOSITORY, Running, run_command
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+
+
+def start(tmp_path: Path, *args: str, **overrides: object) -> Running:
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump({**CONFIG, **overrides}))
+    return Running("fit", "--config", "toy.yaml", *args, cwd=tmp_path)
+
+
+def running(marker: str) -> list[str]:
+    """Command lines of processes that mention the marker."""
+    found = subprocess.run(["ps", "-eww", "-o", "pid,args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in found.splitlines() if marker in line and " ps " not in line]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_in_training_with_a_checkpoint(tmp_path: Path, number: int, code: int) -> None:
+    command = start(tmp_path, "--model.sleep=0.2", "--trainer.max_epochs=90", "--ckpt_path", "null")
+    end = time.monotonic() + 60
+    while not list((tmp_path / "runs/version_0/checkpoints").glob("*.ckpt")):
+        assert time.monotonic() < end, command.err
+        time.sleep(0.1)
+    result = command.stop(number)
+    assert result.code == code
+    expected = "lit-ppo fit --config toy.yaml --model.sleep=0.2 --trainer.max_epochs=90 --ckpt_path last"
+    assert result.last.endswith(f"continue with: {expected}")
+    if number == signal.SIGINT:
+        words = expected.replace("epochs=90", "epochs=1").split()[1:]
+        run_command(*words, cwd=tmp_path).ok()
+
+
+def test_before_there_is_a_checkpoint(tmp_path: Path) -> None:
+    """An earlier run's checkpoint is not this one's."""
+    run_command("fit", "--config", _config(tmp_path), cwd=tmp_path).ok()
+    command = start(tmp_path, "--model.sleep=1.0")
+    command.wait_for("step 0/8")
+    result = command.stop(signal.SIGINT)
+    assert result.code == 130
+    assert result.last.endswith("continue with: lit-ppo fit --config toy.yaml --model.sleep=1.0")
+
+
+def _config(tmp_path: Path) -> Path:
+    path = tmp_path / "plain.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return path
+
+
+def test_while_loading(tmp_path: Path) -> None:
+    """The real command, whose first words come before the imports."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "lit_ppo", "fit", "--config", str(_config(tmp_path))]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("lit-ppo: loading")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "continue with: lit-ppo fit" in err.strip().splitlines()[-1]
+
+
+def test_in_a_stage(tmp_path: Path) -> None:
+    marker = f"--trainer.default_root_dir={tmp_path}/first"
+    stage = {"name": "first", "config": [_config(tmp_path).name], "args": [marker, "--model.sleep=1.0"]}
+    command = start(tmp_path, stages=[stage])
+    command.wait_for("step 0/8")
+    assert running(marker)
+    result = command.stop(signal.SIGINT)
+    assert result.code == 130
+    assert result.last.endswith("continue with: lit-ppo fit --config toy.yaml")
+    assert not running(marker)
+    assert not list(tmp_path.rglob("*.stage.json"))
+
+
+def test_a_hung_run_is_ended(tmp_path: Path) -> None:
+    """One that swallows the interrupt, and never ends by itself."""
+    (tmp_path / "stubborn.py").write_text(
+        "import time\nfrom tests.helpers.cli_toys import Toy\n"
+        "class Stubborn(Toy):\n"
+        "    def training_step(self, batch, batch_idx):\n"
+        "        print('stubborn', flush=True)\n"
+        "        while True:\n"
+        "            try:\n"
+        "                time.sleep(60)\n"
+        "            except KeyboardInterrupt:\n"
+        "                pass\n"
+    )
+    command = start(tmp_path, "--model=stubborn.Stubborn")
+    command.wait_for("stubborn")
+    result = command.stop(signal.SIGINT)
+    assert result.code == 130
+    assert "continue with" in result.last

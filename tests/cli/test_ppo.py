@@ -1,0 +1,133 @@
+"""``configs/ppo.yaml`` through the command: training, resuming, two processes, evaluation, the result."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from tests.cli.test_errors import ppo_arguments
+from tests.helpers.command import QUIET, REPOSITORY, run_command
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, tiny_lm: Path, tiny_reward: Path) -> list[str]:
+    return ppo_arguments(tmp_path, tiny_lm, tiny_reward)
+
+
+def metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """All that was logged, times aside; a step told twice is a failure."""
+    events = EventAccumulator(str(folder)).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith(("time/", "throughput/", "memory/", "epoch"))]
+    found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+    for tag, points in found.items():
+        assert len({step for step, _ in points}) == len(points), tag
+    assert "objective/score" in found
+    return found
+
+
+def close(one: dict[str, list[tuple[int, float]]], other: dict[str, list[tuple[int, float]]]) -> None:
+    """Same tags, steps and, to rounding, values."""
+    assert {tag: [step for step, _ in points] for tag, points in one.items()} == {
+        tag: [step for step, _ in points] for tag, points in other.items()
+    }
+    for tag, points in one.items():
+        values = [value for _, value in points]
+        assert values == pytest.approx([value for _, value in other[tag]], rel=2e-4, abs=2e-6), tag
+
+
+def test_twice_the_same_numbers_and_the_result_loads(arguments: list[str], tmp_path: Path) -> None:
+    for _ in range(2):
+        run_command("fit", *arguments, "--trainer.max_epochs=2", cwd=tmp_path).ok()
+    first, second = (metrics(tmp_path / f"runs/ppo/version_{i}") for i in range(2))
+    assert first == second
+    model = tmp_path / "runs/ppo/version_0/model"
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert loaded.config.vocab_size == len(tokenizer)
+    assert GenerationConfig.from_pretrained(model).eos_token_id == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("updates", [1, 2])  # inside the first epoch, and at its end
+def test_resumed_is_as_if_never_stopped(arguments: list[str], tmp_path: Path, updates: int) -> None:
+    run_command("fit", *arguments, "--trainer.max_epochs=2", cwd=tmp_path).ok()
+    root = "--trainer.default_root_dir=runs/cut"
+    run_command("fit", *arguments, root, f"--trainer.max_steps={updates}", cwd=tmp_path).ok()
+    run_command("fit", *arguments, root, "--trainer.max_epochs=2", "--ckpt_path=last", cwd=tmp_path).ok()
+    assert not (tmp_path / "runs/cut/version_1").exists()
+    whole, cut = metrics(tmp_path / "runs/ppo/version_0"), metrics(tmp_path / "runs/cut/version_0")
+    close(
+        {t: points for t, points in whole.items() if t[:4] != "val/"}, {t: p for t, p in cut.items() if t[:4] != "val/"}
+    )
+
+
+def test_two_processes_give_the_numbers_of_one(arguments: list[str], tmp_path: Path) -> None:
+    """No strategy is named."""
+    arguments = [*arguments, "--model.actor_optimizer.lr=1e-3", "--trainer.max_epochs=1"]
+    run_command("fit", *arguments, cwd=tmp_path).ok()
+    environment = os.environ | QUIET | {"PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "lit_ppo", "fit", *arguments, "--trainer.devices=2"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (tmp_path / "runs/ppo/version_2").exists()
+    close(metrics(tmp_path / "runs/ppo/version_0"), metrics(tmp_path / "runs/ppo/version_1"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_an_interrupt_ends_both_processes(arguments: list[str], tmp_path: Path) -> None:
+    environment = os.environ | QUIET | {"PYTHONPATH": str(REPOSITORY)}
+    marker = f"--trainer.default_root_dir={tmp_path}/runs"
+    command = [sys.executable, "-m", "lit_ppo", "fit", *arguments, marker, "--trainer.devices=2"]
+    out, err = tmp_path / "out.txt", tmp_path / "err.txt"
+    with out.open("w") as stdout, err.open("w") as stderr:
+        process = subprocess.Popen(
+            [*command, "--trainer.max_epochs=9999", "--checkpoint.every_n_train_steps=1"],
+            cwd=tmp_path,
+            env=environment,
+            stdout=stdout,
+            stderr=stderr,
+        )
+    try:
+        end = time.monotonic() + 90
+        while "update 2" not in out.read_text():
+            assert process.poll() is None, err.read_text()
+            assert time.monotonic() < end, out.read_text() + err.read_text()
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+    finally:
+        process.kill()
+        process.wait()
+    assert "--ckpt_path last" in err.read_text().strip().splitlines()[-1]
+    running = subprocess.run(["ps", "-eww", "-o", "args"], capture_output=True, text=True, check=True).stdout
+    assert marker not in running
+
+
+def test_validate_test_and_predict(arguments: list[str], tmp_path: Path) -> None:
+    held_out = ["--data.test_path=prompts.jsonl", "--data.predict_path=prompts.jsonl"]
+    run_command("fit", *arguments, cwd=tmp_path).ok()
+    validated = run_command("validate", *arguments, "--ckpt_path=last", cwd=tmp_path).ok().out
+    assert "val/score" in validated
+    assert "val/kl" in validated
+    assert "test/score" in run_command("test", *arguments, *held_out, cwd=tmp_path).ok().out
+    run_command("predict", *arguments, *held_out, cwd=tmp_path).ok()
+    (path,) = tmp_path.rglob("predictions.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 16
+    assert {"prompt", "response", "score"} <= set(rows[0])
+
+
+def test_checkpoints_load_without_pickled_code(arguments: list[str], tmp_path: Path) -> None:
+    run_command("fit", *arguments, "--trainer.max_steps=1", cwd=tmp_path).ok()
+    (path,) = tmp_path.rglob("*.ckpt")
+    hyper_parameters = torch.load(path, weights_only=True)["hyper_parameters"]
+    assert hyper_parameters["kl_coef"] == 0.05

@@ -1,0 +1,218 @@
+"""Pairs and labelled texts: what a batch holds, by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lit_ppo.data.preferences import PreferenceDataModule
+from tests.helpers.tiny import make_tokenizer
+
+PAIRS = [
+    {"prompt": "the film ", "chosen": "was really good", "rejected": "was bad", "id": "a"},
+    {"prompt": "a plot ", "chosen": "happy", "rejected": "not happy but sad", "id": "b"},
+]
+LABELLED = [
+    {"head": "good", "tail": "we loved it", "label": 1, "id": "a"},
+    {"head": "it was dull", "tail": "bad", "label": 0, "id": "b"},
+]
+EDGES: dict[str, Any] = {"text_column": ["head", "tail"], "label_column": "label"}
+Rows = set[tuple[Any, ...]]
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def ready(path: str, **options: Any) -> PreferenceDataModule:
+    data = PreferenceDataModule(path, **{"tokenizer": make_tokenizer(), "seed": 0} | options)
+    data.setup("fit")
+    return data
+
+
+def texts_of(part: dict[str, torch.Tensor], tokenizer: Any = None) -> list[str]:
+    tokenizer = tokenizer or make_tokenizer()
+    return [
+        " ".join(tokenizer.convert_ids_to_tokens(ids[mask.bool()].tolist()))
+        for ids, mask in zip(part["input_ids"], part["attention_mask"], strict=True)
+    ]
+
+
+def examples(loader: Any, tokenizer: Any = None) -> Rows:
+    """All examples of a loader: (chosen, rejected) or (text, label)."""
+    found: Rows = set()
+    for batch in loader:
+        if "chosen" in batch:
+            found |= set(zip(*(texts_of(batch[side], tokenizer) for side in ("chosen", "rejected")), strict=True))
+        else:
+            found |= set(zip(texts_of(batch, tokenizer), batch["labels"].tolist(), strict=True))
+    return found
+
+
+def test_pairs(tmp_path: Path) -> None:
+    data = ready(write(tmp_path / "p.jsonl", PAIRS))
+    [batch] = data.train_dataloader()
+    assert {side: part["input_ids"].shape for side, part in batch.items()} == {"chosen": (2, 3), "rejected": (2, 4)}
+    assert examples([batch]) == {("was really good", "was bad"), ("happy", "not happy but sad")}
+    short = texts_of(batch["chosen"]).index("happy")
+    assert batch["chosen"]["attention_mask"][short].tolist() == [1, 0, 0]  # padded on the right
+    assert batch["chosen"]["input_ids"][short, 1:].tolist() == [0, 0]
+
+
+def test_columns_of_pairs(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", PAIRS)
+    swapped = ready(path, chosen_column="rejected", rejected_column="chosen")
+    assert examples(swapped.train_dataloader()) == {("was bad", "was really good"), ("not happy but sad", "happy")}
+    prompted = ready(path, prompt_column="prompt")
+    assert examples(prompted.train_dataloader()) == {
+        ("the film was really good", "the film was bad"),
+        ("a plot happy", "a plot not happy but sad"),
+    }
+
+
+@pytest.mark.parametrize("label", [0, 0.0, False, "0"])
+def test_labelled_texts(tmp_path: Path, label: Any) -> None:
+    """Each text column is an example of its own."""
+    path = write(tmp_path / "p.jsonl", [LABELLED[0], LABELLED[1] | {"label": label}])
+    [batch] = ready(path, **EDGES).train_dataloader()
+    assert batch.keys() == {"input_ids", "attention_mask", "labels"}
+    assert batch["labels"].dtype == torch.float32
+    assert examples([batch]) == {("good", 1.0), ("we loved it", 1.0), ("it was dull", 0.0), ("bad", 0.0)}
+    one = ready(path, text_column="tail", label_column="label")
+    assert examples(one.train_dataloader()) == {("we loved it", 1.0), ("bad", 0.0)}
+
+
+def test_a_tsv_without_a_header(tmp_path: Path) -> None:
+    (tmp_path / "sst2.tsv").write_text('a " good film\t1\nbad\t0\n')
+    options = {"column_names": ["sentence", "y"], "text_column": "sentence", "label_column": "y"}
+    data = ready("sst2.tsv", data_root=str(tmp_path), **options)
+    assert examples(data.train_dataloader()) == {("a [UNK] good film", 1.0), ("bad", 0.0)}
+
+
+def test_lower_case(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", [{"prompt": "The ", "chosen": "Film", "rejected": "PLOT", "t": "Good", "y": 1}])
+    for lower_case, pair, text in [(True, ("the film", "the plot"), "good"), (False, ("[UNK] [UNK]",) * 2, "[UNK]")]:
+        data = ready(path, prompt_column="prompt", lower_case=lower_case)
+        assert examples(data.train_dataloader()) == {pair}
+        data = ready(path, text_column="t", label_column="y", lower_case=lower_case)
+        assert examples(data.train_dataloader()) == {(text, 1.0)}
+
+
+def test_long_texts_keep_their_end(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", PAIRS)
+    with pytest.warns(UserWarning, match=r"PreferenceDataModule\(max_length=2\): 2 of 4 texts .* longest has 4"):
+        data = ready(path, max_length=2)
+    assert examples(data.train_dataloader()) == {("really good", "was bad"), ("happy", "but sad")}
+
+
+CHATS = [
+    {
+        "prompt": [{"role": "user", "content": "The film"}],
+        "chosen": [{"role": "assistant", "content": "Good"}],
+        "rejected": [{"role": "assistant", "content": "bad"}],
+    }
+]
+RENDERED = {("user the film [EOS] assistant good [EOS]", "user the film [EOS] assistant bad [EOS]")}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        CHATS[0],
+        {"prompt": CHATS[0]["prompt"], "chosen": "Good", "rejected": "bad"},
+        {"prompt": "The film", "chosen": CHATS[0]["chosen"], "rejected": CHATS[0]["rejected"]},
+    ],
+    ids=["messages", "plain answers", "plain prompt"],
+)
+@pytest.mark.parametrize("bos", [False, True])
+def test_chats(tmp_path: Path, row: dict[str, Any], bos: bool) -> None:
+    """By the template, with one BOS and no opening of a further answer."""
+    tokenizer = make_tokenizer(bos=bos, chat=True)
+    data = ready(write(tmp_path / "p.jsonl", [row]), prompt_column="prompt", lower_case=True, tokenizer=tokenizer)
+    front = "[BOS] " if bos else ""
+    assert examples(data.train_dataloader(), tokenizer) == {tuple(front + text for text in next(iter(RENDERED)))}
+
+
+def test_whole_chats_without_a_prompt_column(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(chat=True)
+    whole = [{side: CHATS[0]["prompt"] + CHATS[0][side] for side in ("chosen", "rejected")}]
+    data = ready(write(tmp_path / "p.jsonl", whole), lower_case=True, tokenizer=tokenizer)
+    assert examples(data.train_dataloader(), tokenizer) == RENDERED
+
+
+def test_validation_rows(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", PAIRS)
+    data = ready(path, val_path=write(tmp_path / "v.jsonl", PAIRS[::-1]), batch_size=1)
+    assert [texts_of(batch["chosen"]) for batch in data.val_dataloader()] == [["happy"], ["was really good"]]
+    assert ready(path).val_dataloader() == []
+    rows = [LABELLED[i % 2] | {"id": i // 2} for i in range(200)]
+    many = write(tmp_path / "m.jsonl", rows)
+    by_id = ready(many, val_fraction=0.2, split_column="id", **EDGES)
+    assert len(by_id.train_rows) + len(by_id.val_rows) == 400
+    assert 20 < len(by_id.val_rows) < 140
+    assert sum(label for _, label in by_id.val_rows) == len(by_id.val_rows) / 2  # an id's two rows stay together
+    rows = [{"head": " ".join(["the"] * (i % 20 + 1)), "tail": "film", "label": 1} for i in range(80)]
+    by_text = ready(write(tmp_path / "t.jsonl", rows), val_fraction=0.5, **EDGES)
+    train, val = ({len(ids) for ids, _ in side} - {1} for side in (by_text.train_rows, by_text.val_rows))
+    assert not train & val  # copies of a row are never on both sides
+    assert len(by_text.train_rows) + len(by_text.val_rows) == 160
+
+
+def test_seed_and_batch_size_change_the_batches(tmp_path: Path) -> None:
+    rows = [{"text": " ".join(["the"] * (n + 1)), "label": 0} for n in range(20)]
+    path = write(tmp_path / "p.jsonl", rows)
+
+    def lengths(**options: Any) -> list[list[int]]:
+        data = ready(path, text_column="text", label_column="label", **options)
+        return [batch["attention_mask"].sum(1).tolist() for batch in data.train_dataloader()]
+
+    assert [len(batch) for batch in lengths(batch_size=8)] == [8, 8, 4]
+    assert lengths(seed=1) == lengths(seed=1) != lengths(seed=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text_column": "t"}, r"\(text_column='t'\): label_column=None; labelled texts need both"),
+        ({"label_column": "y"}, r"\(text_column=None\): label_column='y'; labelled texts need both"),
+        ({"text_column": [], "label_column": "y"}, r"\(text_column=\[\]\): no column"),
+        ({**EDGES, "prompt_column": "prompt"}, r"\(prompt_column='prompt'\): text_column is given"),
+        ({**EDGES, "chosen_column": "a"}, r"\(chosen_column='a'\): text_column is given"),
+        ({**EDGES, "rejected_column": "b"}, r"\(rejected_column='b'\): text_column is given"),
+        ({"max_length": 1}, r"\(max_length=1\): too small"),
+        ({"batch_size": -3}, r"\(batch_size=-3\): too small"),
+    ],
+)
+def test_arguments_are_checked_in_the_constructor(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="^PreferenceDataModule" + message):
+        PreferenceDataModule("p.jsonl", **options)
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        ({"chosen": "good"}, {}, r"line 2: no value for column 'rejected', only for \['chosen'\]"),
+        ({"chosen": "", "rejected": "bad"}, {}, r"line 2: empty 'chosen'"),
+        ({"chosen": CHATS[0]["chosen"], "rejected": CHATS[0]["rejected"]}, {}, "line 2: chat messages and plain text"),
+        ({"chosen": "good", "rejected": CHATS[0]["rejected"]}, {}, "line 2: chat messages and plain text are mixed"),
+        ({"head": "good", "tail": "bad", "label": "pos"}, EDGES, r"line 2: label 'pos' in column 'label'; give 0"),
+        ({"head": "good", "tail": "bad", "label": 2}, EDGES, r"line 2: label 2 in column 'label'; give 0"),
+        ({"head": "good", "tail": "bad", "label": -1}, EDGES, r"line 2: label -1 in column 'label'; give 0"),
+        ({"head": "good", "tail": " ", "label": 1}, EDGES, r"line 2: empty 'tail'"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, row: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    path = write(tmp_path / "p.jsonl", [LABELLED[0] if options else PAIRS[0], row])
+    with pytest.raises(ValueError, match=r"^PreferenceDataModule\(path='.*p.jsonl'\): .*p.jsonl, " + message):
+        ready(path, tokenizer=make_tokenizer(chat=True), **options)
+
+
+def test_missing_columns_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", LABELLED)
+    with pytest.raises(ValueError, match=r"has no column 'chosen', only \['head', 'tail', 'label', 'id'\]"):
+        ready(path)
+    with pytest.raises(ValueError, match=r"has no column 'y', only"):
+        ready(path, text_column="head", label_column="y")

@@ -1,0 +1,436 @@
+"""Prompts: their ids against the tokenizer's own, what a batch holds, the split, and errors that name the place."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lit_ppo.data.encoding import encode_prompts, padding_id
+from lit_ppo.data.order import PromptOrder
+from lit_ppo.data.prompts import PromptDataModule
+from lit_ppo.data.tables import unit_hash
+from tests.helpers.tiny import make_tokenizer
+
+CHAT = [
+    [{"role": "user", "content": "was it good"}],
+    [
+        {"role": "user", "content": "the plot"},
+        {"role": "assistant", "content": "dull"},
+        {"role": "user", "content": "but"},
+    ],
+]
+ROWS = [
+    {"prompt": "the film was", "id": "a", "label": 1},
+    {"prompt": "We SAW a movie", "id": "b", "label": 0},
+    {"prompt": "music", "id": "c"},
+]
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def ready(path: str, stage: str = "fit", **options: Any) -> PromptDataModule:
+    data = PromptDataModule(path, **{"tokenizer": make_tokenizer(), "batch_size": 2, "seed": 0} | options)
+    data.setup(stage)
+    return data
+
+
+def in_order(data: PromptDataModule) -> dict[str, list[int]]:
+    """Ids of the training prompts by their text."""
+    batches = list(data.train_dataloader())
+    return {text: ids for batch in batches for text, ids in zip(batch.prompts, batch.prompt_ids, strict=True)}
+
+
+# ---- encoding
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_plain_prompts_have_the_tokenizers_own_ids(bos: bool) -> None:
+    tokenizer = make_tokenizer(bos=bos)
+    texts, ids = encode_prompts(tokenizer, ["the film", "good"])
+    assert texts == ["the film", "good"]
+    words = tokenizer.convert_tokens_to_ids(["the", "film", "good"])
+    front = [tokenizer.bos_token_id] if bos else []
+    assert ids == [[*front, *words[:2]], [*front, words[2]]]
+
+
+def test_a_prompt_with_its_own_bos_gets_no_second_one() -> None:
+    tokenizer = make_tokenizer(bos=True)
+    assert encode_prompts(tokenizer, ["[BOS] the film"])[1] == encode_prompts(tokenizer, ["the film"])[1]
+
+
+def test_a_prompt_is_left_open() -> None:
+    """A tokenizer that closes every text would have the model continue behind its end."""
+    from tokenizers import processors
+
+    tokenizer = make_tokenizer()
+    open_ids = encode_prompts(tokenizer, ["the film"])[1]
+    eos = tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A [EOS]", special_tokens=[("[EOS]", eos)]
+    )
+    assert tokenizer("the film")["input_ids"][-1] == eos
+    assert encode_prompts(tokenizer, ["the film"])[1] == open_ids
+    assert encode_prompts(tokenizer, ["the film [EOS]"])[1][0][-1] == eos  # asked for
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_chat_prompts_have_the_templates_ids(bos: bool) -> None:
+    tokenizer = make_tokenizer(bos=bos, chat=True)
+    texts, ids = encode_prompts(tokenizer, CHAT)
+    for messages, text, row in zip(CHAT, texts, ids, strict=True):
+        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert row == expected
+        assert text == tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert row[-1] == tokenizer.convert_tokens_to_ids("assistant")
+        assert row.count(tokenizer.bos_token_id) == int(bos)
+
+
+def test_long_prompts_are_cut_from_the_left_with_one_warning() -> None:
+    tokenizer = make_tokenizer(bos=True)
+    prompts = ["the film was good", "a dull plot we saw", "bad"]
+    whole = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    with pytest.warns(UserWarning, match=r"max_length=3\): 2 of 3 prompts are longer .* longest has 6") as record:
+        texts, ids = encode_prompts(tokenizer, prompts, max_length=3)
+    assert len(record) == 1
+    assert texts == prompts  # the reward reads the whole text
+    assert ids == [[row[0], *row[-2:]] for row in whole[:2]] + [whole[2]]
+    tokenizer = make_tokenizer()
+    with pytest.warns(UserWarning, match="1 of 2"):
+        ids = encode_prompts(tokenizer, ["the film was good", "bad bad bad"], max_length=3)[1]
+    assert ids == [tokenizer("film was good")["input_ids"], tokenizer("bad bad bad")["input_ids"]]
+
+
+def test_prompts_that_cannot_be_encoded() -> None:
+    with pytest.raises(ValueError, match=r"plain and chat prompts are mixed"):
+        encode_prompts(make_tokenizer(chat=True), ["the film", CHAT[0]])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"has no chat template; use the tokenizer of a chat model"):
+        encode_prompts(make_tokenizer(), CHAT)
+    with pytest.raises(ValueError, match=r"the prompt ' ' has no token"):
+        encode_prompts(make_tokenizer(), [" "])
+    assert encode_prompts(make_tokenizer(), []) == ([], [])
+
+
+def test_padding_falls_back_to_the_stop_token() -> None:
+    tokenizer = make_tokenizer(pad=False)
+    assert padding_id("X", tokenizer) == tokenizer.eos_token_id
+    assert padding_id("X", make_tokenizer()) == 0
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"X: the tokenizer .* has neither a padding nor an end-of-text token"):
+        padding_id("X", tokenizer)
+
+
+def test_long_tokenising_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("lit_ppo.data.encoding.TEXTS_AT_ONCE", 2)
+    texts = ["the", "the film", "good", "was it", "bad"]
+    tokenizer = make_tokenizer()
+    with caplog.at_level("INFO"):
+        expected = encode_prompts(tokenizer, texts)[1]
+        assert "Tokenised" not in caplog.text
+        monkeypatch.setattr("lit_ppo.data.encoding.SECONDS_OF_SILENCE", -1.0)
+        assert encode_prompts(tokenizer, texts)[1] == expected == [tokenizer(text)["input_ids"] for text in texts]
+    assert [record.message for record in caplog.records] == [f"Tokenised {n} of 5 texts" for n in (2, 4, 5)]
+
+
+# ---- batches
+
+
+def test_a_batch_holds_prompts_rows_and_the_other_columns(tmp_path: Path) -> None:
+    data = ready(write(tmp_path / "p.jsonl", ROWS))
+    first, second = data.train_dataloader()
+    rows = np.random.default_rng([0, 0]).permutation(3).tolist()
+    assert first.prompt_index.tolist() + second.prompt_index.tolist() == rows
+    assert first.prompt_index.dtype == torch.int64
+    assert [*first.prompts, *second.prompts] == [ROWS[i]["prompt"] for i in rows]
+    assert first.columns == {"id": [ROWS[i]["id"] for i in rows[:2]], "label": [ROWS[i].get("label") for i in rows[:2]]}
+    assert data.columns == {"id": ["a", "b", "c"], "label": [1, 0, None]}
+    assert len(first) == 2
+    assert len(data.train_dataloader()) == 2
+    assert data.longest_prompt == 4
+
+
+def test_a_batch_moves_to_a_device(tmp_path: Path) -> None:
+    batch = next(iter(ready(write(tmp_path / "p.jsonl", ROWS)).train_dataloader()))
+    moved = batch.to("meta")
+    assert moved.prompt_index.device.type == "meta"
+    assert moved.prompt_ids is batch.prompt_ids
+
+
+def test_chat_prompts_are_handed_on_as_messages(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(chat=True)
+    path = write(tmp_path / "p.jsonl", [{"conversation": chat, "id": i} for i, chat in enumerate(CHAT)])
+    data = ready(path, prompt_column="conversation", tokenizer=tokenizer)
+    assert data.columns == {"messages": CHAT, "id": [0, 1]}
+    batch = next(iter(data.train_dataloader()))
+    assert batch.columns["messages"] == [CHAT[i] for i in batch.prompt_index]
+    assert (batch.prompts, batch.prompt_ids) == encode_prompts(tokenizer, batch.columns["messages"])
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_lower_case(tmp_path: Path, chat: bool) -> None:
+    prompt: Any = [{"role": "user", "content": "The FILM"}] if chat else "The FILM"
+    path = write(tmp_path / "p.jsonl", [{"prompt": prompt, "note": "Kept"}])
+    for lower_case in (False, True):
+        data = ready(path, lower_case=lower_case, tokenizer=make_tokenizer(chat=True))
+        batch = next(iter(data.train_dataloader()))
+        assert ("the film" in batch.prompts[0]) == lower_case
+        assert batch.columns["note"] == ["Kept"]
+
+
+def test_drawing_prompts_leaves_the_global_random_state_alone(tmp_path: Path) -> None:
+    data = ready(write(tmp_path / "p.jsonl", ROWS))
+    torch.manual_seed(0)
+    list(data.train_dataloader())
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.rand(1) == drawn
+
+
+def test_max_prompt_length_and_prompt_column(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", [{"q": "the film was good"}])
+    with pytest.warns(UserWarning, match=r"PromptDataModule\(max_prompt_length=2\): 1 of 1 prompts"):
+        data = ready(path, prompt_column="q", max_prompt_length=2)
+    assert in_order(data) == {"the film was good": make_tokenizer()("was good")["input_ids"]}
+
+
+def test_seed_and_batch_size_change_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "p.jsonl", [{"prompt": "the"}] * 50)
+
+    def order(**options: Any) -> list[list[int]]:
+        return [batch.prompt_index.tolist() for batch in ready(path, **options).train_dataloader()]
+
+    assert [len(rows) for rows in order(batch_size=20)] == [20, 20, 10]
+    assert order(seed=1) == order(seed=1) != order(seed=2)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "2")
+    assert order(seed=None) == order(seed=2)
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    assert order(seed=None) == order(seed=0)
+
+
+def test_tokenizer_from_a_folder_from_the_module_or_missing(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "tokenizer", words=["music"])
+    path = write(tmp_path / "p.jsonl", [{"prompt": "music"}])
+    assert in_order(ready(path, tokenizer=str(tmp_path / "tokenizer"))) == {"music": [3]}
+    with pytest.raises(ValueError, match=r"PromptDataModule\(tokenizer=None\): there is no module being trained"):
+        ready(path, tokenizer=None)
+    with pytest.raises(ValueError, match=r"^PromptDataModule\(tokenizer='.*nowhere'\): it cannot be loaded") as error:
+        ready(path, tokenizer=str(tmp_path / "nowhere"))
+    assert "\n" not in str(error.value)
+
+
+def test_column_names_and_data_root(tmp_path: Path) -> None:
+    (tmp_path / "p.tsv").write_text("the film\t1\n")
+    data = ready("p.tsv", column_names=["prompt", "label"], data_root=str(tmp_path))
+    assert data.columns == {"label": ["1"]}
+    assert list(in_order(data)) == ["the film"]
+
+
+# ---- weights
+
+
+def test_weighted_draws_follow_the_weights() -> None:
+    """First draws of 4,000 batches: frequencies 0.5, 0.3, 0.2 within 4 standard errors; never row 3."""
+    order = PromptOrder(4, batch_size=2, seed=3)
+    order.weights = np.array([5.0, 3.0, 2.0, 0.0])
+    drawn = [order.rows(update).tolist() for update in range(4000)]
+    assert all(len(set(rows)) == 2 and 3 not in rows for rows in drawn)
+    first = np.bincount([rows[0] for rows in drawn], minlength=4) / 4000
+    assert np.abs(first[:3] - [0.5, 0.3, 0.2]).max() < 4 * np.sqrt(0.25 / 4000)
+    assert order.rows(17).tolist() == drawn[17]  # by number, not by how many were drawn before
+
+
+def test_weights_are_by_seed_and_differ_from_the_plain_order() -> None:
+    draws = []
+    for seed in (0, 1):
+        order = PromptOrder(100, batch_size=10, seed=seed)
+        order.weights = np.ones(100)
+        draws.append(order.rows(0).tolist())
+    assert draws[0] != draws[1]
+    assert draws[0] != np.random.default_rng([0, 0]).permutation(100)[:10].tolist()
+
+
+@pytest.mark.parametrize("container", [list, np.array, torch.tensor])
+def test_set_weights(tmp_path: Path, container: Any) -> None:
+    data = ready(write(tmp_path / "p.jsonl", ROWS))
+    data.set_weights(container([0.0, 2.0, 0.0]))
+    assert [batch.prompt_index.tolist() for batch in data.train_dataloader()] == [[1], [1]]
+    data.setup("fit")  # holds for the run that follows
+    assert [batch.prompt_index.tolist() for batch in data.train_dataloader()] == [[1], [1]]
+    data.set_weights(None)
+    assert sorted(i for batch in data.train_dataloader() for i in batch.prompt_index.tolist()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0, 1.0], r"shape \(2,\), but there are 3 training rows"),
+        ([1.0, -1.0, 1.0], r"the weight of row 1 is -1.0"),
+        ([1.0, 1.0, float("nan")], r"the weight of row 2 is nan"),
+        ([0.0, 0.0, 0.0], "all weights are 0"),
+    ],
+)
+def test_weights_are_checked(tmp_path: Path, weights: list[float], message: str) -> None:
+    data = ready(write(tmp_path / "p.jsonl", ROWS))
+    with pytest.raises(ValueError, match=r"^PromptDataModule.set_weights: " + message):
+        data.set_weights(weights)
+
+
+# ---- stages and splits
+
+
+def test_held_out_files_come_in_order(tmp_path: Path) -> None:
+    paths = {name: write(tmp_path / f"{name}.jsonl", [{"prompt": p} for p in (name, "the")]) for name in "abcd"}
+    options = {"val_path": paths["b"], "test_path": paths["c"], "predict_path": paths["d"], "batch_size": 1}
+    for stage, name in {"fit": "b", "validate": "b", "test": "c", "predict": "d"}.items():
+        data = ready(paths["a"], stage, **options)
+        loader: Any = getattr(data, {"fit": "val", "validate": "val"}.get(stage, stage) + "_dataloader")()
+        assert [batch.prompts for batch in loader] == [[name], ["the"]]
+        assert [batch.prompt_index.tolist() for batch in loader] == [[0], [1]]
+        assert len(loader) == 2
+
+
+def test_stages_without_data_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", ROWS)
+    for stage, argument in {"validate": "val", "test": "test", "predict": "predict"}.items():
+        with pytest.raises(ValueError, match=rf"PromptDataModule\({argument}_path=None\): no prompts for this"):
+            ready(path, stage)
+    assert ready(path).val_dataloader() == []
+    with pytest.raises(RuntimeError, match=r"PromptDataModule.columns: .*call setup\('fit'\) first"):
+        _ = PromptDataModule(path).columns
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> tuple[str, list[dict[str, Any]]]:
+    rows = [{"prompt": f"the film {i}", "author": i // 2} for i in range(600)]
+    return write(tmp_path / "many.jsonl", rows), rows
+
+
+def sides(data: PromptDataModule) -> tuple[set[str], set[str]]:
+    held_out = {prompt for batch in data.val_dataloader() for prompt in batch.prompts}
+    return set(in_order(data)), held_out
+
+
+def test_split_by_hash(many: tuple[str, list[dict[str, Any]]], tmp_path: Path) -> None:
+    """About the fraction asked for, the same whatever the order of rows, their number and the seed."""
+    path, rows = many
+    train, val = sides(ready(path, val_fraction=0.2))
+    assert train | val == {row["prompt"] for row in rows}
+    assert not train & val
+    assert abs(len(val) - 120) < 4 * np.sqrt(600 * 0.2 * 0.8)
+    assert sides(ready(write(tmp_path / "back.jsonl", rows[::-1]), val_fraction=0.2, seed=9)) == (train, val)
+    half = sides(ready(write(tmp_path / "half.jsonl", rows[:300]), val_fraction=0.2))
+    assert half[1] == val & {row["prompt"] for row in rows[:300]}
+    assert sides(ready(path, val_fraction=0.4))[1] > val
+    data = ready(path, "validate", val_fraction=0.2)
+    assert {prompt for batch in data.val_dataloader() for prompt in batch.prompts} == val
+
+
+def test_rows_that_share_the_split_column_stay_together(many: tuple[str, list[dict[str, Any]]]) -> None:
+    path, rows = many
+    authors = {row["prompt"]: row["author"] for row in rows}
+    apart, together = (sides(ready(path, val_fraction=0.2, split_column=c)) for c in (None, "author"))
+    shared = [{authors[p] for p in side[0]} & {authors[p] for p in side[1]} for side in (apart, together)]
+    assert shared[0]
+    assert not shared[1]
+
+
+def test_the_split_is_the_same_on_every_machine() -> None:
+    """First 48 bits of SHA-256 of the text, worked out with sha256sum; a number counts as its digits, as in a CSV."""
+    assert unit_hash(["train/pos/5235"]) == int("dc43c2ee9bd9", 16) / 2**48
+    assert unit_hash([12]) == unit_hash(["12"])
+    assert unit_hash(["a", "b"]) != unit_hash(["ab"])
+
+
+def test_columns_of_training_rows_follow_the_split(many: tuple[str, list[dict[str, Any]]]) -> None:
+    path, rows = many
+    authors = {row["prompt"]: row["author"] for row in rows}
+    data = ready(path, val_fraction=0.2)
+    for batch in data.train_dataloader():
+        assert [data.columns["author"][i] for i in batch.prompt_index] == [authors[p] for p in batch.prompts]
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "the"}, {"prompt": "  "}], r"p.jsonl, line 2: empty 'prompt'; fill it in or delete the row"),
+        ([{"prompt": "the"}, {"prompt": 7}], r"p.jsonl, line 2: column 'prompt' holds int '7', not text"),
+        ([{"prompt": "the"}, {"id": 7}], r"p.jsonl, line 2: no value for column 'prompt', only for \['id'\]"),
+        ([{"prompt": "the"}, {"prompt": None}], r"p.jsonl, line 2: no value for column 'prompt', only for \[\]"),
+        ([{"text": "the", "id": 1}], r"p.jsonl has no column 'prompt', only \['text', 'id'\]; name one of these"),
+        ([{"prompt": CHAT[0]}, {"prompt": "the"}], r"p.jsonl, line 2: plain and chat prompts are mixed"),
+        ([{"prompt": "the"}, {"prompt": CHAT[0]}], r"p.jsonl, line 2: plain and chat prompts are mixed"),
+        ([{"prompt": []}], r"p.jsonl, line 1: 'prompt' is '\[\]', not chat messages of text"),
+        ([{"prompt": [{"role": "user"}]}], r"p.jsonl, line 1: 'prompt' is .*, not chat messages of text"),
+        ([{"prompt": [{"role": "user", "content": 1}]}], r"line 1: 'prompt' is .*, not chat messages of text"),
+        ([{"prompt": [{"role": "user", "content": " "}]}], r"line 1: the last message of 'prompt' is empty"),
+        ([{"prompt": CHAT[0], "messages": "x"}], r"handed on as 'messages', which is another column here"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, rows: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        ready(write(tmp_path / "p.jsonl", rows), tokenizer=make_tokenizer(chat=True))
+    assert str(error.value).startswith(f"PromptDataModule(path='{tmp_path / 'p.jsonl'}'): ")
+    assert "\n" not in str(error.value)
+
+
+def test_bad_rows_of_other_files_name_their_argument(tmp_path: Path) -> None:
+    good, bad = write(tmp_path / "p.jsonl", ROWS), write(tmp_path / "bad.jsonl", [{"prompt": ""}])
+    for stage, argument in {"fit": "val_path", "test": "test_path", "predict": "predict_path"}.items():
+        with pytest.raises(ValueError, match=rf"^PromptDataModule\({argument}='.*bad.jsonl, line 1: empty 'prompt'"):
+            ready(good, stage, **{argument: bad})
+    with pytest.raises(FileNotFoundError, match=r"^PromptDataModule\(val_path='no.jsonl'\): .*no.jsonl does not exist"):
+        ready(good, val_path="no.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, r"\(batch_size=0\): too small; give at least 1"),
+        ({"max_prompt_length": 1}, r"\(max_prompt_length=1\): too small; give at least 2"),
+        ({"seed": -1}, r"\(seed=-1\): too small; give at least 0"),
+        ({"val_fraction": 1.0}, r"\(val_fraction=1.0\): not in \[0, 1\)"),
+        ({"val_fraction": -0.1}, r"\(val_fraction=-0.1\): not in \[0, 1\)"),
+        ({"val_fraction": 0.1, "val_path": "v"}, r"\(val_path='v'\): val_fraction=0.1 asks for another one"),
+        ({"split_column": "id"}, r"\(split_column='id'\): nothing is split; give a val_fraction"),
+    ],
+)
+def test_arguments_are_checked_in_the_constructor(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="^PromptDataModule" + message):
+        PromptDataModule("p.jsonl", **options)
+
+
+def test_a_split_that_cannot_be_made(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", ROWS)
+    with pytest.raises(ValueError, match=r"val_fraction=1e-09 leaves no validation rows of 3"):
+        ready(path, val_fraction=1e-9)
+    with pytest.raises(ValueError, match=r"val_fraction=0.999999 leaves no training rows of 3"):
+        ready(path, val_fraction=0.999999)
+    with pytest.raises(ValueError, match=r"p.jsonl has no column 'author', only \['prompt', 'id', 'label'\]"):
+        ready(path, val_fraction=0.5, split_column="author")
+    with pytest.raises(ValueError, match=r"p.jsonl, line 3: no value for column 'label'"):
+        ready(path, val_fraction=0.5, split_column="label")
+
+
+def test_setup_is_quiet(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as record:
+        ready(write(tmp_path / "p.jsonl", ROWS), max_prompt_length=4)
+    assert not record
+
+
+def test_a_messages_column_beside_plain_prompts_is_left_out_with_a_warning(tmp_path: Path, tiny_lm: Path) -> None:
+    """Rewards take that column for chat prompts."""
+    row = {"prompt": "the film", "messages": [{"role": "user", "content": "the film"}], "level": 1}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    data = PromptDataModule(str(tmp_path / "p.jsonl"), tokenizer=str(tiny_lm))
+    with pytest.warns(UserWarning, match="the column 'messages' is left out"):
+        data.setup("fit")
+    assert data.columns == {"level": [1]}

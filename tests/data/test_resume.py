@@ -1,0 +1,329 @@
+"""A stopped run goes on with the next batch, under a real Trainer; the batches depend on seed and number alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from lit_ppo.data.batch import PromptBatch
+from lit_ppo.data.preferences import PreferenceDataModule
+from lit_ppo.data.prompts import PromptDataModule
+from lit_ppo.data.text import TextDataModule
+from tests.helpers.tiny import WORDS, make_tokenizer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # Lightning's own use of torch
+    pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+N_ROWS, BATCH, EPOCHS, SEED = 7, 3, 4, 5  # three batches an epoch, the last of one row
+Seen = tuple[int, int, list[int]]  # epoch, batch_idx, rows
+
+
+class Recorder(L.LightningModule):
+    """Trains one number by hand and writes down what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.tokenizer = make_tokenizer()
+        self.seen: list[Seen] = []
+        self.evaluated: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.seen.append((self.trainer.current_epoch, batch_idx, rows_of(batch)))
+        optimizer: Any = self.optimizers()
+        self.manual_backward((self.weight - 1.0) ** 2)
+        optimizer.step()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> int:
+        self.evaluated.append(batch)
+        return batch_idx
+
+    test_step = predict_step = validation_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def rows_of(batch: Any) -> list[int]:
+    """Which rows a batch holds: prompts know; texts are told apart by the length of their row."""
+    if isinstance(batch, PromptBatch):
+        return batch.prompt_index.tolist()
+    mask: Tensor = batch["chosen"]["attention_mask"] if "chosen" in batch else batch["attention_mask"]
+    return (mask.sum(1) - 2).tolist()
+
+
+def write_rows(path: Path, n_rows: int = N_ROWS) -> Path:
+    """Row i has i + 1 words, and differs from the others in each of its columns."""
+    texts = [" ".join(WORDS[: i + 1]) for i in range(n_rows)]
+    rows = [{"prompt": t, "text": t, "chosen": f"{t} the", "rejected": t, "id": i} for i, t in enumerate(texts)]
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def make_trainer(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+    """A Trainer that writes a checkpoint after every batch."""
+    checkpoint = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    settings: dict[str, Any] = {"max_epochs": EPOCHS, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+    quiet = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": folder,
+    }
+    return L.Trainer(callbacks=[checkpoint, *callbacks], **settings | quiet | options)
+
+
+def fit(
+    folder: Path, data: L.LightningDataModule, *callbacks: L.Callback, ckpt_path: Path | None = None, **options: Any
+) -> Recorder:
+    """Trains a module from the start or from a checkpoint, and returns it with what it saw."""
+    module = Recorder()
+    make_trainer(folder, *callbacks, **options).fit(module, data, ckpt_path=ckpt_path)
+    return module
+
+
+def expected_batches(n_epochs: int = EPOCHS, seed: int = SEED) -> list[Seen]:
+    """The documented order, written out: a permutation of each epoch from [seed, epoch]."""
+    seen: list[Seen] = []
+    for epoch in range(n_epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(N_ROWS).tolist()
+        seen += [(epoch, i, order[start : start + BATCH]) for i, start in enumerate(range(0, N_ROWS, BATCH))]
+    return seen
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "rows.jsonl")
+
+
+def prompts(file: Path, **options: Any) -> PromptDataModule:
+    return PromptDataModule(str(file), **{"batch_size": BATCH, "seed": SEED} | options)
+
+
+def test_order_is_the_documented_one(tmp_path: Path, file: Path) -> None:
+    seen = fit(tmp_path / "run", prompts(file)).seen
+    assert seen == expected_batches()
+    assert [len(rows) for _, _, rows in seen[:3]] == [3, 3, 1]  # the last smaller batch is kept
+
+
+@pytest.mark.parametrize("limit", [{}, {"max_steps": 12, "max_epochs": -1}], ids=["epochs", "steps"])
+def test_resume_continues_with_the_next_batch(tmp_path: Path, file: Path, limit: dict[str, int]) -> None:
+    """After each of the batches of the first two epochs: mid-epoch, at an epoch's end, in the second epoch."""
+    whole = fit(tmp_path / "whole", prompts(file), **limit).seen
+    assert whole == expected_batches()
+    for done in range(1, 7):
+        data, checkpoint = prompts(file), tmp_path / "whole" / f"step={done}.ckpt"
+        resumed = fit(tmp_path / f"from{done}", data, ckpt_path=checkpoint, **limit)
+        assert resumed.seen == whole[done:], done
+        assert resumed.trainer.current_epoch == EPOCHS
+        assert resumed.trainer.global_step == 12
+
+
+class PowerCut(L.Callback):
+    """Fails in the middle of a batch."""
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == 4:
+            raise RuntimeError("the power went out")
+
+    def on_exception(self, trainer: L.Trainer, *args: Any) -> None:
+        trainer.save_checkpoint(Path(trainer.default_root_dir, "cut.ckpt"))
+
+
+def test_a_batch_cut_off_in_its_middle_is_drawn_again(tmp_path: Path, file: Path) -> None:
+    """The loader has handed it out, but nothing was learnt from it."""
+    folder = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="power"):
+        fit(folder, prompts(file), PowerCut())
+    resumed = fit(folder, prompts(file), ckpt_path=folder / "cut.ckpt")
+    assert resumed.seen == expected_batches()[4:]
+
+
+@pytest.mark.parametrize("kind", ["text", "pairs"])
+def test_text_and_pairs_resume_within_an_epoch(tmp_path: Path, file: Path, kind: str) -> None:
+    """Rows are told apart by their length: row i of the file is i + 2 tokens long."""
+
+    def data() -> L.LightningDataModule:
+        if kind == "text":
+            return TextDataModule(str(file), batch_size=BATCH, seed=SEED)
+        return PreferenceDataModule(str(file), batch_size=BATCH, seed=SEED)
+
+    whole = fit(tmp_path / "whole", data()).seen
+    epochs = [[row for _, _, rows in whole[start : start + 3] for row in rows] for start in range(0, 12, 3)]
+    assert all(sorted(epoch) == list(range(N_ROWS)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == EPOCHS  # every epoch in another order
+    for done in range(1, 7):
+        resumed = fit(tmp_path / f"from{done}", data(), ckpt_path=tmp_path / "whole" / f"step={done}.ckpt")
+        assert resumed.seen == whole[done:], done
+
+
+def test_the_same_data_module_serves_several_runs(tmp_path: Path, file: Path) -> None:
+    """A notebook's cell run twice gives the same twice; a trainer that goes on goes on."""
+    data = prompts(file)
+    assert fit(tmp_path / "a", data).seen == fit(tmp_path / "b", data).seen == expected_batches()
+    trainer, module = make_trainer(tmp_path / "c", max_epochs=2), Recorder()
+    trainer.fit(module, data)
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(module, data)
+    assert module.seen == expected_batches(3)
+
+
+def test_shortened_epochs_see_all_rows_in_the_end(tmp_path: Path, file: Path) -> None:
+    seen = fit(tmp_path / "run", prompts(file), limit_train_batches=2).seen
+    assert [rows for _, _, rows in seen] == [rows for _, _, rows in expected_batches()[:8]]
+    assert [epoch for epoch, _, _ in seen] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit")  # Lightning announces it
+@pytest.mark.parametrize(("asked", "n_batches"), [(2, 2), (0.34, 1), (99, 3)])
+def test_overfit_batches_sees_the_same_batches_again(tmp_path: Path, file: Path, asked: float, n_batches: int) -> None:
+    seen = fit(tmp_path / "run", prompts(file), overfit_batches=asked).seen
+    first = [rows for _, _, rows in expected_batches()[:n_batches]]
+    assert [rows for _, _, rows in seen] == first * EPOCHS
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"batch_size": 2}, r"PromptDataModule\(batch_size=2\): .* batch_size was 3"),
+        ({"seed": 6}, r"PromptDataModule\(seed=6\): .* seed was 5"),
+        ({"lower_case": True}, r"PromptDataModule\(path=.*the training prompts differ"),
+        ({"val_fraction": 0.4}, r"PromptDataModule\(path=.*rows was 7"),
+    ],
+)
+def test_resume_on_other_data_is_refused(tmp_path: Path, file: Path, change: dict[str, Any], reason: str) -> None:
+    file.write_text(file.read_text().replace('"prompt": "the a"', '"prompt": "the A"'))
+    fit(tmp_path / "run", prompts(file), max_steps=1)
+    with pytest.raises(ValueError, match=reason):
+        fit(tmp_path / "other", prompts(file, **change), ckpt_path=tmp_path / "run" / "step=1.ckpt")
+
+
+@pytest.mark.parametrize("kind", [TextDataModule, PreferenceDataModule])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"batch_size": 2}, r"DataModule\(batch_size=2\): .* batch_size was 3"),
+        ({"seed": 6}, r"DataModule\(seed=6\): .* seed was 5"),
+        ({"lower_case": True}, r"DataModule\(path=.*the training rows differ"),
+        ({"val_fraction": 0.4}, r"DataModule\(path=.*rows was 7"),
+    ],
+)
+def test_supervised_runs_refuse_other_data_too(
+    tmp_path: Path, file: Path, kind: Any, change: dict[str, Any], reason: str
+) -> None:
+    file.write_text(file.read_text().replace('"the a film', '"the A film'))
+    arguments = {"batch_size": BATCH, "seed": SEED}
+    fit(tmp_path / "run", kind(str(file), **arguments), max_steps=1)
+    with pytest.raises(ValueError, match=reason):
+        fit(tmp_path / "other", kind(str(file), **arguments | change), ckpt_path=tmp_path / "run" / "step=1.ckpt")
+
+
+def test_resume_notices_changed_columns(tmp_path: Path, file: Path) -> None:
+    """The reward reads them."""
+    fit(tmp_path / "run", prompts(file), max_steps=1)
+    file.write_text(file.read_text().replace('"id": 3', '"id": 33'))
+    with pytest.raises(ValueError, match="the training prompts differ"):
+        fit(tmp_path / "other", prompts(file), ckpt_path=tmp_path / "run" / "step=1.ckpt")
+
+
+def test_a_checkpoint_may_be_tested_on_other_prompts(tmp_path: Path, file: Path) -> None:
+    fit(tmp_path / "run", prompts(file), max_steps=1)
+    other, module = write_rows(tmp_path / "other.jsonl", 5), Recorder()
+    data = prompts(other, test_path=str(other), val_path=str(other), predict_path=str(other))
+    trainer = make_trainer(tmp_path / "test", limit_val_batches=1.0)
+    for run in (trainer.test, trainer.validate, trainer.predict):
+        run(module, datamodule=data, ckpt_path=tmp_path / "run" / "step=1.ckpt")
+        assert [rows_of(batch) for batch in module.evaluated] == [[0, 1, 2], [3, 4]]  # the order of the file
+        module.evaluated.clear()
+
+
+class WeightsAfter(L.Callback):
+    """Sets sampling weights at the end of one batch."""
+
+    def __init__(self, step: int, weights: list[float] | None) -> None:
+        self.step, self.weights = step, weights
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.datamodule.set_weights(self.weights)  # type: ignore[attr-defined]
+
+
+def test_weights_hold_from_the_next_batch_on(tmp_path: Path, file: Path) -> None:
+    """Nothing is read ahead: after batch 1, mid-epoch, only rows 2, 4 and 6 are drawn; after None, the order again."""
+    weights = [0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
+    seen = fit(tmp_path / "run", prompts(file), WeightsAfter(2, weights), WeightsAfter(9, None)).seen
+    assert [sorted(rows) for _, _, rows in seen[2:9]] == [[2, 4, 6]] * 7
+    assert seen[:2] + seen[9:] == expected_batches()[:2] + expected_batches()[9:]
+
+
+def test_a_weighted_batch_is_the_documented_draw(tmp_path: Path, file: Path) -> None:
+    """From [seed, batch, 1]: with two keys it would be drawn from the numbers that shuffled the epochs."""
+    weights = np.array([0.0, 0.1, 0.2, 0.1, 1.0, 0.3, 0.4])
+    seen = fit(tmp_path / "run", prompts(file), WeightsAfter(2, weights.tolist()), max_epochs=1).seen
+    chances = weights / weights.sum()
+    drawn = np.random.default_rng([SEED, 2, 1]).choice(N_ROWS, size=BATCH, replace=False, p=chances)
+    assert seen[2] == (0, 2, drawn.tolist())
+
+
+def test_resumed_run_keeps_its_weights(tmp_path: Path, file: Path) -> None:
+    weights = [0.0, 0.1, 0.2, 0.1, 1.0, 0.3, 0.4]
+    data = prompts(file)
+    whole = fit(tmp_path / "whole", data, WeightsAfter(2, weights)).seen
+    resumed = fit(tmp_path / "from4", prompts(file), ckpt_path=tmp_path / "whole" / "step=4.ckpt").seen
+    assert resumed == whole[4:]
+    assert whole[4:] != expected_batches()[4:]
+
+
+TWO_RANKS = """
+import json, sys
+from tests.data.test_resume import *
+
+if __name__ == "__main__":
+    folder, rows = Path(sys.argv[1]), write_rows(Path(sys.argv[1], "rows.jsonl"))
+    report = {}
+    data = {
+        "prompts": prompts(rows, val_path=str(rows)),
+        "text": TextDataModule(str(rows), batch_size=2, seed=SEED),
+        "pairs": PreferenceDataModule(str(rows), batch_size=2, seed=SEED),
+    }
+    for name, module in data.items():
+        recorder = fit(folder / name, module, devices=2, strategy="ddp", max_epochs=2, limit_val_batches=1.0)
+        report[name] = [seen for _, _, seen in recorder.seen]
+        report[name + " held out"] = [rows_of(batch) for batch in recorder.evaluated]
+    Path(folder, f"rank{recorder.global_rank}.json").write_text(json.dumps(report))
+"""
+
+
+def test_two_ranks_see_the_same_prompts_and_share_the_texts(tmp_path: Path, file: Path) -> None:
+    """Prompts: the global batch on both, as with one process. Texts: two batches of 2 are the batch of 4 of one."""
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(["."]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), str(tmp_path)]
+    root = Path(__file__).parents[2]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=180)
+    assert result.returncode == 0, result.stderr
+    ranks = [json.loads((tmp_path / f"rank{i}.json").read_text()) for i in range(2)]
+    for rank in ranks:
+        assert rank["prompts"] == [rows for _, _, rows in expected_batches(2)]
+        assert rank["prompts held out"] == [[0, 1, 2], [3, 4, 5], [6]] * 2
+    for name, module in {"text": TextDataModule, "pairs": PreferenceDataModule}.items():
+        one = fit(tmp_path / name, module(str(file), batch_size=4, seed=SEED), max_epochs=1).seen
+        first, second = (rank[name] for rank in ranks)
+        assert sorted(first[0] + second[0]) == sorted(one[0][2])
+        assert {row for batch in first[:2] + second[:2] for row in batch} == set(range(N_ROWS))

@@ -1,0 +1,109 @@
+"""The trained tokenizer: reversible, reproducible, loadable beside a model of any family."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from lit_ppo.data.tokenization import loads_the_same, save_tokenizer, train_tokenizer
+from tests.helpers.tiny import FAMILIES, make_config
+
+TEXTS = ["the film was good", " the film was really bad", "the plot, the cast : naïve \u2014 and 2,000 good films"] * 3
+
+
+def test_decoding_gives_back_the_text_with_one_leading_space(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(TEXTS, 300, tmp_path)
+    unseen = "Zwölf 日本 \t tabs,  two spaces .\nnew line"
+    for text in (*TEXTS, unseen):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == " " + text.removeprefix(" ")
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert saved["clean_up_tokenization_spaces"] is False  # transformers 4 takes silence for yes
+
+
+def test_word_has_one_token_at_the_start_and_inside(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(TEXTS, 320, tmp_path)
+    first, middle = tokenizer("film the")["input_ids"], tokenizer("the film the")["input_ids"]
+    assert first == middle[1:]
+    assert len(middle) == 3
+
+
+def test_adds_no_special_token_and_keeps_pad_and_eos_apart(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(TEXTS, 300, tmp_path)
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|pad|>", "<|endoftext|>")
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert not {tokenizer.pad_token_id, tokenizer.eos_token_id} & set(tokenizer("the film")["input_ids"])
+    assert tokenizer.padding_side == "right"
+
+
+def test_vocabulary_size_is_reached_exactly_and_matters(tmp_path: Path) -> None:
+    small, large = train_tokenizer(TEXTS, 262, tmp_path / "a"), train_tokenizer(TEXTS, 290, tmp_path / "b")
+    assert (len(small), len(large)) == (262, 290)
+    assert len(large(TEXTS[0])["input_ids"]) < len(small(TEXTS[0])["input_ids"])
+
+
+def test_merges_are_the_most_frequent_pairs(tmp_path: Path) -> None:
+    """By hand: in 3 x 'abab' + 2 x 'cd' (each with its space), the pair 'ab' occurs 6 times, the most; then 'abab'."""
+    tokenizer = train_tokenizer(["abab", "abab", "abab", "cd", "cd"], 260, tmp_path)
+    assert tokenizer.convert_ids_to_tokens([258]) == ["ab"]
+    assert tokenizer.convert_ids_to_tokens([259])[0] in ("abab", "Ġab")
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"qwen2"}))
+def test_loads_as_trained_beside_a_config_of_a_family(tmp_path: Path, family: str) -> None:
+    tokenizer = train_tokenizer(TEXTS, 300, tmp_path)
+    config = make_config(family, tokenizer)
+    config.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+        assert loaded.decode(loaded(text)["input_ids"]) == tokenizer.decode(tokenizer(text)["input_ids"])
+    assert (loaded.pad_token_id, loaded.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    assert loads_the_same(tokenizer, config)
+
+
+def test_a_family_that_replaces_the_tokenizer_is_noticed(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(TEXTS, 300, tmp_path)
+    make_config("qwen2", tokenizer).save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)("film")["input_ids"] != tokenizer("film")["input_ids"]
+    assert not loads_the_same(tokenizer, make_config("qwen2", tokenizer))
+
+
+def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
+    texts = [f"review {i} of film {i * i % 97} was {'good' if i % 3 else 'bad'}" for i in range(200)]
+    train_tokenizer(texts, 400, tmp_path / "here")
+    code = f"from lit_ppo.data.tokenization import train_tokenizer as t; t({texts!r}, 400, {str(tmp_path / 'there')!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
+
+
+def test_saved_alike_however_it_was_loaded(tmp_path: Path) -> None:
+    """transformers adds the last two to a tokenizer's own settings."""
+    train_tokenizer(["a fine film"], 258, tmp_path / "trained")
+    for name, local_files_only in (("hub", False), ("offline", True)):
+        loaded = AutoTokenizer.from_pretrained(tmp_path / "trained", local_files_only=local_files_only)
+        save_tokenizer(loaded, tmp_path / name)
+    one, other = ((tmp_path / name / "tokenizer_config.json").read_text() for name in ("hub", "offline"))
+    assert one == other
+    assert json.loads(one).keys() & {"pad_token", "is_local", "local_files_only"} == {"pad_token"}
+
+
+def test_texts_may_come_from_a_generator(tmp_path: Path) -> None:
+    train_tokenizer(TEXTS, 300, tmp_path / "a")
+    train_tokenizer((text for text in TEXTS), 300, tmp_path / "b")
+    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
+
+
+def test_too_small_a_vocabulary_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"train_tokenizer\(vocab_size=257\): .* use 258 or more"):
+        train_tokenizer(TEXTS, 257, tmp_path)
+
+
+@pytest.mark.parametrize("texts", [[], ["", ""]])
+def test_no_text_is_refused(tmp_path: Path, texts: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"train_tokenizer\(texts\): there is no text"):
+        train_tokenizer(texts, 300, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,131 @@
+"""The ``lit-ppo`` command for tests: through its own entry point, forked from a process that has the imports."""
+
+import io
+import multiprocessing
+import os
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+@dataclass
+class Result:
+    """How the command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last(self) -> str:
+        """Last line of standard error."""
+        return self.err.strip().splitlines()[-1] if self.err.strip() else ""
+
+    def ok(self) -> "Result":
+        """Itself; fails the test with all that was printed unless the command succeeded."""
+        assert self.code == 0, f"exit code {self.code}\n{self.out}\n{self.err}"
+        return self
+
+    def refused(self, *words: str) -> "Result":
+        """Itself; checks for an error that is one line, the last, without a traceback, naming ``words``."""
+        assert self.code not in (0, 130), f"exit code {self.code}\n{self.out}\n{self.err}"
+        assert "Traceback" not in self.err + self.out
+        assert self.last.startswith("lit-ppo: error: ")
+        missing = [word for word in words if word not in self.last]
+        assert not missing, f"{missing} not in: {self.last}"
+        return self
+
+
+class Running:
+    """``lit-ppo`` at work in a fresh process that did not have to import anything."""
+
+    def __init__(self, *args: Any, cwd: Path, env: Mapping[str, str] | None = None, calls: int = 1) -> None:
+        cwd.mkdir(parents=True, exist_ok=True)
+        self.cwd, self.args = cwd, [str(arg) for arg in args]
+        for name in (".stdout", ".stderr"):
+            (cwd / name).write_text("")
+        context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
+        if os.name != "nt":
+            context.set_forkserver_preload(["lit_ppo.cli.command", "tests.helpers.command"])
+        self.process = context.Process(target=_child, args=(self.args, str(cwd), {**QUIET, **(env or {})}, calls))
+        self.process.start()
+
+    def result(self, timeout: float) -> Result:
+        """How it ended; fails the test if it does not end in time."""
+        self.process.join(timeout)
+        code = self.process.exitcode
+        if code is None:
+            self.process.kill()
+            raise AssertionError(f"lit-ppo {self.args} still ran after {timeout} s\n{self.out}\n{self.err}")
+        return Result(code, self.out, self.err)
+
+    @property
+    def out(self) -> str:
+        """What it has printed so far."""
+        return (self.cwd / ".stdout").read_text()
+
+    @property
+    def err(self) -> str:
+        """What it has printed so far to standard error."""
+        return (self.cwd / ".stderr").read_text()
+
+    def wait_for(self, words: str, timeout: float = 60.0) -> None:
+        """Until it has printed the words."""
+        end = time.monotonic() + timeout
+        while words not in self.out:
+            assert self.process.is_alive(), self.out + self.err
+            assert time.monotonic() < end, self.out + self.err
+            time.sleep(0.05)
+
+    def stop(self, number: int, within: float = 10.0) -> Result:
+        """Send a signal; how it ended."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+        return self.result(within)
+
+
+def run_command(
+    *args: Any, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 120.0, calls: int = 1
+) -> Result:
+    """Run ``lit-ppo`` with these arguments and wait for its end.
+
+    Args:
+        *args: Arguments of the command.
+        cwd: Working directory, made if need be.
+        env: Further environment variables.
+        timeout: Seconds after which the test fails.
+        calls: Number of times that ``main`` is called in that one process.
+    """
+    return Running(*args, cwd=cwd, env=env, calls=calls).result(timeout)
+
+
+def _child(args: list[str], cwd: str, env: dict[str, str], calls: int) -> None:
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        descriptor = os.open(Path(cwd) / f".{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, number)
+        setattr(sys, name, io.TextIOWrapper(os.fdopen(number, "wb", closefd=False), line_buffering=True))
+    os.chdir(cwd)
+    os.environ.update(env)
+    os.environ["PYTHONPATH"] = str(REPOSITORY)  # for the stages
+    if str(REPOSITORY) not in sys.path:
+        sys.path.insert(0, str(REPOSITORY))
+    warnings.resetwarnings()
+    warnings.simplefilter("ignore", ResourceWarning)  # as in a process that Python starts itself
+    import torch
+
+    from lit_ppo.cli.main import main
+
+    torch.set_num_threads(1)
+    code = 1
+    for _ in range(calls):
+        code = main(args)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

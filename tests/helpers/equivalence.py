@@ -1,0 +1,345 @@
+"""One update on one process and the same update on several ranks, by every strategy.
+
+``python -m tests.helpers.equivalence`` prints the table: the largest relative difference of any parameter's gradient
+and of any parameter's change.
+"""
+
+import contextlib
+import json
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.tensor import DTensor
+
+from lit_ppo import LitPPO, TextDataModule
+from lit_ppo.callbacks import (
+    AdaptiveKL,
+    EntropyBonus,
+    KLEarlyStop,
+    KLLoss,
+    LearningRateAdaptation,
+    PrioritizedSampling,
+    PTXLoss,
+    ReferenceUpdate,
+    RewardBaseline,
+    RewardNormalization,
+    ValueNormalization,
+)
+from lit_ppo.parallel.collectives import n_ranks, rank
+from lit_ppo.parallel.full_state import whole_weights
+from lit_ppo.parallel.strategies import FSDP1Strategy
+from lit_ppo.rewards import RewardModel
+from tests.helpers.ranks import on_ranks
+from tests.helpers.tiny import WORDS, make_causal_lm, make_reward_model
+from tests.helpers.toys import logged, make_data, make_module, make_trainer
+
+# KL that the second update goes over, and not the first; by family, without and with adapters
+STOP_AT = {"gpt2": (0.0315, 0.0042), "llama": (0.008, 0.0064)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """How an update is run."""
+
+    family: str = "gpt2"
+    strategy: str = "auto"
+    micro_batch_size: int = 3
+    activation_checkpointing: bool = False
+    tied: bool = True
+    compiled: bool = False
+    features: bool = False  # all tricks that touch models, gradients, optimizers or the data, over two updates
+    fixed_reference: bool = False  # but not the one that moves the reference, which FSDP1 and adapters refuse
+    lora: bool = False  # adapters in actor and critic
+
+    @property
+    def base(self) -> "Case":
+        """The same on one process."""
+        return replace(self, strategy="auto", micro_batch_size=3, activation_checkpointing=False, compiled=False)
+
+    def __str__(self) -> str:
+        """For a table's row."""
+        model = f"{self.family}{'' if self.tied else ', untied'}"
+        options = ("activation_checkpointing", "compiled", "features", "lora")
+        extra = [name for name in options if getattr(self, name)]
+        return ", ".join([f"{self.strategy:5} {model}, micro-batches of {self.micro_batch_size}", *extra])
+
+
+class CPUFSDP(FSDP1Strategy):
+    """FSDP1 on CPUs, which Lightning refuses."""
+
+    model_sharded_context = contextlib.nullcontext
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+class Spy(LitPPO):
+    """Notes which rows this rank's forwards saw, and the whole gradients of each step before clipping."""
+
+    def _adapt(self, name: str, model: Any) -> None:
+        """Adapters as they are after some steps: at first one half is zeros, and the other has no gradient."""
+        super()._adapt(name, model)
+        with torch.no_grad():
+            for number, (parameter, weight) in enumerate(model.named_parameters()):
+                if "lora_B" in parameter:
+                    weight.copy_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)))
+
+    def actor_forward(self, model: Any, rows: Any, **kwargs: Any) -> Any:
+        self.seen.update(rows.prompts)
+        return super().actor_forward(model, rows, **kwargs)
+
+    def rollout(self, *args: Any, **kwargs: Any) -> Any:
+        experience = super().rollout(*args, **kwargs)
+        self.samples.append(experience.response_ids)
+        self.lengths.update(experience.response_mask.sum(1).tolist())
+        return experience
+
+    def on_fit_start(self) -> None:
+        self.samples, self.lengths, self.gradients = [], set(), []
+        self.seen: set[str] = set()
+        super().on_fit_start()
+        self.seen.clear()
+
+    def step_optimizers(self, *args: Any) -> None:
+        self.gradients.append({**whole_gradients("actor", self.actor), **whole_gradients("critic", self.critic)})
+        super().step_optimizers(*args)
+
+
+def tricks(case: Case, folder: Path) -> list[Any]:
+    """The callbacks: with ``features`` every kind that touches models, gradients, optimizers or the data."""
+    always = [RewardNormalization(), AdaptiveKL(target=0.01, horizon=50), EntropyBonus(coef=0.02)]
+    if not case.features:
+        return always
+    texts = folder / "texts.jsonl"
+    if rank() == 0:
+        texts.write_text("".join(json.dumps({"text": " ".join(WORDS[i : i + 2 + i % 4])}) + "\n" for i in range(9)))
+    return [
+        PrioritizedSampling(scale=(-1.0, 1.0)),
+        RewardBaseline(),
+        *always,
+        ValueNormalization(),
+        PTXLoss(TextDataModule(str(texts), batch_size=5, seed=0), coef=0.5),
+        KLLoss(coef=0.3, kind="exact"),
+        KLEarlyStop(target=STOP_AT[case.family][case.lora]),
+        LearningRateAdaptation(target=0.5, maximum=0.2),
+        *([] if case.fixed_reference else [ReferenceUpdate(decay=0.5)]),
+    ]
+
+
+def whole_gradients(name: str, model: Any) -> dict[str, Tensor]:
+    """Every parameter's gradient, put together from the ranks; collective."""
+    if isinstance(model, FSDP1):
+        with FSDP1.summon_full_params(model, writeback=False, with_grads=True):
+            trained = [(n, p.grad) for n, p in model.named_parameters() if p.requires_grad]
+            named = {n.replace("_fsdp_wrapped_module.", ""): gradient for n, gradient in trained}
+            return {f"{name}.{n}": g.clone() for n, g in named.items() if g is not None}
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {
+        f"{name}.{n}": (g.full_tensor() if isinstance(g, DTensor) else g).detach().clone() for n, g in gradients.items()
+    }
+
+
+def weights(module: Any) -> dict[str, Tensor]:
+    """All models whole, on the first rank; collective."""
+    named: dict[str, Tensor] = {}
+    for name, model in module.named_children():  # a reference that is the actor without its adapter is none
+        if name not in ("actor", "critic", "reference"):
+            continue
+        whole = whole_weights(model)
+        own = model.state_dict() if whole is None else whole
+        named |= {f"{name}.{n}": tensor.clone() for n, tensor in own.items()}
+    return named
+
+
+def make_models(folder: Path, case: Case) -> tuple[Path, Path]:
+    """An actor, and a reward model from which the critic starts: one whose head is zeros has no gradient within."""
+    actor, reward = (folder / f"{kind}-{case.family}-{case.tied}" for kind in ("actor", "reward"))
+    if not reward.exists() and rank() == 0:
+        make_causal_lm(actor, case.family, scale=4.0, tie_word_embeddings=case.tied)
+        make_reward_model(reward, case.family)
+    return actor, reward
+
+
+def adapters(case: Case) -> dict[str, Any]:
+    """Arguments of the module."""
+    fields = {"r": 3, "target_modules": "all-linear"}
+    both = {"actor_lora": {**fields, "lora_alpha": 12}, "critic_lora": {**fields, "lora_alpha": 6}}
+    return both if case.lora else {}
+
+
+def update(case: Case, folder: Path) -> dict[str, Any]:
+    """An update of two optimizer steps, or two such updates; what they did, on the first rank."""
+    actor, reward = make_models(folder, case)
+    module: Any = make_module(
+        actor,
+        critic="reward",
+        rewards=RewardModel(str(reward)),
+        micro_batch_size=case.micro_batch_size,
+        activation_checkpointing=case.activation_checkpointing,
+        compile_blocks=case.compiled,
+        minibatch_size=7,
+        max_grad_norm=None,
+        **adapters(case),
+    )
+    module.__class__ = Spy
+    strategy: Any = CPUFSDP() if case.strategy == "fsdp" else case.strategy
+    updates = 2 if case.features else 1
+    callbacks = tricks(case, folder)
+    trainer = make_trainer(
+        folder / "run", devices=n_ranks(), strategy=strategy, max_steps=updates, max_epochs=1, callbacks=callbacks
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # others take minutes
+        trainer.fit(module, make_data(folder))
+    assert trainer.world_size == n_ranks()
+    return {"module": module, "logged": logged(trainer)}
+
+
+def result(case: Case, folder: Path) -> dict[str, Any]:
+    """What an update did, in a form that can be saved."""
+    run = update(case, folder)
+    module = run["module"]
+    after = weights(module)
+    if n_ranks() > 1:
+        check_ranks(case, module)
+    return {
+        "samples": module.samples,
+        "lengths": module.lengths,
+        "gradients": module.gradients,
+        "weights": after,
+        "logged": run["logged"],
+    }
+
+
+def check_ranks(case: Case, module: Any) -> None:
+    """Each rank had work of its own, and under FSDP holds its share alone."""
+    assert dist.get_world_size() == n_ranks() > 1
+    shares: list[Any] = [None] * n_ranks()
+    dist.all_gather_object(shares, sorted(module.seen))
+    assert len({tuple(rows) for rows in shares}) == n_ranks(), "ranks did the same work"
+    if case.strategy.startswith("fsdp"):
+        parameters = [
+            p for model in (module.actor, module.critic, module.reference) for _, p in model.named_parameters()
+        ]
+        held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
+        total: list[Any] = [None] * n_ranks()
+        dist.all_gather_object(total, held)
+        assert held < 0.7 * sum(total), f"rank {rank()} holds {held} of {sum(total)} parameters"
+
+
+def run_cases(cases: list[Case], folder: Path) -> None:
+    """On each rank; the first one leaves the results."""
+    warnings.simplefilter("ignore")
+    for number, case in enumerate(cases):
+        found = result(case, folder)
+        if rank() == 0:
+            torch.save(found, folder / f"{n_ranks()}-{number}.pt")
+        dist.barrier()
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """Norm of the difference relative to the norm."""
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm().clamp(min=1e-30))
+
+
+def differences(many: dict[str, Any], one: dict[str, Any], start: dict[str, Tensor]) -> dict[str, float]:
+    """Largest relative difference of any parameter: of gradients, of changes, and of changes beyond rounding.
+
+    A float32 weight near 1 moves in steps of 1.2e-7, and a change of 1e-3 in all is then known to 1e-4: beyond rounding
+    is what is over one such step in each weight.
+    """
+    assert len(many["gradients"]) == len(one["gradients"])
+    pairs = list(zip(many["gradients"], one["gradients"], strict=True))
+    assert all(ours.keys() == theirs.keys() for ours, theirs in pairs)
+    found = {"gradients": 0.0, "changes": 0.0, "beyond_rounding": 0.0}
+    for name in one["gradients"][0]:
+        ours, theirs = many["weights"][name], one["weights"][name]
+        step = (theirs.abs().nextafter(torch.tensor(torch.inf)) - theirs.abs()).double()
+        change = (theirs.double() - start[name].double()).norm()
+        error = (ours.double() - theirs.double()).abs()
+        of_this = {
+            "gradients": max(relative(ours[name], theirs[name]) for ours, theirs in pairs),
+            "changes": float(error.norm() / change),
+            "beyond_rounding": float((error - step).clamp(min=0).norm() / change),
+        }
+        found = {key: max(value, of_this[key]) for key, value in found.items()}
+    return found
+
+
+def compare(cases: list[Case], n: int, folder: Path) -> dict[Case, dict[str, Any]]:
+    """Run the cases on ``n`` ranks and their like on one process."""
+    ones = {case.base: result(case.base, folder) for case in dict.fromkeys(case.base for case in cases)}
+    on_ranks(n, run_cases, cases, folder, folder=folder / f"{n}-ranks")
+    found = {}
+    for number, case in enumerate(cases):
+        many = torch.load(folder / f"{n}-{number}.pt", weights_only=False)
+        actor, reward = make_models(folder, case)
+        module = make_module(actor, critic="reward", rewards=RewardModel(str(reward)), **adapters(case))
+        module.__class__ = Spy
+        module.configure_model()
+        start = weights(module)
+        found[case] = {
+            "one": ones[case.base],
+            "many": many,
+            "start": start,
+            **differences(many, ones[case.base], start),
+        }
+    return found
+
+
+CASES = {
+    2: [
+        Case(strategy="ddp", micro_batch_size=2),
+        Case("llama", "ddp", 1, activation_checkpointing=True, features=True),
+        Case(strategy="fsdp2", micro_batch_size=2, features=True),
+        Case(strategy="fsdp2", micro_batch_size=1, activation_checkpointing=True),
+        Case(strategy="fsdp2", micro_batch_size=2, activation_checkpointing=True, compiled=True),
+        Case("llama", "fsdp2", 9, tied=False),
+        Case("llama", "fsdp2", 1, activation_checkpointing=True, features=True),
+        Case(strategy="fsdp", micro_batch_size=2, features=True, fixed_reference=True),
+        Case("llama", "fsdp", 1, activation_checkpointing=True, tied=False),
+        Case(strategy="ddp", micro_batch_size=2, features=True, fixed_reference=True, lora=True),
+        Case("llama", "fsdp2", 1, lora=True),
+        Case(
+            strategy="fsdp2",
+            micro_batch_size=2,
+            activation_checkpointing=True,
+            features=True,
+            fixed_reference=True,
+            lora=True,
+        ),
+        Case("llama", "fsdp", 2, features=True, fixed_reference=True, lora=True),
+    ],
+    3: [
+        Case(strategy="ddp", micro_batch_size=1),
+        Case(strategy="fsdp2", micro_batch_size=2, features=True),
+        Case("llama", "fsdp2", 1, activation_checkpointing=True, tied=False),
+        Case("llama", "fsdp", 2, features=True, fixed_reference=True),
+        Case("llama", "fsdp2", 2, lora=True),
+    ],
+}
+
+
+def main() -> None:
+    """Print the table."""
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        for n, cases in CASES.items():
+            for case, found in compare(cases, n, Path(folder)).items():
+                numbers = [f"{name} {found[name]:.1e}" for name in ("gradients", "changes", "beyond_rounding")]
+                print(f"{n} ranks, {case}: {', '.join(numbers)}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""What happens to both of two ranks when one of them fails, one fault after the other in the same two processes."""
+
+import errno
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+
+from lit_ppo.callbacks.base import PPOCallback
+from lit_ppo.run.checkpoint import StepCheckpoint
+from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer
+
+calls = 0
+
+
+def on_second_rank(fault: Callable[[int], Any]) -> Callable[..., Any]:
+    """A reward that fails on rank 1, in update 2."""
+    global calls
+    calls = 0
+
+    def reward(prompts: list[str], responses: list[str]) -> Any:
+        global calls
+        calls += 1
+        if calls == 3 and dist.get_rank() == 1:
+            return fault(len(responses))
+        return count_good(prompts, responses)
+
+    return reward
+
+
+def raises(n: int) -> Any:
+    raise KeyError("no such film")
+
+
+def sleeps(n: int) -> Any:
+    while True:
+        try:
+            time.sleep(60)
+        except Exception:  # as a client that tries again and again
+            continue
+
+
+def never_returns(n: int) -> Any:
+    """Nothing can interrupt it: the alarm is another thread's business."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+    threading.Event().wait()
+
+
+class BreakGradient(PPOCallback):
+    """NaN in the gradient of one rank, after ranks have exchanged theirs: in the first step of update 1."""
+
+    def __init__(self) -> None:
+        self.updates = self.steps = 0
+
+    def on_rewards(self, *_: Any) -> None:
+        self.updates, self.steps = self.updates + 1, 0
+
+    def on_critic_loss(self, trainer: Any, pl_module: Any, minibatch: Any, losses: Any) -> None:
+        weight = pl_module.actor.model.transformer.wte.weight
+        if self.updates == 2 and self.steps == 0 and dist.get_rank() == 1 and weight.grad is not None:
+            weight.grad[0, 0] = float("nan")
+
+    def on_minibatch_end(self, *_: Any) -> None:
+        self.steps += 1
+
+
+class Sigterm(PPOCallback):
+    """The node of rank 1 alone is told to go, in the middle of update 1."""
+
+    def on_actor_loss(self, trainer: Any, pl_module: Any, minibatch: Any, losses: Any) -> None:
+        if pl_module.rollouts == 2 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            self.on_actor_loss = lambda *_: None  # type: ignore[method-assign]
+
+
+class FullDisk(StepCheckpoint):
+    """A disk with room for the first checkpoint."""
+
+    def save(self, trainer: Any) -> None:
+        if trainer.global_step == 2:
+            torch.save = _no_room
+        super().save(trainer)
+
+
+def _no_room(checkpoint: Any, file: Any) -> None:
+    file.write(b"half")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def attempt(folder: Path, actor: Path, *callbacks: Any, timeout: float = 60.0, **module: Any) -> dict[str, Any]:
+    """One run of two ranks: what it ended with, as this rank saw it."""
+    model = make_module(actor, **module)
+    assert model.seed == 3
+    strategy = DDPStrategy(timeout=timedelta(seconds=timeout))
+    trainer = make_trainer(
+        folder, callbacks=list(callbacks), devices=2, strategy=strategy, max_steps=3, enable_checkpointing=True
+    )
+    start, error = time.monotonic(), ""
+    try:
+        trainer.fit(model, make_data(folder / str(os.environ["RANK"])))
+    except (Exception, SystemExit) as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    assert dist.get_world_size() == 2
+    rows = [
+        {name: row.get(name) for name in ("optimizer/skipped_fraction", "objective/score")} for row in logged(trainer)
+    ]
+    digest = [float(p.detach().double().sum()) for p in (*model.actor.parameters(), *model.critic.parameters())]
+    return {"error": error, "seconds": time.monotonic() - start, "rows": rows, "digest": digest}
+
+
+def main(folder: Path, actor: Path) -> None:
+    """All faults; the one that leaves the other rank alone comes last."""
+    rank = os.environ["RANK"]
+    (folder / rank).mkdir()
+    seen = {
+        "raises": attempt(folder, actor, rewards=on_second_rank(raises)),
+        "nan": attempt(folder, actor, rewards=on_second_rank(lambda n: [float("nan")] * n)),
+        "hangs": attempt(folder, actor, rewards=on_second_rank(sleeps), reward_timeout=1.0),
+        "gradient": attempt(folder, actor, BreakGradient(), max_skipped_steps=1),
+    }
+    seen["sigterm"] = attempt(folder, actor, Sigterm(), StepCheckpoint(dirpath=str(folder / "stopped")))
+    whole = torch.save
+    seen["disk"] = attempt(folder, actor, FullDisk(every_n_train_steps=1, dirpath=str(folder / "checkpoints")))
+    torch.save = whole
+    (folder / f"rank{rank}.json").write_text(json.dumps(seen))
+
+
+def hang(folder: Path, actor: Path) -> None:
+    """A rank that nothing can interrupt: the others wait as long as the process group does."""
+    rank = os.environ["RANK"]
+    (folder / rank).mkdir()
+    if rank == "1":
+        threading.Timer(8, os._exit, [0]).start()  # as the launcher would end it
+    seen = attempt(folder, actor, rewards=on_second_rank(never_returns), reward_timeout=1.0, timeout=3.0)
+    (folder / f"rank{rank}.json").write_text(json.dumps(seen))
+    os._exit(0)

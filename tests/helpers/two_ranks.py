@@ -1,0 +1,60 @@
+"""Run the toy job on two processes, each of which checks that it is one of two with work of its own."""
+
+import pydoc
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_ppo import LitPPO
+from lit_ppo.advantages import GroupRelative
+from lit_ppo.experience import Experience
+from tests.helpers.toys import logged, make_data, make_module, make_trainer
+
+
+def letters(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+    """How long a response is written out."""
+    return [float(len(response)) for response in responses]
+
+
+JOBS: dict[str, dict[str, Any]] = {
+    "critic": {},
+    "group": {"advantages": GroupRelative(), "critic": None, "samples_per_prompt": 2, "kl_coef": 0.0},
+    "judged": {"eval_rewards": {"letters": letters}},
+}
+
+
+class Spy(LitPPO):
+    """Notes which rows this rank's forwards saw."""
+
+    def actor_forward(self, model: Any, rows: Experience, **kwargs: Any) -> Any:
+        self.seen.update(rows.prompts)
+        return super().actor_forward(model, rows, **kwargs)
+
+    def on_fit_start(self) -> None:
+        self.seen: set[str] = set()
+        super().on_fit_start()
+
+
+def main(folder: Path, actor: Path, job: str, callbacks: str | None = None) -> None:
+    """Args: folder of the job and of the actor, a key of ``JOBS``, where the function lies that makes callbacks."""
+    module = make_module(actor, **JOBS[job])
+    module.__class__ = Spy
+    make_callbacks: Any = pydoc.locate(callbacks) if callbacks else lambda folder: []
+    trainer = make_trainer(folder / "two", devices=2, callbacks=make_callbacks(folder))
+    held_out = folder / "held_out.jsonl"
+    trainer.fit(module, make_data(folder, **({"val_path": str(held_out)} if held_out.exists() else {})))
+    assert trainer.world_size == 2
+    shares: list[Any] = [None, None]
+    torch.distributed.all_gather_object(shares, sorted(module.seen))
+    assert shares[0] != shares[1], "both ranks did the same work"
+    if trainer.global_rank == 0:
+        validated = [row for row in trainer.logger.rows if "val/score" in row]
+        torch.save(
+            {"weights": module.state_dict(), "logged": logged(trainer), "validated": validated}, folder / "two.pt"
+        )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

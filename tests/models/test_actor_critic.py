@@ -1,0 +1,227 @@
+"""Log-probs are the stock model's on each row alone, whatever the padding; families that cannot be served refuse."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from lit_ppo.generation.transformers import generation_config
+from lit_ppo.models.actor_critic import (
+    Actor,
+    Critic,
+    Reference,
+    checkpoint_activations,
+    compile_blocks,
+    load_causal_lm,
+    load_critic,
+    load_tokenizer,
+)
+from lit_ppo.parallel.sharding import blocks
+from tests.helpers.tiny import make_causal_lm, make_reward_model, make_tokenizer
+
+ROWS = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17]]  # the last two tokens of each are targets
+
+
+def batch(left: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ROWS left-padded, with ``left`` more columns of padding."""
+    width = max(map(len, ROWS)) + left
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in ROWS])
+    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in ROWS])
+    return ids, mask, mask[:, -2:]
+
+
+@pytest.mark.parametrize("left", [0, 5])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "phi", "opt"])
+def test_logprobs_are_the_stock_models_on_each_row_alone(tmp_path, family, temperature, left):
+    path = make_causal_lm(tmp_path, family, scale=4.0)
+    actor = Actor(load_causal_lm("actor", str(path), {}))
+    stock = AutoModelForCausalLM.from_pretrained(path).eval()
+    ids, mask, target_mask = batch(left)
+    logprobs, entropy = actor(ids, mask, target_mask=target_mask, temperature=temperature)
+    for i, row in enumerate(ROWS):
+        distribution = torch.log_softmax(stock(input_ids=torch.tensor([row])).logits[0] / temperature, dim=-1)
+        expected = distribution[[-3, -2], row[-2:]]
+        torch.testing.assert_close(logprobs[i], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            entropy[i], -(distribution.exp() * distribution).sum(-1)[-3:-1], rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(("family", "name"), [("gemma2", "Gemma2ForCausalLM"), ("cohere", "CohereForCausalLM")])
+def test_families_that_change_their_logits_after_the_head_are_refused_by_name(tmp_path, family, name):
+    path = make_causal_lm(tmp_path, family)
+    with pytest.raises(ValueError, match=f"{name}: not supported"):
+        Actor(load_causal_lm("actor", str(path), {}))
+
+
+def test_masked_targets_are_zero_and_all_positions_can_be_targets(tiny_lm):
+    """As the next-token loss on text wants it: every token but the first."""
+    actor = Actor(load_causal_lm("actor", str(tiny_lm), {}))
+    ids = torch.tensor([ROWS[0]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    targets = mask.clone()
+    targets[0, [0, 3]] = False
+    logprobs, _ = actor(ids, mask, target_mask=targets)
+    stock = torch.log_softmax(actor.model(input_ids=ids, attention_mask=mask.long()).logits[0], dim=-1)
+    expected = [0.0] + [stock[t - 1, ROWS[0][t]].item() for t in range(1, 6)]
+    expected[3] = 0.0
+    torch.testing.assert_close(logprobs[0], torch.tensor(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_never_comes_on(tmp_path):
+    path = make_causal_lm(tmp_path, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    actor = Actor(load_causal_lm("actor", str(path), {})).train()
+    ids, mask, target_mask = batch()
+    first, second = (actor(ids, mask, target_mask=target_mask)[0] for _ in range(2))
+    assert first.equal(second)
+
+
+def test_a_bf16_checkpoint_is_trained_in_float32(tmp_path, tiny_lm):
+    AutoModelForCausalLM.from_pretrained(tiny_lm).to(torch.bfloat16).save_pretrained(tmp_path)
+    assert load_causal_lm("actor", str(tmp_path), {}).dtype == torch.float32
+
+
+def test_model_kwargs_pass_through(tiny_lm):
+    model = load_causal_lm("actor", str(tiny_lm), {"attn_implementation": "eager"})
+    assert model.config._attn_implementation == "eager"
+
+
+def test_exact_kl_to_a_reference(tmp_path):
+    models = [str(make_causal_lm(tmp_path / str(seed), seed=seed, scale=4.0)) for seed in range(2)]
+    actor, reference = Actor(load_causal_lm("a", models[0], {})), Reference(load_causal_lm("r", models[1], {}))
+    ids, mask, target_mask = batch()
+    head = reference(ids, mask, target_mask=target_mask, head_inputs=True)
+    _, kl = actor(ids, mask, target_mask=target_mask, temperature=0.8, kl_to=head)
+    p, q = (
+        torch.log_softmax(m.model(input_ids=torch.tensor([ROWS[0]])).logits[0, -3:-1] / 0.8, -1)
+        for m in (actor, reference)
+    )
+    torch.testing.assert_close(kl[0], (p.exp() * (p - q)).sum(-1), rtol=1e-5, atol=1e-5)
+    assert not any(x is not None and x.requires_grad for x in head)
+    assert not any(p.requires_grad for p in reference.parameters())
+
+
+@pytest.mark.parametrize("left", [0, 4])
+def test_values_come_from_the_token_before_and_ignore_padding(tiny_lm, left):
+    critic = load_critic("critic", str(tiny_lm), {})
+    torch.nn.init.normal_(critic.value_head.weight, generator=torch.Generator().manual_seed(0))
+    ids, mask, target_mask = batch(left)
+    values = critic(ids, mask, target_mask=target_mask)
+    backbone = AutoModel.from_pretrained(tiny_lm).eval()
+    for i, row in enumerate(ROWS):
+        states = backbone(input_ids=torch.tensor([row])).last_hidden_state[0, -3:-1]
+        torch.testing.assert_close(values[i], (states @ critic.value_head.weight[0]), rtol=1e-5, atol=1e-5)
+
+
+def test_a_rescaled_head_scales_and_shifts_every_value(tiny_lm):
+    critic = load_critic("critic", str(tiny_lm), {})
+    torch.nn.init.normal_(critic.value_head.weight, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.constant_(critic.value_head.bias, 0.5)
+    ids, mask, target_mask = batch()
+    before = critic(ids, mask, target_mask=target_mask)
+    critic.rescale_head(3.0, -2.0)
+    after = critic(ids, mask, target_mask=target_mask)
+    torch.testing.assert_close(after, (3.0 * before - 2.0) * target_mask, rtol=1e-5, atol=1e-5)
+    assert critic.value_head.weight.requires_grad
+
+
+def test_a_critic_from_the_actor_starts_at_zero(tiny_lm):
+    ids, mask, target_mask = batch()
+    assert load_critic("critic", str(tiny_lm), {})(ids, mask, target_mask=target_mask).eq(0).all()
+
+
+@pytest.mark.parametrize(("num_labels", "label"), [(1, None), (3, 2)])
+def test_a_critic_from_a_reward_model_starts_at_its_scores(tmp_path, num_labels, label):
+    path = make_reward_model(tmp_path, num_labels=num_labels)
+    critic = load_critic("critic", str(path), {}, label)
+    stock = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    ids, mask, target_mask = batch()
+    values = critic(ids, mask, target_mask=target_mask)
+    score = stock(input_ids=torch.tensor([ROWS[1][:-1]])).logits[0, label or 0]  # the state before the last token
+    torch.testing.assert_close(values[1, -1], score, rtol=1e-5, atol=1e-5)
+
+
+def test_a_bidirectional_critic_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="DistilBertModel reads later tokens"):
+        load_critic("critic", str(make_reward_model(tmp_path, "distilbert")), {})
+
+
+def test_actor_and_critic_share_nothing(tiny_lm):
+    actor, critic = Actor(load_causal_lm("a", str(tiny_lm), {})), load_critic("c", str(tiny_lm), {})
+    assert isinstance(critic, Critic)
+    assert not {p.data_ptr() for p in actor.parameters()} & {p.data_ptr() for p in critic.parameters()}
+
+
+def test_a_path_that_holds_nothing_names_the_argument(tmp_path):
+    with pytest.raises(ValueError, match=r"LitPPO\(actor\)='.*': the folder holds no complete model"):
+        load_causal_lm("LitPPO(actor)", str(tmp_path), {})
+    with pytest.raises(ValueError, match=r"LitPPO\(actor\)='nowhere/to-be-found': no such folder"):
+        load_causal_lm("LitPPO(actor)", "nowhere/to-be-found", {})
+
+
+def test_a_tokenizer_without_pad_token_pads_with_its_stop_token(tmp_path):
+    make_tokenizer(tmp_path, pad=False)
+    tokenizer = load_tokenizer("tokenizer", str(tmp_path))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def test_values_are_not_rounded_to_bf16_under_autocast(tiny_lm):
+    critic = load_critic("critic", str(tiny_lm), {})
+    torch.nn.init.normal_(critic.value_head.weight, generator=torch.Generator().manual_seed(0))
+    states = []
+    critic.value_head.register_forward_hook(lambda module, inputs, output: states.append(inputs[0]))
+    ids, mask, target_mask = batch()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        values = critic(ids, mask, target_mask=target_mask)
+    expected = states[0].double() @ critic.value_head.weight.double().squeeze(0)
+    torch.testing.assert_close(values[target_mask].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_checkpointed_activations_are_computed_again_and_give_the_same_gradients(tmp_path, family):
+    """Two blocks: two forwards, and two again in the backward."""
+    path = make_causal_lm(tmp_path, family)
+    ids, mask = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.bool)
+    gradients, counts = [], []
+    for checkpointed in (False, True):
+        actor = Actor(load_causal_lm("actor", str(path), {}))
+        mlps = [block.mlp for block in blocks(actor)]
+        calls: list[int] = []
+        for mlp in mlps:
+            mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        if checkpointed:
+            checkpoint_activations(actor)
+        logprobs, entropy = actor(ids, mask, target_mask=mask[:, 1:])
+        (logprobs.sum() + entropy.sum()).backward()
+        gradients.append([p.grad for p in actor.parameters()])
+        counts.append(len(calls))
+    assert counts == [2, 4]
+    assert all(one.equal(other) for one, other in zip(*gradients, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch itself
+def test_one_compiled_graph_serves_all_blocks_and_lengths_and_sampling_none(tmp_path, monkeypatch):
+    """Ten blocks, three lengths; more than eight graphs of one function and PyTorch gives up."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    path = make_causal_lm(tmp_path, "llama", num_hidden_layers=10)
+    actors = [Actor(load_causal_lm("actor", str(path), {})) for _ in range(2)]
+    compile_blocks(actors[1])
+    counters.clear()
+    for length in (6, 9, 13):
+        ids, mask = torch.arange(2 * length).view(2, length), torch.ones(2, length, dtype=torch.bool)
+        for actor in actors:
+            logprobs, entropy = actor(ids, mask, target_mask=mask[:, 1:])
+            (logprobs.sum() + entropy.sum()).backward()
+    assert counters["stats"]["unique_graphs"] == 1
+    for one, other in zip(actors[0].parameters(), actors[1].parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-5, atol=1e-6)
+    config = generation_config({"max_new_tokens": 5}, 1.0, actors[0].model, make_tokenizer())
+    draws = torch.rand(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first, second = (actor.generate(ids, mask, config, draws) for actor in actors)
+    assert first == second
+    assert counters["stats"]["unique_graphs"] == 1

@@ -1,0 +1,172 @@
+"""The chunked head against the plain formula, values and gradients."""
+
+import pytest
+import torch
+from torch.distributions import Categorical, kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lit_ppo.models import head
+from lit_ppo.models.head import HeadInputs, token_statistics
+
+
+def inputs(n=11, hidden=5, vocab=7, seed=0) -> HeadInputs:
+    g = torch.Generator().manual_seed(seed)
+    tensors = [
+        torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((n, hidden), (vocab, hidden), (vocab,))
+    ]
+    return HeadInputs(*(t.requires_grad_() for t in tensors))
+
+
+# elements of a chunk, and of what is kept of all: 11 tokens are 77 elements, three of them 21
+@pytest.fixture(
+    params=[(10**9, 10**9), (21, 10**9), (21, 45), (21, 0)],
+    ids=["one chunk", "chunks of three", "two chunks kept", "none kept"],
+)
+def _chunks(request, monkeypatch):
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", request.param[0])
+    monkeypatch.setattr(head, "KEPT_ELEMENTS", request.param[1])
+
+
+@pytest.mark.usefixtures("_chunks")
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_values_and_gradients_are_those_of_the_whole_distribution(temperature):
+    ids = torch.arange(11) % 7
+    ours, plain = inputs(), inputs()
+    logprobs, entropy = token_statistics(ours, ids, temperature)
+    distribution = Categorical(logits=(plain.states @ plain.weight.T + plain.bias) / temperature)
+    torch.testing.assert_close(logprobs, distribution.log_prob(ids), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(entropy, distribution.entropy(), rtol=1e-10, atol=1e-10)
+    ramp = torch.linspace(-1, 2, 11, dtype=torch.float64)
+    (logprobs * ramp + entropy * ramp.flip(0)).sum().backward()
+    (distribution.log_prob(ids) * ramp + distribution.entropy() * ramp.flip(0)).sum().backward()
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.usefixtures("_chunks")
+def test_exact_kl_is_torchs_divergence():
+    ours, ref = inputs(seed=0), inputs(seed=1)
+    ref = HeadInputs(*(t.detach() for t in ref))
+    logprobs, kl = token_statistics(ours, torch.arange(11) % 7, temperature=0.5, kl_to=ref)
+    p = Categorical(logits=(ours.states @ ours.weight.T + ours.bias) / 0.5)
+    q = Categorical(logits=(ref.states @ ref.weight.T + ref.bias) / 0.5)
+    torch.testing.assert_close(kl, kl_divergence(p, q), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(logprobs, p.log_prob(torch.arange(11) % 7), rtol=1e-10, atol=1e-10)
+    (grad,) = torch.autograd.grad(kl.sum(), ours.states, retain_graph=True)
+    (expected,) = torch.autograd.grad(kl_divergence(p, q).sum(), ours.states)
+    torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_no_chunk_is_larger_than_the_limit(monkeypatch):
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 21)
+    seen = []
+    monkeypatch.setattr(head, "linear", lambda s, w, b: seen.append(len(s)) or torch.nn.functional.linear(s, w, b))
+    with torch.no_grad():
+        token_statistics(inputs(), torch.arange(11) % 7)
+    assert seen == [3, 3, 3, 2]
+
+
+@pytest.mark.usefixtures("_chunks")
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_gradients_are_finite_differences(with_reference):
+    ref = HeadInputs(*(t.detach() for t in inputs(seed=1))) if with_reference else None
+    ids = torch.arange(11) % 7
+
+    def statistics(*tensors):
+        return token_statistics(HeadInputs(*tensors), ids, 0.8, ref)
+
+    assert torch.autograd.gradcheck(statistics, tuple(inputs()))
+
+
+@pytest.mark.usefixtures("_chunks")
+def test_a_graph_can_be_walked_twice():
+    """As callbacks do that compare the gradients of two losses."""
+    ours = inputs()
+    logprobs, entropy = token_statistics(ours, torch.arange(11) % 7)
+    first = torch.autograd.grad(logprobs.sum(), ours.weight, retain_graph=True)[0]
+    torch.autograd.grad(entropy.sum(), ours.weight, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(logprobs.sum(), ours.weight)[0], first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("kept", "computed"), [(10**9, 4), (45, 6), (0, 8)])
+def test_logits_are_computed_again_only_where_they_were_not_kept(monkeypatch, kept, computed):
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 21)
+    monkeypatch.setattr(head, "KEPT_ELEMENTS", kept)
+    seen = []
+    monkeypatch.setattr(head, "linear", lambda s, w, b: seen.append(len(s)) or torch.nn.functional.linear(s, w, b))
+    logprobs, _ = token_statistics(inputs(), torch.arange(11) % 7)
+    logprobs.sum().backward()
+    assert len(seen) == computed
+
+
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch, with_reference):
+    """No tensor is larger than a chunk, the head itself aside; without the limit one of N x V shows up."""
+    largest = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            largest.extend(
+                t.numel() for t in (result if isinstance(result, tuple) else (result,)) if torch.is_tensor(t)
+            )
+            return result
+
+    def run():
+        largest.clear()
+        tensors = inputs(n=64, hidden=3, vocab=50)
+        ref = HeadInputs(*(t.detach() for t in inputs(n=64, hidden=3, vocab=50, seed=1))) if with_reference else None
+        with Sizes():
+            logprobs, entropy_or_kl = token_statistics(tensors, torch.arange(64) % 50, kl_to=ref)
+            (logprobs + entropy_or_kl).sum().backward()
+        return max(largest)
+
+    assert run() == 64 * 50
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 400)
+    assert run() == 400
+
+
+def test_an_impossible_token_adds_nothing():
+    """Its logit is -inf: probability 0, and no NaN in value or gradient."""
+    bias = torch.zeros(7, dtype=torch.float64)
+    bias[3] = -torch.inf
+    states, weight, _ = inputs()
+    ids = torch.zeros(11, dtype=torch.long)
+    logprobs, entropy = token_statistics(HeadInputs(states, weight, bias), ids)
+    possible = [0, 1, 2, 4, 5, 6]
+    plain = Categorical(logits=(states @ weight.T)[:, possible])
+    torch.testing.assert_close(entropy, plain.entropy(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(logprobs, plain.log_prob(ids), rtol=1e-10, atol=1e-10)
+    (gradient,) = torch.autograd.grad((100 * entropy + logprobs).sum(), states, retain_graph=True)
+    (expected,) = torch.autograd.grad((100 * plain.entropy() + plain.log_prob(ids)).sum(), states)
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("chunk", [10**9, 3 * 40])
+def test_bf16_products_are_accumulated_in_float32(monkeypatch, chunk):
+    """Statistics are float32 of bf16 logits; gradients are within bf16's rounding of the exact ones."""
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk)
+    exact = inputs(n=33, hidden=16, vocab=40)
+    ours = HeadInputs(*(t.detach().float().requires_grad_() for t in exact))
+    ids = torch.arange(33) % 40
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs, entropy = token_statistics(ours, ids)
+        logits = torch.nn.functional.linear(*ours)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    assert logits.dtype == torch.bfloat16
+    plain = Categorical(logits=logits.float())
+    torch.testing.assert_close(logprobs, plain.log_prob(ids), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy, plain.entropy(), rtol=1e-5, atol=1e-5)
+    (logprobs + entropy).sum().backward()
+    sum(x.sum() for x in token_statistics(exact, ids)).backward()
+    for a, b in zip(ours, exact, strict=True):
+        assert a.grad.dtype == torch.float32
+        assert (a.grad - b.grad).norm() < 2e-2 * b.grad.norm()  # bf16 keeps 8 bits: 4e-3 a product, and its logits
+
+
+def test_no_tokens_give_gradients_of_zero():
+    """As a micro-batch whose responses are all empty does: every rank must still have a gradient to average."""
+    ours = inputs(n=0)
+    logprobs, entropy = token_statistics(ours, torch.zeros(0, dtype=torch.long))
+    (logprobs.sum() + entropy.sum()).backward()
+    assert all(tensor.grad is not None and not tensor.grad.any() for tensor in ours)

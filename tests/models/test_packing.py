@@ -1,0 +1,144 @@
+"""Packed rows give what each row gives alone, padding is never worked on, and families that cannot pack still fit."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MistralConfig
+
+from lit_ppo.models import packing
+from lit_ppo.models.actor_critic import Actor, load_causal_lm, load_critic
+from lit_ppo.models.packing import NAME, RealTokens, read_tokens, use_packing
+from tests.helpers.tiny import make_causal_lm
+
+ROWS = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17, 18]]
+SHAPES = {
+    "gpt2": ("gpt2", {}),
+    "llama": ("llama", {}),
+    "qwen2 with a sliding window": ("qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
+    "phi": ("phi", {}),
+}
+
+
+def batch(side: str, extra: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """ROWS padded on one side, or half on each, with ``extra`` more columns of padding."""
+    width = max(map(len, ROWS)) + extra
+    ids, mask = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.bool)
+    for i, row in enumerate(ROWS):
+        start = {"left": width - len(row), "right": 0, "both": (width - len(row)) // 2}[side]
+        ids[i, start : start + len(row)] = torch.tensor(row)
+        mask[i, start : start + len(row)] = True
+    return ids, mask
+
+
+@pytest.fixture(params=SHAPES)
+def model(request, tmp_path):
+    family, overrides = SHAPES[request.param]
+    path = make_causal_lm(tmp_path, family, scale=4.0, **overrides)
+    loaded = AutoModelForCausalLM.from_pretrained(path).eval()
+    loaded.requires_grad_(True)
+    return loaded
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize("extra", [0, 3])
+def test_states_and_gradients_are_those_of_each_row_alone(model, side, extra):
+    alone = [model.base_model(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state[0] for row in ROWS]
+    torch.cat(alone).pow(3).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    use_packing(model)
+    assert model.config._attn_implementation == NAME  # else the test would compare the stock path with itself
+    states, _ = read_tokens(model.base_model, *batch(side, extra))
+    torch.testing.assert_close(states, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    states.pow(3).sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_tokens_are_numbered_row_by_row(side):
+    ids, mask = batch(side)
+    tokens = RealTokens.of(ids, mask)
+    assert tokens.ids.tolist() == [token for row in ROWS for token in row]
+    assert tokens.positions.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 0, 1, 2, 3, 4]
+    assert tokens.number[mask].tolist() == list(range(14))
+    assert tokens.side_by_side()["attention_mask"].tolist() == [[1] * 6, [1] * 3 + [0] * 3, [1] * 5 + [0]]
+
+
+def test_no_layer_sees_padding(tmp_path, monkeypatch):
+    """14 real tokens in rows of 9: every linear layer works on 14."""
+    actor = Actor(load_causal_lm("actor", str(make_causal_lm(tmp_path, "llama")), {}))
+    seen = set()
+    for module in actor.model.base_model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda module, inputs, output: seen.add(inputs[0].shape[:-1].numel()))
+    ids, mask = batch("left", extra=3)
+    actor(ids, mask, target_mask=mask[:, -2:])
+    assert seen == {14}
+
+
+def test_without_packing_rows_lie_side_by_side_cut_to_the_longest(tmp_path):
+    """OPT counts positions from the mask, eager attention takes no packing: both are read padded, on the right."""
+    model = AutoModelForCausalLM.from_pretrained(make_causal_lm(tmp_path, "gpt2"), attn_implementation="eager").eval()
+    use_packing(model)
+    assert model.config._attn_implementation == "eager"
+    seen = []
+    model.base_model.h[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[:2]))
+    states, _ = read_tokens(model.base_model, *batch("both", extra=4))
+    alone = [model.base_model(input_ids=torch.tensor([row])).last_hidden_state[0] for row in ROWS]
+    torch.testing.assert_close(states, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    assert seen[0] == (3, 6)
+
+
+def test_a_family_whose_packed_states_differ_goes_without(tmp_path, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(make_causal_lm(tmp_path, "gpt2", scale=4.0)).eval()
+    monkeypatch.setattr(packing.Packing, "unpad", lambda self, x: x.flatten(0, 1)[self.taken.flip(0)].unsqueeze(0))
+    use_packing(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_what_is_saved_says_nothing_of_packing(tmp_path, family):
+    actor = Actor(load_causal_lm("actor", str(make_causal_lm(tmp_path / "a", family)), {}))
+    actor.model.save_pretrained(tmp_path / "b")
+    assert NAME not in (tmp_path / "b" / "config.json").read_text()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "b").config._attn_implementation == "sdpa"
+
+
+def test_pythons_gelu_is_replaced_by_torchs_and_gives_the_same(tmp_path):
+    path = make_causal_lm(tmp_path, "gpt2", scale=4.0)
+    stock = AutoModelForCausalLM.from_pretrained(path).eval()
+    critic = load_critic("critic", str(path), {})
+    assert not any("NewGELU" in type(module).__name__ for module in critic.modules())
+    assert any("NewGELU" in type(module).__name__ for module in stock.modules())
+    ids = torch.tensor([ROWS[0]])
+    torch.testing.assert_close(
+        critic.backbone(input_ids=ids).last_hidden_state,
+        stock.base_model(input_ids=ids).last_hidden_state,
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_a_family_whose_window_only_its_mask_knows_goes_without(tmp_path):
+    """Rows longer than the window are those of each row alone."""
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = MistralConfig(**shape, num_key_value_heads=1, vocab_size=30, sliding_window=3)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    alone = [model.base_model(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state[0] for row in ROWS]
+    use_packing(model)
+    assert model.config._attn_implementation == "sdpa"
+    states, _ = read_tokens(model.base_model, *batch("left", extra=2))
+    torch.testing.assert_close(states, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_a_family_with_layers_of_another_kind_goes_without(tmp_path):
+    """Chunks are as long as no row that is tried: in a few tokens they look like full attention."""
+    model = AutoModelForCausalLM.from_pretrained(make_causal_lm(tmp_path, "llama")).eval()
+    model.config.layer_types = ["full_attention", "chunked_attention"]
+    use_packing(model)
+    assert model.config._attn_implementation == "sdpa"
+    model.config.layer_types = ["full_attention", "full_attention"]
+    use_packing(model)
+    assert model.config._attn_implementation == NAME

@@ -1,0 +1,88 @@
+"""Two processes give the numbers of one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_ppo.parallel import collectives as distributed
+from lit_ppo.parallel.collectives import gather_shares
+from lit_ppo.ppo import sampling
+from tests.helpers.tiny import make_causal_lm
+from tests.helpers.toys import make_data, make_module, make_trainer, run, write_prompts
+from tests.helpers.two_ranks import JOBS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_two_ranks_sample_log_and_learn_as_one(tmp_path, job):
+    """7 and 5 prompts, which two ranks do not divide; plain SGD, since an Adam step hides errors."""
+    actor = make_causal_lm(tmp_path / "lm", scale=4.0)
+    module, rows = run(tmp_path, actor, **JOBS[job])
+    command = [sys.executable, "-m", "tests.helpers.two_ranks", str(tmp_path), str(actor), job]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    for name, value in module.state_dict().items():
+        torch.testing.assert_close(two["weights"][name], value, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(rows, two["logged"], strict=True):
+        for name, value in ours.items():
+            if not name.startswith(("time/", "throughput/", "memory/")):
+                assert theirs[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def test_two_ranks_validate_as_one(tmp_path):
+    """Five held-out prompts, before the first update and after the last; every mean is over all of them, once."""
+    actor = make_causal_lm(tmp_path / "lm", scale=4.0)
+    held_out = str(write_prompts(tmp_path / "held_out.jsonl", 5))
+    trainer = make_trainer(tmp_path)
+    trainer.fit(make_module(actor, **JOBS["judged"]), make_data(tmp_path, val_path=held_out))
+    command = [sys.executable, "-m", "tests.helpers.two_ranks", str(tmp_path), str(actor), "judged"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs = torch.load(tmp_path / "two.pt", weights_only=True)["validated"]
+    ours = [row for row in trainer.logger.rows if "val/score" in row]
+    assert len(ours) == len(theirs) == 2
+    assert "val/win_rate/letters" in ours[0]
+    for one, other in zip(ours, theirs, strict=True):
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-5)
+
+
+def test_one_ranks_failure_stops_all_with_its_message(monkeypatch):
+    """Rank 0 of two, as the other one reports an exception."""
+
+    def gather(everyone, mine):
+        everyone[:] = [mine, ("ValueError: reward is NaN", None)]
+
+    monkeypatch.setattr(distributed, "n_ranks", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "all_gather_object", gather)
+    with pytest.raises(RuntimeError, match="rank 1 failed: ValueError: reward is NaN"):
+        gather_shares(lambda: 1)
+
+
+def test_a_failing_rank_tells_the_others_and_raises_its_own(monkeypatch):
+    told = []
+
+    def gather(everyone, mine):
+        told.append(mine)
+        everyone[:] = [mine, (None, 2)]
+
+    def fail():
+        raise KeyError("level")
+
+    monkeypatch.setattr(distributed, "n_ranks", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "all_gather_object", gather)
+    with pytest.raises(KeyError, match="level"):
+        gather_shares(fail)
+    assert told == [("KeyError: 'level'", None)]
+
+
+def test_ranks_that_were_given_different_prompts_are_told(tiny_lm, monkeypatch):
+    """As Lightning's sampler would deal them out for a plain DataLoader."""
+    module = make_module(tiny_lm)
+    monkeypatch.setattr(sampling, "gather_shares", lambda share: [share(), ([[9, 9]], [])])
+    with pytest.raises(ValueError, match=r"ranks were given different prompts.*use PromptDataModule"):
+        module.rollout(["the film", "a movie"])

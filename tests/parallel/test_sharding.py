@@ -1,0 +1,485 @@
+"""Models in shares: built without whole copies, loaded bit for bit, exchanging gradients once a step, saved whole."""
+
+import warnings
+from collections import Counter, defaultdict
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
+
+import lit_ppo.models.actor_critic
+from lit_ppo import FSDP2Strategy, LitPPO, LitSFT
+from lit_ppo.callbacks import CriticWarmup
+from lit_ppo.generation.transformers import sample
+from lit_ppo.models.actor_critic import Actor, load_causal_lm
+from lit_ppo.parallel.collectives import n_ranks, rank
+from lit_ppo.parallel.full_state import whole_weights
+from lit_ppo.parallel.sharding import build, gathered, shard
+from lit_ppo.rewards import RewardModel
+from lit_ppo.run.checkpoint import StepCheckpoint
+from lit_ppo.run.export import ExportModel
+from tests.helpers.equivalence import CPUFSDP
+from tests.helpers.ranks import on_ranks
+from tests.helpers.supervised import HOW_TESTS_USE_LIGHTNING, loader
+from tests.helpers.tiny import make_causal_lm, make_reward_model
+from tests.helpers.toys import logged, make_data, make_module, make_trainer
+
+FAMILIES = {
+    "gpt2": ("gpt2", {}),
+    "llama": ("llama", {"tie_word_embeddings": False}),
+    "tied llama": ("llama", {"tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+}
+IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+MASK = torch.tensor([[False, True, True, True], [True, True, True, True]])
+TARGETS = torch.tensor([[True, True], [True, True]])
+
+
+class Strategy:
+    """As much of a strategy as building and sharding ask for; notes how much of a model a rank holds whole."""
+
+    root_device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        mesh = dist.init_device_mesh("cpu", (n_ranks(), 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+        self.real = FSDP2Strategy()
+        self.real._device_mesh = mesh
+        self.model: Any = None
+        self.most = 0
+
+    def shard(self, module: Any, **options: Any) -> Any:
+        whole = [p for p in self.model.parameters() if not isinstance(p, DTensor) and not p.is_meta]
+        self.most = max(self.most, sum(p.numel() for p in whole))
+        return self.real.shard(module, **options)
+
+
+# On each rank
+
+
+def load_families(folder: Path) -> None:
+    for name in FAMILIES:
+        stock = AutoModelForCausalLM.from_pretrained(folder / name)
+        state, buffers = stock.state_dict(), dict(stock.named_buffers())
+        actor, most = load(folder / name)
+        size = sum(p.numel() for p in stock.parameters())
+        assert most < 0.8 * size or rank() == 0, "this rank held a whole copy"
+        assert sum(p.to_local().numel() for p in actor.parameters()) < 0.6 * size
+        whole = whole_weights(actor, "model.")
+        assert whole is not None
+        if rank() == 0:
+            assert whole.keys() == state.keys()
+            assert all(whole[key].equal(tensor) for key, tensor in state.items())
+            assert [len({tensors[key].data_ptr() for key in tensors}) for tensors in (whole,)] == [
+                len(dict.fromkeys(tensor.data_ptr() for tensor in state.values()))
+            ], "tied weights came apart"
+        with gathered(actor):
+            ours = dict(actor.model.named_buffers())
+            assert ours.keys() == buffers.keys()
+            assert all(ours[key].equal(tensor) for key, tensor in buffers.items())
+            pairs = zip(actor.model.parameters(), stock.parameters(), strict=True)
+            assert all(p.equal(q) for p, q in pairs)
+        assert all(isinstance(p, DTensor) for p in actor.parameters()), "still whole afterwards"
+        with torch.no_grad():
+            expected = Actor(stock)(IDS, MASK, target_mask=TARGETS)
+            for _ in range(2):
+                found = actor(IDS, MASK, target_mask=TARGETS)
+                assert all(ours.equal(theirs) for ours, theirs in zip(found, expected, strict=True)), name
+
+
+def load(path: Path) -> tuple[Any, int]:
+    """An actor in shares, and how many of its weights this rank ever held whole."""
+    strategy = Strategy()
+    strategy.model = build(strategy, lambda: Actor(load_causal_lm("actor", str(path), {})))
+    assert all(p.is_meta for p in strategy.model.parameters()) == (rank() > 0)
+    return shard(strategy, strategy.model), strategy.most
+
+
+def fail_on_the_first(folder: Path) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=r"actor='nowhere': no such folder") as caught:
+        build(Strategy(), lambda: Actor(load_causal_lm("actor", "nowhere", {})))
+    assert ("rank 0 failed" in str(caught.value)) == (rank() > 0)
+
+
+class Counting(TorchDispatchMode):
+    """Counts collectives by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n: Counter[str] = Counter()
+        self.dtypes: dict[str, set[torch.dtype]] = defaultdict(set)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace in ("c10d", "_c10d_functional"):
+            name = function.__name__.split(".")[0].strip("_")
+            self.n[name] += 1
+            self.dtypes[name] |= {tensor.dtype for tensor in tree_leaves(args) if isinstance(tensor, torch.Tensor)}
+        return function(*args, **kwargs or {})
+
+
+class Counted(LitPPO):
+    """Counts the collectives of an optimizer step, and of a text's gradient before it."""
+
+    def backward_minibatch(self, minibatch: Any) -> dict[str, float]:
+        ids = torch.arange(3, 19).view(8, 2)
+        self.zero_gradients()
+        with Counting() as counting:
+            self.backward_on_text({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}, 1.0)
+        self.of_text = counting.n
+        with Counting() as counting:
+            metrics = super().backward_minibatch(minibatch)
+        self.collectives = counting.n
+        return metrics
+
+
+def count_collectives(folder: Path) -> None:
+    found = {}
+    for name in ("fsdp2", "each", "fsdp", "ddp"):
+        for size in (1, 2):
+            special = {"each": partial(FSDP2Strategy, sync_every_micro_batch=True), "fsdp": CPUFSDP}
+            strategy = special[name]() if name in special else name
+            options = {"minibatch_size": 8, "micro_batch_size": size, "ppo_epochs": 1}
+            module: Any = make_module(folder / "gpt2", **options)
+            module.__class__ = Counted
+            trainer = make_trainer(folder, devices=n_ranks(), strategy=strategy, max_steps=1)
+            trainer.fit(module, make_data(folder, batch_size=8))
+            whole = whole_weights(module.actor, "model.")
+            weights = module.actor.model.state_dict() if whole is None else whole
+            found[name, size] = module.collectives, module.of_text, weights
+    if rank() == 0:
+        torch.save(found, folder / "counted.pt")
+
+
+def adam(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=1e-3, fused=True)
+
+
+def sgd(params: Any) -> torch.optim.Optimizer:
+    """Adam makes steps of one size of gradients that are nothing but noise; this one lets two runs be compared."""
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9)
+
+
+def fit(
+    folder: Path, strategy: Any, *, updates: int, start: Path | None = None, name: str, optimizer: Any = adam
+) -> Any:
+    """Train up to so many updates from a checkpoint; leaves a checkpoint and an exported model under ``name``."""
+    reward = RewardModel(str(folder / "reward"))
+    module = make_module(folder / "gpt2", rewards=reward, actor_optimizer=optimizer, critic_optimizer=optimizer)
+    callbacks = [
+        CriticWarmup(updates=1),
+        StepCheckpoint(every_n_train_steps=9, dirpath=str(folder / name)),
+        ExportModel(str(folder / name / "model")),
+    ]
+    trainer = make_trainer(
+        folder, devices=n_ranks(), strategy=strategy, max_steps=updates, callbacks=callbacks, enable_checkpointing=True
+    )
+    trainer.fit(module, make_data(folder), ckpt_path=None if start is None else str(start), weights_only=True)
+    return module, trainer
+
+
+def save_and_load(folder: Path, n: int) -> None:
+    """Train, then save what is loaded from one process's checkpoints, and go on from them."""
+    fit(folder, "fsdp2", updates=2, name=f"fsdp2-{n}")
+    fit(folder, CPUFSDP(), updates=2, name=f"fsdp-{n}")
+    for step in (1, 2):
+        for name, strategy in {"fsdp2": "fsdp2", "ddp": "ddp", "fsdp": CPUFSDP()}.items():
+            start = folder / f"one-{step}" / f"step-{step:06d}.ckpt"
+            _, trainer = fit(folder, strategy, updates=step, start=start, name=f"{name}-{n}-again-{step}")
+            trainer.save_checkpoint(folder / f"{name}-{n}-again-{step}.ckpt")
+    go_on(folder, n)
+
+
+def go_on(folder: Path, n: int) -> None:
+    """From the middle of one process's run to its end."""
+    for name, strategy in {"fsdp2": "fsdp2", "ddp": "ddp", "fsdp": CPUFSDP()}.items():
+        start = folder / "one-sgd-2/step-000002.ckpt"
+        fit(folder, strategy, updates=4, start=start, name=f"{name}-{n}-on", optimizer=sgd)
+
+
+def three(folder: Path) -> None:
+    """A run that two ranks began, then what one process began."""
+    warnings.simplefilter("ignore")
+    start = folder / "fsdp2-2/step-000002.ckpt"
+    _, trainer = fit(folder, "fsdp2", updates=2, start=start, name="fsdp2-3-again")
+    trainer.save_checkpoint(folder / "fsdp2-3-again.ckpt")
+    go_on(folder, 3)
+
+
+PRECISIONS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {  # of the strategy, the trainer, the module
+    "offloaded": ({"offload_frozen": True}, "32-true", {}),
+    "bf16 weights": ({"mixed_precision": "bfloat16"}, "32-true", {}),
+    "bf16-mixed": ({}, "bf16-mixed", {}),
+    "bf16 both": ({"mixed_precision": "bfloat16"}, "bf16-mixed", {}),
+    "bf16 reference": ({}, "32-true", {"reference_dtype": "bfloat16"}),
+}
+
+
+def noting_draws(drawn: list[torch.dtype], *args: Any) -> Any:
+    drawn.append(args[4].dtype)
+    return sample(*args)
+
+
+def precisions(folder: Path) -> None:
+    """Offloading can be seen to change nothing; what it saves, only on GPUs."""
+    found = {}
+    for name, (options, precision, overrides) in PRECISIONS.items():
+        module: Any = make_module(folder / "gpt2", rewards=RewardModel(str(folder / "reward")), **overrides)
+        drawn: list[torch.dtype] = []
+        strategy = FSDP2Strategy(**options)
+        trainer = make_trainer(folder, devices=n_ranks(), strategy=strategy, precision=precision, max_steps=1)
+        with pytest.MonkeyPatch.context() as patch, Counting() as counting:
+            patch.setattr(lit_ppo.models.actor_critic, "sample", partial(noting_draws, drawn))
+            trainer.fit(module, make_data(folder))
+        assert set(drawn) == {torch.float64}, "uniform numbers were rounded on their way"
+        # the reward model and the reference: two blocks and the rest each
+        assert len(strategy._offloaded) == (6 if name == "offloaded" else 0)
+        trained = {p.dtype for model in (module.actor, module.critic) for p in model.parameters()}
+        assert trained == {torch.float32}
+        assert {p.dtype for p in module.reference.parameters()} == {getattr(torch, module.reference_dtype)}
+        found[name] = logged(trainer)[0], counting.dtypes
+    if rank() == 0:
+        torch.save(found, folder / "precisions.pt")
+
+
+def keep_models(folder: Path) -> None:
+    """A module that was built for one strategy goes on under no other kind."""
+    module = make_module(folder / "gpt2")
+    module.rollout(["the film"])
+    trainer = make_trainer(folder, devices=n_ranks(), strategy="fsdp2", max_steps=1)
+    with pytest.raises(ValueError, match=r"FSDP2Strategy\): the models of this LitPPO were built before, whole"):
+        trainer.fit(module, make_data(folder))
+    module = make_module(folder / "gpt2")
+    for strategy in ("fsdp2", "fsdp2", "ddp"):
+        trainer = make_trainer(folder, devices=n_ranks(), strategy=strategy, max_steps=1)
+        refused = pytest.raises(ValueError, match=r"DDPStrategy\): the models .* in shares, and this strategy takes")
+        with refused if strategy == "ddp" else nullcontext():
+            trainer.fit(module, make_data(folder))
+    assert module.rollouts == 2
+
+
+def move_the_reference(folder: Path) -> None:
+    module = make_module(folder / "gpt2")
+    module.checkpoint_reference = True
+    trainer = make_trainer(folder, devices=n_ranks(), strategy=CPUFSDP(), max_steps=1)
+    with pytest.raises(ValueError, match=r"strategy='fsdp'\): a callback moves the reference"):
+        trainer.fit(module, make_data(folder))
+
+
+def refuse_fetched_code(folder: Path) -> None:
+    class Fetched(torch.nn.Linear):
+        """As transformers makes it of code from the hub."""
+
+    Fetched.__module__ = "transformers_modules.someone.modeling"
+    with pytest.raises((ValueError, RuntimeError), match=r"Fetched: models with code of their own .* use 'ddp'"):
+        build(Strategy(), lambda: Fetched(2, 2))
+
+
+def fail_alone(folder: Path) -> None:
+    """A reward that raises on one rank, while each holds a share of the reward model beside it."""
+
+    def on_the_second(prompts: list[str], responses: list[str]) -> list[float]:
+        if rank() == 1:
+            raise KeyError("level")
+        return [0.0] * len(prompts)
+
+    rewards = {"model": RewardModel(str(folder / "reward")), "other": on_the_second}
+    trainer = make_trainer(folder, devices=n_ranks(), strategy="fsdp2", max_steps=1)
+    with pytest.raises((RuntimeError, ValueError), match="level") as caught:
+        trainer.fit(make_module(folder / "gpt2", rewards=rewards), make_data(folder))
+    assert ("rank 1 failed" in str(caught.value)) == (rank() == 0)
+
+
+def supervised(folder: Path) -> None:
+    module = LitSFT(str(folder / "llama"), optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    trainer = make_trainer(folder, devices=n_ranks(), strategy="fsdp2", max_steps=2, inference_mode=True)
+    batches = [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}] * 2
+    trainer.fit(module, loader(batches))
+    assert all(isinstance(p, DTensor) for p in module.model.parameters())
+    module.save_pretrained(folder / "sft-sharded")
+
+
+def everything(folder: Path) -> None:
+    warnings.simplefilter("ignore")
+    for part in (
+        load_families,
+        fail_on_the_first,
+        fail_alone,
+        refuse_fetched_code,
+        keep_models,
+        move_the_reference,
+        count_collectives,
+        precisions,
+        supervised,
+    ):
+        print(part.__name__, flush=True)
+        part(folder)
+        dist.barrier()
+    save_and_load(folder, 2)
+
+
+def alone(folder: Path) -> None:
+    for name in ("fsdp2", "fsdp"):
+        fit(folder, "auto", updates=2, start=folder / f"{name}-2/step-000002.ckpt", name=f"one-export-{name}")
+
+
+# The tests
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ranks leave behind."""
+    folder = tmp_path_factory.mktemp("sharding")
+    for name, (family, options) in FAMILIES.items():
+        make_causal_lm(folder / name, family, scale=4.0, **options)
+    make_reward_model(folder / "reward")
+    for step in (1, 2):
+        fit(folder, "auto", updates=step, name=f"one-{step}")
+    for step in (2, 4):
+        fit(folder, "auto", updates=step, name=f"one-sgd-{step}", optimizer=sgd)
+    on_ranks(2, everything, folder, folder=folder / "ranks")
+    on_ranks(3, three, folder, folder=folder / "three")
+    on_ranks(1, alone, folder, folder=folder / "alone")
+    return folder
+
+
+def test_gradients_are_exchanged_once_an_optimizer_step(folder):
+    """Actor: two blocks and the rest. Critic: the value head as well. 7 units, for 2 or 4 micro-batches."""
+    found = torch.load(folder / "counted.pt", weights_only=False)
+    n = {key: counts for key, (counts, _, _) in found.items()}
+    text = {key: counts for key, (_, counts, _) in found.items()}
+    assert n["fsdp2", 1]["reduce_scatter_base"] == n["fsdp2", 2]["reduce_scatter_base"] == 7
+    assert n["fsdp", 1]["reduce_scatter_base"] == n["fsdp", 2]["reduce_scatter_base"] == 7
+    assert n["each", 1]["reduce_scatter_base"] == 4 * 7
+    assert n["each", 2]["reduce_scatter_base"] == 2 * 7
+    assert n["ddp", 1] == n["ddp", 2]
+    assert n["ddp", 1]["allreduce"] > 0
+    assert text["fsdp2", 1]["reduce_scatter_base"] == text["fsdp2", 2]["reduce_scatter_base"] == 3
+    assert text["fsdp", 1]["reduce_scatter_base"] == text["fsdp", 2]["reduce_scatter_base"] == 3
+    assert text["each", 1]["reduce_scatter_base"] == 4 * 3
+    assert text["ddp", 1] == text["ddp", 2]
+    expected = found["each", 2][2]
+    for _, _, weights in found.values():
+        for name, tensor in weights.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def tensors(folder: Path, name: str) -> dict[str, Any]:
+    """Weights and optimizer states of a checkpoint, flat."""
+    checkpoint = torch.load(folder / name, weights_only=True)
+    flat = dict(checkpoint["state_dict"])
+    for number, state in enumerate(checkpoint["optimizer_states"]):
+        flat[f"{number}.groups"] = state["param_groups"]
+        flat |= {f"{number}.{p}.{key}": value for p, values in state["state"].items() for key, value in values.items()}
+    return flat
+
+
+def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert value.equal(other[name]) if isinstance(value, torch.Tensor) else value == other[name], name
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp", "fsdp"])
+@pytest.mark.parametrize("step", [1, 2])  # after the first the actor's optimizer has taken no step: it was warm-up
+def test_a_checkpoint_of_one_process_goes_through_ranks_unchanged(folder, strategy, step):
+    one = tensors(folder, f"one-{step}/step-{step:06d}.ckpt")
+    assert ("0.0.step" in one) == (step == 2)
+    assert_equal(tensors(folder, f"{strategy}-2-again-{step}.ckpt"), one)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
+def test_a_checkpoint_of_ranks_loads_on_one_process(folder, strategy):
+    name = f"{strategy}-2/step-000002.ckpt"
+    module, trainer = fit(folder, "auto", updates=2, start=folder / name, name="one-again")
+    trainer.save_checkpoint(folder / "one-again.ckpt")
+    assert_equal(tensors(folder, "one-again.ckpt"), tensors(folder, name))
+    assert module.rollouts == 2
+
+
+def test_a_checkpoint_of_two_ranks_goes_through_three_unchanged(folder):
+    assert_equal(tensors(folder, "fsdp2-3-again.ckpt"), tensors(folder, "fsdp2-2/step-000002.ckpt"))
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp", "fsdp"])
+def test_a_run_that_goes_on_under_another_strategy_ends_where_it_would_have(folder, strategy, n):
+    """Two more updates with momentum from before; the steps are of 1e-3 and more."""
+    start, one = (tensors(folder, f"one-sgd-{step}/step-{step:06d}.ckpt") for step in (2, 4))
+    on = tensors(folder, f"{strategy}-{n}-on/step-000004.ckpt")
+    assert on.keys() == one.keys()
+    assert max(float((one[name] - start[name]).abs().max()) for name in one if "actor" in name) > 1e-3
+    for name, value in one.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(on[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
+def test_the_exported_model_is_the_same_byte_for_byte(folder, strategy):
+    """Of ranks, and of one process that has loaded their checkpoint."""
+    ours, theirs = folder / f"{strategy}-2/model", folder / f"one-export-{strategy}/model"
+    names = {path.name for path in ours.iterdir()}
+    assert names == {path.name for path in theirs.iterdir()} >= {"model.safetensors", "tokenizer.json"}
+    for name in names:
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+    stock = AutoModelForCausalLM.from_pretrained(folder / "gpt2")
+    trained = AutoModelForCausalLM.from_pretrained(ours)
+    assert any(not p.equal(q) for p, q in zip(stock.parameters(), trained.parameters(), strict=True))
+
+
+def test_offloading_and_lower_precision(folder):
+    """Where sampling is in float32, samples are one process's; sums of gradients are always taken in float32."""
+    found = torch.load(folder / "precisions.pt", weights_only=False)
+    module = make_module(folder / "gpt2", rewards=RewardModel(str(folder / "reward")))
+    trainer = make_trainer(folder, max_steps=1)
+    trainer.fit(module, make_data(folder))
+    (one,) = logged(trainer)
+    names = ("objective/score", "response/length", "policy/grad_norm", "value/grad_norm", "policy/ratio")
+    for name in names:
+        assert found["offloaded"][0][name] == pytest.approx(one[name], rel=1e-4), name
+    for name in names[:2]:
+        assert found["bf16 reference"][0][name] == pytest.approx(one[name], rel=1e-4), name
+    assert found["bf16 reference"][0]["objective/kl"] != one["objective/kl"]
+    for how, (row, dtypes) in found.items():
+        assert dtypes["reduce_scatter_base"] == {torch.float32}, how
+        assert (torch.bfloat16 in dtypes["allgather_base"]) == ("weights" in how or "both" in how or "refer" in how)
+        assert row["policy/ratio"] == pytest.approx(1.0, abs=0.05), how
+        assert row["policy/grad_norm"] == pytest.approx(one["policy/grad_norm"], rel=0.5), how
+
+
+def test_what_the_first_fsdp_cannot_do(folder, tmp_path):
+    module = make_module(folder / "gpt2", reference_dtype="bfloat16")
+    module._trainer = make_trainer(tmp_path, strategy=CPUFSDP())
+    with pytest.raises(ValueError, match=r"reference_dtype='bfloat16'\): strategy 'fsdp' makes every model float32"):
+        module.setup("fit")
+    module = make_module(folder / "gpt2")
+    module._trainer = make_trainer(tmp_path, strategy="fsdp2", precision="64-true")
+    with pytest.raises(ValueError, match=r"precision='64-true'\): models are sharded in float32"):
+        module.setup("fit")
+
+
+@HOW_TESTS_USE_LIGHTNING
+def test_the_cold_start_on_ranks(folder, tmp_path):
+    """Both ranks are given the same batch here, so that one process does the same."""
+    module = LitSFT(str(folder / "llama"), optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    batches = [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}] * 2
+    make_trainer(tmp_path, max_steps=2).fit(module, loader(batches))
+    sharded = AutoModelForCausalLM.from_pretrained(folder / "sft-sharded")
+    assert sharded.config.architectures == ["LlamaForCausalLM"]
+    for ours, theirs in zip(sharded.parameters(), module.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_arguments_that_cannot_be(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"FSDP2Strategy\(mixed_precision='half'\): must be 'bfloat16'"):
+        FSDP2Strategy(mixed_precision="half")
+    fused = make_module(folder / "gpt2", actor_optimizer=lambda params: torch.optim.SGD(params, lr=0.1, fused=True))
+    with pytest.raises(ValueError, match=r"SGD\(fused=True\): PyTorch has no fused SGD for FSDP2Strategy"):
+        make_trainer(tmp_path, strategy="fsdp2", max_steps=1).fit(fused, make_data(tmp_path))
+    dist.destroy_process_group()  # Lightning leaves it, and takes later tests of this process for ranks

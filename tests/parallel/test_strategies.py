@@ -1,0 +1,57 @@
+"""Every overlay of ``configs/strategy`` through the command, on two processes started as torchrun starts them."""
+
+import socket
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tests.cli.test_errors import ppo_arguments
+from tests.helpers.command import REPOSITORY, Running, run_command
+
+STRATEGIES = {
+    "ddp": [],
+    "fsdp2": ["--trainer.strategy.mixed_precision=bfloat16", "--trainer.strategy.offload_frozen=true"],
+    "fsdp2_multinode": [],
+    "fsdp": ["--config=cpu.yaml"],
+}
+
+
+def test_every_overlay_is_run():
+    assert {path.stem for path in (REPOSITORY / "configs/strategy").iterdir()} == STRATEGIES.keys()
+
+
+def environments(nodes: int) -> list[dict[str, str]]:
+    """Of two processes, on one node or on two."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "tests"}
+    common |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "LOCAL_WORLD_SIZE": str(2 // nodes)}
+    local = [{"LOCAL_RANK": str(i % (2 // nodes)), "GROUP_RANK": str(i * (nodes - 1))} for i in range(2)]
+    return [common | {"RANK": str(i)} | where for i, where in enumerate(local)]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_an_overlay_trains_and_exports(name, tmp_path, tiny_lm, tiny_reward):
+    arguments = ppo_arguments(tmp_path, tiny_lm, tiny_reward)
+    arguments += ["--config", str(REPOSITORY / f"configs/strategy/{name}.yaml"), *STRATEGIES[name]]
+    arguments += [f"--trainer.default_root_dir={tmp_path}/runs", f"--data.path={tmp_path}/prompts.jsonl"]
+    for i in range(2):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "cpu.yaml").write_text(
+            "trainer: {strategy: {class_path: tests.helpers.equivalence.CPUFSDP}}"
+        )
+    nodes = 2 if name.endswith("multinode") else 1
+    arguments += ["--trainer.max_steps=1", f"--trainer.devices={2 // nodes}"]
+    running = [Running("fit", *arguments, cwd=tmp_path / str(i), env=env) for i, env in enumerate(environments(nodes))]
+    for process in running:
+        process.result(100).ok()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "runs/version_0/model")
+    saved = [path.name for path in (tmp_path / "runs/version_0/checkpoints").glob("*")]
+    assert saved == ["step-000001.ckpt"]
+
+
+def test_the_first_fsdp_wants_gpus(tmp_path, tiny_lm, tiny_reward):
+    overlay = str(REPOSITORY / "configs/strategy/fsdp.yaml")
+    arguments = [*ppo_arguments(tmp_path, tiny_lm, tiny_reward), "--config", overlay]
+    run_command("fit", *arguments, cwd=tmp_path).refused("fsdp", "GPU")

@@ -1,0 +1,230 @@
+"""What is refused before the first rollout, each with class, argument, value and remedy."""
+
+import json
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lit_ppo import LitPPO
+from lit_ppo.advantages import GroupRelative, LeaveOneOut, Reinforce
+from lit_ppo.ppo.preflight import check_batch, check_disk
+from lit_ppo.rewards import RewardModel
+from lit_ppo.run.checkpoint import StepCheckpoint
+from tests.helpers.tiny import WORDS, make_causal_lm, make_reward_model, make_tokenizer
+from tests.helpers.toys import make_data, make_module, make_trainer
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("ppo_epochs", 0, "must be an integer over 0"),
+        ("minibatch_size", -1, "must be an integer over 0"),
+        ("samples_per_prompt", 0, "must be an integer over 0"),
+        ("micro_batch_size", 0, "must be an integer over 0"),
+        ("micro_batch_tokens", 64, "give it or micro_batch_size, not both"),
+        ("temperature", 0.0, "must be a finite number over 0"),
+        ("temperature", float("inf"), "must be a finite number over 0"),
+        ("clip_range", -0.2, "must be a finite number over 0, or null for none"),
+        ("max_grad_norm", 0.0, "must be a finite number over 0, or null for none"),
+        ("kl_coef", -0.1, "must be a finite number, 0 or more"),
+        ("kl_coef", float("nan"), "must be a finite number, 0 or more"),
+        ("kl_coef", None, "must be a finite number, 0 or more"),
+        ("ppo_epochs", True, "must be an integer over 0"),
+        ("max_skipped_steps", -1, "must be an integer, 0 or more"),
+        ("max_skipped_steps", 1.5, "must be an integer, 0 or more"),
+        ("seed", -1, "must be an integer, 0 or more"),
+        ("advantages", len, "is no estimator"),
+        ("kl_estimator", "k4", "must be one of k1, k2, k3"),
+        ("loss_reduction", "mean", "must be one of token_mean, sequence_mean"),
+        ("model_kwargs", {"dtype": "bfloat16"}, "give the Trainer a precision"),
+        ("critic", None, "GAE needs values"),
+    ],
+)
+def test_a_bad_argument_is_named_with_its_value(tiny_lm, argument, value, message):
+    with pytest.raises(ValueError, match=message) as info:
+        make_module(tiny_lm, **{argument: value})
+    assert str(info.value).startswith(f"LitPPO({argument}={value!r}): ")
+
+
+@pytest.mark.parametrize("estimator", [GroupRelative(), LeaveOneOut(), Reinforce()], ids=repr)
+def test_a_critic_that_nobody_asks_is_refused(tiny_lm, estimator):
+    name = type(estimator).__name__
+    with pytest.raises(ValueError, match=rf"LitPPO\(critic='actor'\): {name} uses no values; set critic to null"):
+        make_module(tiny_lm, advantages=estimator, samples_per_prompt=2, kl_coef=0.0)
+
+
+@pytest.mark.parametrize("estimator", [GroupRelative(), LeaveOneOut()], ids=repr)
+def test_one_response_has_no_group(tiny_lm, estimator):
+    name = type(estimator).__name__
+    with pytest.raises(ValueError, match=rf"LitPPO\(samples_per_prompt=1\): {name} compares .* sample at least 2"):
+        make_module(tiny_lm, advantages=estimator, critic=None, kl_coef=0.0)
+    make_module(tiny_lm, advantages=Reinforce(), critic=None)
+
+
+def test_a_kl_that_nobody_reads_is_refused(tiny_lm):
+    critic_free = {"critic": None, "samples_per_prompt": 2, "kl_coef": 0.1}
+    with pytest.raises(ValueError, match=r"LitPPO\(kl_coef=0.1\): GroupRelative reads scores alone.*KLLoss"):
+        make_module(tiny_lm, advantages=GroupRelative(), **critic_free)
+    make_module(tiny_lm, advantages=LeaveOneOut(), **critic_free)
+
+
+def test_actor_and_reference_of_different_vocabularies_are_refused(tmp_path, tiny_lm):
+    other = make_causal_lm(tmp_path, tokenizer=make_tokenizer(words=WORDS[:20]))
+    with pytest.raises(ValueError, match=r"LitPPO\(reference=.*its vocabulary has 23 tokens.*has 43.*must share one"):
+        make_module(tiny_lm, reference=str(other)).configure_model()
+
+
+def test_a_tokenizer_larger_than_the_actor_is_refused(tmp_path, tiny_lm):
+    make_tokenizer(tmp_path, words=[*WORDS, *"abcdefgh"])
+    with pytest.raises(ValueError, match=r"LitPPO\(tokenizer=.*tokens, the actor in .* only 43"):
+        make_module(tiny_lm, tokenizer=str(tmp_path)).configure_model()
+
+
+def test_a_critic_from_a_reward_model_that_reads_other_tokens_is_refused(tmp_path, tiny_lm):
+    words = list(reversed([*WORDS, "user", "assistant"]))
+    reward = make_reward_model(tmp_path, tokenizer=make_tokenizer(words=words))
+    with pytest.raises(ValueError, match=r"LitPPO\(critic='reward'\): the reward model's tokenizer is not the actor's"):
+        make_module(tiny_lm, rewards=RewardModel(str(reward)), critic="reward").configure_model()
+
+
+def test_a_critic_from_rewards_that_are_no_model_is_refused(tiny_lm):
+    with pytest.raises(ValueError, match=r"LitPPO\(critic='reward'\): the rewards are no RewardModel"):
+        make_module(tiny_lm, critic="reward").configure_model()
+
+
+def test_an_actor_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"LitPPO\(actor\)='missing': no such folder"):
+        make_trainer(tmp_path).fit(make_module("missing"), make_data(tmp_path))
+
+
+def test_a_minibatch_that_no_update_can_fill_is_refused(tmp_path, tiny_lm):
+    with pytest.raises(ValueError, match=r"LitPPO\(minibatch_size=15\): more than the 14 responses .*7 prompts x 2"):
+        make_trainer(tmp_path).fit(make_module(tiny_lm, minibatch_size=15, samples_per_prompt=2), make_data(tmp_path))
+    check_batch(make_module(tiny_lm, minibatch_size=14, samples_per_prompt=2), 7)
+
+
+def test_a_minibatch_larger_than_a_plain_loaders_batch_is_refused(tmp_path, tiny_lm):
+    loader = torch.utils.data.DataLoader(["the film", "a movie"], batch_size=2, num_workers=0)
+    with pytest.raises(ValueError, match=r"LitPPO\(minibatch_size=5\): more than the 2 responses"):
+        make_trainer(tmp_path).fit(make_module(tiny_lm), loader, loader)
+
+
+@pytest.mark.parametrize("model", ["reference", "critic"])
+def test_every_models_positions_count(tmp_path, tiny_lm, model):
+    short = make_causal_lm(tmp_path / "short", n_positions=12)
+    with pytest.raises(ValueError, match=rf"beyond the {model}'s 12 positions"):
+        make_trainer(tmp_path).fit(make_module(tiny_lm, **{model: str(short)}), make_data(tmp_path))
+
+
+def test_prompts_that_would_outgrow_the_model_are_refused_before_the_first_rollout(tmp_path, tiny_lm):
+    module = make_module(tiny_lm, generation={"max_new_tokens": 61})
+    with pytest.raises(ValueError, match=r"max_new_tokens': 61.*a prompt of 4 tokens.*the actor's 64 positions"):
+        make_trainer(tmp_path).fit(module, make_data(tmp_path))
+    assert module.rollouts == 0
+
+
+def test_a_failing_reward_is_found_before_the_first_rollout(tmp_path, tiny_lm):
+    def broken(prompts, responses, level):
+        raise KeyError("no such thing")
+
+    module = make_module(tiny_lm, rewards=broken)
+    with pytest.raises(ValueError, match=r"first train prompt: .*no such thing"):
+        make_trainer(tmp_path).fit(module, make_data(tmp_path))
+    assert module.rollouts == 0
+
+
+def test_validation_prompts_that_the_reward_cannot_score_are_found_before_the_first_rollout(tmp_path, tiny_lm):
+    def by_level(prompts, responses, level):
+        return [float(x) for x in level]
+
+    val = tmp_path / "val.jsonl"
+    val.write_text(json.dumps({"prompt": "the film", "level": "high"}) + "\n")
+    module = make_module(tiny_lm, rewards=by_level)
+    with pytest.raises(ValueError, match=r"first val prompt: .*high"):
+        make_trainer(tmp_path).fit(module, make_data(tmp_path, val_path=str(val)))
+    assert module.rollouts == 0
+
+
+def test_a_full_disk_is_found_before_the_first_rollout(tmp_path, tiny_lm, monkeypatch):
+    from collections import namedtuple
+
+    monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "total used free")(1, 1, 1000))
+    make_trainer(tmp_path, max_steps=0).fit(make_module(tiny_lm), make_data(tmp_path))  # none are written
+    trainer = make_trainer(tmp_path, enable_checkpointing=True, callbacks=[StepCheckpoint()])
+    with pytest.raises(ValueError, match=r"default_root_dir=.*free, checkpoints need .*make room"):
+        trainer.fit(make_module(tiny_lm), make_data(tmp_path))
+
+
+def test_room_for_three_checkpoints_is_enough(tmp_path, tiny_lm, monkeypatch):
+    """Two are kept and the next is written before the oldest goes; each number trained takes 12 bytes with its moments.
+
+    One weight is a share, of 500 numbers in all; the frozen reference is in no checkpoint.
+    """
+    module = make_module(tiny_lm)
+    module.configure_model()
+    module._trainer = make_trainer(tmp_path, enable_checkpointing=True, callbacks=[StepCheckpoint()])
+    trained = [*module.actor.parameters(), *module.critic.parameters()]
+    trained[0].whole_shape = torch.Size([5, 100])
+    need = 3 * 12 * (500 + sum(p.numel() for p in trained[1:]))
+    for free in (need, need - 1):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        with nullcontext() if free == need else pytest.raises(ValueError, match="make room or choose another folder"):
+            check_disk(module)
+
+
+def test_sampling_filters_are_warned_about(tmp_path, tiny_lm):
+    module = make_module(tiny_lm, generation={"max_new_tokens": 4, "top_k": 5})
+    with pytest.warns(UserWarning, match="top_k sample from another distribution"):
+        make_trainer(tmp_path, max_steps=1).fit(module, make_data(tmp_path))
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-true", "16-true"])
+def test_weights_in_half_precision_are_refused(tmp_path, tiny_lm, precision):
+    trainer = make_trainer(tmp_path)
+    trainer.strategy.precision_plugin.precision = precision
+    with pytest.raises(ValueError, match=rf"{precision}.*use 'bf16-mixed'"):
+        trainer.fit(make_module(tiny_lm), make_data(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("split", "n_rows"),
+    [
+        ({"micro_batch_size": 3}, 3),
+        ({"micro_batch_size": 9}, 5),  # no more than a minibatch
+        ({"micro_batch_size": None}, 5),
+        ({"micro_batch_size": None, "micro_batch_tokens": 41}, 2),  # rows of 14 tokens
+        ({"micro_batch_size": None, "micro_batch_tokens": 13}, 1),  # a longer row stands alone
+    ],
+)
+def test_the_longest_micro_batch_is_tried_and_leaves_no_trace(tmp_path, tiny_lm, monkeypatch, split, n_rows):
+    """Longest prompt 4, 10 new tokens, minibatches of 5 rows: seen forward and backward before any rollout."""
+    seen, backward = [], []
+
+    def seeing(name):
+        forward = getattr(LitPPO, name)
+
+        def sees(self, model, rows, **options):
+            seen.append((name, len(rows), int(rows.response_mask.sum()), int(rows.prompt_mask.sum())))
+            return forward(self, model, rows, **options)
+
+        monkeypatch.setattr(LitPPO, name, sees)
+
+    def gradients(self, loss):
+        loss.backward()
+        models = {"actor": self.actor, "critic": self.critic}
+        backward.append([name for name, model in models.items() if any(p.grad is not None for p in model.parameters())])
+
+    seeing("actor_forward")
+    seeing("critic_forward")
+    monkeypatch.setattr(LitPPO, "manual_backward", gradients)
+    module = make_module(tiny_lm, **split)
+    trainer = make_trainer(tmp_path, max_steps=0)
+    trainer.fit(module, make_data(tmp_path))
+    assert seen == [(name, n_rows, 10 * n_rows, 4 * n_rows) for name in ("actor_forward", "critic_forward")]
+    assert backward == [["actor"], ["actor", "critic"]]
+    start = make_module(tiny_lm)
+    start.configure_model()
+    assert all(p.grad is None for p in module.parameters())
+    assert all(torch.equal(v, start.state_dict()[k]) for k, v in module.state_dict().items())

@@ -1,0 +1,273 @@
+"""Whole runs without a critic: the estimators against a brute force, and what a run no longer has."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from lit_ppo.advantages import GAE, GroupRelative, LeaveOneOut, Reinforce
+from lit_ppo.callbacks import AdaptiveKL, CriticWarmup, PPOCallback, ValueClipping
+from lit_ppo.callbacks.checks import require_token_rewards
+from lit_ppo.ppo import build as assembly
+from lit_ppo.run.checkpoint import StepCheckpoint
+from tests.helpers.oracle import Oracle
+from tests.helpers.tiny import make_causal_lm
+from tests.helpers.toys import logged, make_data, make_module, make_trainer
+from tests.ppo.test_module import record, rows_of
+
+KL_COEF = 0.3
+EVERY_ESTIMATOR = pytest.mark.parametrize(
+    "estimator", [GroupRelative(), GroupRelative(scale=False), LeaveOneOut(), Reinforce()], ids=repr
+)
+
+
+def score(prompts: list[str], responses: list[str]) -> list[float]:
+    """Letters modulo 5: hardly two responses to a prompt alike."""
+    return [float(len(response) % 5) for response in responses]
+
+
+def settings(estimator: Any, **overrides: Any) -> dict[str, Any]:
+    """Three responses a prompt, and a KL in the token rewards where they are read."""
+    kl_coef = KL_COEF if estimator.needs_rewards else 0.0
+    return {
+        "advantages": estimator, "critic": None, "samples_per_prompt": 3, "kl_coef": kl_coef, "rewards": score,
+        **overrides,
+    }  # fmt: skip
+
+
+class Numbered(L.Callback):
+    """Numbers the rows, puts them into another order, and notes which ones each optimizer step sees."""
+
+    def __init__(self, order: list[int] | None = None) -> None:
+        self.order = order
+        self.steps: list[list[int]] = []
+
+    def on_rollout_end(self, trainer: Any, pl_module: Any, experience: Any) -> None:
+        experience.extras["row"] = torch.arange(len(experience))
+        if self.order is not None:
+            experience.keep(self.order)
+
+    def on_minibatch_start(self, trainer: Any, pl_module: Any, minibatch: Any) -> None:
+        self.steps.append(minibatch.extras["row"].tolist())
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
+
+
+def brute_force(estimator: Any, scores: list[float], rewards: list[list[float]], groups: list[int]) -> Any:
+    """Advantages by the papers' formulas, in plain numbers: a list for each row."""
+    others = [[j for j, other in enumerate(groups) if other == group and j != i] for i, group in enumerate(groups)]
+    advantages: list[list[float]] = []
+    flat = [sum(row[t:]) for row in rewards for t in range(len(row))]
+    for i, row in enumerate(rewards):
+        if isinstance(estimator, GroupRelative):
+            group = [scores[i], *(scores[j] for j in others[i])]
+            one = scores[i] - statistics.fmean(group)
+            one /= (statistics.variance(group) + 1e-8) ** 0.5 if estimator.scale else 1.0
+            advantages.append([one] * len(row))
+        elif isinstance(estimator, LeaveOneOut):
+            advantages.append([sum(row) - statistics.fmean(sum(rewards[j]) for j in others[i])] * len(row))
+        else:
+            mean, root = statistics.fmean(flat), (statistics.variance(flat) + 1e-8) ** 0.5
+            advantages.append([(sum(row[t:]) - mean) / root for t in range(len(row))])
+    return advantages
+
+
+@EVERY_ESTIMATOR
+def test_two_updates_are_those_of_the_oracle(tmp_path, lm, estimator):
+    """Advantages, what is logged of each optimizer step, and weights; the oracle's critic learns beside, unused."""
+    numbered = Numbered()
+    module, recorder, _ = record(tmp_path, lm, numbered, **settings(estimator, clip_range=0.05))
+    oracle = Oracle(
+        lm, kl_coef=module.kl_coef, clip_range=0.05, temperature=1.0, lr=0.1, reduction="token_mean", gamma=1.0, lam=1.0
+    )
+    steps = iter(zip(numbered.steps, recorder.metrics, strict=True))
+    assert [len(experience) for experience in recorder.experiences] == [21, 15]
+    for experience in recorder.experiences:
+        rows, scores = rows_of(experience), score([], experience.responses)
+        seen = oracle.look(rows, scores)
+        expected = brute_force(estimator, scores, [row["rewards"] for row in seen], experience.group.tolist())
+        for i, (row, advantages) in enumerate(zip(seen, expected, strict=True)):
+            row["advantages"] = advantages
+            ours = experience.advantages[i]
+            padded = [*advantages, *[0.0] * (len(ours) - len(advantages))]
+            assert ours.tolist() == pytest.approx(padded, rel=1e-4, abs=1e-5)
+        for _ in range(-(-len(rows) // module.minibatch_size) * module.ppo_epochs):
+            chosen, metrics = next(steps)
+            step = oracle.step([rows[i] for i in chosen], [seen[i] for i in chosen])
+            for name in step.keys() - {"value_loss", "critic_grad_norm"}:
+                assert metrics[name] == pytest.approx(step[name], rel=1e-4, abs=1e-6), name
+    ours, theirs = module.actor.model.state_dict(), oracle.actor.state_dict()
+    start = make_module(lm)
+    start.configure_model()
+    assert any(not value.equal(start.actor.model.state_dict()[name]) for name, value in ours.items())
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name].float(), rtol=1e-4, atol=1e-5)
+
+
+@EVERY_ESTIMATOR
+def test_the_cut_into_micro_batches_and_the_order_of_rows_change_nothing(tmp_path, lm, estimator):
+    """One optimizer step, so that all rows are in it; the groups are taken apart by the order."""
+    whole = {"minibatch_size": 21, "ppo_epochs": 1, "max_steps": 1}
+    one, first, _ = record(tmp_path, lm, Numbered(), **settings(estimator, micro_batch_size=None), **whole)
+    order = torch.randperm(21, generator=torch.Generator().manual_seed(0)).tolist()
+    for micro_batch_size, rows in ((1, None), (3, None), (3, order)):
+        cut = settings(estimator, micro_batch_size=micro_batch_size)
+        other, second, _ = record(tmp_path, lm, Numbered(rows), **cut, **whole)
+        found, expected = (recorder.experiences[0].advantages for recorder in (second, first))
+        torch.testing.assert_close(found, expected[rows or slice(None)], rtol=1e-5, atol=1e-6)
+        for name, value in one.state_dict().items():
+            torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+@EVERY_ESTIMATOR
+def test_no_critic_is_built_stepped_logged_or_saved(tmp_path, lm, estimator, monkeypatch):
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a critic was asked for")
+
+    monkeypatch.setattr(assembly, "load_critic", refuse)
+    given = settings(estimator, critic_optimizer=refuse, critic_scheduler=refuse)
+    module, recorder, trainer = record(tmp_path, lm, **given)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    trainer.validate(module, make_data(tmp_path, val_fraction=0.3))
+    assert module.critic is None
+    assert len(trainer.optimizers) == 1
+    assert all(e.values is None and e.returns is None for e in recorder.experiences)
+    assert not any("value" in name or "critic" in name for row in logged(trainer) for name in row)
+    assert not any("value" in name or "critic" in name for metrics in recorder.metrics for name in metrics)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"actor"}
+    assert len(checkpoint["optimizer_states"]) == 1
+    module.save_pretrained(tmp_path / "model")
+    assert make_module(tmp_path / "model", **settings(estimator)).rollout(["the film"]).values is None
+
+
+@EVERY_ESTIMATOR
+@pytest.mark.parametrize("stop", [1, 2])
+def test_going_on_from_a_checkpoint_changes_nothing(tmp_path, lm, estimator, stop):
+    def fit(folder: Path, ckpt_path: str | None = None) -> tuple[Any, list[dict[str, float]]]:
+        folder.mkdir()
+        schedule = {"actor_scheduler": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, gamma=0.5)}
+        adam = {"actor_optimizer": lambda params: torch.optim.AdamW(params, lr=1e-2)}
+        module = make_module(lm, **settings(estimator), **adam, **schedule)
+        saves = StepCheckpoint(every_n_train_steps=1, keep=9, dirpath=str(folder / "checkpoints"))
+        trainer = make_trainer(folder, callbacks=[saves], max_steps=3, enable_checkpointing=True)
+        trainer.fit(module, make_data(folder), ckpt_path=ckpt_path, weights_only=False)
+        return module, logged(trainer)
+
+    whole, rows = fit(tmp_path / "whole")
+    cut, rest = fit(tmp_path / "cut", str(tmp_path / f"whole/checkpoints/step-{stop:06d}.ckpt"))
+    for expected, row in zip(rows[stop:], rest, strict=True):
+        for name, value in expected.items():
+            assert row[name] == value or name.startswith(("time/", "throughput/", "memory/")), name
+    for name, value in whole.state_dict().items():
+        assert value.equal(cut.state_dict()[name]), name
+
+
+@EVERY_ESTIMATOR
+def test_the_score_rises(tmp_path, lm, estimator):
+    """Fewer letters are better: after a few updates, responses are shorter than at the start."""
+
+    def short(prompts: list[str], responses: list[str]) -> list[float]:
+        return [-len(response.split()) / 5 for response in responses]
+
+    given = settings(estimator, rewards=short, actor_optimizer=lambda params: torch.optim.AdamW(params, lr=3e-3))
+    _, _, trainer = record(tmp_path, lm, max_steps=8, **given)
+    scores = [row["objective/score"] for row in logged(trainer)]
+    assert statistics.fmean(scores[-2:]) > statistics.fmean(scores[:2]) + 0.2
+
+
+# what cannot work is refused before the first rollout
+
+
+class Bonus(PPOCallback):
+    """Writes token rewards, and says so."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        require_token_rewards(self, pl_module)
+
+    def on_rewards(self, trainer: Any, pl_module: Any, experience: Any) -> None:
+        experience.rewards = experience.rewards + 1.0
+
+
+def test_a_trick_on_token_rewards_is_refused_where_they_are_not_read(tmp_path, lm):
+    module = make_module(lm, **settings(GroupRelative()))
+    with pytest.raises(ValueError, match=r"Bonus .*LitPPO\(advantages=GroupRelative\) .*KLLoss"):
+        make_trainer(tmp_path, callbacks=[Bonus()]).fit(module, make_data(tmp_path))
+    assert module.rollouts == 0
+    for estimator in (LeaveOneOut(), Reinforce()):
+        record(tmp_path, lm, Bonus(), max_steps=1, **settings(estimator))
+
+
+@EVERY_ESTIMATOR
+@pytest.mark.parametrize("trick", [ValueClipping(), CriticWarmup(1)], ids=lambda trick: type(trick).__name__)
+def test_a_trick_on_the_critic_is_refused(tmp_path, lm, estimator, trick):
+    module = make_module(lm, **settings(estimator))
+    with pytest.raises(ValueError, match=rf"{type(trick).__name__} needs a critic, but LitPPO\(critic=None\)"):
+        make_trainer(tmp_path, callbacks=[trick]).fit(module, make_data(tmp_path))
+    assert module.rollouts == 0
+
+
+def test_a_controller_of_a_kl_that_is_not_read_is_refused(tmp_path, lm):
+    module = make_module(lm, **settings(GroupRelative()))
+    with pytest.raises(ValueError, match=r"AdaptiveKL multiplies kl_coef, and LitPPO\(kl_coef=0.0\)"):
+        make_trainer(tmp_path, callbacks=[AdaptiveKL()]).fit(module, make_data(tmp_path))
+    assert module.rollouts == 0
+
+
+@pytest.mark.parametrize(
+    ("estimator", "name", "value", "message"),
+    [
+        (GroupRelative(), "samples_per_prompt", 1, r"LitPPO\(samples_per_prompt=1\): GroupRelative compares"),
+        (LeaveOneOut(), "samples_per_prompt", 1, r"LitPPO\(samples_per_prompt=1\): LeaveOneOut compares"),
+        (GroupRelative(), "kl_coef", 0.1, r"LitPPO\(kl_coef=0.1\): GroupRelative reads scores alone"),
+    ],
+)
+def test_what_a_callback_sets_is_checked_before_its_rollout(tmp_path, lm, estimator, name, value, message):
+    class Set(L.Callback):
+        def on_rollout_start(self, trainer: Any, pl_module: Any, prompts: Any) -> None:
+            setattr(pl_module, name, value)
+
+    module = make_module(lm, **settings(estimator))
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, callbacks=[Set()]).fit(module, make_data(tmp_path))
+    assert module.rollouts == 0
+
+
+def test_more_samples_that_a_callback_asks_for_are_one_group(tmp_path, lm):
+    class Set(L.Callback):
+        def on_rollout_start(self, trainer: Any, pl_module: Any, prompts: Any) -> None:
+            pl_module.samples_per_prompt = 4
+
+    _, recorder, _ = record(tmp_path, lm, Set(), max_steps=1, **settings(LeaveOneOut(), kl_coef=0.0))
+    (experience,) = recorder.experiences
+    scores = score([], experience.responses)
+    for i in range(28):
+        group = scores[i // 4 * 4 : i // 4 * 4 + 4]
+        expected = scores[i] - (sum(group) - scores[i]) / 3
+        assert experience.advantages[i, 0].item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("estimator", [GroupRelative(), LeaveOneOut()], ids=repr)
+def test_a_row_left_alone_by_a_callback_has_no_advantage(tmp_path, lm, estimator):
+    """Of the first prompt's three responses one is kept."""
+
+    class Keep(L.Callback):
+        def on_rollout_end(self, trainer: Any, pl_module: Any, experience: Any) -> None:
+            experience.keep([0, *range(3, 21)])
+
+    module, recorder, _ = record(tmp_path, lm, Keep(), max_steps=1, **settings(estimator))
+    advantages = recorder.experiences[0].advantages
+    assert not advantages[0].any()
+    assert advantages[1:].any()
+    assert all(value.isfinite().all() for value in (advantages, *module.state_dict().values()))
+
+
+def test_gae_without_a_critic_is_refused(lm):
+    with pytest.raises(ValueError, match=r"LitPPO\(critic=None\): GAE needs values"):
+        make_module(lm, critic=None, advantages=GAE())

@@ -1,0 +1,342 @@
+"""Validation, test, prediction and the report: held-out prompts, fixed draws, numbers by hand."""
+
+import json
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from lit_ppo.callbacks import ReferenceUpdate
+from lit_ppo.cli.report import RunReport
+from lit_ppo.rewards import RewardModel
+from tests.helpers.tiny import make_causal_lm
+from tests.helpers.toys import MemoryLogger, count_good, make_data, make_module, make_trainer, write_prompts
+
+
+@pytest.fixture
+def data(tmp_path):
+    held_out = str(write_prompts(tmp_path / "held_out.jsonl", 5))
+    return make_data(tmp_path, val_path=held_out, test_path=held_out, predict_path=held_out, batch_size=3)
+
+
+@pytest.mark.parametrize("name", ["val", "test"])
+def test_score_kl_and_length_are_means_over_the_held_out_prompts(tmp_path, tiny_lm, data, name):
+    """Batches of 3 and 2: a mean over prompts, not over batches."""
+    module = make_module(tiny_lm, samples_per_prompt=2, reference=None)
+    trainer = make_trainer(tmp_path)
+    (trainer.validate if name == "val" else trainer.test)(module, data, verbose=False)
+    prompts = [json.loads(line)["prompt"] for line in (tmp_path / "held_out.jsonl").read_text().splitlines()]
+    batches = [module.rollout(prompts[i : i + 3], samples_per_prompt=1, stream=f"{name}/{i // 3}") for i in (0, 3)]
+    responses = [response for batch in batches for response in batch.responses]
+    lengths = [int(n) for batch in batches for n in batch.response_mask.sum(1)]
+    ended = [float(e) for batch in batches for e in batch.ended]
+    metrics = trainer.callback_metrics
+    assert metrics[f"{name}/score"].item() == pytest.approx(sum(count_good([], responses)) / 5)
+    assert metrics[f"{name}/length"].item() == pytest.approx(sum(lengths) / 5)
+    assert metrics[f"{name}/ended_fraction"].item() == pytest.approx(sum(ended) / 5)
+    assert metrics[f"{name}/kl"].item() == 0.0
+
+
+def test_validation_during_training_moves_nothing(tmp_path, tiny_lm, data):
+    """Neither the training stream nor the weights: with and without validation the run is the same."""
+    with_validation, without = (make_module(tiny_lm, minibatch_size=3) for _ in range(2))
+    logger = MemoryLogger()
+    make_trainer(tmp_path, max_steps=3, val_check_interval=1, logger=logger).fit(with_validation, data)
+    assert len([row for row in logger.rows if "val/score" in row]) == 1 + 3
+    make_trainer(tmp_path, max_steps=3).fit(without, make_data(tmp_path, batch_size=3))
+    for name, value in without.state_dict().items():
+        assert value.equal(with_validation.state_dict()[name])
+
+
+def test_validation_says_what_it_is_at_and_counts_for_no_update(tmp_path, tiny_lm, data):
+    """Two batches, and each once more by the reference."""
+    seen = []
+
+    def scored(prompts, responses):
+        seen.append((module.phase, module.phase_detail))
+        return count_good(prompts, responses)
+
+    module = make_module(tiny_lm, rewards=scored)
+    sampled = module.rollout
+
+    def rollout(*args, **options):
+        seen.append((module.phase, module.phase_since is not None))
+        return sampled(*args, **options)
+
+    module.rollout = rollout
+    make_trainer(tmp_path).validate(module, data, verbose=False)
+    assert seen == [("rollout", True), ("score", "")] * 4
+    assert (module.phase, module.phase_since, module.phase_detail) == ("", None, "")
+    assert module.seconds == {}
+
+
+def long(prompts, responses):
+    return [float(len(response.split())) for response in responses]
+
+
+def short(prompts, responses):
+    return [-float(len(response.split())) for response in responses]
+
+
+def held_out(tmp_path):
+    return [json.loads(line)["prompt"] for line in (tmp_path / "held_out.jsonl").read_text().splitlines()]
+
+
+def win_rate(ours, theirs):
+    """By counting, over all prompts."""
+    return sum((a > b) + (a == b) / 2 for a, b in zip(ours, theirs, strict=True)) / len(ours)
+
+
+def test_the_start_is_measured_first(tmp_path, sharp_lm, data):
+    """Before the first update the actor is the reference: no KL, half of the wins, and scores by hand."""
+    logger = MemoryLogger()
+    module = make_module(sharp_lm, eval_rewards={"long": long, "short": short}, minibatch_size=3)
+    make_trainer(tmp_path, max_steps=4, val_check_interval=2, logger=logger).fit(module, data)
+    order = ["val" if "val/score" in row else "train" for row in logger.rows if {"val/score", "policy/loss"} & {*row}]
+    assert order == ["val", "train", "train", "val", "train", "train", "val"]
+    start, _, end = (row for row in logger.rows if "val/score" in row)
+    fresh, prompts = make_module(sharp_lm), held_out(tmp_path)
+    both = [(m.rollout(p, stream=s).responses) for m in (fresh, module) for p, s in halves(prompts)]
+    before, after = both[0] + both[1], both[2] + both[3]
+    assert before != after
+    for row, responses in ((start, before), (end, after)):
+        for name, judge in (("", count_good), ("/long", long), ("/short", short)):
+            ours, theirs = judge([], responses), judge([], before)
+            assert row[f"val/score{name}"] == pytest.approx(sum(ours) / 5)
+            assert row[f"val/win_rate{name}"] == pytest.approx(win_rate(ours, theirs))
+    assert start["val/kl"] == pytest.approx(0.0, abs=1e-5)
+    kl = [module.rollout(p, stream=s).kl.sum() for p, s in halves(prompts)]
+    assert end["val/kl"] == pytest.approx(float(sum(kl)) / 5, rel=1e-5)  # nats a response
+    assert start["val/win_rate"] == start["val/win_rate/long"] == 0.5
+    assert end["val/win_rate/long"] != 0.5
+    assert end["val/win_rate/long"] == pytest.approx(1 - end["val/win_rate/short"])
+
+
+def halves(prompts):
+    """Batches of the data module, and the streams that they are sampled by."""
+    return [(prompts[:3], "val/0"), (prompts[3:], "val/1")]
+
+
+@pytest.fixture(scope="module")
+def sharp_lm(tmp_path_factory):
+    return make_causal_lm(tmp_path_factory.mktemp("sharp"), scale=4.0)
+
+
+def test_the_reference_answers_once(tmp_path, sharp_lm, data):
+    """Once a batch for a whole run; again where the prompts are others."""
+    module = make_module(sharp_lm, eval_rewards={"long": long}, minibatch_size=3)
+    asked = []
+    rollout = module.rollout
+
+    def counting(prompts, **kwargs):
+        asked.extend([kwargs["stream"]] if kwargs.get("policy") == "reference" else [])
+        return rollout(prompts, **kwargs)
+
+    module.rollout = counting
+    make_trainer(tmp_path, max_steps=2, val_check_interval=1).fit(module, data)
+    assert asked == ["val/0", "val/1"]
+    other = make_data(tmp_path, val_path=str(write_prompts(tmp_path / "more.jsonl", 6)), batch_size=3)
+    make_trainer(tmp_path).validate(module, other, verbose=False)
+    assert asked == ["val/0", "val/1", "val/1"]  # the first three prompts are the same
+
+
+def test_a_reference_that_moves_answers_every_time(tmp_path, sharp_lm, data):
+    """Moved to the actor after each update, it says what the actor says: half of the wins, whatever was learnt."""
+    judged = {"eval_rewards": {"long": long}, "minibatch_size": 3}
+    for callbacks, alike in (([ReferenceUpdate(every=1)], True), ([], False)):
+        logger = MemoryLogger()
+        trainer = make_trainer(tmp_path, max_steps=4, val_check_interval=2, callbacks=callbacks, logger=logger)
+        trainer.fit(make_module(sharp_lm, **judged), data)
+        rows = [row for row in logger.rows if "val/score" in row]
+        assert len({row["val/score/long"] for row in rows}) > 1
+        assert all(row["val/win_rate"] == row["val/win_rate/long"] == 0.5 for row in rows) == alike
+
+
+def test_judges_change_nothing(tmp_path, sharp_lm, data):
+    """Neither the weights, nor what is in a checkpoint."""
+    runs = [make_module(sharp_lm, minibatch_size=3, **judged) for judged in ({}, {"eval_rewards": {"long": long}})]
+    for module in runs:
+        make_trainer(tmp_path, max_steps=2, val_check_interval=1).fit(module, data)
+    one, other = (module.state_dict() for module in runs)
+    assert one.keys() == other.keys()
+    assert all(value.equal(other[name]) for name, value in one.items())
+
+
+def test_a_reward_model_may_judge(tmp_path, sharp_lm, tiny_reward, data):
+    """It is loaded, frozen, stays in eval mode and out of checkpoints."""
+    judge = RewardModel(str(tiny_reward))
+    module = make_module(sharp_lm, eval_rewards={"judge": judge}, minibatch_size=3)
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(module, data)
+    assert not any("reward" in name for name in module.state_dict())
+    assert not any(parameter.requires_grad for parameter in judge.parameters())
+    assert not any(part.training for part in module.train().eval_rewards.modules())
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    again = make_module(sharp_lm, eval_rewards={"judge": RewardModel(str(tiny_reward))}, minibatch_size=3)
+    logger = MemoryLogger()
+    make_trainer(tmp_path, max_steps=2, val_check_interval=1, logger=logger).fit(
+        again, data, ckpt_path=tmp_path / "one.ckpt"
+    )
+    (row,) = (row for row in logger.rows if "val/score" in row)  # a resumed run has measured its start
+    responses = [r for p, s in halves(held_out(tmp_path)) for r in again.rollout(p, stream=s).responses]
+    theirs = make_module(sharp_lm, rewards=RewardModel(str(tiny_reward)))
+    scores = [theirs.score(theirs.rollout(p, stream=s)) for p, s in halves(held_out(tmp_path))]
+    assert row["val/win_rate/judge"] >= 0
+    ours = [
+        again.scores_by(again.eval_rewards, again.rollout(p, stream=s))["judge"] for p, s in halves(held_out(tmp_path))
+    ]
+    assert row["val/score/judge"] == pytest.approx(float(sum(s.sum() for s in ours)) / 5, rel=1e-5)
+    assert row["val/win_rate/judge"] == pytest.approx(
+        win_rate([float(x) for s in ours for x in s], [float(x) for s in scores for x in s])
+    )
+    assert len(responses) == 5
+
+
+def test_without_a_reference_nobody_wins(tmp_path, sharp_lm, data):
+    module = make_module(sharp_lm, reference=None, eval_rewards={"long": long})
+    trainer = make_trainer(tmp_path)
+    trainer.validate(module, data, verbose=False)
+    assert {name for name in trainer.callback_metrics if "/" in name} == {
+        "val/score", "val/score/long", "val/kl", "val/length", "val/ended_fraction"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [{}, long, ["long"]])
+def test_judges_without_names_are_refused(given):
+    with pytest.raises(ValueError, match=r"LitPPO\(eval_rewards=.*: give a dict of score sources by name"):
+        make_module("lm", eval_rewards=given)
+
+
+def test_a_judge_by_the_name_of_a_training_reward_is_refused():
+    with pytest.raises(ValueError, match=r"LitPPO\(eval_rewards\): long is a training reward's name"):
+        make_module("lm", rewards={"long": long, "good": count_good}, eval_rewards={"long": short})
+
+
+def test_a_judge_that_fails_is_found_before_the_first_update(tmp_path, sharp_lm, data):
+    def broken(prompts, responses):
+        raise RuntimeError("out of order")
+
+    module = make_module(sharp_lm, eval_rewards={"broken": broken}, minibatch_size=3)
+    with pytest.raises(ValueError, match=r"first val prompt: .*out of order"):
+        make_trainer(tmp_path, num_sanity_val_steps=0).fit(module, data)
+    assert module.rollouts == 0
+
+
+def test_predictions_are_written_as_json_lines(tmp_path, tiny_lm, data):
+    module = make_module(tiny_lm, samples_per_prompt=2)
+    trainer = make_trainer(tmp_path, logger=False)
+    returned = trainer.predict(module, data)
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 10
+    assert rows == [row for batch in returned for row in batch]
+    assert [row["score"] for row in rows] == count_good([], [row["response"] for row in rows])
+    assert rows[0]["prompt"] == rows[1]["prompt"]
+    assert rows[0]["response"] != rows[1]["response"]
+
+
+def test_predictions_lie_with_the_logs_once_by_draws_of_each_batchs_own(tmp_path, tiny_lm, data):
+    """Batches of 3 and 2 prompts; asked twice, a run writes its last answers."""
+    module = make_module(tiny_lm)
+    logger = CSVLogger(tmp_path / "logs", name="run", version=4)
+    for _ in range(2):
+        make_trainer(tmp_path, logger=logger).predict(module, data)
+    rows = [json.loads(line) for line in (tmp_path / "logs/run/version_4/predictions.jsonl").read_text().splitlines()]
+    prompts = held_out(tmp_path)
+    batches = [module.rollout(some, stream=f"predict/{i}") for i, some in enumerate((prompts[:3], prompts[3:]))]
+    assert [row["response"] for row in rows] == [response for batch in batches for response in batch.responses]
+
+
+def test_one_process_of_several_writes_the_predictions(tmp_path, tiny_lm, data, monkeypatch):
+    monkeypatch.setattr("lit_ppo.ppo.evaluate.rank", lambda: 1)
+    make_trainer(tmp_path, logger=False).predict(make_module(tiny_lm), data)
+    assert not (tmp_path / "predictions.jsonl").exists()
+
+
+def test_nothing_in_a_prediction_is_obeyed(tmp_path, tiny_lm, data, monkeypatch):
+    """Not by a terminal, nor by what counts lines; letters of any language stay readable."""
+    wicked = 'schön 好 \x1b[2J\x9b31m\x00\x7f\n\r\x85\u2028\u202e\u2066 \ud800 \U000e0041 "\\'
+    module = make_module(tiny_lm)
+    rollout = module.rollout
+
+    def saying(*args, **kwargs):
+        experience = rollout(*args, **kwargs)
+        experience.responses = [wicked] * len(experience)
+        return experience
+
+    monkeypatch.setattr(module, "rollout", saying)
+    make_trainer(tmp_path / "new", logger=False).predict(module, data)
+    text = (tmp_path / "new/predictions.jsonl").read_bytes().decode()
+    assert [json.loads(line)["response"] for line in text.splitlines()] == [wicked] * 5
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert text.count("schön 好") == 5
+
+
+def test_each_of_several_rewards_is_logged_under_its_name(tmp_path, tiny_lm, data):
+    def length(prompts, responses):
+        return [len(r.split()) / 7 for r in responses]
+
+    rewards = {"good": count_good, "long": {"source": length, "weight": 0.0}}
+    module = make_module(tiny_lm, rewards=rewards, minibatch_size=3)
+    logger = MemoryLogger()
+    trainer = make_trainer(tmp_path, max_steps=1, val_check_interval=1, logger=logger)
+    trainer.fit(module, data)
+    row = next(row for row in logger.rows if "objective/score" in row)
+    assert row["objective/score/good"] == row["objective/score"] != row["objective/score/long"]
+    row = next(row for row in logger.rows if "val/score" in row)
+    assert row["val/score/good"] == row["val/score"] != row["val/score/long"]
+    first = make_trainer(tmp_path, logger=False).predict(module, data)[0][0]
+    assert first["score/good"] == first["score"] == count_good([], [first["response"]])[0]
+    assert first["score/long"] == pytest.approx(length([], [first["response"]])[0])
+
+
+def test_the_result_is_a_hugging_face_folder(tmp_path, tiny_lm):
+    module = make_module(tiny_lm, generation={"max_new_tokens": 10, "eos_token_id": [1, 7]})
+    make_trainer(tmp_path).fit(module, make_data(tmp_path))
+    module.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for name, value in loaded.state_dict().items():
+        assert value.equal(module.actor.model.state_dict()[name])
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").get_vocab() == module.tokenizer.get_vocab()
+    generation = GenerationConfig.from_pretrained(tmp_path / "model")
+    assert (generation.max_new_tokens, generation.eos_token_id, generation.temperature) == (10, [1, 7], 1.0)
+
+
+def report(capsys, tmp_path, tiny_lm, data, **arguments):
+    module = make_module(tiny_lm, minibatch_size=3)
+    trainer = make_trainer(tmp_path, callbacks=[RunReport(**arguments)])
+    trainer.fit(module, data)
+    return capsys.readouterr().out, module
+
+
+def test_the_report_compares_the_same_prompts_before_and_after(capsys, tmp_path, tiny_lm, data):
+    out, trained = report(capsys, tmp_path, tiny_lm, data, prompts=4, samples=2)
+    prompts = [json.loads(line)["prompt"] for line in (tmp_path / "held_out.jsonl").read_text().splitlines()][:4]
+    assert "The same 4 prompts" in out
+    means = []
+    for name, module in (("before", make_module(tiny_lm)), ("after", trained)):
+        responses = module.rollout(prompts, stream="report").responses
+        for response, score in list(zip(responses, count_good([], responses), strict=True))[:2]:
+            assert f"{name:6} {score:+7.2f}  {response}" in out
+        means.append(sum(count_good([], responses)) / 4)
+    assert f"mean score {means[0]:+.3f} -> {means[1]:+.3f}" in out
+    assert "mean kl    +0.000 ->" in out
+
+
+def test_the_report_can_be_shorter_or_off(capsys, tmp_path, tiny_lm, data):
+    assert report(capsys, tmp_path, tiny_lm, data, prompts=4, samples=1)[0].count("before ") == 2  # title and one pair
+    assert "before" not in report(capsys, tmp_path, tiny_lm, data, prompts=0)[0]
+
+
+def test_a_resumed_report_compares_with_the_whole_runs_start():
+    first, second = RunReport(), RunReport()
+    first._before = {"score": 1.0}
+    second.load_state_dict(first.state_dict())
+    assert second._before == {"score": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [({"prompts": -1}, r"prompts=-1"), ({"prompts": 2, "samples": 3}, r"samples=3")]
+)
+def test_bad_report_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=rf"RunReport\({message}\)"):
+        RunReport(**arguments)

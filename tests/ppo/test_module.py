@@ -1,0 +1,502 @@
+"""LitPPO against a slow oracle, and the invariances that make its numbers trustworthy."""
+
+import inspect
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from lit_ppo import LitPPO, LitRewardModel, LitSFT
+from lit_ppo.advantages import GAE
+from lit_ppo.callbacks.base import HOOKS
+from lit_ppo.optim.schedules import WarmupCosine
+from lit_ppo.ppo import collect as policy
+from lit_ppo.ppo.metrics import peak_memory
+from tests.helpers.oracle import Oracle
+from tests.helpers.tiny import make_causal_lm, make_reward_model
+from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer, run
+
+
+class Recorder(L.Callback):
+    """Keeps what each hook handed over."""
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+        self.experiences: list[Any] = []
+        self.minibatches: list[list[int]] = []
+        self.metrics: list[dict[str, float]] = []
+
+    def on_minibatch_start(self, trainer: Any, pl_module: Any, minibatch: Any) -> None:
+        self.minibatches.append(minibatch.group.tolist())
+
+    def on_minibatch_end(self, trainer: Any, pl_module: Any, experience: Any, metrics: dict[str, float]) -> None:
+        self.metrics.append(dict(metrics))
+
+    def on_update_end(self, trainer: Any, pl_module: Any, experience: Any) -> None:
+        self.experiences.append(experience)
+
+
+def record(
+    folder: Path, actor: Path, *callbacks: L.Callback, max_steps: int = 2, **overrides: Any
+) -> tuple[Any, Recorder, Any]:
+    recorder = Recorder()
+    module = make_module(actor, **overrides)
+    trainer = make_trainer(folder, callbacks=[*callbacks, recorder], max_steps=max_steps)
+    trainer.fit(module, make_data(folder))
+    return module, recorder, trainer
+
+
+def rows_of(experience: Any) -> list[tuple[list[int], list[int]]]:
+    fields = (experience.prompt_ids, experience.prompt_mask, experience.response_ids, experience.response_mask)
+    return [(p[m].tolist(), r[n].tolist()) for p, m, r, n in zip(*fields, strict=True)]
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def lm(request, tmp_path_factory):
+    return make_causal_lm(tmp_path_factory.mktemp(request.param), request.param, scale=4.0)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    return make_causal_lm(tmp_path_factory.mktemp("gpt2"), scale=4.0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"loss_reduction": "sequence_mean", "temperature": 0.7, "clip_range": 0.01, "kl_coef": 1.0},
+        {"advantages": GAE(gamma=0.9, lam=0.5), "generation": {"max_new_tokens": 6, "eos_token_id": [1, 5, 9, 30, 33]}},
+    ],
+    ids=["defaults", "sequence mean, tempered, tightly clipped", "discounted, several stop ids"],
+)
+def test_two_updates_are_those_of_the_oracle(tmp_path, lm, settings):
+    """Weights and metrics; two updates of two epochs, so that ratios, KL and values have left where they start."""
+    module, recorder, _ = record(tmp_path, lm, **settings)
+    estimator = settings.get("advantages", GAE())
+    oracle = Oracle(
+        lm, kl_coef=module.kl_coef, clip_range=module.clip_range, temperature=module.temperature, lr=0.1,
+        reduction=module.loss_reduction, gamma=estimator.gamma, lam=estimator.lam,
+    )  # fmt: skip
+    steps = iter(zip(recorder.minibatches, recorder.metrics, strict=True))
+    for experience in recorder.experiences:
+        rows, scores = rows_of(experience), count_good([], experience.responses)
+        seen = oracle.look(rows, scores)
+        for i, row in enumerate(seen):
+            mask = experience.response_mask[i]
+            for name in ("kl", "rewards", "advantages", "returns"):
+                expected = torch.as_tensor(row[name]).float()
+                torch.testing.assert_close(getattr(experience, name)[i][mask], expected, rtol=1e-4, atol=1e-5)
+        for _ in range(-(-len(rows) // module.minibatch_size) * module.ppo_epochs):
+            chosen, metrics = next(steps)
+            expected = oracle.step([rows[i] for i in chosen], [seen[i] for i in chosen])
+            for name, value in expected.items():
+                assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    ours, theirs = module.actor.model.state_dict(), oracle.actor.state_dict()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name].float(), rtol=1e-4, atol=1e-5)
+    ours, theirs = module.critic.backbone.state_dict(), oracle.backbone.state_dict()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name].float(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_ratio_is_one_on_the_first_minibatch(tmp_path, lm):
+    _, recorder, _ = record(tmp_path, lm, micro_batch_size=2, max_steps=1)
+    assert recorder.metrics[0]["ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert recorder.metrics[0]["approx_kl"] == pytest.approx(0.0, abs=1e-5)
+    assert recorder.metrics[0]["clip_fraction"] == 0.0
+    assert recorder.metrics[-1]["ratio"] != pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("split", [{"micro_batch_size": 1}, {"micro_batch_size": None, "micro_batch_tokens": 25}])
+def test_weights_and_samples_do_not_depend_on_the_micro_batches(tmp_path, gpt2, split):
+    whole, recorder, _ = record(tmp_path, gpt2, micro_batch_size=None)
+    parts, other, _ = record(tmp_path, gpt2, **split)
+    assert [e.responses for e in recorder.experiences] == [e.responses for e in other.experiences]
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_micro_batches_are_as_small_as_asked(tmp_path, gpt2, monkeypatch):
+    sizes: list[int] = []
+
+    def count(module: Any, trainer: Any, minibatch: Any) -> None:
+        sizes.append(len(minibatch))
+
+    class Count(L.Callback):
+        def on_actor_loss(self, trainer: Any, pl_module: Any, minibatch: Any, losses: Any) -> None:
+            sizes.append(len(minibatch))
+
+    record(tmp_path, gpt2, Count(), micro_batch_size=2, ppo_epochs=1, max_steps=1)
+    assert sizes == [2, 2, 1, 2]  # 7 rows: minibatches of 5 and 2
+
+
+def test_the_number_of_optimizer_steps_and_of_global_steps(tmp_path, gpt2):
+    """7, then 5 rows in minibatches of 5: two a pass, the smaller one kept, then one; 3 passes."""
+    _, recorder, trainer = record(tmp_path, gpt2, ppo_epochs=3)
+    assert [len(rows) for rows in recorder.minibatches] == [5, 2] * 3 + [5] * 3
+    assert trainer.global_step == 2
+
+
+def test_hooks_fire_in_the_contracts_order(tmp_path, gpt2):
+    seen: list[str] = []
+
+    def note(name: str) -> Any:
+        return lambda self, trainer, pl_module, *arguments: seen.append(name)
+
+    spy = type("Spy", (L.Callback,), {name: note(name) for name in HOOKS})()
+    record(tmp_path, gpt2, spy, ppo_epochs=1, minibatch_size=7, micro_batch_size=7, max_steps=1)
+    assert seen == list(HOOKS)
+
+
+def test_the_response_mask_ends_with_the_first_stop_token_even_if_it_is_the_pad_token(tmp_path):
+    path = make_causal_lm(tmp_path / "lm", scale=4.0)
+    _, recorder, _ = record(
+        tmp_path, path, generation={"max_new_tokens": 12, "eos_token_id": [0, 1, 7, 8, 9, 20, 21]}, max_steps=1
+    )
+    experience = recorder.experiences[0]
+    stops = torch.isin(experience.response_ids, torch.tensor([0, 1, 7, 8, 9, 20, 21]))
+    for row in range(7):
+        n = int(experience.response_mask[row].sum())
+        assert experience.response_mask[row, :n].all()
+        assert not stops[row, : n - 1].any()
+        assert bool(experience.ended[row]) == bool(stops[row, n - 1])
+        score = experience.rewards[row, n - 1] + 0.1 * experience.kl[row, n - 1]
+        assert score.item() == pytest.approx(experience.scores[row].item(), abs=1e-6)
+    assert experience.ended.any()
+    assert not experience.ended.all()
+
+
+def test_the_sampled_ids_are_the_trained_ids(tmp_path, gpt2):
+    """Decoding drops special tokens and could merge others; what is trained on must not have gone through text."""
+    module, recorder, _ = record(tmp_path, gpt2, max_steps=1)
+    module = make_module(gpt2)
+    module.configure_model()
+    experience = recorder.experiences[0]
+    again = module.rollout(experience, logprobs=False)
+    assert rows_of(again) == rows_of(experience)
+
+
+def test_one_temperature_for_sampling_and_log_probs(tmp_path, gpt2):
+    _, cold, _ = record(tmp_path, gpt2, temperature=0.1, max_steps=1)
+    _, warm, _ = record(tmp_path, gpt2, temperature=1.0, max_steps=1)
+    assert cold.experiences[0].responses != warm.experiences[0].responses
+    assert cold.metrics[0]["entropy"] < 0.7 * warm.metrics[0]["entropy"]
+    assert cold.metrics[0]["ratio"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_without_a_reference_there_is_no_kl(tmp_path, gpt2):
+    module, recorder, trainer = record(tmp_path, gpt2, reference=None)
+    assert module.reference is None
+    assert recorder.experiences[-1].ref_logprobs is None
+    assert recorder.experiences[-1].kl.eq(0).all()
+    assert logged(trainer)[-1]["objective/kl"] == 0.0
+
+
+def test_the_reference_stays_where_the_run_started(tmp_path, gpt2):
+    module, _, _ = record(tmp_path, gpt2)
+    start = make_module(gpt2)
+    start.configure_model()
+    for name, value in module.reference.state_dict().items():
+        assert value.equal(start.reference.state_dict()[name])
+    assert any(not v.equal(start.actor.state_dict()[k]) for k, v in module.actor.state_dict().items())
+
+
+def test_metrics_are_those_of_the_experience(tmp_path, gpt2):
+    """Means by hand, over rows and response tokens."""
+    _, recorder, trainer = record(tmp_path, gpt2, kl_coef=0.5)
+    experience, row = recorder.experiences[-1], logged(trainer)[-1]
+    scores = count_good([], experience.responses)
+    lengths = [len(response) for _, response in rows_of(experience)]
+    kl = [float(k[:n].sum()) for k, n in zip(experience.kl, lengths, strict=True)]
+    mean = sum(scores) / len(scores)
+    variance = sum((s - mean) ** 2 for s in scores) / len(scores)
+    returns = torch.cat([r[:n] for r, n in zip(experience.returns, lengths, strict=True)]).double()
+    values = torch.cat([v[:n] for v, n in zip(experience.values, lengths, strict=True)]).double()
+    logprobs = [float(k[:n].sum()) for k, n in zip(experience.logprobs, lengths, strict=True)]
+    expected = {
+        "objective/score": mean,
+        "objective/score_std": variance**0.5,
+        "objective/kl": sum(kl) / len(kl),
+        "objective/kl_coef": 0.5,
+        "objective/rlhf_reward": sum(s - 0.5 * k for s, k in zip(scores, kl, strict=True)) / len(kl),
+        "objective/entropy": -sum(logprobs) / len(logprobs),
+        "response/length": sum(lengths) / len(lengths),
+        "response/ended_fraction": sum(r[-1] == 1 for _, r in rows_of(experience)) / len(lengths),
+        "value/mean": float(values.mean()),
+        "value/return_mean": float(returns.mean()),
+        "value/explained_variance": 1 - float((returns - values).var() / returns.var()),
+        "value/clip_fraction": 0.0,
+        "policy/lr": 0.1,
+        "value/lr": 0.1,
+        "optimizer/skipped_fraction": 0.0,
+    }
+    for name, value in expected.items():
+        assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    last = recorder.metrics[-len(recorder.metrics) // 2 :] if len(experience) > 5 else recorder.metrics[-2:]
+    names = {"policy_loss": "policy/loss", "approx_kl": "policy/approx_kl", "clip_fraction": "policy/clip_fraction",
+             "ratio": "policy/ratio", "entropy": "policy/entropy", "actor_grad_norm": "policy/grad_norm",
+             "value_loss": "value/loss", "critic_grad_norm": "value/grad_norm"}  # fmt: skip
+    for name, tag in names.items():
+        assert row[tag] == pytest.approx(sum(m[name] for m in last) / len(last), rel=1e-5), tag
+    assert row["policy/ratio_min"] == min(m["ratio_min"] for m in last) < 0.99
+    assert row["policy/ratio_max"] == max(m["ratio_max"] for m in last) > 1.01
+    seconds = {phase: row[f"time/{phase}"] for phase in ("rollout", "score", "update")}
+    for phase, value in seconds.items():
+        assert row[f"time/share/{phase}"] == pytest.approx(value / sum(seconds.values()))
+    n_tokens = sum(lengths)
+    assert row["throughput/tokens_per_second"] == pytest.approx(n_tokens / sum(seconds.values()))
+
+
+def test_each_updates_seconds_are_its_own(tmp_path, gpt2, monkeypatch):
+    """By a clock that goes on by one each time it is looked at: each of three phases takes 1 s, an update 3 s."""
+    monkeypatch.setattr(policy, "perf_counter", itertools.count().__next__)
+    _, recorder, trainer = record(tmp_path, gpt2)
+    for experience, row in zip(recorder.experiences, logged(trainer), strict=True):
+        assert [row[f"time/{phase}"] for phase in ("rollout", "score", "update")] == [1.0, 1.0, 1.0]
+        n_tokens = int(experience.response_mask.sum())
+        assert row["throughput/tokens_per_second"] == pytest.approx(n_tokens / 3, rel=1e-6)
+
+
+def test_the_memory_logged_is_the_process_own(tmp_path, gpt2):
+    """As Linux has it, kB in /proc; a process with torch in it has over 100 MiB."""
+    _, trainer = record(tmp_path, gpt2)[1:]
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("not Linux")
+    peak = float(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")))
+    for row in logged(trainer):
+        assert 0.1 < row["memory/peak_gib"] == pytest.approx(peak / 2**20, rel=0.05)
+
+
+def test_the_peak_is_the_gpus_own_on_one_and_in_bytes_on_every_system(monkeypatch):
+    """Linux counts in units of 1024 bytes, macOS in bytes."""
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 if device.index == 1 else 0)
+    assert peak_memory(torch.device("cuda", 1)) == 5
+    usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=3))
+    monkeypatch.setattr("lit_ppo.ppo.metrics.resource", usage)
+    for system, expected in (("linux", 3072), ("darwin", 3)):
+        monkeypatch.setattr("lit_ppo.ppo.metrics.sys", SimpleNamespace(platform=system))
+        assert peak_memory(torch.device("cpu")) == expected
+
+
+def test_where_the_system_does_not_tell_the_memory_none_is_logged(tmp_path, gpt2, monkeypatch):
+    monkeypatch.setattr("lit_ppo.ppo.metrics.resource", None)
+    _, trainer = record(tmp_path, gpt2)[1:]
+    assert all("memory/peak_gib" not in row for row in logged(trainer))
+
+
+def test_the_gradient_norm_is_clipped_and_logged_unclipped(tmp_path, gpt2):
+    """Plain gradient descent moves by rate x norm: at most 0.1 x 0.01 a step."""
+    module, recorder, _ = record(tmp_path, gpt2, max_grad_norm=0.01, ppo_epochs=1, max_steps=1, minibatch_size=7)
+    start = make_module(gpt2)
+    start.configure_model()
+    moved = sum(
+        ((v - start.actor.state_dict()[k]) ** 2).sum()
+        for k, v in module.actor.state_dict().items()
+        if "lm_head" not in k
+    )
+    assert recorder.metrics[0]["actor_grad_norm"] > 0.02
+    assert moved.sqrt().item() == pytest.approx(0.001, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "knob",
+    [
+        {"kl_coef": 0.5}, {"kl_estimator": "k3"}, {"clip_range": 0.001}, {"clip_range": None}, {"ppo_epochs": 1},
+        {"minibatch_size": 3}, {"samples_per_prompt": 2}, {"temperature": 0.8}, {"loss_reduction": "sequence_mean"},
+        {"max_grad_norm": 0.01}, {"seed": 4}, {"advantages": GAE(lam=0.0)}, {"generation": {"max_new_tokens": 5}},
+        {"actor_optimizer": lambda p: torch.optim.SGD(p, lr=0.2)},
+        {"critic_optimizer": lambda p: torch.optim.SGD(p, lr=0.2)},
+        {"rewards": lambda prompts, responses: [len(r) / 50 for r in responses]},
+    ],
+    ids=lambda knob: next(iter(knob)),
+)  # fmt: skip
+def test_every_knob_changes_the_weights(tmp_path, gpt2, knob):
+    base = {"clip_range": 0.05, "minibatch_size": 5}
+    plain, _ = run(tmp_path, gpt2, **base)
+    other, _ = run(tmp_path, gpt2, **{**base, **knob})
+    pairs = [(plain.state_dict()[k], v) for k, v in other.state_dict().items()]
+    assert any(not a.equal(b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("which", ["actor", "critic"])
+def test_schedules_step_once_an_update(tmp_path, gpt2, which):
+    def halve(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+
+    _, rows = run(tmp_path, gpt2, **{f"{which}_scheduler": halve})
+    tag = {"actor": "policy/lr", "critic": "value/lr"}[which]
+    assert [row[tag] for row in rows] == pytest.approx([0.1, 0.05])
+    other = {"actor": "value/lr", "critic": "policy/lr"}[which]
+    assert [row[other] for row in rows] == pytest.approx([0.1, 0.1])
+
+
+def test_a_schedule_over_the_run_knows_its_length_in_updates(tmp_path, gpt2):
+    """By hand: a cosine from 0.1 over 2 updates is at its peak, then halfway."""
+    _, rows = run(tmp_path, gpt2, actor_scheduler=WarmupCosine)
+    assert [row["policy/lr"] for row in rows] == pytest.approx([0.1, 0.05])
+
+
+def test_a_schedule_that_steps_on_results_is_refused(tmp_path, gpt2):
+    with pytest.raises(
+        ValueError, match=r"LitPPO\(critic_scheduler=ReduceLROnPlateau\): it steps on a validation result"
+    ):
+        run(tmp_path, gpt2, critic_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
+
+
+def test_a_frozen_actor_runs_neither_forward_nor_schedule(tmp_path, gpt2):
+    class Freeze(L.Callback):
+        def on_rollout_start(self, trainer: Any, pl_module: Any, prompts: Any) -> None:
+            pl_module.actor_frozen = trainer.global_step == 0
+
+        def on_actor_loss(self, trainer: Any, pl_module: Any, minibatch: Any, losses: Any) -> None:
+            assert not pl_module.actor_frozen
+
+    def halve(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+
+    _, recorder, trainer = record(tmp_path, gpt2, Freeze(), actor_scheduler=halve, max_steps=3)
+    rows = logged(trainer)
+    assert "policy/loss" not in rows[0]
+    assert "value/loss" in rows[0]
+    assert [row["policy/lr"] for row in rows] == pytest.approx([0.1, 0.1, 0.05])
+    assert recorder.experiences[1].kl.abs().max() < 1e-5  # still the reference
+    assert trainer.global_step == 3
+
+
+def test_a_model_that_comes_to_rest_has_no_gradient_any_more(tmp_path, gpt2):
+    class Freeze(L.Callback):
+        def on_rollout_start(self, trainer: Any, pl_module: Any, prompts: Any) -> None:
+            pl_module.actor_frozen = trainer.global_step == 1
+
+    _, _, trainer = record(tmp_path, gpt2, Freeze())
+    assert ["policy/grad_norm" in row for row in logged(trainer)] == [True, False]
+
+
+def test_exhausted_cancels_the_step_and_ends_the_update(tmp_path, gpt2):
+    class Stop(L.Callback):
+        def on_minibatch_end(self, trainer: Any, pl_module: Any, experience: Any, metrics: Any) -> None:
+            if len(weights) == 1:
+                experience.exhausted = True
+            weights.append({name: value.clone() for name, value in pl_module.state_dict().items()})
+
+    weights: list[dict[str, torch.Tensor]] = []
+    module, _, trainer = record(tmp_path, gpt2, Stop(), max_steps=1)
+    assert len(weights) == 2
+    assert trainer.global_step == 1
+    assert all(value.equal(weights[1][name]) for name, value in module.state_dict().items())
+    assert any(not value.equal(weights[0][name]) for name, value in weights[1].items())
+
+
+def test_emptied_losses_leave_the_model_alone(tmp_path, gpt2):
+    class Empty(L.Callback):
+        def on_actor_loss(self, trainer: Any, pl_module: Any, minibatch: Any, losses: Any) -> None:
+            losses.clear()
+
+    module, recorder, _ = record(
+        tmp_path, gpt2, Empty(), actor_optimizer=lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5)
+    )
+    assert "actor_grad_norm" not in recorder.metrics[0]
+    start = make_module(gpt2)
+    start.configure_model()
+    assert all(v.equal(start.actor.state_dict()[k]) for k, v in module.actor.state_dict().items())
+
+
+def test_an_added_loss_is_trained_on_and_logged(tmp_path, gpt2):
+    class Push(L.Callback):
+        def on_actor_loss(self, trainer: Any, pl_module: Any, minibatch: Any, losses: Any) -> None:
+            losses["push"] = 3.0 * minibatch.mean(minibatch.new_logprobs)
+
+    module, recorder, trainer = record(tmp_path, gpt2, Push(), ppo_epochs=1, minibatch_size=7, max_steps=1)
+    experience = recorder.experiences[0]
+    mean = experience.logprobs.sum() / experience.response_mask.sum()
+    assert logged(trainer)[0]["policy/push_loss"] == pytest.approx(3 * mean.item(), rel=1e-4)
+    plain, _, _ = record(tmp_path, gpt2, ppo_epochs=1, minibatch_size=7, max_steps=1)
+    assert any(not v.equal(plain.state_dict()[k]) for k, v in module.state_dict().items())
+
+
+def test_critic_from_the_reward_model_and_from_a_path(tmp_path, gpt2):
+    from lit_ppo.rewards import RewardModel
+
+    reward = make_reward_model(tmp_path / "reward")
+    from_reward = make_module(gpt2, rewards=RewardModel(str(reward)), critic="reward")
+    from_path = make_module(gpt2, critic=str(reward))
+    for module in (from_reward, from_path):
+        module.configure_model()
+        assert module.critic.value_head.weight.abs().sum() > 0
+    for name, value in from_reward.critic.state_dict().items():
+        assert value.equal(from_path.critic.state_dict()[name])
+
+
+def test_gradient_clipping_can_be_the_only_restraint(tmp_path, gpt2, monkeypatch):
+    """Neither reference nor ratio clipping: the weights are those of a KL that weighs nothing, none of it loaded."""
+    bare = {"clip_range": None, "max_grad_norm": 0.05}
+    weighs_nothing, _, _ = record(tmp_path, gpt2, kl_coef=0.0, **bare)
+    monkeypatch.setattr("lit_ppo.ppo.build.Reference", None)  # would not take a model
+    module, recorder, trainer = record(tmp_path, gpt2, reference=None, kl_coef=0.5, **bare)
+    assert all(value.equal(weighs_nothing.state_dict()[name]) for name, value in module.state_dict().items())
+    assert [row["objective/kl"] for row in logged(trainer)] == [0.0, 0.0]
+    assert max(metrics["actor_grad_norm"] for metrics in recorder.metrics) > 0.05
+    unclipped, _, _ = record(tmp_path, gpt2, reference=None, clip_range=None, max_grad_norm=None)
+    assert any(not value.equal(unclipped.state_dict()[name]) for name, value in module.state_dict().items())
+
+
+def test_what_the_critic_starts_from_is_what_the_first_rollout_sees(tmp_path, gpt2):
+    """A reward model's critic values a response so far by the stock model's score of it, a causal LM's by 0."""
+    from transformers import AutoModelForSequenceClassification
+
+    from lit_ppo.rewards import RewardModel
+
+    reward, other = make_reward_model(tmp_path / "reward"), make_causal_lm(tmp_path / "other", seed=7, scale=4.0)
+    stock = AutoModelForSequenceClassification.from_pretrained(reward).eval()
+    stock.config.pad_token_id = None  # a sampled one is a token like any other
+    rewards = RewardModel(str(reward))
+    runs = {c: record(tmp_path, gpt2, critic=c, rewards=rewards) for c in ("actor", str(other), "reward", str(reward))}
+    for critic in ("actor", str(other)):
+        assert not runs[critic][1].experiences[0].values.any()
+    for critic in ("reward", str(reward)):
+        experience = runs[critic][1].experiences[0]
+        for i, (prompt, response) in enumerate(rows_of(experience)):
+            for t in range(len(response)):
+                score = stock(input_ids=torch.tensor([prompt + response[:t]])).logits[0, 0].item()
+                assert experience.values[i, t].item() == pytest.approx(score, rel=1e-4, abs=1e-6)
+    first, second = (runs[critic][0].critic.state_dict() for critic in ("reward", str(reward)))
+    assert all(value.equal(second[name]) for name, value in first.items())
+    losses = [logged(trainer)[1]["value/loss"] for _, _, trainer in runs.values()]
+    assert len({round(loss, 6) for loss in losses}) == 3
+
+
+def test_frozen_weights_stay_out_of_the_state_dict(tmp_path, gpt2):
+    from lit_ppo.rewards import RewardModel
+
+    module = make_module(gpt2, rewards=RewardModel(str(make_reward_model(tmp_path / "reward"))))
+    module.configure_model()
+    assert {name.split(".")[0] for name in module.state_dict()} == {"actor", "critic"}
+    module.checkpoint_reference = True
+    assert {name.split(".")[0] for name in module.state_dict()} == {"actor", "critic", "reference"}
+
+
+def test_the_difference_of_the_sampling_passs_log_probs_is_logged(tmp_path, gpt2):
+    _, metrics = run(tmp_path, gpt2, sampling_logprobs_tolerance=1e-4)
+    assert all(0 <= step["rollout/sampling_logprob_difference"] < 1e-5 for step in metrics)
+    _, metrics = run(tmp_path, gpt2)
+    assert all("rollout/sampling_logprob_difference" not in step for step in metrics)
+
+
+@pytest.mark.parametrize(
+    ("module", "argument"),
+    [
+        (LitPPO, "actor_optimizer"),
+        (LitPPO, "critic_optimizer"),
+        (LitSFT, "optimizer"),
+        (LitRewardModel, "optimizer"),
+    ],
+)
+def test_default_optimizers_are_fused(module, argument):
+    optimizer_of = inspect.signature(module).parameters[argument].default
+    assert optimizer_of([torch.nn.Parameter(torch.zeros(1))]).defaults["fused"] is True

@@ -1,0 +1,395 @@
+"""Reward models against the stock model on single texts."""
+
+import math
+import re
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import processors
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from lit_ppo.rewards import RewardModel
+from tests.helpers.tiny import WORDS, make_causal_lm, make_reward_model, make_tokenizer
+
+PROMPTS = ["the film was", "a", "we saw the very long and slow movie that they loved but", "it felt"]
+RESPONSES = [" really good", " great bright happy story", " bad", " not dull and not slow and not really awful"]
+TEXTS = [prompt + response for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
+SHARP = {"initializer_range": 0.5}  # scores that differ
+
+
+def experience(prompts: list[str] = PROMPTS, responses: list[str] = RESPONSES, **columns: list[Any]) -> SimpleNamespace:
+    return SimpleNamespace(prompts=prompts, responses=responses, columns=columns, extras={})
+
+
+def stock(path: Path, texts: list[str], tokenizer: Any = None, label: int = 0, **options: Any) -> list[float]:
+    """What transformers gives for each text alone."""
+    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(path)
+    with torch.no_grad():
+        return [model(**tokenizer(text, return_tensors="pt", **options)).logits[0, label].item() for text in texts]
+
+
+def token_scores(path: Path, ids: list[int]) -> list[float]:
+    """The head applied by hand to every token of one text."""
+    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        hidden = model.base_model(torch.tensor([ids])).last_hidden_state[0]
+    return (hidden @ model.score.weight[0]).tolist()
+
+
+def without_pad() -> Any:
+    return make_tokenizer(pad=False)
+
+
+def pad_is_eos() -> Any:
+    tokenizer = make_tokenizer(pad=False)
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+# score at the last token
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+@pytest.mark.parametrize("tokenizer", [make_tokenizer, without_pad, pad_is_eos])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "distilbert"])
+def test_last_is_what_the_stock_model_gives_for_each_text(family: str, tokenizer: Any, batch_size: int, tmp_path: Path):
+    path = make_reward_model(tmp_path, family, tokenizer=tokenizer(), **SHARP)
+    scores = RewardModel(str(path), batch_size=batch_size)(experience())
+    assert scores.dtype == torch.float32
+    assert scores.tolist() == pytest.approx(stock(path, TEXTS), rel=1e-5, abs=1e-5)
+    assert len({round(score, 3) for score in scores.tolist()}) == len(TEXTS)  # else the comparison says little
+
+
+@pytest.mark.parametrize("tokenizer", [make_tokenizer, without_pad, pad_is_eos])
+def test_text_that_ends_in_a_stop_token_is_scored_as_the_stock_model_does(tokenizer: Any, tmp_path: Path):
+    path = make_reward_model(tmp_path, tokenizer=tokenizer(), **SHARP)
+    responses = [" really good [EOS]", " bad [EOS] [EOS]"]
+    texts = [PROMPTS[0] + responses[0], PROMPTS[2] + responses[1]]
+    scores = RewardModel(str(path))(experience([PROMPTS[0], PROMPTS[2]], responses))
+    assert scores.tolist() == pytest.approx(stock(path, texts), rel=1e-5, abs=1e-5)
+
+
+def test_token_added_in_front_is_kept(tmp_path: Path):
+    path = make_reward_model(tmp_path, "llama", tokenizer=make_tokenizer(bos=True), **SHARP)
+    assert AutoTokenizer.from_pretrained(path)("a").input_ids[0] == AutoTokenizer.from_pretrained(path).bos_token_id
+    assert RewardModel(str(path))(experience()).tolist() == pytest.approx(stock(path, TEXTS), rel=1e-5, abs=1e-5)
+
+
+def test_forwards_hold_batch_size_texts_each(tmp_path: Path):
+    source = RewardModel(str(make_reward_model(tmp_path)), batch_size=3)
+    source.build()
+    sizes: list[int] = []
+    source.model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    source(experience())
+    assert sizes == [3, 1]
+
+
+MIXED = [" ".join(WORDS[:length]) for length in (3, 20, 1, 7, 2, 6, 5, 1)]
+
+
+@pytest.mark.parametrize(
+    ("batch_tokens", "shapes"),
+    [  # texts, longest length: their product keeps to the budget, but for the text of 20
+        (14, [(1, 20), (2, 7), (2, 5), (3, 2)]),
+        (20, [(1, 20), (2, 7), (4, 5), (1, 1)]),
+        (1, [(1, 20), (1, 7), (1, 6), (1, 5), (1, 3), (1, 2), (1, 1), (1, 1)]),
+        (160, [(8, 20)]),
+        (159, [(7, 20), (1, 1)]),
+    ],
+)
+@pytest.mark.parametrize("aggregation", ["last", "mean"])
+def test_forwards_hold_at_most_batch_tokens_padding_included(
+    aggregation: Any, batch_tokens: int, shapes: list[tuple[int, int]], tmp_path: Path
+):
+    """Lengths 20 7 6 5 3 2 1 1, cut by hand; scores are those of one text at a time."""
+    path = make_reward_model(tmp_path, **SHARP)
+    alone = RewardModel(str(path), aggregation=aggregation, batch_size=1).score_texts(MIXED)
+    source = RewardModel(str(path), aggregation=aggregation, batch_tokens=batch_tokens)
+    source.build()
+    seen: list[tuple[int, ...]] = []
+    source.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    assert source.score_texts(MIXED).tolist() == pytest.approx(alone.tolist(), rel=1e-5, abs=1e-5)
+    assert seen == shapes
+    if aggregation == "last":
+        assert alone.tolist() == pytest.approx(stock(path, MIXED), rel=1e-5, abs=1e-5)
+
+
+def test_32_texts_a_forward_by_default(tmp_path: Path):
+    source = RewardModel(str(make_reward_model(tmp_path)))
+    source.build()
+    sizes: list[int] = []
+    source.model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    source.score_texts(["a film"] * 33)
+    assert sizes == [32, 1]
+
+
+def test_tokenizer_of_another_vocabulary(tmp_path: Path):
+    """The reward model reads text: its ids are its own, those of another tokenizer if that is named."""
+    path = make_reward_model(tmp_path / "model", **SHARP)
+    other = make_tokenizer(tmp_path / "other", words=WORDS[::-1])
+    scores = RewardModel(str(path), tokenizer=str(tmp_path / "other"))(experience())
+    assert scores.tolist() == pytest.approx(stock(path, TEXTS, other), rel=1e-5, abs=1e-5)
+    assert scores.tolist() != pytest.approx(stock(path, TEXTS), rel=1e-2)
+
+
+# mean over the response
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("tokenizer", [make_tokenizer, without_pad, pad_is_eos])
+def test_mean_is_over_the_responses_tokens(family: str, tokenizer: Any, tmp_path: Path):
+    path = make_reward_model(tmp_path, family, tokenizer=tokenizer(), **SHARP)
+    scores = RewardModel(str(path), aggregation="mean", batch_size=3)(experience())
+    for score, text, response in zip(scores.tolist(), TEXTS, RESPONSES, strict=True):
+        of_tokens = token_scores(path, AutoTokenizer.from_pretrained(path)(text).input_ids)
+        words = len(response.split())  # one token each, at the end
+        assert score == pytest.approx(math.fsum(of_tokens[-words:]) / words, rel=1e-5, abs=1e-5)
+
+
+def test_mean_leaves_out_tokens_that_the_tokenizer_adds(tmp_path: Path):
+    tokenizer = make_tokenizer(bos=True)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[BOS] $A [EOS]", special_tokens=[("[BOS]", tokenizer.bos_token_id), ("[EOS]", tokenizer.eos_token_id)]
+    )
+    path = make_reward_model(tmp_path, tokenizer=tokenizer, **SHARP)
+    of_tokens = token_scores(path, tokenizer("the film was really good").input_ids)
+    score = RewardModel(str(path), aggregation="mean")(experience(["the film was"], [" really good"]))
+    assert score.item() == pytest.approx((of_tokens[-3] + of_tokens[-2]) / 2, rel=1e-5)
+
+
+def test_mean_over_an_empty_response_is_the_score_at_the_last_token(tmp_path: Path):
+    path = make_reward_model(tmp_path, **SHARP)
+    rows = experience(PROMPTS, ["", " good", "", " bad"])
+    means, lasts = RewardModel(str(path), aggregation="mean")(rows), RewardModel(str(path))(rows)
+    assert means.tolist() == pytest.approx(lasts.tolist(), rel=1e-5)  # one-token responses too
+
+
+def test_mean_is_refused_where_there_is_no_score_per_token(tmp_path: Path):
+    path = make_reward_model(tmp_path, "distilbert")
+    with pytest.raises(ValueError, match=r"RewardModel\(aggregation='mean'\): DistilBert.* gives no score per token"):
+        RewardModel(str(path), aggregation="mean").build()
+
+
+# chat
+
+MESSAGES = [
+    [{"role": "user", "content": "was the film good"}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "good"}, {"role": "user", "content": "and"}],
+]
+ANSWERS = ["really good", "not bad and not good"]
+
+
+def chat_ids(tokenizer: Any) -> list[list[int]]:
+    turns = zip(MESSAGES, ANSWERS, strict=True)
+    conversations = [[*messages, {"role": "assistant", "content": answer}] for messages, answer in turns]
+    return [tokenizer.apply_chat_template(turns, return_dict=False) for turns in conversations]
+
+
+def test_chat_goes_through_the_reward_models_own_template(tmp_path: Path):
+    tokenizer = make_tokenizer(bos=True, chat=True)
+    path = make_reward_model(tmp_path, tokenizer=tokenizer, **SHARP)
+    ids = chat_ids(tokenizer)
+    assert [row.count(tokenizer.bos_token_id) for row in ids] == [1, 1]
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    expected = [model(torch.tensor([row])).logits.item() for row in ids]
+    rendered = ["of no matter", "of no matter"]  # by the actor's template
+    scores = RewardModel(str(path))(experience(rendered, ANSWERS, messages=MESSAGES))
+    assert scores.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("content", ["m['content']", "(m['content'] | trim)"])
+def test_mean_over_a_chat_response(content: str, tmp_path: Path):
+    """Some templates strip the turns; the response's tokens are the same words, right before the end of the turn."""
+    tokenizer = make_tokenizer(bos=True, chat=True)
+    template = tokenizer.chat_template.replace("m['content'] + ' ' +", f"{content} +")
+    tokenizer.chat_template = template
+    path = make_reward_model(tmp_path, tokenizer=tokenizer, **SHARP)
+    padding = "  " if "trim" in content else ""
+    responses = [f"{padding}{answer}{padding}" for answer in ANSWERS]
+    scores = RewardModel(str(path), aggregation="mean")(experience(["", ""], responses, messages=MESSAGES))
+    for score, ids, answer in zip(scores.tolist(), chat_ids(tokenizer), ANSWERS, strict=True):
+        words = len(answer.split())
+        expected = token_scores(path, ids)[-words - 1 : -1]  # the end of the turn is not the response's
+        assert score == pytest.approx(math.fsum(expected) / words, rel=1e-5)
+
+
+def test_mean_over_a_chat_response_that_repeats_the_prompt(tmp_path: Path):
+    tokenizer = make_tokenizer(bos=True, chat=True)
+    path = make_reward_model(tmp_path, tokenizer=tokenizer, **SHARP)
+    turns = [{"role": "user", "content": "good"}, {"role": "assistant", "content": "good"}]
+    score = RewardModel(str(path), aggregation="mean")(experience([""], ["good"], messages=[turns[:1]]))
+    ids = tokenizer.apply_chat_template(turns, return_dict=False)
+    assert score.item() == pytest.approx(token_scores(path, ids)[-2], rel=1e-5)
+
+
+def test_mean_where_the_template_rewrites_the_response(tmp_path: Path):
+    """All that follows the prompt is taken for the response then."""
+    tokenizer = make_tokenizer(bos=True, chat=True)
+    tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "m['content'].replace('very ', '')")
+    path = make_reward_model(tmp_path, tokenizer=tokenizer, **SHARP)
+    rows = experience(["", ""], ["very really very good", "not very bad and not good"], messages=MESSAGES)
+    scores = RewardModel(str(path), aggregation="mean")(rows)
+    for score, ids, answer in zip(scores.tolist(), chat_ids(tokenizer), ANSWERS, strict=True):
+        words = len(answer.split()) + 1  # and the end of the turn
+        assert score == pytest.approx(math.fsum(token_scores(path, ids)[-words:]) / words, rel=1e-5)
+
+
+def test_chat_without_a_template_is_refused(tiny_reward: Path):
+    with pytest.raises(ValueError, match=r"prompts are chat messages, but this tokenizer has no chat template"):
+        RewardModel(str(tiny_reward))(experience(["", ""], ANSWERS, messages=MESSAGES))
+
+
+# arguments and errors
+
+
+def test_label_by_index_and_by_name(tmp_path: Path):
+    names = {"id2label": {0: "bad", 1: "middling", 2: "good"}, "label2id": {"bad": 0, "middling": 1, "good": 2}}
+    path = make_reward_model(tmp_path, "distilbert", num_labels=3, **SHARP, **names)
+    for label, index in [("good", 2), (2, 2), ("bad", 0), (0, 0)]:
+        scores = RewardModel(str(path), label=label)(experience())
+        assert scores.tolist() == pytest.approx(stock(path, TEXTS, label=index), rel=1e-5)
+    for label in (None, "great", 3, -1, True):
+        with pytest.raises(ValueError, match=rf"RewardModel\(label={label!r}\): .* bad, middling, good; .* 0 to 2"):
+            RewardModel(str(path), label=label).build()
+
+
+def test_mean_takes_the_label_too(tmp_path: Path):
+    path = make_reward_model(tmp_path, num_labels=2, **SHARP)
+    one, two = (RewardModel(str(path), "", "mean", label)(experience(["a"], [" film"])) for label in (0, 1))
+    assert one.item() == pytest.approx(stock(path, ["a film"], label=0)[0], rel=1e-5)
+    assert two.item() == pytest.approx(stock(path, ["a film"], label=1)[0], rel=1e-5)
+
+
+def test_model_kwargs_reach_the_model(tiny_reward: Path):
+    half = RewardModel(str(tiny_reward), model_kwargs={"dtype": torch.bfloat16, "attn_implementation": "eager"})
+    assert half(experience()).dtype == torch.float32
+    assert half.model.dtype == torch.bfloat16
+    assert half.model.config._attn_implementation == "eager"
+    whole = RewardModel(str(tiny_reward))
+    whole.build()
+    assert whole.model.dtype == torch.float32
+
+
+def test_half_precision_checkpoint_is_loaded_in_float32(tmp_path: Path):
+    path = make_reward_model(tmp_path)
+    AutoModelForSequenceClassification.from_pretrained(path).to(torch.bfloat16).save_pretrained(path)
+    source = RewardModel(str(path))
+    source.build()
+    assert source.model.dtype == torch.float32
+
+
+def test_nothing_is_loaded_before_it_is_built():
+    source = RewardModel("no/such/folder")
+    assert source.model is None
+    assert not list(source.parameters())
+
+
+def test_stays_frozen_and_in_eval_mode(tmp_path: Path):
+    path = make_reward_model(tmp_path, resid_pdrop=0.5, embd_pdrop=0.5)
+    parent = nn.Sequential(RewardModel(str(path)))
+    parent[0].build()
+    parent.train()
+    assert not any(module.training for module in parent[0].modules())
+    assert not any(parameter.requires_grad for parameter in parent.parameters())
+    scores = parent[0](experience())
+    assert not scores.requires_grad
+    assert torch.equal(scores, parent[0](experience()))
+
+
+def test_is_loaded_once(tiny_reward: Path):
+    source = RewardModel(str(tiny_reward))
+    source.build()
+    model = source.model
+    source.build()
+    source(experience())
+    assert source.model is model
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_long_text_loses_its_beginning_with_a_warning(bos: bool, tmp_path: Path):
+    """64 positions; the token that the tokenizer puts in front stays in front."""
+    tokenizer = make_tokenizer(bos=bos)
+    path = make_reward_model(tmp_path, tokenizer=tokenizer, **SHARP)
+    words = (WORDS * 3)[:90]
+    kept = " ".join(words[-63 if bos else -64 :])
+    source = RewardModel(str(path))
+    rows = experience([" ".join(words[:50]), "a"], [" " + " ".join(words[50:]), " film"])
+    with pytest.warns(UserWarning, match=r"RewardModel.*: 1 of 2 texts exceed its 64 positions and lose their begin"):
+        scores = source(rows)
+    assert scores.tolist() == pytest.approx(stock(path, [kept, "a film"]), rel=1e-5, abs=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        source(rows)  # said once
+
+
+def test_mean_of_a_long_text_is_over_what_is_left_of_the_response(tmp_path: Path):
+    path = make_reward_model(tmp_path, **SHARP)
+    words = (WORDS * 3)[:90]
+    with pytest.warns(UserWarning, match="positions"):
+        score = RewardModel(str(path), aggregation="mean")(
+            experience([" ".join(words[:10])], [" " + " ".join(words[10:])])
+        )
+    of_tokens = token_scores(path, AutoTokenizer.from_pretrained(path)(" ".join(words[-64:])).input_ids)
+    assert score.item() == pytest.approx(math.fsum(of_tokens) / 64, rel=1e-5)
+
+
+@pytest.mark.parametrize("argument", ["model", "tokenizer"])
+def test_missing_folder(argument: str, tiny_reward: Path, tmp_path: Path):
+    missing = str(tmp_path / "nowhere")
+    arguments = {"model": str(tiny_reward), argument: missing}
+    with pytest.raises(ValueError, match="there is no such folder") as error:
+        RewardModel(**arguments).build()
+    assert str(error.value).startswith(f"RewardModel({argument}={missing!r}): cannot be loaded")
+    assert "\n" not in str(error.value)
+
+
+def test_checkpoint_without_a_trained_head_is_refused(tmp_path: Path):
+    path = make_causal_lm(tmp_path)
+    with pytest.raises(ValueError, match=r"the checkpoint lacks score\.weight; train it as a reward model first"):
+        RewardModel(str(path)).build()
+
+
+def test_text_without_tokens_is_refused(tiny_reward: Path):
+    with pytest.raises(ValueError, match=r"RewardModel.*: text 1 \(''\) has no tokens to score"):
+        RewardModel(str(tiny_reward))(experience(["a", ""], [" film", ""]))
+
+
+def test_model_that_gives_nan_is_refused(tiny_reward: Path):
+    source = RewardModel(str(tiny_reward))
+    source.build()
+    source.model.score.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"RewardModel\(model=.*returned nan for response 0 of 4"):
+        source(experience())
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("aggregation", "max"),
+        ("batch_size", 0),
+        ("batch_size", -1),
+        ("batch_size", True),
+        ("batch_tokens", 0),
+        ("batch_tokens", 2.5),
+    ],
+)
+def test_reward_model_arguments(argument: str, value: Any):
+    with pytest.raises(ValueError, match=re.escape(f"RewardModel({argument}={value!r}): must be")):
+        RewardModel("model", **{argument: value})
+
+
+def test_batch_size_and_batch_tokens_exclude_each_other():
+    with pytest.raises(ValueError, match=re.escape("RewardModel(batch_tokens=64): give it or batch_size, not both")):
+        RewardModel("model", batch_size=32, batch_tokens=64)

@@ -1,0 +1,145 @@
+"""SIGKILL at any moment loses no more than the update at work, and nothing of what a checkpoint covers."""
+
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_ppo.run.checkpoint import step_of
+from tests.helpers import killed_runs
+from tests.helpers.tiny import make_causal_lm
+from tests.run.test_events import shown
+
+pytestmark = pytest.mark.skipif(not hasattr(killed_runs.os, "fork"), reason="forks")
+
+SAMPLES = "version_0/samples.jsonl"
+UPDATES = 8  # two batches an epoch: into the fourth epoch
+MOMENTS = [  # each in a process of its own, which goes on where the one before it was killed
+    "rollout end x 1",
+    "scoring x 1",
+    "scores x 1",
+    "rewards x 1",
+    "gathering the checkpoint x 1",
+    "advantages x 1",
+    "half written x 1",
+    "batch end x 1",
+    "before os.replace x 1",
+    "after os.replace x 1",
+    "after os.replace x 2",  # the checkpoint is there, and its step not logged yet
+    "minibatch start x 2",
+    "actor loss x 2",
+    "before os.fsync x 1",
+    "critic loss x 1",
+    "validation start x 1",
+    "optimizer step x 3",
+    "minibatch end x 3",
+    "half written x 2",
+    "validating x 1",
+    "before os.remove x 1",
+    "update end x 1",
+    "train end x 1",
+]
+FEW = ["rewards x 4", "half written x 3"]
+WATCHED = [
+    "scoring x 1",  # before the first update
+    "scoring x 9",
+    "gathering the checkpoint x 1",  # the monitors have measured, and nothing is saved of it
+    "half written x 2",
+    "validating x 1",
+    "after os.replace x 2",  # histograms are with the writer's thread
+    "gathering the checkpoint x 2",
+    "batch end x 1",
+]
+
+
+def run(folder: Path, actor: Path, tricks: str, kill_at: str | None = None) -> list[str]:
+    """One process; its events."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "events.txt"
+    path.unlink(missing_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lit_ppo.cli.command", "tests.helpers.command", "tests.helpers.killed_runs"])
+    process = context.Process(target=killed_runs.child, args=(folder, actor, UPDATES, tricks, kill_at))
+    process.start()
+    process.join(60)
+    if process.exitcode is None:
+        process.kill()
+    seen = path.read_text().splitlines()
+    expected = 0 if kill_at is None else -killed_runs.signal.SIGKILL
+    assert process.exitcode == expected, (kill_at, seen[-3:], (folder / "output.txt").read_text()[-3000:])
+    assert kill_at is None or seen[-1] == kill_at.partition(" x ")[0]
+    return seen
+
+
+def updates_of(seen: list[str]) -> list[int]:
+    return [int(name.removeprefix("update ")) for name in seen if name.startswith("update ") and name[-1].isdigit()]
+
+
+def logs(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """All that was logged but times; a step told twice is a failure."""
+    told = EventAccumulator(str(folder / "version_0")).Reload()
+    names = [tag for tag in told.Tags()["scalars"] if not tag.startswith(("time/", "throughput/", "memory/"))]
+    found = {tag: [(event.step, event.value) for event in told.Scalars(tag)] for tag in names}
+    for tag, points in found.items():
+        if tag == "epoch":  # validation repeats the number of its step
+            found[tag] = points = sorted(set(points))
+        assert len({step for step, _ in points}) == len(points), tag
+    return found
+
+
+def same(one: Any, other: Any) -> bool:
+    """Bit for bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one.equal(other) if isinstance(one, torch.Tensor) else one == other
+
+
+def check_that_all_act(told: dict[str, list[tuple[int, float]]]) -> None:
+    """A trick that does nothing in the run has nothing to resume."""
+    for tag in ("policy/early_stop", "policy/lr", "objective/kl_coef", "data/success_rate", "ptx/loss"):
+        assert len({value for _, value in told[tag]}) > 1, tag
+    assert [step for step, _ in told["rejection/score_gain"]] == [3, 7]
+    learnt = [step for step, _ in told["policy/grad_norm"]]
+    assert learnt == [*range(2, UPDATES)]  # the critic's warm-up is over
+    assert 0 < len(told["policy/entropy_loss"]) < len(learnt)  # the bonus is off at times
+    kls = dict(told["objective/kl"])
+    assert kls[3] == kls[6] == 0 != kls[5]  # the reference has caught up with the actor
+
+
+@pytest.mark.parametrize(("tricks", "moments"), [("most", MOMENTS), ("others", FEW), ("monitors", WATCHED)])
+def test_killed_at_every_kind_of_moment(tmp_path: Path, tricks: str, moments: list[str]) -> None:
+    actor = make_causal_lm(tmp_path / "lm", scale=4.0)
+    assert updates_of(run(tmp_path / "whole", actor, tricks)) == [*range(UPDATES)]
+    cut = tmp_path / "cut"
+    covered = 0
+    for moment in [*moments, None]:
+        done = updates_of(run(cut, actor, tricks, moment))
+        assert done == [*range(covered, covered + len(done))], moment  # nothing covered runs again, nothing is left out
+        newest = killed_runs.last_checkpoint(cut)
+        covered = 0 if newest is None else step_of(newest)
+        if done:
+            assert covered in (done[-1], done[-1] + 1), moment  # the update at work is all that is lost
+    assert covered == UPDATES
+    whole, cut_logs = logs(tmp_path / "whole"), logs(cut)
+    assert cut_logs == whole
+    if tricks == "most":
+        check_that_all_act(whole)
+    steps = shown(cut / "version_0")
+    assert steps == shown(tmp_path / "whole/version_0")
+    if tricks == "monitors":
+        assert {"histogram/scores", "figure/scores", "samples/text_summary", "tax/loss", "collapse/level"} <= {*steps}
+        assert (cut / SAMPLES).read_text() == (tmp_path / "whole" / SAMPLES).read_text()
+    assert [step for step, _ in whole["objective/score"]] == [*range(UPDATES)]
+    assert [step for step, _ in whole["val/score"]] == [0, 2, 5]
+    one, other = (
+        torch.load(killed_runs.last_checkpoint(folder) or "", weights_only=True) for folder in (tmp_path / "whole", cut)
+    )
+    keys = ["state_dict", "optimizer_states", "lr_schedulers", "callbacks", "lit_ppo", "PromptDataModule"]
+    for key in [*keys, "epoch", "global_step"]:
+        assert same(one[key], other[key]), key
+    assert len(list((cut / "version_0/checkpoints").iterdir())) == 2

@@ -1,0 +1,138 @@
+"""Other loggers than TensorBoard's: CSV, and services in the shape of W&B and MLflow."""
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import Logger
+
+from lit_ppo.callbacks import AlignmentTax, Cockpit, CollapseMonitor, RewardHackingMonitor, SampleLogger
+from lit_ppo.ppo.checks import check_loggers
+from lit_ppo.run.folder import RunTrainer
+from tests.callbacks.test_alignment_tax import texts
+from tests.cli.test_command import CONFIG
+from tests.helpers.command import run_command
+from tests.helpers.loggers import MlflowLike, WandbLike
+from tests.helpers.toys import count_good, make_data, make_module, make_trainer, write_prompts
+
+TAGS = {
+    "objective/score", "objective/kl", "policy/loss", "value/loss", "response/length", "throughput/tokens_per_second",
+    "val/score", "val/kl", "val/win_rate", "collapse/level", "collapse/kl", "hacking/verdict", "hacking/gold",
+    "tax/loss", "tax/loss_increase",
+}  # fmt: skip
+
+
+def short(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+    return [-len(response) / 100 for response in responses]
+
+
+def watched(folder: Path, lm: Path, logger: Logger | bool, **options: Any) -> None:
+    """Two updates with every monitor, arguments that are functions, and validation before, between and after."""
+    data = make_data(folder, val_path=str(write_prompts(folder / "held_out.jsonl", 5)))
+    monitors = [
+        SampleLogger(every=1, prompts=3), Cockpit(every=1), CollapseMonitor(),
+        RewardHackingMonitor(gold=short, every=1, prompts=4), AlignmentTax(texts(folder), every=1),
+    ]  # fmt: skip
+    trainer = make_trainer(folder, callbacks=monitors, logger=logger, val_check_interval=1)
+    trainer.fit(make_module(lm, **options), data)
+
+
+def samples(path: Path) -> list[int]:
+    return [json.loads(line)["update"] for line in path.read_text().splitlines()]
+
+
+def test_csv_has_every_number_and_the_samples_lie_beside(tmp_path: Path, tiny_lm: Path) -> None:
+    watched(tmp_path, tiny_lm, CSVLogger(tmp_path, name="csv", version=0))
+    folder = tmp_path / "csv/version_0"
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {name for row in rows for name, value in row.items() if value} >= TAGS
+    assert sum(bool(row["objective/score"]) for row in rows) == 2
+    assert yaml.safe_load((folder / "hparams.yaml").read_text())["generation"] == {"max_new_tokens": 10}
+    assert samples(folder / "samples.jsonl") == [0] * 3 + [1] * 3 + [2] * 3
+
+
+@pytest.mark.parametrize("service", [WandbLike, MlflowLike])
+def test_services_get_every_number_under_names_that_they_take(tmp_path: Path, tiny_lm: Path, service: Any) -> None:
+    """Several rewards, each also under its own name, and a judge."""
+    logger = service()
+    watched(tmp_path, tiny_lm, logger, rewards={"good": count_good, "short": short}, eval_rewards={"judge": short})
+    names = {name for row in logger.rows for name in row}
+    assert names >= TAGS | {"objective/score/good", "val/score/short", "val/score/judge", "val/win_rate/judge"}
+    assert sum("objective/score" in row for row in logger.rows) == 2
+    assert str(logger.params["kl_coef"]) == "0.1"
+    assert str(logger.params.get("generation/max_new_tokens", logger.params.get("generation"))) in (
+        "10", "{'max_new_tokens': 10}",
+    )  # fmt: skip
+    assert samples(tmp_path / "samples.jsonl") == [0] * 3 + [1] * 3 + [2] * 3  # the service has no folder here
+
+
+def test_runs_in_one_folder_keep_their_samples_apart(tmp_path: Path, tiny_lm: Path) -> None:
+    """As Lightning's own checkpoints: by project and run."""
+    for run in ("first", "second"):
+        watched(tmp_path, tiny_lm, WandbLike(str(tmp_path / "all"), run))
+    for run in ("first", "second"):
+        assert len(samples(tmp_path / f"all/project/{run}/samples.jsonl")) == 9
+
+
+def test_a_store_of_files_takes_one_reward(tmp_path: Path, tiny_lm: Path) -> None:
+    """No tag is the folder of another then; with several, where it would be, the store is refused before the run."""
+    logger = MlflowLike()
+    logger._tracking_uri = "file:/tmp/mlruns"  # type: ignore[attr-defined]
+    watched(tmp_path, tiny_lm, logger)
+    names = {name for row in logger.rows for name in row}
+    assert not {f"{name}/" for name in names} & {name[: name.rindex("/") + 1] for name in names if "/" in name}
+    for options in ({"rewards": {"good": count_good, "short": short}}, {"eval_rewards": {"good": short}}):
+        with pytest.raises(ValueError, match=r"MlflowLike\(tracking_uri='file:/tmp/mlruns'\).*val/score/good"):
+            watched(tmp_path, tiny_lm, logger, **options)
+
+
+def test_which_stores_are_of_files() -> None:
+    for uri, refused in (("./mlruns", True), ("sqlite:///m.db", False), ("http://localhost:5000", False)):
+        logger = SimpleNamespace(_tracking_uri=uri)
+        check_loggers([logger, SimpleNamespace()], [])
+        if refused:
+            with pytest.raises(ValueError, match="use a data base"):
+                check_loggers([SimpleNamespace(), logger], ["judge"])
+        else:
+            check_loggers([logger], ["judge"])
+
+
+def test_which_loggers_leave_the_run_without_a_folder(tmp_path: Path) -> None:
+    """The first one's counts, as it does for Lightning; without any, everything lies in the root."""
+    ours, other = CSVLogger(tmp_path), WandbLike()
+    for loggers, needed in (
+        (False, False),
+        (ours, False),
+        (other, True),
+        ([ours, other], False),
+        ([other, ours], True),
+    ):
+        trainer = RunTrainer(logger=loggers, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+        assert trainer.needs_folder is needed
+
+
+@pytest.mark.parametrize("save_dir", [None, "elsewhere"])
+def test_the_commands_run_folder_is_its_own_with_any_logger(tmp_path: Path, save_dir: str | None) -> None:
+    """And ``last`` finds it and goes on in it."""
+    config = {**CONFIG, "trainer": {**CONFIG["trainer"], "logger": {"class_path": "tests.helpers.loggers.WandbLike"}}}
+    config["trainer"]["logger"]["init_args"] = {"save_dir": save_dir}
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(config))
+    for _ in range(2):
+        out = run_command("fit", "--config", "toy.yaml", "--trainer.max_steps=4", cwd=tmp_path).ok().out
+    assert "tensorboard" not in out
+    assert "Run folder:  runs/version_1" in out
+    out = run_command("fit", "--config", "toy.yaml", "--ckpt_path=last", cwd=tmp_path).ok().out
+    assert "Run folder:  runs/version_1" in out
+    names = {path.name for path in (tmp_path / "runs/version_1").iterdir()}
+    assert names == {"config.yaml", "checkpoints", "model"}
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"version_0", "version_1"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"toy.yaml", "runs", ".stdout", ".stderr"}
+    assert [path.name for path in sorted((tmp_path / "runs/version_1/checkpoints").iterdir())] == [
+        "step-000006.ckpt", "step-000008.ckpt",
+    ]  # fmt: skip

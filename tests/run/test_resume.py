@@ -1,0 +1,163 @@
+"""A run that stops after any update and goes on from its checkpoint ends where the uninterrupted one does."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lit_ppo.callbacks import AdaptiveKL, CriticWarmup, RewardNormalization
+from lit_ppo.run.checkpoint import RUN, StepCheckpoint, find_checkpoints
+from tests.helpers.tiny import make_causal_lm
+from tests.helpers.toys import logged, make_data, make_module, make_trainer
+
+UPDATES = 5  # two batches an epoch: into the third epoch
+
+
+def callbacks(folder: Path, **saving: Any) -> list[Any]:
+    return [
+        AdaptiveKL(target=0.01, horizon=50),
+        CriticWarmup(updates=2),
+        RewardNormalization(),
+        StepCheckpoint(**{"every_n_train_steps": 1, "keep": 9, "dirpath": str(folder / "checkpoints"), **saving}),
+    ]
+
+
+def adam(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=1e-2)
+
+
+def halve(optimizer: Any) -> Any:
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+
+
+def fit(
+    folder: Path, actor: Path, ckpt_path: Path | None = None, updates: int = UPDATES, **saving: Any
+) -> tuple[Any, list[dict[str, float]]]:
+    module = make_module(actor, actor_optimizer=adam, critic_optimizer=adam, actor_scheduler=halve)
+    trainer = make_trainer(folder, callbacks=callbacks(folder, **saving), max_steps=updates, enable_checkpointing=True)
+    trainer.fit(module, make_data(folder), ckpt_path=None if ckpt_path is None else str(ckpt_path), weights_only=False)
+    return module, logged(trainer)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    actor = make_causal_lm(folder / "lm", scale=4.0)
+    module, rows = fit(folder, actor)
+    assert len(rows) == UPDATES
+    return folder, actor, module.state_dict(), rows
+
+
+@pytest.mark.parametrize("stop", range(1, UPDATES))
+def test_going_on_after_any_update_changes_nothing(tmp_path, whole, stop):
+    folder, actor, weights, rows = whole
+    module, resumed = fit(tmp_path, actor, folder / "checkpoints" / f"step-{stop:06d}.ckpt")
+    assert len(resumed) == UPDATES - stop
+    for expected, row in zip(rows[stop:], resumed, strict=True):
+        for name, value in expected.items():
+            if not name.startswith(("time/", "throughput/", "memory/")):
+                assert row[name] == value, name
+    for name, value in module.state_dict().items():
+        assert value.equal(weights[name]), name
+
+
+def test_a_run_that_ended_goes_on_where_more_updates_are_asked_for(tmp_path, whole):
+    """In the middle of an epoch, which Lightning counts as done by the end of training: it was saved before."""
+    _, actor, weights, rows = whole
+    saving = {"every_n_train_steps": 50}
+    fit(tmp_path, actor, updates=3, **saving)
+    module, resumed = fit(tmp_path, actor, tmp_path / "checkpoints" / "step-000003.ckpt", **saving)
+    assert [row["epoch"] for row in resumed] == [row["epoch"] for row in rows[3:]] == [1, 2]
+    assert all(value.equal(weights[name]) for name, value in module.state_dict().items())
+
+
+def test_a_checkpoint_tells_again_only_what_its_step_logs(tmp_path, whole):
+    """Every other update is logged: of updates 0 to 3 those that are 1 and 3, after steps 2 and 4."""
+    saving = StepCheckpoint(every_n_train_steps=1, keep=9, dirpath=str(tmp_path / "checkpoints"))
+    options = {"max_steps": 4, "enable_checkpointing": True, "log_every_n_steps": 2}
+    trainer = make_trainer(tmp_path, callbacks=[saving], **options)
+    trainer.fit(make_module(whole[1]), make_data(tmp_path))
+    told = [torch.load(path, weights_only=True)[RUN] for path in find_checkpoints(tmp_path)]
+    assert [run["steps_logged"] for run in told] == [1, 1, 3, 3]
+    assert [run["logged"].get("objective/score") for run in told[::2]] == [None, None]
+    scores = [row["objective/score"] for row in logged(trainer)]
+    assert [run["logged"]["objective/score"] for run in told[1::2]] == scores
+
+
+def test_the_reference_after_resume_is_what_the_run_started_from(tmp_path, whole):
+    folder, actor, _, _ = whole
+    module, _ = fit(tmp_path, actor, folder / "checkpoints" / "step-000004.ckpt")
+    start = make_module(actor)
+    start.configure_model()
+    for name, value in module.reference.state_dict().items():
+        assert value.equal(start.reference.state_dict()[name])
+
+
+def test_checkpoints_hold_no_frozen_weights(whole):
+    checkpoint = torch.load(whole[0] / "checkpoints" / "step-000005.ckpt", weights_only=True)
+    assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"actor", "critic"}
+    assert checkpoint["lit_ppo"]["rollouts"] == UPDATES
+
+
+def test_a_moved_reference_is_saved_and_restored(tmp_path, whole):
+    """A callback that moves it says so by ``checkpoint_reference``."""
+    _, actor, _, _ = whole
+
+    def moved() -> Any:
+        module = make_module(actor)
+        module.checkpoint_reference = True
+        return module
+
+    module = moved()
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(module, make_data(tmp_path))
+    with torch.no_grad():
+        module.reference.model.transformer.wte.weight.add_(1.0)
+    trainer.save_checkpoint(tmp_path / "moved.ckpt")
+    again = moved()
+    make_trainer(tmp_path, max_steps=1).fit(
+        again, make_data(tmp_path), ckpt_path=str(tmp_path / "moved.ckpt"), weights_only=False
+    )
+    for name, value in module.reference.state_dict().items():
+        assert value.equal(again.reference.state_dict()[name])
+
+
+def test_a_checkpoint_of_other_models_is_refused(tmp_path, whole):
+    folder, _, _, _ = whole
+    other = make_causal_lm(tmp_path / "lm", n_layer=3)
+    with pytest.raises(ValueError, match=r"the checkpoint is none of LitPPO with these models: it lacks actor.model"):
+        fit(tmp_path, other, folder / "checkpoints" / "step-000001.ckpt")
+
+
+def test_fitting_twice_in_a_notebook_goes_on(tmp_path, whole):
+    """The fit cell run again: the same module and data, a new trainer."""
+    _, actor, _, _ = whole
+    module, data = make_module(actor), make_data(tmp_path)
+    make_trainer(tmp_path).fit(module, data)
+    first = {name: value.clone() for name, value in module.state_dict().items()}
+    make_trainer(tmp_path).fit(module, data)
+    assert module.rollouts == 4
+    assert any(not value.equal(first[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adafactor, torch.optim.RMSprop, torch.optim.NAdam])
+def test_other_optimizers_go_on(tmp_path, whole, optimizer):
+    """Their states have other shapes: factors of rows and columns, numbers that are not tensors."""
+    _, actor, *_ = whole
+
+    def fit(updates: int, start: str | None = None) -> dict[str, torch.Tensor]:
+        arguments = {
+            name: lambda params: optimizer(params, lr=1e-2) for name in ("actor_optimizer", "critic_optimizer")
+        }
+        module = make_module(actor, **arguments)
+        keep = StepCheckpoint(every_n_train_steps=1, keep=9, dirpath=str(tmp_path / "checkpoints"))
+        trainer = make_trainer(tmp_path, callbacks=[keep], max_steps=updates, enable_checkpointing=True)
+        trainer.fit(module, make_data(tmp_path), ckpt_path=start, weights_only=True)
+        assert all(isinstance(placed.optimizer, optimizer) for placed in module.optimizers())
+        return module.state_dict()
+
+    before, expected = fit(1), fit(2)
+    found = fit(2, str(tmp_path / "checkpoints/step-000001.ckpt"))
+    assert all(value.equal(found[name]) for name, value in expected.items())
+    assert any(not value.equal(before[name]) for name, value in expected.items())

@@ -1,0 +1,217 @@
+"""SIGTERM, SLURM's requeue signal and a time limit: the update at work ends, is saved, and the run leaves."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lit_ppo.callbacks.base import PPOCallback
+from lit_ppo.run import interrupt
+from lit_ppo.run.checkpoint import StepCheckpoint, find_checkpoints
+from lit_ppo.run.preemption import StopRequest
+from tests.cli.test_command import CONFIG, scalars
+from tests.helpers.command import Running, run_command
+from tests.helpers.tiny import make_causal_lm
+from tests.helpers.toys import logged, make_data, make_module, make_trainer
+from tests.run.test_resume_config import ppo
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+
+
+@pytest.fixture(scope="module")
+def actor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
+
+
+class Send(PPOCallback):
+    """Sends this process a signal in the middle of an update."""
+
+    def __init__(self, number: int, update: int) -> None:
+        self.number, self.update = number, update
+
+    def on_advantages(self, trainer: Any, pl_module: Any, experience: Any) -> None:
+        if pl_module.rollouts == self.update:
+            os.kill(os.getpid(), self.number)
+
+
+def fit(folder: Path, actor: Path, *callbacks: Any, ckpt_path: Path | None = None, **trainer: Any) -> Any:
+    module = make_module(actor)
+    saving = StepCheckpoint(every_n_train_steps=50, dirpath=str(folder / "saved"))
+    made = make_trainer(
+        folder,
+        callbacks=[*callbacks, saving],
+        enable_checkpointing=True,
+        **{"max_steps": -1, "max_epochs": 2, **trainer},
+    )
+    made.fit(module, make_data(folder), ckpt_path=None if ckpt_path is None else str(ckpt_path))
+    return module, made
+
+
+def resumed_as_whole(folder: Path, actor: Path, step: int) -> None:
+    """From what the interrupted run has left to the weights of one that was never interrupted."""
+    (newest,) = find_checkpoints(folder / "saved")
+    assert newest.name == f"step-{step:06d}.ckpt"
+    module, made = fit(folder, actor, ckpt_path=newest)
+    assert len(logged(made)) == 4 - step
+    whole, _ = fit(folder / "whole", actor)
+    for name, value in whole.state_dict().items():
+        assert module.state_dict()[name].equal(value), name
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+
+
+@pytest.mark.parametrize("update", [1, 2])  # inside the first epoch, and at its end
+def test_sigterm_saves_the_update_that_it_came_in(tmp_path: Path, actor: Path, update: int) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SIGTERMException):
+        fit(tmp_path, actor, Send(signal.SIGTERM, update))
+    assert signal.getsignal(signal.SIGTERM) is before
+    resumed_as_whole(tmp_path, actor, update)
+
+
+def test_slurm_requeues_after_the_update(tmp_path: Path, actor: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``scontrol`` is told the job, and the checkpoint is of a whole update."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/told\n')
+    (tools / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    job = {
+        "JOB_ID": "17",
+        "NTASKS": "1",
+        "JOB_NAME": "ppo",
+        "NNODES": "1",
+        "PROCID": "0",
+        "LOCALID": "0",
+        "NODEID": "0",
+    }
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(SIGTERMException):
+        fit(tmp_path, actor, Send(signal.SIGUSR1, 1), plugins=[SLURMEnvironment()])
+    assert (tmp_path / "told").read_text() == "requeue 17\n"
+    hpc = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)
+    assert hpc["lit_ppo"]["rollouts"] == hpc["global_step"] == 1
+    for name in job:
+        monkeypatch.delenv(f"SLURM_{name}")
+    resumed_as_whole(tmp_path, actor, 1)
+
+
+class TakesLong(PPOCallback):
+    def on_update_end(self, *_: Any) -> None:
+        time.sleep(0.6)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the timer is gone
+def test_a_time_limit_saves_what_goes_on_exactly(tmp_path: Path, actor: Path) -> None:
+    """The limit is reached in update 0, which is in the middle of an epoch."""
+    fit(tmp_path, actor, TakesLong(), max_time={"milliseconds": 500})
+    resumed_as_whole(tmp_path, actor, 1)
+
+
+def test_a_second_signal_ends_the_run_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    request, before = StopRequest(), signal.getsignal(signal.SIGTERM)
+    environment = SimpleNamespace(cluster_environment=None)
+    request.listen(SimpleNamespace(_accelerator_connector=environment))  # type: ignore[arg-type]
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.agreed() == signal.SIGTERM
+        assert "SIGTERM: saving after this step; a second one ends the run at once" in capsys.readouterr().err
+        with pytest.raises(SystemExit) as left:
+            signal.raise_signal(signal.SIGTERM)
+        assert left.value.code == 143
+        request.close()
+        request.listen(SimpleNamespace(_accelerator_connector=environment))  # type: ignore[arg-type]
+        assert request.agreed() == 0  # the next run has not been asked
+    finally:
+        request.close()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("environment", "taken"),
+    [
+        (SLURMEnvironment(), {signal.SIGTERM, signal.SIGUSR1}),
+        (SLURMEnvironment(requeue_signal=signal.SIGUSR2), {signal.SIGTERM, signal.SIGUSR2}),
+        (SLURMEnvironment(auto_requeue=False), {signal.SIGTERM}),
+        (None, {signal.SIGTERM}),
+    ],
+)
+def test_the_signals_that_are_taken_over(environment: Any, taken: set[signal.Signals]) -> None:
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+    request = StopRequest()
+    connector = SimpleNamespace(cluster_environment=environment)
+    request.listen(SimpleNamespace(_accelerator_connector=connector))  # type: ignore[arg-type]
+    try:
+        assert {number for number in numbers if signal.getsignal(number) is not before[number]} == taken
+    finally:
+        request.close()
+    assert {number: signal.getsignal(number) for number in numbers} == before
+
+
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "RANK", "SLURM_PROCID"])
+def test_of_launched_processes_the_first_one_speaks(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for other in ("LOCAL_RANK", "RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(other, raising=False)
+    assert interrupt.is_first_process()
+    monkeypatch.setenv(name, "0")
+    assert interrupt.is_first_process()
+    monkeypatch.setenv(name, "1")
+    assert not interrupt.is_first_process()
+
+
+@pytest.mark.parametrize("will_stop", [True, False])
+def test_a_run_that_saves_has_as_long_as_its_step_takes(monkeypatch: pytest.MonkeyPatch, will_stop: bool) -> None:
+    forced: list[int] = []
+    monkeypatch.setattr(interrupt, "GRACE", 0.1)
+    monkeypatch.setattr(interrupt.Interrupts, "_exit_now", lambda self: forced.append(self.exit_code))
+    with interrupt.Interrupts(lambda: None) as interrupts:
+        interrupts.will_stop = lambda: will_stop
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(1.0)
+        assert forced == ([] if will_stop else [143])
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(1.0)
+    assert forced == [143]
+
+
+def test_the_command_loses_no_step_to_sigterm(tmp_path: Path) -> None:
+    """Nothing would have been saved for 50 steps; one second a step."""
+    config = {**CONFIG, "checkpoint": {"every_n_train_steps": 50}}
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(config))
+    words = ["fit", "--config", "toy.yaml", "--trainer.max_epochs=2", "--ckpt_path=auto"]  # there is none yet
+    command = Running(*words, "--model.sleep=0.5", cwd=tmp_path)
+    end = time.monotonic() + 60
+    while "loss" not in command.out:
+        assert time.monotonic() < end, command.out + command.err
+        time.sleep(0.05)
+    result = command.stop(signal.SIGTERM, within=30)
+    assert result.code == 143
+    assert "continue with: lit-ppo fit" in result.last
+    assert result.last.endswith("--ckpt_path last")
+    (saved,) = tmp_path.rglob("*.ckpt")
+    run_command(*words, cwd=tmp_path).ok()
+    assert sorted(scalars(tmp_path / "runs/version_0")) == list(range(16))
+    assert not (tmp_path / "runs/version_1").exists()
+    assert not saved.exists() or saved.name != "step-000016.ckpt"
+
+
+def test_auto_continues_the_newest_run_or_starts(tmp_path: Path, actor: Path) -> None:
+    command = [*ppo(tmp_path, actor), "--ckpt_path=auto"]
+    run_command(*command, cwd=tmp_path).ok()
+    run_command(*command, "--trainer.max_steps=2", cwd=tmp_path).ok()
+    (folder,) = (tmp_path / "runs/ppo").iterdir()
+    assert sorted(path.name for path in folder.rglob("*.ckpt")) == ["step-000001.ckpt", "step-000002.ckpt"]

@@ -1,0 +1,263 @@
+"""LitRewardModel: losses by hand, scores equal to the stock model's on single texts, what is loaded and saved."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from lit_ppo.supervised.reward_model import LitRewardModel
+from tests.helpers.supervised import HOW_TESTS_USE_LIGHTNING, fit, loader, make_trainer, pad, weights
+from tests.helpers.tiny import FAMILIES, make_reward_model, make_tokenizer
+
+pytestmark = HOW_TESTS_USE_LIGHTNING
+
+CHOSEN = [[3, 4, 5, 6, 7, 8, 9], [10, 4, 11]]
+REJECTED = [[3, 4], [12, 5, 9, 9]]
+
+
+class Scripted(LitRewardModel):
+    """Scores are given: a row's score is looked up by its first token."""
+
+    def __init__(self, model: str, scores: dict[int, float]) -> None:
+        super().__init__(model)
+        self.scores = scores
+
+    def rewards(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        scores = torch.tensor([self.scores[row[0].item()] for row in input_ids])  # type: ignore[index]
+        return scores + 0.0 * super().rewards(input_ids, attention_mask)
+
+
+def pairs(chosen: list[list[int]], rejected: list[list[int]], pad_id: int = 0) -> dict[str, dict[str, Tensor]]:
+    return {"chosen": pad(chosen, pad_id), "rejected": pad(rejected, pad_id)}
+
+
+def labelled(rows: list[list[int]], labels: list[float], width: int | None = None) -> dict[str, Tensor]:
+    return pad(rows, 0, width) | {"labels": torch.tensor(labels)}
+
+
+def built(model: Any, **kwargs: Any) -> LitRewardModel:
+    module = LitRewardModel(model if isinstance(model, dict) else str(model), **kwargs)
+    module.configure_model()
+    return module
+
+
+def validated(module: LitRewardModel, batches: list[Any], tmp_path: Path) -> dict[str, float]:
+    (metrics,) = make_trainer(tmp_path).validate(module, loader(batches), verbose=False)
+    return dict(metrics)
+
+
+def test_bradley_terry_loss_and_accuracy_by_hand(tiny_reward: Path, tmp_path: Path) -> None:
+    """Margins 2, -1 and 0.5: losses log(1 + e^-2), log(1 + e), log(1 + e^-0.5); two of three are right."""
+    module = Scripted(str(tiny_reward), {3: 2.5, 4: 0.5, 5: -1.0, 6: 0.0, 7: 1.0, 8: 0.5})
+    trainer = fit(module, [pairs([[3], [5], [7]], [[4], [6], [8]])], tmp_path)
+    expected = (math.log1p(math.exp(-2)) + math.log1p(math.e) + math.log1p(math.exp(-0.5))) / 3
+    assert trainer.callback_metrics["train/loss"].item() == pytest.approx(expected, rel=1e-6)
+    assert trainer.callback_metrics["train/accuracy"].item() == pytest.approx(2 / 3)
+
+
+def test_cross_entropy_and_accuracy_by_hand(tiny_reward: Path, tmp_path: Path) -> None:
+    """Scores 2, 0.25, -1 with labels 1, 0, 0: losses log(1 + e^-2), log(1 + e^0.25), log(1 + e^-1); two are right.
+
+    All scores of the second batch lie between 0 and 1, where a score could be taken for a probability.
+    """
+    module = Scripted(str(tiny_reward), {3: 2.0, 4: 0.25, 5: -1.0})
+    trainer = fit(module, [labelled([[3], [4], [5]], [1, 0, 0])], tmp_path)
+    expected = (math.log1p(math.exp(-2)) + math.log1p(math.exp(0.25)) + math.log1p(math.exp(-1))) / 3
+    assert trainer.callback_metrics["train/loss"].item() == pytest.approx(expected, rel=1e-6)
+    assert trainer.callback_metrics["train/accuracy"].item() == pytest.approx(2 / 3)
+    trainer = fit(module, [labelled([[4], [4], [4], [4]], [1, 1, 1, 0])], tmp_path)
+    assert trainer.callback_metrics["train/accuracy"].item() == pytest.approx(0.75)
+
+
+def test_validation_weights_every_example_alike(tiny_reward: Path, tmp_path: Path) -> None:
+    """Batches of three and one: the mean of the batches' means would be another number."""
+    module = Scripted(str(tiny_reward), {3: 2.0, 4: 0.5, 5: -1.0})
+    losses = [math.log1p(math.exp(-2)), math.log1p(math.exp(0.5)), math.log1p(math.exp(-1)), math.log1p(math.exp(-2))]
+    batches = [labelled([[3], [4], [5]], [1, 0, 0]), labelled([[3]], [1])]
+    for _ in range(2):  # the second time nothing is left of the first
+        metrics = validated(module, batches, tmp_path)
+        assert metrics["val/loss"] == pytest.approx(sum(losses) / 4, rel=1e-6)
+        assert metrics["val/accuracy"] == pytest.approx(3 / 4)
+
+
+def test_a_label_may_be_a_probability(tiny_reward: Path, tmp_path: Path) -> None:
+    """Score 2 against 0.9: 0.9 log(1 + e^-2) + 0.1 log(1 + e^2); the score's sign agrees with 0.9."""
+    metrics = validated(Scripted(str(tiny_reward), {3: 2.0}), [labelled([[3]], [0.9])], tmp_path)
+    assert metrics["val/loss"] == pytest.approx(
+        0.9 * math.log1p(math.exp(-2)) + 0.1 * math.log1p(math.exp(2)), rel=1e-6
+    )
+    assert metrics["val/accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "distilbert"])
+@pytest.mark.parametrize("pad_token", [True, False])
+def test_scores_are_the_stock_models_on_single_texts(tmp_path: Path, family: str, pad_token: bool) -> None:
+    """Whatever the padding; also where the pad token is the end-of-text token and a text ends with it."""
+    path = make_reward_model(tmp_path, family, tokenizer=make_tokenizer(pad=pad_token))
+    module = built(path)
+    module.eval()
+    pad_id = module.tokenizer.pad_token_id
+    assert isinstance(pad_id, int)
+    rows = [*CHOSEN, *REJECTED, [13, 5, 1 if pad_token else 2]]
+    stock = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    expected = [stock(torch.tensor([row])).logits.item() for row in rows]
+    for width in (7, 12):
+        batch = pad(rows, pad_id, width)
+        assert module.rewards(**batch).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_pairs_of_unequal_width_are_scored_as_single_texts(tmp_path: Path) -> None:
+    path = make_reward_model(tmp_path, tokenizer=make_tokenizer(pad=False))  # padded with the end token, 0 here
+    module = built(path)
+    module.eval()
+    margins, targets = module.margins(pairs(CHOSEN, REJECTED))
+    stock = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    scores = [[stock(torch.tensor([row])).logits.item() for row in rows] for rows in (CHOSEN, REJECTED)]
+    assert margins.tolist() == pytest.approx([c - r for c, r in zip(*scores, strict=True)], abs=1e-6)
+    assert targets.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", ["pairs", "labels"])
+def test_training_tells_two_words_apart(tmp_path: Path, kind: str) -> None:
+    """Words 18 and 20 decide; the scores end up on the right side of zero, or of each other."""
+    make_tokenizer(tmp_path / "tokenizer")
+    module = LitRewardModel(
+        dict(FAMILIES["llama"]),
+        tokenizer=str(tmp_path / "tokenizer"),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
+    )
+    good, bad = [[3, 4, 18], [5, 18, 6, 7]], [[3, 4, 20], [5, 20, 6, 7]]
+    batch = pairs(good, bad) if kind == "pairs" else labelled(good + bad, [1, 1, 0, 0])
+    trainer = fit(module, [batch] * 40, tmp_path)
+    assert trainer.callback_metrics["train/loss"] < 0.1
+    assert trainer.callback_metrics["train/accuracy"] == 1.0
+    metrics = validated(module, [labelled(good + bad, [1, 1, 0, 0])], tmp_path) if kind == "labels" else {}
+    assert metrics.get("val/accuracy", 1.0) == 1.0
+
+
+def test_one_step_of_plain_gradient_descent(tmp_path: Path) -> None:
+    path = make_reward_model(tmp_path, "llama")
+    module = LitRewardModel(str(path), optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
+    fit(module, [labelled(CHOSEN, [1.0, 0.0])], tmp_path)
+    stock = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+    first, second = (stock(torch.tensor([row])).logits[0, 0] for row in CHOSEN)
+    ((torch.log1p(torch.exp(-first)) + torch.log1p(torch.exp(second))) / 2).backward()
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter -= 0.5 * parameter.grad
+    torch.testing.assert_close(weights(module), torch.cat([p.detach().flatten() for p in stock.parameters()]))
+
+
+def test_scheduler_steps_with_every_optimizer_step(tiny_reward: Path, tmp_path: Path) -> None:
+    module = LitRewardModel(
+        str(tiny_reward),
+        optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+        scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, gamma=0.5),
+    )
+    trainer = fit(module, [pairs(CHOSEN, REJECTED)] * 3, tmp_path)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.125
+
+
+def test_the_default_optimizer_is_adamw_at_1e_5(tiny_reward: Path) -> None:
+    optimizer = built(tiny_reward).configure_optimizers()
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.param_groups[0]["lr"] == 1e-5
+
+
+def test_a_causal_lm_keeps_its_body_and_gets_a_new_head(tiny_lm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def head(seed: int) -> Tensor:
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
+        module = built(tiny_lm)
+        stock = AutoModelForSequenceClassification.from_pretrained(tiny_lm, num_labels=1)
+        assert module.model is not None
+        body = {name: value for name, value in module.model.state_dict().items() if not name.startswith("score")}
+        for name, value in body.items():
+            torch.testing.assert_close(value, stock.state_dict()[name])
+        assert module.model.score.weight.shape == (1, 16)  # type: ignore[union-attr]
+        return module.model.state_dict()["score.weight"]
+
+    assert torch.equal(head(3), head(3))
+    assert not torch.equal(head(3), head(4))
+
+
+def test_a_classifier_of_several_labels_is_refused(tmp_path: Path) -> None:
+    path = make_reward_model(tmp_path, num_labels=2)
+    with pytest.raises(ValueError, match=r"LitRewardModel\(model='.*'\): its head has 2 outputs and a reward is 1"):
+        built(path)
+    module = built(path, model_kwargs={"ignore_mismatched_sizes": True})  # the remedy that the message names
+    assert module.rewards(**pad(CHOSEN, 0)).shape == (2,)
+
+
+def test_a_fresh_model_has_one_output_and_depends_on_the_seed_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = make_tokenizer(tmp_path)
+
+    def build(seed: int, draws: int) -> LitRewardModel:
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
+        torch.rand(draws)
+        return built(dict(FAMILIES["llama"]), tokenizer=str(tmp_path))
+
+    first = build(3, draws=1)
+    assert first.model is not None
+    assert first.model.config.num_labels == 1
+    assert first.model.config.vocab_size == len(tokenizer)
+    assert torch.equal(weights(first), weights(build(3, draws=7)))
+    assert not torch.equal(weights(first), weights(build(4, draws=1)))
+
+
+def test_saved_folder_gives_the_same_scores(tmp_path: Path) -> None:
+    path = make_reward_model(tmp_path / "start", "llama", tokenizer=make_tokenizer(pad=False))
+    module = LitRewardModel(str(path), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+    fit(module, [pairs(CHOSEN, REJECTED)] * 3, tmp_path)
+    module.eval()
+    module.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    assert loaded.config.num_labels == 1
+    assert loaded.config.pad_token_id == 0  # the end token's, so that batches work out of the box
+    batch = pad([[3, 4, 5], [6, 7]], 0)
+    torch.testing.assert_close(loaded(**batch).logits.squeeze(-1), module.rewards(**batch))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer("the film was good")["input_ids"] == module.tokenizer("the film was good")["input_ids"]
+
+
+def test_loaded_models_train_with_their_dropout(tmp_path: Path) -> None:
+    module = built(make_reward_model(tmp_path, resid_pdrop=0.5))
+    first, second = (module.rewards(**pad(CHOSEN, 0)) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_a_checkpoint_in_bfloat16_trains_in_float32_unless_asked(tmp_path: Path) -> None:
+    path = make_reward_model(tmp_path)
+    AutoModelForSequenceClassification.from_pretrained(path).to(torch.bfloat16).save_pretrained(path)
+    assert weights(built(path)).dtype == torch.float32
+    assert weights(built(path, model_kwargs={"dtype": "bfloat16"})).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_model_kwargs_reach_the_model(tiny_reward: Path, fresh: bool) -> None:
+    for attention in ("eager", "sdpa"):
+        kwargs = {"model_kwargs": {"attn_implementation": attention}, "tokenizer": str(tiny_reward)}
+        module = built(dict(FAMILIES["gpt2"]) if fresh else tiny_reward, **kwargs)
+        assert module.model is not None
+        assert module.model.config._attn_implementation == attention
+
+
+def test_tokenizer_is_the_models_own_unless_named(tiny_reward: Path, tmp_path: Path) -> None:
+    make_tokenizer(tmp_path, words=["film"])
+    assert len(built(tiny_reward).tokenizer) > 5
+    assert len(built(tiny_reward, tokenizer=str(tmp_path)).tokenizer) == 4
+
+
+def test_a_batch_of_another_kind_is_refused(tiny_reward: Path) -> None:
+    with pytest.raises(ValueError, match=r"batch with attention_mask, input_ids\): neither 'chosen' and"):
+        built(tiny_reward).margins(pad(CHOSEN, 0))
+
+
+def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"LitRewardModel\((model|tokenizer)='.*nowhere'\): cannot be loaded"):
+        built(tmp_path / "nowhere")

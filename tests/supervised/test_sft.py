@@ -1,0 +1,279 @@
+"""LitSFT: losses against a loop over single texts, and what is loaded, trained and saved."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from lit_ppo.optim.schedules import WarmupCosine
+from lit_ppo.supervised.sft import LitSFT
+from tests.helpers.supervised import HOW_TESTS_USE_LIGHTNING, fit, loader, make_trainer, text_batch, weights
+from tests.helpers.tiny import FAMILIES, make_causal_lm, make_tokenizer
+
+pytestmark = HOW_TESTS_USE_LIGHTNING
+
+ROWS = [[3, 4, 5, 6, 7, 8, 9, 1], [10, 4, 11], [12, 5, 9, 9, 1]]
+
+
+@pytest.fixture
+def sharp_lm(tmp_path: Path) -> Path:
+    """Weights ten times the usual ones, so that losses differ much between tokens."""
+    return make_causal_lm(tmp_path / "sharp", scale=10.0)
+
+
+def losses_one_by_one(path: Path, rows: list[list[int]]) -> list[float]:
+    """Next-token losses of every row alone, by the stock model's logits in float64."""
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    losses = []
+    for row in rows:
+        logits = model(torch.tensor([row])).logits[0].double()
+        for position in range(len(row) - 1):
+            scores = logits[position]
+            losses.append((scores.exp().sum().log() - scores[row[position + 1]]).item())
+    return losses
+
+
+def built(model: Any, **kwargs: Any) -> LitSFT:
+    module = LitSFT(model if isinstance(model, dict) else str(model), **kwargs)
+    module.configure_model()
+    return module
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_training_loss_is_the_mean_over_tokens_whatever_the_padding(tmp_path: Path, family: str) -> None:
+    path = make_causal_lm(tmp_path, family, scale=10.0, **({"resid_pdrop": 0.0} if family == "gpt2" else {}))
+    module = built(path)
+    module.eval()  # GPT-2's dropout
+    expected = losses_one_by_one(path, ROWS)
+    assert max(expected) - min(expected) > 1.0
+    for width in (None, 20):
+        total, tokens = module.token_losses(text_batch(ROWS, width=width))
+        assert tokens == len(expected) == 13
+        assert total.item() == pytest.approx(sum(expected), rel=1e-5)
+
+
+def test_positions_without_a_label_carry_no_loss(sharp_lm: Path) -> None:
+    """A prompt of three tokens without labels: only the tokens after it count, the first of them included."""
+    module = built(sharp_lm)
+    module.eval()
+    batch = text_batch(ROWS[:1])
+    batch["labels"][0, :3] = -100
+    total, tokens = module.token_losses(batch)
+    assert tokens == 5
+    assert total.item() == pytest.approx(sum(losses_one_by_one(sharp_lm, ROWS[:1])[2:]), rel=1e-5)
+
+
+def test_validation_weights_every_token_alike(sharp_lm: Path, tmp_path: Path) -> None:
+    """Batches of 7 + 2 and 4 targets: the mean of the batches' means would be another number."""
+    expected = losses_one_by_one(sharp_lm, ROWS)
+    mean = sum(expected) / len(expected)
+    assert abs((sum(expected[:9]) / 9 + sum(expected[9:]) / 4) / 2 - mean) > 0.01
+    module = LitSFT(str(sharp_lm))
+    trainer = make_trainer(tmp_path)
+    for _ in range(2):  # the second time nothing is left of the first
+        (metrics,) = trainer.validate(module, loader([text_batch(ROWS[:2]), text_batch(ROWS[2:])]), verbose=False)
+        assert metrics["val/loss"] == pytest.approx(mean, rel=1e-5)
+        assert metrics["val/perplexity"] == pytest.approx(torch.tensor(mean).exp().item(), rel=1e-5)
+
+
+def test_a_batch_without_targets_costs_nothing(sharp_lm: Path, tmp_path: Path) -> None:
+    module = LitSFT(str(sharp_lm))
+    trainer = fit(module, [text_batch([[3], [4]])], tmp_path)
+    assert trainer.callback_metrics["train/loss"] == 0.0
+    assert weights(module).isfinite().all()
+    batches = [text_batch([[3]]), text_batch(ROWS)]
+    (metrics,) = make_trainer(tmp_path).validate(built(sharp_lm), loader(batches), verbose=False)
+    assert metrics["val/loss"] == pytest.approx(sum(losses_one_by_one(sharp_lm, ROWS)) / 13, rel=1e-5)
+
+
+def test_one_step_of_plain_gradient_descent(tmp_path: Path) -> None:
+    """Weights move by the learning rate times the stock model's gradient, clipped to a norm of 0.1."""
+    path = make_causal_lm(tmp_path, "llama")
+    module = LitSFT(str(path), optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
+    trainer = fit(module, [text_batch(ROWS)], tmp_path, gradient_clip_val=0.1)
+    stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    batch = text_batch(ROWS)
+    loss = stock(**batch).loss
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(stock.parameters(), 0.1)
+    assert norm > 0.1
+    assert trainer.callback_metrics["train/loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter -= 0.5 * parameter.grad
+    torch.testing.assert_close(weights(module), torch.cat([p.detach().flatten() for p in stock.parameters()]))
+
+
+def test_the_default_optimizer_is_adamw_at_1e_5(tiny_llama: Path) -> None:
+    optimizer = built(tiny_llama).configure_optimizers()
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.param_groups[0]["lr"] == 1e-5
+
+
+def test_scheduler_steps_with_every_optimizer_step(tiny_llama: Path, tmp_path: Path) -> None:
+    """Six batches, two to a step: rates 1, 0.5, 0.25, then 0.125 for a fourth step that does not come."""
+    module = LitSFT(
+        str(tiny_llama),
+        optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+        scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, gamma=0.5),
+    )
+    trainer = fit(module, [text_batch(ROWS)] * 6, tmp_path, accumulate_grad_batches=2)
+    assert trainer.global_step == 3
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.125
+
+
+@pytest.mark.parametrize("length", [{"max_epochs": 2}, {"max_steps": 6, "max_epochs": -1}])
+def test_warmup_cosine_takes_its_length_from_the_run(tiny_llama: Path, tmp_path: Path, length: dict[str, int]) -> None:
+    module = LitSFT(str(tiny_llama), scheduler=lambda o: WarmupCosine(o, warmup_steps=2))
+    trainer = fit(module, [text_batch(ROWS)] * 3, tmp_path, **length)
+    assert trainer.lr_scheduler_configs[0].scheduler.total_steps == 6  # type: ignore[union-attr]
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_warmup_cosine_needs_a_run_with_an_end(tiny_llama: Path, tmp_path: Path) -> None:
+    module = LitSFT(str(tiny_llama), scheduler=lambda o: WarmupCosine(o))
+    with pytest.raises(ValueError, match=r"the run has no end; set trainer\.max_steps or max_epochs"):
+        fit(module, [text_batch(ROWS)], tmp_path, max_epochs=-1)
+
+
+def test_a_plateau_scheduler_is_refused(tiny_llama: Path) -> None:
+    module = built(tiny_llama, scheduler=lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o))  # type: ignore[arg-type,return-value]
+    with pytest.raises(ValueError, match=r"LitSFT\(scheduler=ReduceLROnPlateau\)"):
+        module.configure_optimizers()
+
+
+def test_loaded_models_train_with_their_dropout(tmp_path: Path) -> None:
+    module = LitSFT(str(make_causal_lm(tmp_path, resid_pdrop=0.5)))
+    fit(module, [text_batch(ROWS)], tmp_path)
+    assert module.model is not None
+    module.train()
+    first, second = (module.token_losses(text_batch(ROWS))[0] for _ in range(2))
+    assert first != second
+    assert module.model.training
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_training_from_scratch_fits_a_repeated_text(tmp_path: Path, family: str) -> None:
+    make_tokenizer(tmp_path / "tokenizer")
+    module = LitSFT(
+        dict(FAMILIES[family]),
+        tokenizer=str(tmp_path / "tokenizer"),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
+    )
+    trainer = fit(module, [text_batch(ROWS)] * 60, tmp_path)
+    assert trainer.callback_metrics["train/loss"] < 1.0  # it began at log(38), 3.6
+
+
+def test_a_fresh_model_takes_its_vocabulary_and_ids_from_the_tokenizer(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path, bos=True)
+    module = built(dict(FAMILIES["llama"]), tokenizer=str(tmp_path))
+    assert module.model is not None
+    config = module.model.config
+    assert config.hidden_size == 16
+    assert config.vocab_size == len(tokenizer)
+    ids = (config.pad_token_id, config.eos_token_id, config.bos_token_id)
+    assert ids == (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
+
+
+def test_fresh_weights_depend_on_the_seed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tokenizer(tmp_path)
+
+    def build(seed: int, draws: int) -> torch.Tensor:
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
+        torch.rand(draws)  # what other parts of a program may have drawn
+        return weights(built(dict(FAMILIES["gpt2"]), tokenizer=str(tmp_path)))
+
+    first = build(3, draws=1)
+    assert torch.equal(first, build(3, draws=7))
+    assert not torch.equal(first, build(4, draws=1))
+
+
+def test_saved_folder_loads_with_weights_tokenizer_and_generation_config(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "tokenizer")
+    module = LitSFT(dict(FAMILIES["llama"]), tokenizer=str(tmp_path / "tokenizer"))
+    fit(module, [text_batch(ROWS)], tmp_path)
+    module.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert module.model is not None
+    ids = torch.tensor(ROWS[:1])
+    torch.testing.assert_close(loaded(ids).logits, module.model.eval()(ids).logits)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer("the film was good")["input_ids"] == module.tokenizer("the film was good")["input_ids"]
+    generation = GenerationConfig.from_pretrained(tmp_path / "model")
+    assert (generation.eos_token_id, generation.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+
+
+def test_a_checkpoint_in_bfloat16_trains_in_float32_unless_asked(tmp_path: Path) -> None:
+    path = make_causal_lm(tmp_path)
+    AutoModelForCausalLM.from_pretrained(path).to(torch.bfloat16).save_pretrained(path)
+    assert weights(built(path)).dtype == torch.float32
+    assert weights(built(path, model_kwargs={"dtype": "bfloat16"})).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_model_kwargs_reach_the_model(tiny_lm: Path, fresh: bool) -> None:
+    for attention in ("eager", "sdpa"):
+        kwargs = {"model_kwargs": {"attn_implementation": attention}, "tokenizer": str(tiny_lm)}
+        module = built(dict(FAMILIES["gpt2"]) if fresh else tiny_lm, **kwargs)
+        assert module.model is not None
+        assert module.model.config._attn_implementation == attention
+
+
+def test_tokenizer_is_the_models_own_unless_named(tiny_lm: Path, tmp_path: Path) -> None:
+    make_tokenizer(tmp_path, words=["film"])
+    assert len(built(tiny_lm).tokenizer) > 5
+    assert len(built(tiny_lm, tokenizer=str(tmp_path)).tokenizer) == 4
+
+
+def test_tokenizer_may_be_written_after_construction(tmp_path: Path) -> None:
+    module = LitSFT(dict(FAMILIES["gpt2"]), tokenizer=str(tmp_path / "later"))
+    make_tokenizer(tmp_path / "later")
+    module.configure_model()
+    assert len(module.tokenizer) > 5
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token(tmp_path: Path) -> None:
+    module = built(make_causal_lm(tmp_path, tokenizer=make_tokenizer(pad=False)))
+    assert module.tokenizer.pad_token_id == module.tokenizer.eos_token_id is not None
+    assert module.model is not None
+    assert module.model.config.pad_token_id == module.tokenizer.eos_token_id
+
+
+def test_a_tokenizer_without_pad_and_end_token_is_refused(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(pad=False)
+    path = make_causal_lm(tmp_path, tokenizer=tokenizer)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(path)
+    with pytest.raises(ValueError, match=r"LitSFT\(tokenizer=.*neither a pad nor an end-of-text token"):
+        _ = LitSFT(str(path)).tokenizer
+
+
+def test_settings_without_a_model_type_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"LitSFT\(model=.*\): no model_type; name one"):
+        LitSFT({"n_embd": 16}, tokenizer="somewhere")
+
+
+def test_a_fresh_model_without_a_tokenizer_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"LitSFT\(tokenizer=None\): a model from scratch has none of its own"):
+        LitSFT(dict(FAMILIES["gpt2"]))
+
+
+def test_a_family_that_would_replace_the_tokenizer_is_refused(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=r"qwen2 checkpoint a tokenizer class of its own.*use another model_type"):
+        built(dict(FAMILIES["qwen2"]), tokenizer=str(tmp_path))
+
+
+@pytest.mark.parametrize("argument", ["model", "tokenizer"])
+def test_a_path_that_does_not_exist_is_named(tiny_lm: Path, tmp_path: Path, argument: str) -> None:
+    arguments = {"model": str(tiny_lm), "tokenizer": str(tiny_lm), argument: str(tmp_path / "nowhere")}
+    with pytest.raises(ValueError, match=rf"LitSFT\({argument}='.*nowhere'\): cannot be loaded"):
+        built(arguments.pop("model"), **arguments)
+
+
+def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(tiny_lm: Path, tmp_path: Path) -> None:
+    make_tokenizer(tmp_path, words=[f"word{i}" for i in range(500)])
+    with pytest.raises(ValueError, match=r"it has 503 tokens and the model embeds \d+; use the model's own tokenizer"):
+        built(tiny_lm, tokenizer=str(tmp_path))
