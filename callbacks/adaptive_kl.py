@@ -5,8 +5,9 @@ from typing import Any, Literal
 import lightning as L
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import at_least, one_of, positive, positive_or_none, refuse_beside, require, require_model
+from lit_ppo.callbacks.checks import refuse_beside, require, require_model
 from lit_ppo.functional import adaptive_kl_coef, linear_schedule, masked_mean
+from lit_ppo.validate import integer, one_of, positive, positive_or_none
 
 
 class AdaptiveKL(PPOCallback):
@@ -40,9 +41,9 @@ class AdaptiveKL(PPOCallback):
     ) -> None:
         self.target = positive(self, "target", target)
         self.horizon = positive(self, "horizon", horizon)
-        self.per = one_of(self, "per", per, "response", "token")
+        self.per = one_of(self, "per", per, ("response", "token"))
         self.final_target = positive_or_none(self, "final_target", final_target)
-        self.decay_updates = None if decay_updates is None else at_least(self, "decay_updates", decay_updates, 1)
+        self.decay_updates = None if decay_updates is None else integer(self, "decay_updates", decay_updates)
         if (final_target is None) != (decay_updates is None):
             raise ValueError(
                 f"AdaptiveKL(final_target={final_target!r}, decay_updates={decay_updates!r}): give both or neither"

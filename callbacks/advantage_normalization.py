@@ -5,8 +5,8 @@ from typing import Literal
 import lightning as L
 
 from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import one_of, positive_or_none
 from lit_ppo.functional import whiten
+from lit_ppo.validate import one_of, positive_or_none
 
 
 class AdvantageNormalization(PPOCallback):
@@ -25,7 +25,7 @@ class AdvantageNormalization(PPOCallback):
     """
 
     def __init__(self, scope: Literal["batch", "minibatch"] = "batch", clip: float | None = None) -> None:
-        self.scope = one_of(self, "scope", scope, "batch", "minibatch")
+        self.scope = one_of(self, "scope", scope, ("batch", "minibatch"))
         self.clip = positive_or_none(self, "clip", clip)
 
     def on_advantages(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:

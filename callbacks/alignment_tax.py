@@ -7,7 +7,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
 from lit_ppo.callbacks.base import PPOCallback, PPOModule, as_in_a_step, batch_of, make_ready
-from lit_ppo.callbacks.checks import at_least, loader_over_rows, refuse_beside, require, warn_of_gaps
+from lit_ppo.callbacks.checks import loader_over_rows, refuse_beside, require, warn_of_gaps
+from lit_ppo.validate import integer
 
 
 class AlignmentTax(PPOCallback):
@@ -33,8 +34,8 @@ class AlignmentTax(PPOCallback):
         if not isinstance(data, L.LightningDataModule):
             raise ValueError(f"AlignmentTax(data={data!r}): must be a LightningDataModule, such as a TextDataModule")
         self.data = data
-        self.every = at_least(self, "every", every, 1)
-        self.batches = at_least(self, "batches", batches, 1)
+        self.every = integer(self, "every", every)
+        self.batches = integer(self, "batches", batches)
         self._updates = 0
         self._start: float | None = None  # the loss, None until it is measured or a checkpoint tells it
         self._measured: dict[str, float] = {}  # in this update

@@ -120,48 +120,6 @@ def loader_over_rows(callback: L.Callback, data: L.LightningDataModule, name: st
     return loader  # type: ignore[no-any-return]
 
 
-def positive(callback: object, name: str, value: float) -> float:
-    """``value`` if it is a finite number over 0.
-
-    Raises:
-        ValueError: Naming class, argument and value.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise ValueError(f"{type(callback).__name__}({name}={value!r}): {name} must be a number > 0")
-    return value
-
-
-def positive_or_none(callback: object, name: str, value: float | None) -> float | None:
-    """``value`` if it is None or over 0.
-
-    Raises:
-        ValueError: Naming class, argument and value.
-    """
-    return None if value is None else positive(callback, name, value)
-
-
-def at_least(callback: object, name: str, value: int, minimum: int) -> int:
-    """``value`` if it is a whole number from ``minimum`` on.
-
-    Raises:
-        ValueError: Naming class, argument, value and minimum.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{type(callback).__name__}({name}={value!r}): must be a whole number, at least {minimum}")
-    return value
-
-
-def fraction(callback: object, name: str, value: float) -> float:
-    """``value`` if it is a number over 0 and under 1.
-
-    Raises:
-        ValueError: Naming class, argument and value.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise ValueError(f"{type(callback).__name__}({name}={value!r}): {name} must be a number over 0 and under 1")
-    return value
-
-
 def levels(callback: object, name: str, value: Any, above: float) -> tuple[float, float]:
     """``value`` if it is two finite numbers over ``above``, the first not over the second.
 
@@ -176,28 +134,6 @@ def levels(callback: object, name: str, value: Any, above: float) -> tuple[float
             "and that of an alarm, the first not over the second; None switches the rule off"
         )
     return numbers[0], numbers[1]
-
-
-def exactly_one(callback: object, **arguments: Any) -> None:
-    """Check that one of the arguments was given, and the others are None.
-
-    Raises:
-        ValueError: Naming class, arguments and values.
-    """
-    if sum(value is not None for value in arguments.values()) != 1:
-        shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-        raise ValueError(f"{type(callback).__name__}({shown}): give exactly one of {' and '.join(arguments)}")
-
-
-def one_of(callback: object, name: str, value: str, *choices: str) -> str:
-    """``value`` if it is among the choices.
-
-    Raises:
-        ValueError: Naming class, argument, value and choices.
-    """
-    if value not in choices:
-        raise ValueError(f"{type(callback).__name__}({name}={value!r}): must be one of {', '.join(map(repr, choices))}")
-    return value
 
 
 def refuse_beside(callback: L.Callback, trainer: L.Trainer, *others: type[L.Callback], why: str) -> None:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from lit_ppo.callbacks.alignment_tax import AlignmentTax
 from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule, as_in_a_step, writers
-from lit_ppo.callbacks.checks import at_least, refuse_beside
+from lit_ppo.callbacks.checks import refuse_beside
 from lit_ppo.callbacks.collapse_monitor import CollapseMonitor
 from lit_ppo.callbacks.figures import score_against_kl, score_distributions
 from lit_ppo.callbacks.reward_hacking_monitor import RewardHackingMonitor
 from lit_ppo.functional import best_of_n_score
+from lit_ppo.validate import integer
 
 # Question -> chart -> tags, as regular expressions.
 LAYOUT: dict[str, dict[str, list[str]]] = {
@@ -102,10 +103,10 @@ class Cockpit(PPOCallback):
     """
 
     def __init__(self, every: int = 10, figures_every: int = 50, best_of_prompts: int = 16, best_of: int = 16) -> None:
-        self.every = at_least(self, "every", every, 1)
-        self.figures_every = at_least(self, "figures_every", figures_every, 1)
-        self.best_of_prompts = at_least(self, "best_of_prompts", best_of_prompts, 1)
-        self.best_of = at_least(self, "best_of", best_of, 0)
+        self.every = integer(self, "every", every)
+        self.figures_every = integer(self, "figures_every", figures_every)
+        self.best_of_prompts = integer(self, "best_of_prompts", best_of_prompts)
+        self.best_of = integer(self, "best_of", best_of, at_least=0)
         self._updates = 0
         self._kl: list[float] = []  # of each update; stays empty without a reference
         self._score: list[float] = []

@@ -8,9 +8,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import at_least, levels, refuse_beside
+from lit_ppo.callbacks.checks import levels, refuse_beside
 from lit_ppo.diversity import distinct_ngrams, duplicate_fraction, largest_opening
 from lit_ppo.functional import masked_mean
+from lit_ppo.validate import integer
 
 Levels = tuple[float, float] | None
 LEVELS = ("warning", "alarm")
@@ -92,9 +93,9 @@ class CollapseMonitor(PPOCallback):
             name: value if value is None else levels(self, name, value, above=1.0 if name in FACTORS else 0.0)
             for name, value in given.items()
         }
-        self.ngram = at_least(self, "ngram", ngram, 1)
-        self.opening_tokens = at_least(self, "opening_tokens", opening_tokens, 1)
-        self.lookahead = at_least(self, "lookahead", lookahead, 0)
+        self.ngram = integer(self, "ngram", ngram)
+        self.opening_tokens = integer(self, "opening_tokens", opening_tokens)
+        self.lookahead = integer(self, "lookahead", lookahead, at_least=0)
         self.stop = stop
         self._updates = 0
         self._start: dict[str, float] = {}  # the first update's statistics

@@ -5,8 +5,9 @@ from typing import Any
 import lightning as L
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import at_least, positive_or_none, refuse_beside, require, require_model
+from lit_ppo.callbacks.checks import refuse_beside, require, require_model
 from lit_ppo.functional import explained_variance as explained_variance_of
+from lit_ppo.validate import integer, positive_or_none
 
 
 class CriticWarmup(PPOCallback):
@@ -45,14 +46,14 @@ class CriticWarmup(PPOCallback):
                 "CriticWarmup(updates=None): must be a whole number of updates, at least 1, unless value_loss or "
                 "explained_variance says when the warm-up ends"
             )
-        self.updates = None if updates is None else at_least(self, "updates", updates, 1)
+        self.updates = None if updates is None else integer(self, "updates", updates)
         self.value_loss = positive_or_none(self, "value_loss", value_loss)
         self.explained_variance = positive_or_none(self, "explained_variance", explained_variance)
         if explained_variance is not None and not explained_variance < 1:
             raise ValueError(
                 f"CriticWarmup(explained_variance={explained_variance!r}): must be under 1, which no critic reaches"
             )
-        self.ppo_epochs = None if ppo_epochs is None else at_least(self, "ppo_epochs", ppo_epochs, 1)
+        self.ppo_epochs = None if ppo_epochs is None else integer(self, "ppo_epochs", ppo_epochs)
         self._done = 0
         self._length: int | None = None  # updates that the warm-up took; None while it is on
         self._value_losses: list[float] = []  # of this update's steps

@@ -6,8 +6,9 @@ import lightning as L
 import torch
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import at_least, fraction, refuse_beside, require_weighted_rows
+from lit_ppo.callbacks.checks import refuse_beside, require_weighted_rows
 from lit_ppo.functional import linear_schedule
+from lit_ppo.validate import fraction, integer
 
 
 class CurriculumSampling(PPOCallback):
@@ -31,7 +32,7 @@ class CurriculumSampling(PPOCallback):
 
     def __init__(self, column: str, updates: int, start: float = 0.2) -> None:
         self.column = column
-        self.updates = at_least(self, "updates", updates, 1)
+        self.updates = integer(self, "updates", updates)
         self.start = fraction(self, "start", start)
         self._done = 0
         self._easy_first: list[int] = []

@@ -6,8 +6,9 @@ import lightning as L
 from torch import Tensor
 
 from lit_ppo.callbacks.base import MinibatchLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import positive, refuse_same_loss, require
+from lit_ppo.callbacks.checks import refuse_same_loss, require
 from lit_ppo.functional import dual_clip_policy_loss, policy_loss
+from lit_ppo.validate import positive
 
 
 class DualClip(PPOCallback):

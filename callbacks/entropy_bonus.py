@@ -6,7 +6,8 @@ import lightning as L
 from torch import Tensor
 
 from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import positive, positive_or_none, refuse_beside
+from lit_ppo.callbacks.checks import refuse_beside
+from lit_ppo.validate import positive, positive_or_none
 
 
 class EntropyBonus(PPOCallback):

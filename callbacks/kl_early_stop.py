@@ -3,7 +3,8 @@
 import lightning as L
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import positive, refuse_beside
+from lit_ppo.callbacks.checks import refuse_beside
+from lit_ppo.validate import positive
 
 
 class KLEarlyStop(PPOCallback):

@@ -6,8 +6,9 @@ import lightning as L
 from torch import Tensor
 
 from lit_ppo.callbacks.base import MinibatchLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import one_of, positive, refuse_beside, require, require_model
+from lit_ppo.callbacks.checks import refuse_beside, require, require_model
 from lit_ppo.functional import KLEstimator, kl_estimate
+from lit_ppo.validate import one_of, positive
 
 
 class KLLoss(PPOCallback):
@@ -45,8 +46,8 @@ class KLLoss(PPOCallback):
                 "KLLoss(kind='k1'): its expected gradient is zero where the policy is the one that sampled, whatever "
                 "the KL: as a loss it is noise; use 'k2', 'k3' or 'exact'"
             )
-        self.kind = one_of(self, "kind", kind, "k2", "k3", "exact")
-        self.to = one_of(self, "to", to, "reference", "old")
+        self.kind = one_of(self, "kind", kind, ("k2", "k3", "exact"))
+        self.to = one_of(self, "to", to, ("reference", "old"))
         if kind == "exact" and to == "old":
             raise ValueError(
                 "KLLoss(kind='exact', to='old'): of the policy that sampled only the log-probs of its tokens are left; "

@@ -5,8 +5,9 @@ from typing import Any
 import lightning as L
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import positive, refuse_beside, require
+from lit_ppo.callbacks.checks import refuse_beside, require
 from lit_ppo.functional import adaptive_learning_rate
+from lit_ppo.validate import positive
 
 
 class LearningRateAdaptation(PPOCallback):

@@ -5,8 +5,9 @@ from typing import Any
 import lightning as L
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import at_least, positive, positive_or_none, refuse_beside
+from lit_ppo.callbacks.checks import refuse_beside
 from lit_ppo.functional import length_penalty
+from lit_ppo.validate import integer, positive, positive_or_none
 
 
 class LengthPenalty(PPOCallback):
@@ -28,7 +29,7 @@ class LengthPenalty(PPOCallback):
     """
 
     def __init__(self, budget: int, coef: float, max_penalty: float | None = None) -> None:
-        self.budget = at_least(self, "budget", budget, 0)
+        self.budget = integer(self, "budget", budget, at_least=0)
         self.coef = positive(self, "coef", coef)
         self.max_penalty = positive_or_none(self, "max_penalty", max_penalty)
 

@@ -6,7 +6,8 @@ import lightning as L
 import torch
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import positive_or_none, refuse_beside
+from lit_ppo.callbacks.checks import refuse_beside
+from lit_ppo.validate import positive_or_none
 
 
 class MissingEndPenalty(PPOCallback):

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import exactly_one, fraction, refuse_beside, require_weighted_rows
+from lit_ppo.callbacks.checks import refuse_beside, require_weighted_rows
 from lit_ppo.callbacks.curriculum_sampling import CurriculumSampling
 from lit_ppo.functional import sampling_priorities
+from lit_ppo.validate import exactly_one, fraction
 
 
 class PrioritizedSampling(PPOCallback):

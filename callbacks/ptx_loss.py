@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
 from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule, batch_of, make_ready
-from lit_ppo.callbacks.checks import loader_over_rows, positive, refuse_beside, require
+from lit_ppo.callbacks.checks import loader_over_rows, refuse_beside, require
+from lit_ppo.validate import positive
 
 
 class PTXLoss(PPOCallback):

@@ -6,8 +6,9 @@ import lightning as L
 import torch
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import at_least, exactly_one, fraction, refuse_beside, require, require_model
+from lit_ppo.callbacks.checks import refuse_beside, require, require_model
 from lit_ppo.functional import moving_average
+from lit_ppo.validate import exactly_one, fraction, integer
 
 
 class ReferenceUpdate(PPOCallback):
@@ -30,7 +31,7 @@ class ReferenceUpdate(PPOCallback):
 
     def __init__(self, every: int | None = None, decay: float | None = None) -> None:
         exactly_one(self, every=every, decay=decay)
-        self.every = None if every is None else at_least(self, "every", every, 1)
+        self.every = None if every is None else integer(self, "every", every)
         self.decay = None if decay is None else fraction(self, "decay", decay)
         self._done = 0
 

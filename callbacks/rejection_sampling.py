@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import at_least, refuse_beside, require
+from lit_ppo.callbacks.checks import refuse_beside, require
 from lit_ppo.functional import best_of_groups
+from lit_ppo.validate import integer
 
 
 class RejectionSampling(PPOCallback):
@@ -39,8 +40,8 @@ class RejectionSampling(PPOCallback):
     """
 
     def __init__(self, k: int, every: int = 2) -> None:
-        self.k = at_least(self, "k", k, 2)
-        self.every = at_least(self, "every", every, 1)
+        self.k = integer(self, "k", k, at_least=2)
+        self.every = integer(self, "every", every)
         self._updates = 0
         self._rejects = False  # in this update
         self._samples_per_prompt: int | None = None  # the module's own, while ours is in force

@@ -5,10 +5,11 @@ from typing import Any, Literal
 import lightning as L
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import one_of, refuse_behind, refuse_beside, require, require_model
+from lit_ppo.callbacks.checks import refuse_behind, refuse_beside, require, require_model
 from lit_ppo.callbacks.reward_clipping import RewardClipping
 from lit_ppo.callbacks.reward_normalization import RewardNormalization
 from lit_ppo.callbacks.reward_scaling import RewardScaling
+from lit_ppo.validate import one_of
 
 
 class RewardBaseline(PPOCallback):
@@ -30,7 +31,7 @@ class RewardBaseline(PPOCallback):
     """
 
     def __init__(self, policy: Literal["actor", "reference"] = "actor") -> None:
-        self.policy = one_of(self, "policy", policy, "actor", "reference")
+        self.policy = one_of(self, "policy", policy, ("actor", "reference"))
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Refuse a module that cannot be asked for responses, a second baseline, and scores in another unit."""

@@ -10,19 +10,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule, as_in_a_step, of_first_process
-from lit_ppo.callbacks.checks import (
-    at_least,
-    fraction,
-    one_of,
-    positive,
-    refuse_beside,
-    require,
-    require_prompts,
-    warn_of_gaps,
-)
+from lit_ppo.callbacks.checks import refuse_beside, require, require_prompts, warn_of_gaps
 from lit_ppo.data.ratings import Ratings, is_ratings, read_ratings
 from lit_ppo.functional import diverging
 from lit_ppo.rewards.function import RewardFunction, check_scores, takes_experience
+from lit_ppo.validate import fraction, integer, one_of, positive
 
 STREAM = "reward_hacking"
 NONE, OVERFITTING, HACKING = 0, 1, 2
@@ -79,11 +71,11 @@ class RewardHackingMonitor(PPOCallback):
         then: str = "warn",
     ) -> None:
         self.gold = gold
-        self.prompts = at_least(self, "prompts", prompts, 2)
-        self.every = at_least(self, "every", every, 1)
+        self.prompts = integer(self, "prompts", prompts, at_least=2)
+        self.every = integer(self, "every", every)
         self.decay = fraction(self, "decay", decay)
         self.fall = positive(self, "fall", fall)
-        self.then = one_of(self, "then", then, "warn", "stop", "go_back")
+        self.then = one_of(self, "then", then, ("warn", "stop", "go_back"))
         self._rated = is_ratings(gold)
         if self._rated and then == "go_back":
             raise ValueError(

@@ -6,8 +6,9 @@ import lightning as L
 from torch import Tensor
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import one_of, positive, positive_or_none, refuse_beside
+from lit_ppo.callbacks.checks import refuse_beside
 from lit_ppo.functional import merge_moments
+from lit_ppo.validate import one_of, positive, positive_or_none
 
 
 class RewardNormalization(PPOCallback):
@@ -37,7 +38,7 @@ class RewardNormalization(PPOCallback):
         std: float | None = None,
     ) -> None:
         self.clip = positive_or_none(self, "clip", clip)
-        self.statistics = one_of(self, "statistics", statistics, "batch", "running", "given")
+        self.statistics = one_of(self, "statistics", statistics, ("batch", "running", "given"))
         for name, value in {"mean": mean, "std": std}.items():
             if (statistics == "given") != (value is not None):
                 raise ValueError(

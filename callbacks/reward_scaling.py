@@ -6,9 +6,10 @@ import lightning as L
 from torch import Tensor
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import one_of, refuse_beside
+from lit_ppo.callbacks.checks import refuse_beside
 from lit_ppo.callbacks.reward_normalization import RewardNormalization
 from lit_ppo.functional import merge_moments
+from lit_ppo.validate import one_of
 
 
 class RewardScaling(PPOCallback):
@@ -31,7 +32,7 @@ class RewardScaling(PPOCallback):
     """
 
     def __init__(self, statistics: Literal["running", "batch"] = "running", decay: float | None = None) -> None:
-        self.statistics = one_of(self, "statistics", statistics, "running", "batch")
+        self.statistics = one_of(self, "statistics", statistics, ("running", "batch"))
         if decay is not None and not 0 < decay < 1:
             raise ValueError(f"RewardScaling(decay={decay!r}): must be between 0 and 1; None counts all scores alike")
         if decay is not None and statistics != "running":

@@ -6,8 +6,9 @@ import lightning as L
 import torch
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import at_least, refuse_beside, require_token_rewards
+from lit_ppo.callbacks.checks import refuse_beside, require_token_rewards
 from lit_ppo.functional import scale
+from lit_ppo.validate import integer
 
 
 class RewardWhitening(PPOCallback):
@@ -28,7 +29,7 @@ class RewardWhitening(PPOCallback):
     """
 
     def __init__(self, rows: int | None = None, unbiased: bool = True) -> None:
-        self.rows = None if rows is None else at_least(self, "rows", rows, 1)
+        self.rows = None if rows is None else integer(self, "rows", rows)
         self.unbiased = unbiased
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import lightning as L
 
 from lit_ppo.callbacks.base import PPOCallback, PPOModule, as_in_a_step, writers
-from lit_ppo.callbacks.checks import at_least, refuse_beside, require, require_prompts
+from lit_ppo.callbacks.checks import refuse_beside, require, require_prompts
 from lit_ppo.callbacks.showing import html_table, pieces
+from lit_ppo.validate import integer
 
 FILE = "samples.jsonl"
 SQUARES = ((2.0, "🟥"), (0.5, "🟧"), (0.1, "🟨"))  # nats, from which on a token gets which
@@ -44,8 +45,8 @@ class SampleLogger(PPOCallback):
     """
 
     def __init__(self, every: int = 50, prompts: int = 8) -> None:
-        self.every = at_least(self, "every", every, 1)
-        self.prompts = at_least(self, "prompts", prompts, 1)
+        self.every = integer(self, "every", every)
+        self.prompts = integer(self, "prompts", prompts)
         self._updates = 0
         self._before: list[dict[str, Any]] | None = None  # None until the first update or a checkpoint
         self._shown = 0  # after how many updates

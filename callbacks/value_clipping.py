@@ -6,8 +6,9 @@ import lightning as L
 from torch import Tensor
 
 from lit_ppo.callbacks.base import MinibatchLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import positive, refuse_same_loss, require_model
+from lit_ppo.callbacks.checks import refuse_same_loss, require_model
 from lit_ppo.functional import clipped_value_loss, value_loss
+from lit_ppo.validate import positive
 
 
 class ValueClipping(PPOCallback):

@@ -11,11 +11,6 @@ from lit_ppo.advantages import GAE
 from lit_ppo.callbacks import PPOCallback, fire
 from lit_ppo.callbacks.base import HOOKS, of_first_process
 from lit_ppo.callbacks.checks import (
-    at_least,
-    fraction,
-    one_of,
-    positive,
-    positive_or_none,
     refuse_same_loss,
     require,
     require_model,
@@ -88,33 +83,6 @@ def test_require_model_tells_unknown_from_none():
         require_model(PPOCallback(), SimpleNamespace(), "critic")
     with pytest.raises(ValueError, match=r"PPOCallback needs a critic, but SimpleNamespace\(critic=None\) has none"):
         require_model(PPOCallback(), SimpleNamespace(critic=None), "critic")
-
-
-@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), True, "1", None])
-def test_positive_refuses(value):
-    with pytest.raises(ValueError, match=rf"PPOCallback\(size={value!r}\): size must be a number > 0"):
-        positive(PPOCallback(), "size", value)
-
-
-@pytest.mark.parametrize("value", [1, -1, 2.0, True, "2", None])
-def test_at_least_refuses(value):
-    with pytest.raises(ValueError, match=rf"PPOCallback\(updates={value!r}\): must be a whole number, at least 2"):
-        at_least(PPOCallback(), "updates", value, 2)
-    assert at_least(PPOCallback(), "updates", 2, 2) == 2
-
-
-@pytest.mark.parametrize("value", [0, 1, -0.5, 1.5, float("nan"), True, "0.5", None])
-def test_fraction_refuses(value):
-    with pytest.raises(ValueError, match=rf"PPOCallback\(share={value!r}\): share must be a number over 0 and under 1"):
-        fraction(PPOCallback(), "share", value)
-    assert fraction(PPOCallback(), "share", 0.5) == 0.5
-
-
-def test_positive_passes_the_value():
-    assert positive(PPOCallback(), "size", 0.5) == 0.5
-    assert positive_or_none(PPOCallback(), "size", 0.5) == 0.5
-    assert positive_or_none(PPOCallback(), "size", None) is None
-    assert one_of(PPOCallback(), "kind", "a", "a", "b") == "a"
 
 
 def test_same_loss_is_refused_with_both_named():

@@ -63,5 +63,5 @@ def test_returns_of_litppo_are_those_of_the_lowered_scores(tmp_path: Path, tiny_
 
 @pytest.mark.parametrize("budget", [1.5, True, -3])
 def test_budget_is_a_whole_number(budget: float):
-    with pytest.raises(ValueError, match=r"LengthPenalty\(budget=.*\): must be a whole number, at least 0"):
+    with pytest.raises(ValueError, match=r"LengthPenalty\(budget=.*\): must be an integer, at least 0"):
         LengthPenalty(budget, coef=0.1)

@@ -58,7 +58,7 @@ def test_exactly_one_of_every_and_decay(arguments: dict[str, Any]):
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.5, True])
 def test_decay_lies_between_0_and_1(decay: float):
-    with pytest.raises(ValueError, match=rf"ReferenceUpdate\(decay={decay!r}\): decay must be a number over 0 and und"):
+    with pytest.raises(ValueError, match=rf"ReferenceUpdate\(decay={decay!r}\): must be a finite number, above 0 and "):
         ReferenceUpdate(decay=decay)
 
 

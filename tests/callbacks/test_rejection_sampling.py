@@ -158,7 +158,7 @@ def test_estimators_that_compare_samples_are_refused_before_the_first_rollout():
 
 @pytest.mark.parametrize(("argument", "value"), [("k", 2.0), ("k", True), ("every", 1.5), ("every", -1)])
 def test_only_whole_numbers(argument: str, value: Any):
-    with pytest.raises(ValueError, match=rf"RejectionSampling\({argument}={value!r}\): must be a whole number, at le"):
+    with pytest.raises(ValueError, match=rf"RejectionSampling\({argument}={value!r}\): must be an integer, at le"):
         RejectionSampling(**{"k": 2, argument: value})
 
 
