@@ -8,8 +8,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_ppo.data.tokenization import train_tokenizer
-from tests.cli.test_errors import ppo_arguments
 from tests.helpers.command import REPOSITORY, run_command
+from tests.helpers.ppo_command import ppo_arguments
 from tests.helpers.tiny import WORDS, make_causal_lm
 
 CONFIGS = REPOSITORY / "configs"

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.cli.test_errors import ppo_arguments
 from tests.helpers.command import REPOSITORY, run_command
+from tests.helpers.ppo_command import ppo_arguments
 from tests.helpers.tiny import WORDS
 
 CONFIGS = REPOSITORY / "configs"

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from lit_ppo import TextDataModule
 from lit_ppo.callbacks import CriticWarmup, PTXLoss
-from tests.cli.test_errors import ppo_arguments
 from tests.helpers.command import REPOSITORY, run_command
+from tests.helpers.ppo_command import ppo_arguments
 from tests.helpers.tiny import WORDS, make_causal_lm
 from tests.helpers.toy import Spy, Toy, ToyTexts, run_updates
 from tests.helpers.toys import logged, make_data, make_module, make_trainer

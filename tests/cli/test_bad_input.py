@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from tests.cli.test_errors import ppo_arguments
 from tests.helpers.command import run_command
+from tests.helpers.ppo_command import ppo_arguments
 from tests.helpers.tiny import WORDS, make_causal_lm, make_tokenizer
 
 REWARDS = """

@@ -2,36 +2,13 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.helpers.command import run_command
-
-CONFIG: dict[str, Any] = {
-    "model": {"class_path": "tests.helpers.cli_toys.Toy"},
-    "data": {"class_path": "tests.helpers.cli_toys.ToyData"},
-    "trainer": {"max_epochs": 1, "accelerator": "cpu", "enable_model_summary": False, "num_sanity_val_steps": 0},
-    "checkpoint": {"every_n_train_steps": 3},
-}
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    """A configuration of eight steps."""
-    path = tmp_path / "toy.yaml"
-    path.write_text(yaml.safe_dump(CONFIG))
-    return path
-
-
-def scalars(folder: Path, tag: str = "train/loss") -> dict[int, float]:
-    """Step -> value, and a failure if a step was told twice."""
-    events = EventAccumulator(str(folder)).Reload().Scalars(tag)
-    assert len({event.step for event in events}) == len(events)
-    return {event.step: event.value for event in events}
+from tests.helpers.event_files import scalars
 
 
 def test_fit_leaves_a_run_folder_and_says_where(config: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Bad input to the command: one line, the last one, with place, value and remedy; no traceback."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,9 +7,9 @@ import yaml
 
 from lit_ppo.cli.errors import config_files, nearest, running_error
 from lit_ppo.run.errors import CommandError
-from tests.cli.test_command import CONFIG
-from tests.helpers.command import REPOSITORY, run_command
-from tests.helpers.tiny import WORDS
+from tests.helpers.cli_toys import CONFIG
+from tests.helpers.command import run_command
+from tests.helpers.ppo_command import ppo_arguments
 
 OVERLAYS = {
     "mistyped key": ("trainer:\n  max_stepz: 3\n", ["over.yaml:2", "trainer.max_stepz", "'trainer.max_steps'"]),
@@ -101,22 +100,6 @@ PPO = {
     "missing column": ("--data.prompt_column=question", ["prompts.jsonl", "'question'", "'prompt'"]),
     "generation": ("--model.generation.max_tokens=4", ["LitPPO(generation", "max_tokens"]),
 }
-
-
-def ppo_arguments(folder: Path, lm: Path, reward: Path) -> list[str]:
-    """``configs/ppo.yaml`` with paths and sizes overridden."""
-    rows = [{"prompt": f"the {word} was", "level": i} for i, word in enumerate(WORDS[:16])]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    paths = [f"--model.actor={lm}", f"--model.rewards.model={reward}", "--data.path=prompts.jsonl"]
-    sizes = ["--data.batch_size=8", "--model.minibatch_size=4", "--model.micro_batch_size=2"]
-    lengths = [
-        "--model.generation.max_new_tokens=6",
-        "--data.max_prompt_length=8",
-        "--trainer.val_check_interval=1.0",
-        "--data.val_fraction=0.25",
-    ]
-    config = str(REPOSITORY / "configs" / "ppo.yaml")
-    return ["--config", config, *paths, *sizes, *lengths, "--trainer.accelerator=cpu"]
 
 
 @pytest.mark.parametrize(("argument", "words"), PPO.values(), ids=PPO.keys())

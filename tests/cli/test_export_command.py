@@ -11,10 +11,10 @@ import yaml
 
 from lit_ppo.cli.export_command import build
 from lit_ppo.run.export import write_model
-from tests.cli.test_command import CONFIG
+from tests.helpers.cli_toys import CONFIG
 from tests.helpers.command import run_command
+from tests.helpers.ppo_command import ppo
 from tests.helpers.tiny import make_causal_lm
-from tests.run.test_resume_config import ppo
 
 
 def files(folder: Path) -> dict[str, bytes]:

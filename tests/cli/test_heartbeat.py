@@ -11,7 +11,6 @@ import pytest
 
 from lit_ppo.cli.heartbeat import Heartbeat
 from lit_ppo.cli.progress import LineProgress, PhaseBar, progress_bar
-from tests.cli.test_command import config  # noqa: F401  a fixture
 from tests.helpers.command import Running, run_command
 from tests.helpers.scripted import Clock
 
@@ -98,7 +97,7 @@ def test_what_is_described_may_fail(capsys: pytest.CaptureFixture[str], monkeypa
     assert capsys.readouterr().out == "working (RuntimeError while asking for details) ...\n" * 2
 
 
-def test_never_ten_seconds_of_silence(config: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_never_ten_seconds_of_silence(config: Path, tmp_path: Path) -> None:
     """One step takes longer than that."""
     command = Running("fit", "--config", config, "--model.sleep=11", "--trainer.max_steps=1", cwd=tmp_path)
     last, size, longest = time.monotonic(), 0, 0.0
@@ -127,7 +126,7 @@ def test_time_is_that_of_what_is_going_on(capsys: pytest.CaptureFixture[str], mo
     assert lines[4:] == ["update 3/4 ...", "writing ..."]
 
 
-def test_without_a_progress_bar_there_are_no_signs_of_progress(config: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_without_a_progress_bar_there_are_no_signs_of_progress(config: Path, tmp_path: Path) -> None:
     """One step takes longer than the heartbeat waits; neither is there a summary."""
     options = ["--trainer.enable_progress_bar=false", "--model.sleep=8", "--trainer.max_steps=1"]
     quiet = run_command("fit", "--config", config, *options, cwd=tmp_path).ok().out
@@ -135,7 +134,7 @@ def test_without_a_progress_bar_there_are_no_signs_of_progress(config: Path, tmp
     assert "Run folder:" in quiet
 
 
-def test_richs_bar_is_the_only_one(config: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_richs_bar_is_the_only_one(config: Path, tmp_path: Path) -> None:
     """In a pipe it prints its last state; our lines are not there, our summary is."""
     rich = "--trainer.callbacks+=lightning.pytorch.callbacks.RichProgressBar"
     out = run_command("fit", "--config", config, rich, cwd=tmp_path).ok().out

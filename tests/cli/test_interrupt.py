@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cli.test_command import CONFIG
+from tests.helpers.cli_toys import CONFIG
 from tests.helpers.command import REPOSITORY, Running, run_command
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")

@@ -13,8 +13,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tests.cli.test_errors import ppo_arguments
 from tests.helpers.command import QUIET, REPOSITORY, run_command
+from tests.helpers.ppo_command import ppo_arguments
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from lit_ppo.cli.heartbeat import Heartbeat
 from lit_ppo.cli.stages import Marker, Stage, StageRunner
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.interrupt import Interrupts
-from tests.cli.test_command import CONFIG
+from tests.helpers.cli_toys import CONFIG
 from tests.helpers.command import run_command
 
 

@@ -2,11 +2,19 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+
+CONFIG: dict[str, Any] = {
+    "model": {"class_path": "tests.helpers.cli_toys.Toy"},
+    "data": {"class_path": "tests.helpers.cli_toys.ToyData"},
+    "trainer": {"max_epochs": 1, "accelerator": "cpu", "enable_model_summary": False, "num_sanity_val_steps": 0},
+    "checkpoint": {"every_n_train_steps": 3},
+}
 
 
 class Toy(L.LightningModule):

@@ -13,8 +13,8 @@ import torch
 
 from tests.cli.test_ppo import close, metrics
 from tests.helpers.command import QUIET, REPOSITORY, run_command
+from tests.helpers.ppo_command import ppo
 from tests.helpers.tiny import make_causal_lm
-from tests.run.test_resume_config import ppo
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="process groups of POSIX")
 

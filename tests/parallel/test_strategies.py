@@ -5,8 +5,8 @@ import socket
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.cli.test_errors import ppo_arguments
 from tests.helpers.command import REPOSITORY, Running, run_command
+from tests.helpers.ppo_command import ppo_arguments
 
 STRATEGIES = {
     "ddp": [],

@@ -7,25 +7,18 @@ from typing import Any
 import lightning as L
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch.utils.tensorboard import SummaryWriter
 
 from lit_ppo.run.checkpoint import StepCheckpoint
 from lit_ppo.run.events import events_before, tell_again
-from tests.cli.test_errors import ppo_arguments
 from tests.helpers.command import run_command
+from tests.helpers.event_files import shown
+from tests.helpers.ppo_command import ppo_arguments
 from tests.helpers.toys import make_data, make_module, make_trainer
 
 NOW = time.time()
 SAVED = NOW + 1000.0  # when the checkpoint was made
-
-
-def shown(folder: Path) -> dict[str, list[int]]:
-    """The steps of every curve, picture and text as TensorBoard reads them."""
-    told = plugin_event_accumulator.EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
-    tags = [tag for tag in told.Tags()["tensors"] if not tag.startswith(("_hparams_", "custom_scalars", "epoch"))]
-    return {tag: [event.step for event in told.Tensors(tag)] for tag in tags}
 
 
 def write(folder: Path, part: int, start: float | None, *told: tuple[str, int, float]) -> None:

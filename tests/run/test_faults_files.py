@@ -17,9 +17,9 @@ from lit_ppo.parallel.checkpoint_io import CheckpointError, WholeFiles, put_in_p
 from lit_ppo.rewards import RewardModel
 from lit_ppo.run.checkpoint import StepCheckpoint, find_last
 from tests.helpers.command import run_command
+from tests.helpers.ppo_command import ppo
 from tests.helpers.tiny import make_causal_lm, make_reward_model
 from tests.helpers.toys import make_data, make_module, make_trainer
-from tests.run.test_resume_config import ppo
 
 
 def fit(folder: Path, actor: Path, updates: int, ckpt_path: Path | None = None, **checkpoint: Any) -> Any:

@@ -10,8 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_ppo.run.checkpoint import step_of
 from tests.helpers import killed_runs
+from tests.helpers.event_files import shown
 from tests.helpers.tiny import make_causal_lm
-from tests.run.test_events import shown
 
 pytestmark = pytest.mark.skipif(not hasattr(killed_runs.os, "fork"), reason="forks")
 

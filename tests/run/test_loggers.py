@@ -15,7 +15,7 @@ from lit_ppo.callbacks import AlignmentTax, Cockpit, CollapseMonitor, RewardHack
 from lit_ppo.ppo.checks import check_loggers
 from lit_ppo.run.folder import RunTrainer
 from tests.callbacks.test_alignment_tax import texts
-from tests.cli.test_command import CONFIG
+from tests.helpers.cli_toys import CONFIG
 from tests.helpers.command import run_command
 from tests.helpers.loggers import MlflowLike, WandbLike
 from tests.helpers.toys import count_good, make_data, make_module, make_trainer, write_prompts

@@ -1,20 +1,19 @@
 """Resuming with another configuration: what changed takes effect, and is said as old -> new; or it is refused."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from lit_ppo.callbacks import AdaptiveKL, CriticWarmup, EntropyBonus
 from lit_ppo.optim.schedules import WarmupCosine
 from lit_ppo.run.checkpoint import StepCheckpoint
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.resume import ABSENT, changes, check_changes, tell_changes
-from tests.helpers.command import REPOSITORY, run_command
-from tests.helpers.tiny import WORDS, make_causal_lm
+from tests.helpers.command import run_command
+from tests.helpers.ppo_command import ppo
+from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toys import logged, make_data, make_module, make_trainer
 
 REMOVED = "ignore:Be aware that when using `ckpt_path`, callbacks used to create"
@@ -209,28 +208,6 @@ def test_what_cannot_change_is_refused(name: str) -> None:
 
 
 # The command
-
-
-def ppo(folder: Path, actor: Path) -> list[str]:
-    """Small arguments of ``configs/ppo.yaml`` with a reward that is a function."""
-    rows = [json.dumps({"prompt": f"the {word} was"}) for word in WORDS[:16]]
-    (folder / "prompts.jsonl").write_text("\n".join(rows))
-    overlay = {
-        "model": {
-            "init_args": {
-                "actor": str(actor),
-                "rewards": {"class_path": "RewardFunction", "init_args": {"function": "tests.helpers.toys.count_good"}},
-                "generation": {"max_new_tokens": 6},
-                "minibatch_size": 8,
-                "ppo_epochs": 1,
-            }
-        },
-        "data": {"init_args": {"batch_size": 8, "max_prompt_length": None, "val_fraction": 0.0}},
-        "trainer": {"accelerator": "cpu", "max_steps": 1, "max_epochs": -1, "val_check_interval": None},
-        "report": {"prompts": 0, "samples": 0},
-    }
-    (folder / "small.yaml").write_text(yaml.safe_dump(overlay))
-    return ["fit", "--config", str(REPOSITORY / "configs/ppo.yaml"), "--config", "small.yaml"]
 
 
 def test_the_command_says_and_refuses(tmp_path: Path, actor: Path) -> None:

@@ -17,11 +17,12 @@ from lit_ppo.callbacks.base import PPOCallback
 from lit_ppo.run import interrupt
 from lit_ppo.run.checkpoint import StepCheckpoint, find_checkpoints
 from lit_ppo.run.preemption import StopRequest
-from tests.cli.test_command import CONFIG, scalars
+from tests.helpers.cli_toys import CONFIG
 from tests.helpers.command import Running, run_command
+from tests.helpers.event_files import scalars
+from tests.helpers.ppo_command import ppo
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toys import logged, make_data, make_module, make_trainer
-from tests.run.test_resume_config import ppo
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 
