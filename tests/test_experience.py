@@ -7,30 +7,11 @@ import torch
 
 from lit_ppo.experience import Experience, Minibatch, model_inputs
 from lit_ppo.parallel.plan import deal
-
-
-def make(lengths=(3, 1, 4, 2, 4), prompts=(2, 3, 1, 3, 2)) -> Experience:
-    n, longest = len(lengths), max(lengths)
-    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
-    prompt_mask = torch.arange(max(prompts)) >= max(prompts) - torch.tensor(prompts)[:, None]
-    experience = Experience(
-        prompts=[f"p{i}" for i in range(n)],
-        responses=[f"r{i}" for i in range(n)],
-        columns={"level": list(range(n))},
-        prompt_index=torch.arange(n) * 10,
-        group=torch.arange(n),
-        prompt_ids=torch.arange(n * max(prompts)).reshape(n, -1),
-        prompt_mask=prompt_mask,
-        response_ids=torch.arange(n * longest).reshape(n, -1) + 100,
-        response_mask=mask,
-        ended=torch.arange(n) % 2 == 0,
-    )
-    experience.logprobs = torch.where(mask, -torch.rand(n, longest), 0.0)
-    return experience
+from tests.helpers.experiences import make_experience
 
 
 def test_select_takes_the_rows_of_every_field():
-    experience = make()
+    experience = make_experience()
     experience.extras = {"difficulty": torch.arange(5.0), "names": list("abcde"), "note": "kept"}
     chosen = experience.select([3, 1, 1])
     assert chosen.prompts == ["p3", "p1", "p1"]
@@ -44,17 +25,17 @@ def test_select_takes_the_rows_of_every_field():
 
 
 def test_select_takes_a_mask():
-    assert make().select(torch.tensor([True, False, False, False, True])).responses == ["r0", "r4"]
+    assert make_experience().select(torch.tensor([True, False, False, False, True])).responses == ["r0", "r4"]
 
 
 def test_what_is_added_to_a_selection_stays_there():
-    experience = make()
+    experience = make_experience()
     experience.select([0]).extras["new"] = 1
     assert experience.extras == {}
 
 
 def test_keep_cuts_in_place():
-    experience = make()
+    experience = make_experience()
     experience.keep([4, 0])
     assert experience.responses == ["r4", "r0"]
     assert experience.response_mask.sum(1).tolist() == [4, 3]
@@ -63,38 +44,38 @@ def test_keep_cuts_in_place():
 @pytest.mark.parametrize("name", ["rewards", "raw_scores", "values"])
 def test_reading_a_field_too_early_names_it(name):
     with pytest.raises(AttributeError, match=rf"Experience\.{name} is not set yet"):
-        getattr(make(), name)
+        getattr(make_experience(), name)
 
 
 def test_a_misspelt_write_raises():
     with pytest.raises(AttributeError, match="socres"):
-        make().socres = 1
+        make_experience().socres = 1
 
 
 def test_a_misspelt_read_raises():
     with pytest.raises(AttributeError, match="no field 'socres'"):
-        _ = make().socres
+        _ = make_experience().socres
 
 
 def test_pickling_keeps_what_is_set_and_what_is_not():
-    copy = pickle.loads(pickle.dumps(make()))
-    assert copy.prompts == make().prompts
+    copy = pickle.loads(pickle.dumps(make_experience()))
+    assert copy.prompts == make_experience().prompts
     with pytest.raises(AttributeError, match="not set yet"):
         _ = copy.scores
 
 
 @pytest.mark.parametrize(("size", "counts"), [(2, [2, 2, 1]), (5, [5]), (7, [5])])
 def test_minibatches_cover_every_row_once_an_epoch(size, counts):
-    minibatches = list(make().minibatches(size, epochs=3, seed=(0, 1), reduction="token_mean"))
+    minibatches = list(make_experience().minibatches(size, epochs=3, seed=(0, 1), reduction="token_mean"))
     assert [len(m) for m in minibatches] == counts * 3
     for epoch in range(3):
         rows = [p for m in minibatches[epoch * len(counts) : (epoch + 1) * len(counts)] for p in m.prompts]
-        assert sorted(rows) == make().prompts
+        assert sorted(rows) == make_experience().prompts
 
 
 def test_the_order_changes_with_epoch_update_and_seed():
     def order(*seed: int) -> list[str]:
-        experience = make(lengths=(1,) * 30, prompts=(1,) * 30)
+        experience = make_experience(lengths=(1,) * 30, prompts=(1,) * 30)
         return [p for m in experience.minibatches(30, epochs=2, seed=seed, reduction="token_mean") for p in m.prompts]
 
     assert order(0, 1) == order(0, 1)
@@ -108,7 +89,7 @@ def test_the_order_changes_with_epoch_update_and_seed():
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
 def test_means_are_exact_however_the_step_is_split(n_ranks, micro_batch_size, reduction):
     """Averaged over ranks and summed over micro-batches, as gradients are; NaN outside the mask never leaks in."""
-    experience = make()
+    experience = make_experience()
     x = torch.rand(5, 4, dtype=torch.float64)
     rows = [x[i][experience.response_mask[i]] for i in range(5)]
     expected = torch.cat(rows).mean() if reduction == "token_mean" else torch.stack([r.mean() for r in rows]).mean()
@@ -129,7 +110,7 @@ def test_means_are_exact_however_the_step_is_split(n_ranks, micro_batch_size, re
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
 def test_a_response_without_tokens_has_no_weight(reduction):
     """As a callback leaves it that masks whole responses out: means are those of the others."""
-    experience = make(lengths=(3, 0, 4), prompts=(1, 1, 1))
+    experience = make_experience(lengths=(3, 0, 4), prompts=(1, 1, 1))
     minibatch = Minibatch.of(experience, range(3), reduction)
     x = torch.arange(12.0).reshape(3, 4)
     expected = {"token_mean": (0 + 1 + 2 + 8 + 9 + 10 + 11) / 7, "sequence_mean": (1 + 9.5) / 2}[reduction]
@@ -138,7 +119,7 @@ def test_a_response_without_tokens_has_no_weight(reduction):
 
 
 def test_a_mask_that_a_callback_rebinds_before_the_step_counts():
-    minibatch = Minibatch.of(make(), range(5), "token_mean")
+    minibatch = Minibatch.of(make_experience(), range(5), "token_mean")
     minibatch.response_mask = minibatch.response_mask & (torch.arange(4) < 1)
     (micro,) = minibatch.micro_batches([list(range(5))], 1)
     assert micro.mean(torch.ones(5, 4)).item() == pytest.approx(1.0)
@@ -149,7 +130,7 @@ def test_what_is_logged_before_the_micro_batches_counts_once():
     """The global minibatch is there on every rank."""
     logged = 0.0
     for share in deal([2] * 5, 2, micro_batch_size=2):
-        minibatch = Minibatch.of(make(), range(5), "token_mean")
+        minibatch = Minibatch.of(make_experience(), range(5), "token_mean")
         minibatch.log("x", torch.full((5, 4), 3.0))
         list(minibatch.micro_batches(share, 2))
         logged += minibatch.metrics["x"].item()
@@ -157,12 +138,12 @@ def test_what_is_logged_before_the_micro_batches_counts_once():
 
 
 def test_an_unfinished_experience_can_be_shown():
-    assert "response_ids=(5, 4)" in repr(make())
-    assert "rewards" not in repr(make())
+    assert "response_ids=(5, 4)" in repr(make_experience())
+    assert "rewards" not in repr(make_experience())
 
 
 def test_model_inputs_are_cut_to_the_longest_row():
-    experience = make().select([1, 3])  # prompts of 3, responses of 1 and 2
+    experience = make_experience().select([1, 3])  # prompts of 3, responses of 1 and 2
     ids, mask, target_mask = model_inputs(experience)
     assert ids.tolist() == [[3, 4, 5, 104, 105], [9, 10, 11, 112, 113]]
     assert mask.tolist() == [[True] * 4 + [False], [True] * 5]
@@ -170,7 +151,7 @@ def test_model_inputs_are_cut_to_the_longest_row():
 
 
 def test_model_inputs_drop_padding_on_the_left():
-    ids, mask, _ = model_inputs(make().select([2]))  # a prompt of 1, a response of 4
+    ids, mask, _ = model_inputs(make_experience().select([2]))  # a prompt of 1, a response of 4
     assert ids.tolist() == [[8, 108, 109, 110, 111]]
     assert mask.all()
 
@@ -181,7 +162,7 @@ def test_lengths_are_read_from_the_device_once_an_update(monkeypatch):
     lengths = Experience.lengths
 
     monkeypatch.setattr(Experience, "lengths", property(lambda self: reads.append(1) or lengths.fget(self)))
-    experience = make()
+    experience = make_experience()
     expected = lengths.fget(experience)
     seen = []
     for minibatch in experience.minibatches(2, epochs=2, seed=(0,), reduction="token_mean"):
@@ -193,7 +174,7 @@ def test_lengths_are_read_from_the_device_once_an_update(monkeypatch):
 
 
 def test_masks_for_the_models_lie_on_the_host_and_are_the_experiences():
-    experience = make()
+    experience = make_experience()
     ids, mask, target_mask = model_inputs(experience)
     assert torch.equal(target_mask, experience.response_mask[:, : target_mask.shape[1]])
     whole = torch.cat([experience.prompt_mask, experience.response_mask], dim=1)
@@ -203,14 +184,14 @@ def test_masks_for_the_models_lie_on_the_host_and_are_the_experiences():
 
 
 def test_a_step_of_one_token_logs_that_token():
-    micro = Minibatch.of(make(lengths=(1,), prompts=(2,)), [0], "token_mean")
+    micro = Minibatch.of(make_experience(lengths=(1,), prompts=(2,)), [0], "token_mean")
     micro.log("x", torch.tensor([[3.0]]))
     assert micro.metrics["x"].item() == 3.0
 
 
 def test_extremes_are_of_the_steps_response_tokens_however_it_is_split():
     """Rows of 3, 1 and 2 tokens: 5, 6, 7; 4; 8, 9. What lies outside is smaller, larger, NaN; a share may be empty."""
-    experience = make(lengths=(3, 1, 2), prompts=(1, 1, 1))
+    experience = make_experience(lengths=(3, 1, 2), prompts=(1, 1, 1))
     experience.extras["x"] = torch.tensor([[5.0, 6.0, 7.0], [4.0, 99.0, torch.nan], [8.0, 9.0, -99.0]])
     for reduction in ("token_mean", "sequence_mean"):
         minibatch = Minibatch.of(experience, range(3), reduction)

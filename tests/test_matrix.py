@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 
-import lit_ppo.callbacks
 from lit_ppo import PromptDataModule
 from lit_ppo.advantages import GroupRelative, LeaveOneOut, Reinforce
-from tests.callbacks.test_contract import TRICKS
 from tests.helpers.tiny import WORDS, make_causal_lm
 from tests.helpers.toys import make_module, make_trainer
-from tests.helpers.trick import made
+from tests.helpers.trick import make_trick, tricks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Monitor")  # what monitors have to say is tested elsewhere
 
+TRICKS = tricks()
 LORA = {"r": 2, "target_modules": "all-linear"}
 MODULES: dict[str, dict[str, Any]] = {
     "lora": {"actor_lora": LORA, "critic_lora": LORA},
@@ -56,9 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def two_updates(names: tuple[str, ...], **module: Any) -> tuple[str | None, int]:
     """The refusal, if there was one, and the number of updates made."""
-    tricks = [getattr(lit_ppo.callbacks, name)(**made(TRICKS[name].acts) | made(TRICKS[name].live)) for name in names]
     made_module = make_module(Path("lm"), **{"generation": {"max_new_tokens": 4}, "minibatch_size": 4, **module})
-    trainer = make_trainer(Path(), callbacks=tricks)
+    trainer = make_trainer(Path(), callbacks=[make_trick(name, live=True) for name in names])
     try:
         trainer.fit(made_module, PromptDataModule("prompts.jsonl", batch_size=6, seed=0))
     except (ValueError, TypeError) as error:

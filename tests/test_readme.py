@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM
 import lit_ppo.callbacks
 from lit_ppo.advantages import AdvantageEstimator
 from tests.helpers.command import REPOSITORY, run_command
-from tests.helpers.ppo_command import ppo_arguments
+from tests.helpers.ppo_command import RECIPES, ppo_arguments
 from tests.helpers.tiny import WORDS
-from tests.test_recipes import RECIPES
 
 README = (REPOSITORY / "README.md").read_text()
 

@@ -1,6 +1,5 @@
 """AlignmentTax: the loss against the stock model's own, of which rows, when, and that it leaves no trace."""
 
-import json
 import math
 import subprocess
 import sys
@@ -17,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from lit_ppo import TextDataModule
 from lit_ppo.callbacks import AlignmentTax
 from tests.helpers.command import REPOSITORY
-from tests.helpers.tiny import WORDS, make_causal_lm
+from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toy import Recorder, Toy, ToyTexts, run_updates, trainer_of
-from tests.helpers.toys import MemoryLogger, logged, make_data, make_module, make_trainer
+from tests.helpers.toys import MemoryLogger, logged, make_data, make_module, make_trainer, texts
 from tests.helpers.trick import Trick
 
 TRICK = {
@@ -174,13 +173,6 @@ def test_module_that_cannot_read_text_is_refused_before_the_first_rollout():
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
-
-
-def texts(folder: Path) -> TextDataModule:
-    """Seven texts of two to seven words, in batches of three."""
-    rows = [{"text": " ".join(WORDS[i : i + 2 + i % 6])} for i in range(7)]
-    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return TextDataModule(str(folder / "texts.jsonl"), max_length=8, batch_size=3, seed=0)
 
 
 def stock_loss(folder: Path, model: Any) -> float:

@@ -34,13 +34,12 @@ from lit_ppo.callbacks import (
 )
 from lit_ppo.callbacks.cockpit import LAYOUT
 from lit_ppo.experience import Minibatch
-from tests.callbacks.test_alignment_tax import texts
 from tests.helpers.command import REPOSITORY
+from tests.helpers.experiences import make_experience
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toy import Attach, Recorder, Spy, Toy, run_updates
-from tests.helpers.toys import count_good, make_data, make_module, make_trainer, write_prompts
+from tests.helpers.toys import count_good, make_data, make_module, make_trainer, texts, write_prompts
 from tests.helpers.trick import Trick
-from tests.test_experience import make as make_experience
 
 ROOT = Path(__file__).parents[2]
 

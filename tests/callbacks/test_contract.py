@@ -21,21 +21,15 @@ import yaml
 from lightning.pytorch.loggers.logger import Logger
 
 import lit_ppo.callbacks
-from lit_ppo.callbacks import PPOCallback
 from tests.helpers.toy import Foreign, Recorder, Toy, run_updates
 from tests.helpers.toys import MemoryLogger
-from tests.helpers.trick import Trick, made
+from tests.helpers.trick import made, make_trick, tricks
 
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Monitor")  # what monitors have to say is tested elsewhere
 
-TRICKS: dict[str, Trick] = {
-    name: trick
-    for path in sorted(Path(__file__).parent.glob("test_*.py"))
-    if path != Path(__file__)
-    for name, trick in getattr(importlib.import_module(f"tests.callbacks.{path.stem}"), "TRICK", {}).items()
-}
+TRICKS = tricks()
 MONITORS = [name for name, trick in TRICKS.items() if trick.monitor]
 EVERY_TRICK = pytest.mark.parametrize("name", TRICKS)
 
@@ -43,10 +37,6 @@ EVERY_TRICK = pytest.mark.parametrize("name", TRICKS)
 @pytest.fixture(autouse=True)
 def _a_folder_for_what_they_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def make(name: str, **arguments: Any) -> PPOCallback:
-    return getattr(lit_ppo.callbacks, name)(**{**made(TRICKS[name].acts), **arguments})
 
 
 def run_trick(trick: Any, name: str, updates: int, **kwargs: Any) -> Any:
@@ -78,20 +68,20 @@ def test_table_has_every_public_callback():
 def test_constructor_names_class_argument_and_value(name: str, argument: str):
     value = TRICKS[name].refuses[argument]
     with pytest.raises(ValueError, match=re.escape(f"{argument}={value!r}")) as error:
-        make(name, **{argument: value})
+        make_trick(name, **{argument: value})
     assert str(error.value).startswith(f"{name}(")
 
 
 @EVERY_TRICK
 def test_acts_on_a_module_that_is_not_ours(name: str):
-    assert trace(name, run_trick(make(name), name, 4)) != trace(name, run_trick([], name, 4))
+    assert trace(name, run_trick(make_trick(name), name, 4)) != trace(name, run_trick([], name, 4))
 
 
 @pytest.mark.parametrize("name", MONITORS)
 def test_a_monitor_leaves_the_run_as_it_is(name: str):
     """To the bit: weights, losses, and the random numbers that come next."""
     runs = []
-    for callbacks in ([], make(name)):
+    for callbacks in ([], make_trick(name)):
         random.seed(0)
         np.random.seed(0)  # noqa: NPY002
         torch.manual_seed(0)
@@ -103,15 +93,15 @@ def test_a_monitor_leaves_the_run_as_it_is(name: str):
 @pytest.mark.parametrize("name", MONITORS)
 @pytest.mark.parametrize("logger", [None, Recorder(Path(), kinds=()), MemoryLogger()], ids=["none", "numbers", "bare"])
 def test_a_monitor_does_with_whatever_logger_there_is(name: str, logger: Logger | None):
-    assert len(run_trick(make(name), name, 2, logger=logger).actors) == 2
+    assert len(run_trick(make_trick(name), name, 2, logger=logger).actors) == 2
 
 
 @pytest.mark.parametrize("name", MONITORS)
 def test_a_resumed_monitor_logs_as_if_the_run_had_never_stopped(name: str, tmp_path: Path):
     """Of the policy after two updates, where the run was stopped, either part may tell."""
-    whole = run_trick(make(name), name, 4).trainer.logger.calls
-    run_trick(make(name), name, 2, save=tmp_path / "last.ckpt")
-    rest = run_trick(make(name), name, 4, resume=tmp_path / "last.ckpt").trainer.logger.calls
+    whole = run_trick(make_trick(name), name, 4).trainer.logger.calls
+    run_trick(make_trick(name), name, 2, save=tmp_path / "last.ckpt")
+    rest = run_trick(make_trick(name), name, 4, resume=tmp_path / "last.ckpt").trainer.logger.calls
     after = [call for call in whole if call[-1] is not None and call[-1] > 2]
     assert after
     assert [call for call in rest if call[-1] is not None and call[-1] > 2] == after
@@ -120,7 +110,7 @@ def test_a_resumed_monitor_logs_as_if_the_run_had_never_stopped(name: str, tmp_p
 
 @pytest.mark.parametrize(("name", "argument"), [(n, argument) for n in TRICKS for argument in TRICKS[n].knobs])
 def test_every_argument_changes_a_run(name: str, argument: str):
-    one, other = (make(name, **arguments) for arguments in TRICKS[name].knobs[argument])
+    one, other = (make_trick(name, **arguments) for arguments in TRICKS[name].knobs[argument])
     assert trace(name, run_trick(one, name, 4)) != trace(name, run_trick(other, name, 4))
 
 
@@ -137,9 +127,9 @@ def test_every_argument_is_a_knob_that_is_tried(name: str):
 @EVERY_TRICK
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_resumed_run_goes_on_identically(name: str, stop: int, tmp_path: Path):
-    whole = run_trick(make(name), name, 4)
-    run_trick(make(name), name, stop, save=tmp_path / "last.ckpt")
-    rest = run_trick(make(name), name, 4, resume=tmp_path / "last.ckpt")
+    whole = run_trick(make_trick(name), name, 4)
+    run_trick(make_trick(name), name, stop, save=tmp_path / "last.ckpt")
+    rest = run_trick(make_trick(name), name, 4, resume=tmp_path / "last.ckpt")
     assert len(rest.actors) == 4 - stop
     torch.testing.assert_close(rest.actors, whole.actors[stop:], rtol=0, atol=0)
     torch.testing.assert_close(rest.critics, whole.critics[stop:], rtol=0, atol=0)
@@ -151,7 +141,7 @@ def test_resumed_run_goes_on_identically(name: str, stop: int, tmp_path: Path):
 @pytest.mark.parametrize(("name", "argument"), [(n, argument) for n in TRICKS for argument in TRICKS[n].knobs])
 def test_a_resumed_trick_goes_by_its_new_arguments(name: str, argument: str):
     """Or refuses them."""
-    one, other = (make(name, **arguments) for arguments in TRICKS[name].knobs[argument])
+    one, other = (make_trick(name, **arguments) for arguments in TRICKS[name].knobs[argument])
     with contextlib.suppress(ValueError, RuntimeError):
         run_trick(one, name, 1)
     given = {key: repr(value) for key, value in vars(other).items() if not key.startswith("_")}
@@ -163,18 +153,18 @@ def test_a_resumed_trick_goes_by_its_new_arguments(name: str, argument: str):
 @EVERY_TRICK
 def test_two_copies_work_or_are_refused_with_both_named(name: str):
     if TRICKS[name].twice:
-        assert len(run_trick([make(name), make(name)], name, 2).actors) == 2
+        assert len(run_trick([make_trick(name), make_trick(name)], name, 2).actors) == 2
         return
     with pytest.raises((ValueError, RuntimeError), match=name):  # Lightning refuses two with state by itself
-        run_trick([make(name), make(name)], name, 2)
+        run_trick([make_trick(name), make_trick(name)], name, 2)
     subclass = type(f"My{name}", (getattr(lit_ppo.callbacks, name),), {})(**made(TRICKS[name].acts))
     with pytest.raises(ValueError, match=f"My{name} and {name}|{name} and My{name}"):
-        run_trick([make(name), subclass], name, 2)
+        run_trick([make_trick(name), subclass], name, 2)
 
 
 @EVERY_TRICK
 def test_pickled_copy_goes_on_identically(name: str):
-    used = make(name)
+    used = make_trick(name)
     run_trick(used, name, 2)
     copy = pickle.loads(pickle.dumps(used))
     assert type(copy) is type(used)
@@ -184,7 +174,7 @@ def test_pickled_copy_goes_on_identically(name: str):
 
 @EVERY_TRICK
 def test_state_is_plain_data(name: str):
-    used = make(name)
+    used = make_trick(name)
     run_trick(used, name, 2)
     assert yaml.safe_load(yaml.safe_dump(_lists(used.state_dict()))) == _lists(used.state_dict())
 
@@ -196,14 +186,14 @@ def _lists(state: dict[str, Any]) -> dict[str, Any]:
 @EVERY_TRICK
 def test_wrong_module_is_refused(name: str):
     with pytest.raises(TypeError, match=rf"{name} .*Foreign"):
-        run_updates(make(name), module=Foreign())
+        run_updates(make_trick(name), module=Foreign())
 
 
 @pytest.mark.parametrize(("name", "model"), [(name, trick.needs) for name, trick in TRICKS.items() if trick.needs])
 def test_missing_model_is_refused_before_the_first_rollout(name: str, model: str):
     module = Toy(**{**TRICKS[name].toy, model: False})
     with pytest.raises(ValueError, match=rf"{name} needs a {model}, but Toy\({model}=None\)"):
-        run_updates(make(name), module=module)
+        run_updates(make_trick(name), module=module)
     assert module.experiences == []
 
 
@@ -211,7 +201,7 @@ def test_missing_model_is_refused_before_the_first_rollout(name: str, model: str
 @EVERY_TRICK
 def test_works_without_the_models_it_does_not_need(name: str, model: str):
     if TRICKS[name].needs != model:
-        assert len(run_trick(make(name), name, 2, **{model: False}).actors) == 2
+        assert len(run_trick(make_trick(name), name, 2, **{model: False}).actors) == 2
 
 
 @EVERY_TRICK
@@ -223,7 +213,7 @@ def test_yaml_builds_it(name: str):
     arguments = inspect.signature(getattr(lit_ppo.callbacks, name)).parameters
     given = entry.get("init_args", {})
     assert given.keys() <= arguments.keys()
-    make(name, **{argument: value for argument, value in given.items() if argument != "data"})
+    make_trick(name, **{argument: value for argument, value in given.items() if argument != "data"})
 
 
 @pytest.mark.parametrize(
@@ -293,6 +283,6 @@ def test_setup_refuses_before_anything_is_built():
     """Also where nobody but the callbacks looks: no Lightning trainer in sight."""
     for name, trick in TRICKS.items():
         if not trick.twice:
-            copies = [make(name), make(name)]
+            copies = [make_trick(name), make_trick(name)]
             with pytest.raises(ValueError, match=f"{name} and {name}: .*; keep one of them"):
                 copies[0].setup(SimpleNamespace(callbacks=copies), Toy(), "fit")

@@ -9,9 +9,9 @@ import torch
 from lit_ppo import LitPPO
 from lit_ppo.callbacks import AdaptiveKL, RewardNormalization
 from tests.helpers.oracle import Oracle
+from tests.helpers.recorder import record, rows_of
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer
-from tests.ppo.test_module import record, rows_of
 
 
 @pytest.fixture(scope="module")

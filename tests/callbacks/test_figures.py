@@ -13,10 +13,14 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import Cockpit, figures
-from tests.callbacks.test_cockpit import watch
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toy import Attach, Prompts, Recorder, Spy, Toy, ToyData, drawn, run_updates
 from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer, write_prompts
+
+
+def watch(folder: Path, updates: int, *others: Any, every: int = 2, **options: Any) -> tuple[Toy, Recorder]:
+    logger = Recorder(folder)
+    return run_updates([Cockpit(every=every, figures_every=every), *others], updates, logger=logger, **options), logger
 
 
 def shown(logger: Recorder, name: str) -> dict[int, dict[str, list[list[float]]]]:

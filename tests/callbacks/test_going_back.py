@@ -20,11 +20,10 @@ from lit_ppo.parallel.collectives import n_ranks, rank
 from lit_ppo.parallel.full_state import whole_weights
 from lit_ppo.run.checkpoint import RUN, StepCheckpoint, find_last
 from lit_ppo.run.export import ExportModel
-from tests.callbacks.test_reward_hacking_monitor import variety
 from tests.helpers.equivalence import CPUFSDP
 from tests.helpers.ranks import on_ranks
 from tests.helpers.tiny import make_causal_lm
-from tests.helpers.toys import count_good, logged, make_module, make_trainer, write_prompts
+from tests.helpers.toys import count_good, logged, make_module, make_trainer, variety, write_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Monitor. reward hacking")
 

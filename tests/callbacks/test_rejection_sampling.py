@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lit_ppo.callbacks import CriticWarmup, EntropyBonus, RejectionSampling, ValueClipping
+from tests.helpers.recorder import record, rows_of
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toy import Spy, Toy, run_updates
 from tests.helpers.toys import count_good, logged, make_module
 from tests.helpers.trick import Trick
-from tests.ppo.test_module import record, rows_of
 
 TRICK = {
     "RejectionSampling": Trick(

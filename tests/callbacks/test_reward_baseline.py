@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_ppo.callbacks import RewardBaseline, RewardClipping, RewardNormalization, RewardScaling
 from tests.helpers.first_update import first_update, return_mean
+from tests.helpers.recorder import record
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toy import Rows, Toy, run_updates
 from tests.helpers.trick import Trick
-from tests.ppo.test_module import record
 
 TRICK = {
     "RewardBaseline": Trick(

@@ -17,7 +17,7 @@ from lit_ppo.callbacks import RewardHackingMonitor, SampleLogger
 from lit_ppo.functional import diverging
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toy import Prompts, run_updates
-from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer, write_prompts
+from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer, variety, write_prompts
 from tests.helpers.trick import Trick
 
 LETTERS = "abcde"
@@ -405,11 +405,6 @@ def test_unknown_names_and_data_without_prompts_are_refused() -> None:
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
-
-
-def variety(prompts: list[str], responses: list[str]) -> list[float]:
-    """What the reward should have asked for: different words."""
-    return [float(len(set(response.split()))) for response in responses]
 
 
 def test_on_the_real_module_a_count_of_words_is_gamed(tmp_path: Any, lm: Any) -> None:

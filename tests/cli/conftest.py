@@ -1,4 +1,4 @@
-"""Fixtures for tests of the command."""
+"""Fixtures of the command's tests."""
 
 from pathlib import Path
 

@@ -3,11 +3,9 @@
 from pathlib import Path
 
 import pytest
-import yaml
 
 from lit_ppo.cli.errors import config_files, nearest, running_error
 from lit_ppo.run.errors import CommandError
-from tests.helpers.cli_toys import CONFIG
 from tests.helpers.command import run_command
 from tests.helpers.ppo_command import ppo_arguments
 
@@ -43,13 +41,6 @@ ARGUMENTS = {
     "config": ("--config=nope.yaml", ["nope.yaml", "does not exist"]),
     "trick on a foreign module": ("--trainer.callbacks+=AdaptiveKL", ["AdaptiveKL", "kl_coef", "Toy"]),
 }
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    path = tmp_path / "toy.yaml"
-    path.write_text(yaml.safe_dump(CONFIG))
-    return path
 
 
 @pytest.mark.parametrize(("text", "words"), OVERLAYS.values(), ids=OVERLAYS.keys())

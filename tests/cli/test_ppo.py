@@ -10,37 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.helpers.command import QUIET, REPOSITORY, run_command
+from tests.helpers.event_files import close, metrics
 from tests.helpers.ppo_command import ppo_arguments
 
 
 @pytest.fixture
 def arguments(tmp_path: Path, tiny_lm: Path, tiny_reward: Path) -> list[str]:
     return ppo_arguments(tmp_path, tiny_lm, tiny_reward)
-
-
-def metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """All that was logged, times aside; a step told twice is a failure."""
-    events = EventAccumulator(str(folder)).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith(("time/", "throughput/", "memory/", "epoch"))]
-    found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
-    for tag, points in found.items():
-        assert len({step for step, _ in points}) == len(points), tag
-    assert "objective/score" in found
-    return found
-
-
-def close(one: dict[str, list[tuple[int, float]]], other: dict[str, list[tuple[int, float]]]) -> None:
-    """Same tags, steps and, to rounding, values."""
-    assert {tag: [step for step, _ in points] for tag, points in one.items()} == {
-        tag: [step for step, _ in points] for tag, points in other.items()
-    }
-    for tag, points in one.items():
-        values = [value for _, value in points]
-        assert values == pytest.approx([value for _, value in other[tag]], rel=2e-4, abs=2e-6), tag
 
 
 def test_twice_the_same_numbers_and_the_result_loads(arguments: list[str], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Arguments of ``lit-ppo`` for small runs of ``configs/ppo.yaml``."""
+"""Arguments with which ``configs/ppo.yaml`` runs on tiny models."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,8 @@ import yaml
 
 from tests.helpers.command import REPOSITORY
 from tests.helpers.tiny import WORDS
+
+RECIPES = ("grpo", "instructgpt", "llama2", "openai_2019", "ppo_max", "reinforce_pp", "rloo")  # beside configs/ppo.yaml
 
 
 def ppo_arguments(folder: Path, lm: Path, reward: Path) -> list[str]:

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers.logger import Logger
 
-from lit_ppo import LitPPO, PromptDataModule
+from lit_ppo import LitPPO, PromptDataModule, TextDataModule
 from tests.helpers.tiny import WORDS
 
 GOOD = ("good", "great", "loved", "bright", "happy")
@@ -35,11 +35,23 @@ def count_good(prompts: list[str], responses: list[str], **columns: Any) -> list
     return [float(sum(word in GOOD for word in response.split())) for response in responses]
 
 
+def variety(prompts: list[str], responses: list[str]) -> list[float]:
+    """What the reward should have asked for: different words."""
+    return [float(len(set(response.split()))) for response in responses]
+
+
 def write_prompts(path: Path, n: int = 12) -> Path:
     """Prompts of one to four words, all different."""
     rows = [{"prompt": " ".join(WORDS[i : i + 1 + i % 4]), "level": i} for i in range(n)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def texts(folder: Path) -> TextDataModule:
+    """Seven texts of two to seven words, in batches of three."""
+    rows = [{"text": " ".join(WORDS[i : i + 2 + i % 6])} for i in range(7)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return TextDataModule(str(folder / "texts.jsonl"), max_length=8, batch_size=3, seed=0)
 
 
 def make_module(actor: Path, **overrides: Any) -> LitPPO:

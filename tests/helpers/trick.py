@@ -1,7 +1,12 @@
 """How a trick is tried by the tests that run over all of them; each trick's test file has one."""
 
+import importlib
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import lit_ppo.callbacks
 
 Arguments = dict[str, Any] | Callable[[], dict[str, Any]]
 
@@ -33,6 +38,21 @@ class Trick(NamedTuple):
     live: Arguments = {}
 
 
+@cache
+def tricks() -> dict[str, Trick]:
+    """The ``TRICK`` of every test file in ``tests/callbacks``, by the class's name."""
+    files = sorted((Path(__file__).parents[1] / "callbacks").glob("test_*.py"))
+    modules = [importlib.import_module(f"tests.callbacks.{file.stem}") for file in files if "contract" not in file.stem]
+    return {name: trick for module in modules for name, trick in getattr(module, "TRICK", {}).items()}
+
+
+def make_trick(name: str, *, live: bool = False, **arguments: Any) -> Any:
+    """A callback with the arguments of its ``acts`` (and ``live``), and these on top of them."""
+    trick = tricks()[name]
+    given = made(trick.acts) | (made(trick.live) if live else {}) | arguments
+    return getattr(lit_ppo.callbacks, name)(**given)
+
+
 def made(arguments: Arguments) -> dict[str, Any]:
-    """The arguments."""
+    """The arguments, made anew where they are a function."""
     return arguments() if callable(arguments) else dict(arguments)

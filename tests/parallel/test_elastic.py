@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cli.test_ppo import close, metrics
 from tests.helpers.command import QUIET, REPOSITORY, run_command
+from tests.helpers.event_files import close, metrics
 from tests.helpers.ppo_command import ppo
 from tests.helpers.tiny import make_causal_lm
 

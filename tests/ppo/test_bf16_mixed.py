@@ -13,9 +13,8 @@ from lit_ppo import LitPPO
 from lit_ppo.callbacks import AlignmentTax, Cockpit, RewardHackingMonitor, SampleLogger
 from lit_ppo.functional import policy_loss, value_loss
 from lit_ppo.generation.transformers import NEUTRAL, sample
-from tests.callbacks.test_alignment_tax import texts
 from tests.helpers.tiny import make_causal_lm
-from tests.helpers.toys import logged, make_data, make_module, make_trainer
+from tests.helpers.toys import logged, make_data, make_module, make_trainer, texts
 
 # Responses drawn in bfloat16 and trained in bfloat16 have a ratio of 1: to the last bit on a CPU with bf16 units. Other
 # kernels may round a number of another batch shape otherwise now and then, by up to 2e-3 where seen.

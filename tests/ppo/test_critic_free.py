@@ -14,9 +14,9 @@ from lit_ppo.callbacks.checks import require_token_rewards
 from lit_ppo.ppo import build as assembly
 from lit_ppo.run.checkpoint import StepCheckpoint
 from tests.helpers.oracle import Oracle
+from tests.helpers.recorder import record, rows_of
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toys import logged, make_data, make_module, make_trainer
-from tests.ppo.test_module import record, rows_of
 
 KL_COEF = 0.3
 EVERY_ESTIMATOR = pytest.mark.parametrize(

@@ -9,12 +9,12 @@ import torch
 
 from lit_ppo.experience import Minibatch
 from lit_ppo.ppo.metrics import failure_facts, forget_last_update, in_force, log_policy, of_experience, of_steps
-from tests.test_experience import make
+from tests.helpers.experiences import make_experience
 
 
 def experience() -> Any:
     """Two responses of 1 and 3 tokens; a trick has turned the scores 1 and 5 into -1 and 1."""
-    made = make(lengths=(1, 3), prompts=(2, 1))
+    made = make_experience(lengths=(1, 3), prompts=(2, 1))
     made.logprobs = torch.tensor([[-1.0, 0.0, 0.0], [-1.0, -2.0, -4.0]])
     made.ref_logprobs = None
     made.kl = torch.tensor([[0.5, 0.0, 0.0], [0.5, 1.0, 2.0]])

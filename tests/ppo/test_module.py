@@ -17,42 +17,9 @@ from lit_ppo.optim.schedules import WarmupCosine
 from lit_ppo.ppo import collect as policy
 from lit_ppo.ppo.metrics import peak_memory
 from tests.helpers.oracle import Oracle
+from tests.helpers.recorder import record, rows_of
 from tests.helpers.tiny import make_causal_lm, make_reward_model
-from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer, run
-
-
-class Recorder(L.Callback):
-    """Keeps what each hook handed over."""
-
-    def __init__(self) -> None:
-        self.order: list[str] = []
-        self.experiences: list[Any] = []
-        self.minibatches: list[list[int]] = []
-        self.metrics: list[dict[str, float]] = []
-
-    def on_minibatch_start(self, trainer: Any, pl_module: Any, minibatch: Any) -> None:
-        self.minibatches.append(minibatch.group.tolist())
-
-    def on_minibatch_end(self, trainer: Any, pl_module: Any, experience: Any, metrics: dict[str, float]) -> None:
-        self.metrics.append(dict(metrics))
-
-    def on_update_end(self, trainer: Any, pl_module: Any, experience: Any) -> None:
-        self.experiences.append(experience)
-
-
-def record(
-    folder: Path, actor: Path, *callbacks: L.Callback, max_steps: int = 2, **overrides: Any
-) -> tuple[Any, Recorder, Any]:
-    recorder = Recorder()
-    module = make_module(actor, **overrides)
-    trainer = make_trainer(folder, callbacks=[*callbacks, recorder], max_steps=max_steps)
-    trainer.fit(module, make_data(folder))
-    return module, recorder, trainer
-
-
-def rows_of(experience: Any) -> list[tuple[list[int], list[int]]]:
-    fields = (experience.prompt_ids, experience.prompt_mask, experience.response_ids, experience.response_mask)
-    return [(p[m].tolist(), r[n].tolist()) for p, m, r, n in zip(*fields, strict=True)]
+from tests.helpers.toys import count_good, logged, make_module, run
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])

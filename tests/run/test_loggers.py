@@ -14,11 +14,10 @@ from lightning.pytorch.loggers.logger import Logger
 from lit_ppo.callbacks import AlignmentTax, Cockpit, CollapseMonitor, RewardHackingMonitor, SampleLogger
 from lit_ppo.ppo.checks import check_loggers
 from lit_ppo.run.folder import RunTrainer
-from tests.callbacks.test_alignment_tax import texts
 from tests.helpers.cli_toys import CONFIG
 from tests.helpers.command import run_command
 from tests.helpers.loggers import MlflowLike, WandbLike
-from tests.helpers.toys import count_good, make_data, make_module, make_trainer, write_prompts
+from tests.helpers.toys import count_good, make_data, make_module, make_trainer, texts, write_prompts
 
 TAGS = {
     "objective/score", "objective/kl", "policy/loss", "value/loss", "response/length", "throughput/tokens_per_second",
