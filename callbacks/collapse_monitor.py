@@ -9,8 +9,7 @@ from torch import Tensor
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import levels, refuse_beside
-from lit_ppo.diversity import distinct_ngrams, duplicate_fraction, largest_opening
-from lit_ppo.functional import masked_mean
+from lit_ppo.functional import distinct_ngrams, duplicate_fraction, largest_opening, masked_mean
 from lit_ppo.validate import integer
 
 Levels = tuple[float, float] | None

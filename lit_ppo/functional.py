@@ -616,3 +616,69 @@ def wins(scores: Tensor, others: Tensor) -> Tensor:
     [1.0, 0.5, 0.0]
     """
     return 0.5 + 0.5 * (scores - others).sign()
+
+
+def distinct_ngrams(ids: Tensor, mask: Tensor, n: int) -> float:
+    r"""Number of distinct n-grams in all responses, over the number of all n-grams.
+
+    .. math:: \mathrm{distinct}_n = |\{g_1, ..., g_N\}| \,/\, N
+
+    Args:
+        ids: Response tokens (B, T).
+        mask: True at response tokens (B, T), from the first column on.
+        n: Length of an n-gram, at least 1.
+
+    Returns:
+        1 where no n-gram occurs twice, and where no response has n tokens.
+
+    Source: Li et al. 2016, arXiv:1510.03055, section 5 (distinct-1, distinct-2).
+
+    >>> ids = torch.tensor([[4, 5, 4, 5], [4, 5, 9, 0]])  # 4 5, 5 4, 4 5; 4 5, 5 9
+    >>> distinct_ngrams(ids, torch.tensor([[True] * 4, [True, True, True, False]]), n=2)
+    0.6
+    """
+    if ids.shape[1] < n:
+        return 1.0
+    tokens, grams = ids.unfold(1, n, 1)[mask.unfold(1, n, 1).all(-1)].unique(return_inverse=True)
+    if not len(grams):
+        return 1.0
+    kinds = grams[:, 0]  # renumbered token by token: unique(dim=0) compares rows and takes forty times as long
+    for token in grams[:, 1:].unbind(1):
+        kinds = (kinds * len(tokens) + token).unique(return_inverse=True)[1]
+    return (int(kinds.max()) + 1) / len(kinds)
+
+
+def duplicate_fraction(ids: Tensor, mask: Tensor) -> float:
+    """Fraction of the responses that are exact copies of an earlier one.
+
+    Args:
+        ids: Response tokens (B, T).
+        mask: True at response tokens (B, T), from the first column on.
+
+    Returns:
+        0 where all differ, (B - 1) / B where all are equal.
+
+    >>> duplicate_fraction(torch.tensor([[4, 5], [4, 6], [4, 5], [4, 5]]), torch.ones(4, 2, dtype=torch.bool))
+    0.5
+    """
+    return 1.0 - len(_marked(ids, mask).unique(dim=0)) / len(ids)
+
+
+def largest_opening(ids: Tensor, mask: Tensor, n: int) -> float:
+    """Fraction of the responses that begin with the most frequent first n tokens.
+
+    Args:
+        ids: Response tokens (B, T).
+        mask: True at response tokens (B, T), from the first column on; a shorter response is compared in full.
+        n: Length of an opening.
+
+    >>> largest_opening(torch.tensor([[4, 5, 1], [4, 5, 2], [4, 6, 2], [7, 5, 2]]), torch.ones(4, 3).bool(), n=2)
+    0.5
+    """
+    counts = _marked(ids[:, :n], mask[:, :n]).unique(dim=0, return_counts=True)[1]
+    return float(counts.max()) / len(ids)
+
+
+def _marked(ids: Tensor, mask: Tensor) -> Tensor:
+    """The response tokens, -1 elsewhere."""
+    return torch.where(mask.bool(), ids, -1)

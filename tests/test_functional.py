@@ -711,3 +711,24 @@ def test_the_kl_of_best_of_n_by_integrating_its_definition(n):
 
 def test_best_of_groups_of_one_are_all_rows():
     assert F.best_of_groups(torch.tensor([0.0, -1.0, 2.0]), torch.tensor([5, 3, 4])).tolist() == [0, 1, 2]
+
+
+def test_distinct_ngrams_by_hand() -> None:
+    """Rows 4 5 4 5, 4 5, 9. Bigrams 45, 54, 45; 45; none: 2 of 4. Unigrams: 4, 5, 9 of 7. Trigrams: 454, 545."""
+    ids = torch.tensor([[4, 5, 4, 5], [4, 5, 4, 5], [9, 4, 5, 4]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
+    assert [F.distinct_ngrams(ids, mask, n) for n in (1, 2, 3, 4, 5)] == [3 / 7, 2 / 4, 1.0, 1.0, 1.0]
+    assert F.distinct_ngrams(ids[1:], mask[1:], 3) == 1.0  # none at all
+    assert F.distinct_ngrams(ids[:2, :2], mask[:2, :2], 2) == 0.5  # the n-gram is the whole response
+
+
+def test_duplicates_and_openings_by_hand() -> None:
+    """What is masked does not count: rows 0, 1 and 4 are ``4 5``, rows 2 and 3 differ in length alone."""
+    ids = torch.tensor([[4, 5, 7], [4, 5, 8], [4, 5, 6], [4, 0, 0], [4, 5, 0]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
+    assert F.duplicate_fraction(ids, mask) == pytest.approx(2 / 5)
+    assert F.largest_opening(ids, mask, 1) == 1.0
+    assert F.largest_opening(ids, mask, 2) == pytest.approx(4 / 5)
+    assert F.largest_opening(ids, mask, 3) == pytest.approx(3 / 5)
+    assert F.largest_opening(ids, mask, 9) == pytest.approx(3 / 5)
+    assert F.duplicate_fraction(ids[3:].fill_(0), mask[3:]) == 0.0  # ``0`` and ``0 0``, whatever the padding is

@@ -29,8 +29,8 @@ from lit_ppo.parallel.collectives import rank
 from lit_ppo.parallel.full_state import whole_weights
 from lit_ppo.parallel.sharding import build, check_placed, shard
 from lit_ppo.ppo.checks import ReferenceDtype, check_has_adapter, check_models, check_saved_reference
-from lit_ppo.ppo.collect import Policy, models_of
-from lit_ppo.rewards import RewardModel
+from lit_ppo.ppo.collect import Policy
+from lit_ppo.rewards import RewardModel, place_reward_models
 
 M = TypeVar("M", bound=nn.Module)
 FROZEN = ("rewards.", "eval_rewards.")
@@ -73,7 +73,7 @@ class Assembly(Policy):
         self.actor = self._placed(self._make_actor)
         self.generation = generation_config(self.generation_fields, self.temperature, self.actor.model, self.tokenizer)
         self.actor.model.generation_config = self.generation
-        self._build_rewards()
+        place_reward_models(self._strategy, self.rewards, self.eval_rewards)
         self.reference = None
         if self.paths["reference"] == "actor" and self.lora["actor"] is not None:
             self.reference = WithoutAdapter(self.actor)
@@ -123,20 +123,6 @@ class Assembly(Policy):
         if self.activation_checkpointing and not frozen:
             checkpoint_activations(model)
         return shard(self._strategy, model, frozen=frozen)
-
-    def _build_rewards(self) -> None:
-        """Load what scores; of our own kind of reward model, each rank keeps a share."""
-        for source in models_of(self):
-            built = build(self._strategy, source.built)
-            if built is not source:  # another rank built it
-                vars(source).clear()
-                vars(source).update(vars(built))
-            source.requires_grad_(False).eval()
-            source.model = shard(self._strategy, source.model, frozen=True)
-        for rewards in (self.rewards, self.eval_rewards):
-            getattr(rewards, "build", lambda: None)()
-            if isinstance(rewards, nn.Module):
-                rewards.requires_grad_(False).eval()
 
     def _critic_source(self) -> tuple[str, int | None]:
         """Where the critic's weights come from, and which output of a reward model its head starts as."""

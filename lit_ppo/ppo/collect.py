@@ -17,8 +17,7 @@ from lit_ppo.parallel.collectives import gather_shares, n_ranks, rank
 from lit_ppo.parallel.plan import Plan, deal
 from lit_ppo.parallel.sharding import gathered
 from lit_ppo.ppo.sampling import Sampling
-from lit_ppo.rewards.function import check_scores
-from lit_ppo.rewards.model import RewardModel
+from lit_ppo.rewards import reward_models, scores_of, source_names
 from lit_ppo.rewards.time_limit import time_limit
 
 
@@ -106,11 +105,11 @@ class Policy(Sampling):
                 return {}
             mine = experience.select(rows)
             with time_limit(self.reward_timeout, f"rewards of {len(mine)} responses (reward_timeout)"):
-                scores = check_scores(source(mine), len(mine), "rewards", mine.responses)
-            return {"": scores.cpu(), **{name: mine.extras[name].cpu() for name in names_of(source)}}
+                scores = scores_of(source, mine)
+            return {"": scores.cpu(), **{name: mine.extras[name].cpu() for name in source_names(source)}}
 
         with ExitStack() as whole:
-            for model in models_of(source):
+            for model in reward_models(source):
                 whole.enter_context(gathered(model.model))
             parts = gather_shares(share)
         names = {name for part in parts for name in part}
@@ -140,7 +139,7 @@ class Policy(Sampling):
     @property
     def source_names(self) -> list[str]:
         """Names of the rewards where there are several; ``score`` leaves each one's in ``extras``."""
-        return names_of(self.rewards)
+        return source_names(self.rewards)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -215,16 +214,6 @@ class Policy(Sampling):
                     whole = gathered.setdefault(name, value.new_zeros(experience.response_ids.shape))
                     whole[rows] = value[: len(rows)]
         return {name: value.to(self.device) for name, value in gathered.items()}
-
-
-def names_of(source: Any) -> list[str]:
-    """Names of the sources that a score source is made of."""
-    return list(getattr(source, "sources", {}))
-
-
-def models_of(source: Any) -> list[RewardModel]:
-    """Reward models in a score source, or in a whole module."""
-    return [part for part in source.modules() if isinstance(part, RewardModel)] if hasattr(source, "modules") else []
 
 
 def _widen(x: Tensor, rows: Experience) -> Tensor:

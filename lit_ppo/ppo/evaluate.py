@@ -11,7 +11,8 @@ from torchmetrics import MeanMetric
 from lit_ppo.experience import Experience
 from lit_ppo.functional import wins
 from lit_ppo.parallel.collectives import rank
-from lit_ppo.ppo.collect import Policy, names_of
+from lit_ppo.ppo.collect import Policy
+from lit_ppo.rewards import source_names
 
 PREDICTIONS = "predictions.jsonl"
 
@@ -67,7 +68,7 @@ class Evaluation(Policy):
             named = self.scores_by(self.rewards, experience)
             if self.eval_rewards is not None:
                 judged = self.scores_by(self.eval_rewards, experience)
-                named |= {name: judged[name] for name in names_of(self.eval_rewards)}
+                named |= {name: judged[name] for name in source_names(self.eval_rewards)}
         return {f"/{name}" if name else "": scores for name, scores in named.items()}
 
     def _reference_scores(self, prompts: Any, stream: str, texts: list[str]) -> dict[str, Tensor]:

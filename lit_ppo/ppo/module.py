@@ -25,7 +25,7 @@ from lit_ppo.ppo.evaluate import Evaluation
 from lit_ppo.ppo.metrics import forget_last_update, in_force, log_policy
 from lit_ppo.ppo.optimize import OptimizerSteps
 from lit_ppo.ppo.preflight import check_batch, preflight
-from lit_ppo.rewards import Rewards, ScoreSource, as_source, judges
+from lit_ppo.rewards import Rewards, ScoreSource, as_source, eval_sources
 
 
 class LitPPO(Assembly, Evaluation, OptimizerSteps):
@@ -139,7 +139,7 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         self.reference_dtype = reference_dtype
         self.lora = {"actor": actor_lora, "critic": critic_lora}
         self.rewards = as_source(rewards)
-        self.eval_rewards = None if eval_rewards is None else judges(type(self).__name__, self.rewards, eval_rewards)
+        self.eval_rewards = None if eval_rewards is None else eval_sources(self, self.rewards, eval_rewards)
         self.advantages = advantages
         self.generation_fields = dict(generation)
         self.temperature, self.samples_per_prompt = temperature, samples_per_prompt

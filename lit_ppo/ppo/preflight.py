@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_ppo.experience import Experience, Minibatch
 from lit_ppo.parallel.bf16 import warn_if_slower
 from lit_ppo.ppo.checks import check_loggers, check_saved_reference, reshaping
-from lit_ppo.ppo.collect import names_of
+from lit_ppo.rewards import source_names
 
 if TYPE_CHECKING:
     from lit_ppo.ppo.module import LitPPO
@@ -32,7 +32,7 @@ def preflight(module: "LitPPO") -> None:
     check_batch(module, getattr(data, "batch_size", None))
     check_disk(module)
     check_saved_reference(module)
-    check_loggers(module.trainer.loggers, [*module.source_names, *names_of(module.eval_rewards)])
+    check_loggers(module.trainer.loggers, [*module.source_names, *source_names(module.eval_rewards)])
     warn_if_slower(module.trainer.precision, module.device)
     filters = reshaping(module.generation_fields)
     if filters:

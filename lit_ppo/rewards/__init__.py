@@ -1,10 +1,9 @@
 """Score sources: a Hugging Face reward model, any Python function, a weighted sum of several.
 
-A source is called as ``source(experience)`` and gives one float32 score a row. It sees the rows of one process
-and knows nothing of others.
+A source is called as ``source(experience)`` with the rows of one process and returns one number per row.
+:func:`scores_of` calls it and checks the result.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypedDict
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from lit_ppo.rewards.function import RewardFunction, check_scores, takes_experience
 from lit_ppo.rewards.model import RewardModel
+from lit_ppo.validate import number, refuse
 
 __all__ = [
     "RewardFunction",
@@ -22,60 +22,58 @@ __all__ = [
     "WeightedRewards",
     "WeightedSource",
     "as_source",
-    "judges",
+    "eval_sources",
+    "place_reward_models",
+    "reward_models",
+    "scores_of",
+    "source_names",
 ]
 
-ScoreSource = RewardModel | RewardFunction | Callable[..., Any]  # classes first: configurations name them shortly
+ScoreSource = RewardModel | RewardFunction | Callable[..., Any]  # classes first: configurations can then shorten names
 """``source(experience)``, or a plain reward function ``(prompts, responses, **columns)``; see :func:`as_source`."""
 
 
 class WeightedSource(TypedDict):
-    """One of several rewards, and what its scores are multiplied by."""
+    """One of several rewards and its weight in the sum."""
 
     source: ScoreSource
     weight: float
 
 
 class Source(Protocol):
-    """A score source of one's own, as configurations recognise it by its signature."""
+    """A custom score source, which configurations recognise by its signature."""
 
     def __call__(self, experience: Any) -> Any:
         """(B,) scores."""
         ...
 
 
-# In this order a parser can write down what it has read: a dict matches neither a class nor, later, any callable.
+# The parser serialises by the first type that matches: a dict matches no class, but it would match any callable.
 Rewards = RewardModel | RewardFunction | nn.Module | Source | dict[str, WeightedSource | ScoreSource] | ScoreSource
-"""What ``LitPPO(rewards=...)`` takes."""
+"""The type of ``LitPPO(rewards=...)``."""
 
 
 class WeightedRewards(nn.Module):
-    """The weighted sum of several sources; each one's own scores are left in ``experience.extras`` under its name.
+    """The weighted sum of several sources; ``experience.extras`` gets the scores of each one under its name.
 
     Args:
         sources: Name -> source.
-        weights: Name -> weight, 1 for those not named. A weight of 0 only reports.
+        weights: Name -> weight, by default 1. A weight of 0 only logs.
     """
 
     def __init__(self, sources: Mapping[str, ScoreSource], weights: Mapping[str, float] | None = None) -> None:
         super().__init__()
-        if not sources:
-            raise ValueError("WeightedRewards(sources={}): is empty; name at least one source")
         weights = dict(weights or {})
-        unknown = weights.keys() - sources.keys()
-        if unknown:
-            raise ValueError(
-                f"WeightedRewards(weights={weights}): there is no source named {', '.join(sorted(unknown))}; "
-                f"there are {', '.join(sources)}"
-            )
-        for name, weight in weights.items():
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-                raise ValueError(f"WeightedRewards(weights={weights}): the weight of {name} must be a finite number")
+        if not sources:
+            refuse(self, "sources", {}, "is empty; name at least one source")
         for name in sources:
             if not name or "." in name:
-                raise ValueError(f"WeightedRewards(sources={{{name!r}: ...}}): names must be non-empty, without dots")
+                refuse(self, "sources", name, "names must be non-empty, without dots")
+        if unknown := weights.keys() - sources.keys():
+            problem = f"there is no source named {', '.join(sorted(unknown))}; there are {', '.join(sources)}"
+            refuse(self, "weights", weights, problem)
         self.sources = {name: as_source(source) for name, source in sources.items()}
-        self.weights = {name: float(weights.get(name, 1.0)) for name in sources}
+        self.weights = {name: number(self, f"weights[{name!r}]", weights.get(name, 1.0)) for name in sources}
         self.models = nn.ModuleDict({k: source for k, source in self.sources.items() if isinstance(source, nn.Module)})
 
     def build(self) -> None:
@@ -90,26 +88,41 @@ class WeightedRewards(nn.Module):
         Shapes:
             -> (B,), float32.
         """
-        count, responses = len(experience.responses), experience.responses
-        scores = {
-            name: check_scores(source(experience), count, f"rewards[{name!r}]", responses)
-            for name, source in self.sources.items()
-        }
+        scores = {name: scores_of(source, experience, f"rewards[{name!r}]") for name, source in self.sources.items()}
         experience.extras.update(scores)
         device = next(iter(scores.values())).device
         return torch.stack([self.weights[name] * s.to(device) for name, s in scores.items()]).sum(0)
 
 
-def as_source(rewards: Any) -> ScoreSource:
-    """A score source out of whatever ``LitPPO(rewards=...)`` was given.
+def scores_of(source: Any, experience: Any, name: str = "rewards") -> Tensor:
+    """Call a score source and check its result, as the only place where results of sources are checked.
 
     Args:
-        rewards: A source (an ``nn.Module``, or a callable whose one required argument is named ``experience``); a
-            reward function, or where to import it from; or a dict of those by name, each plain or as
+        source: See :func:`as_source`.
+        experience: Rows to score.
+        name: What to call a custom source in an error.
+
+    Raises:
+        TypeError: The result is not numbers.
+        ValueError: It has a wrong shape, or a value that is not finite.
+
+    Shapes:
+        -> (B,), float32.
+    """
+    shown = str(source) if isinstance(source, RewardModel | RewardFunction) else name
+    return check_scores(source(experience), len(experience.responses), shown, experience.responses)
+
+
+def as_source(rewards: Any) -> ScoreSource:
+    """Make a score source of the value of ``LitPPO(rewards=...)``.
+
+    Args:
+        rewards: A source (an ``nn.Module``, or a callable whose only required argument is named ``experience``); a
+            reward function or its import path; or a dict of those by name, each plain or as
             ``{source: ..., weight: ...}``.
 
     Raises:
-        TypeError: It is none of these.
+        TypeError: None of these was given.
     """
     if isinstance(rewards, Mapping):
         weighted = {name: r if isinstance(r, Mapping) else {"source": r} for name, r in rewards.items()}
@@ -130,23 +143,46 @@ def as_source(rewards: Any) -> ScoreSource:
     )
 
 
-def judges(owner: str, rewards: Any, eval_rewards: Any) -> WeightedRewards:
-    """The score sources that judge held-out responses.
+def eval_sources(owner: object, rewards: Any, eval_rewards: Any) -> WeightedRewards:
+    """Make one score source of ``eval_rewards``, which score held-out responses.
 
     Args:
-        owner: The class that was given them, for messages.
-        rewards: What is trained on.
+        owner: The object with these arguments, for messages.
+        rewards: The training reward.
         eval_rewards: Name -> source.
 
     Raises:
-        ValueError: They are no dict by name, or one has the name of a training reward.
+        ValueError: It is not a dict by name, or a training reward has one of the names.
     """
     if not isinstance(eval_rewards, Mapping) or not eval_rewards:
-        raise ValueError(f"{owner}(eval_rewards={eval_rewards!r}): give a dict of score sources by name, or none")
-    taken = [name for name in getattr(rewards, "sources", {}) if name in eval_rewards]
-    if taken:
-        raise ValueError(
-            f"{owner}(eval_rewards): {', '.join(taken)} is a training reward's name, and both would be logged under "
-            "it; rename one of them"
-        )
+        refuse(owner, "eval_rewards", eval_rewards, "give a dict of score sources by name, or none")
+    if taken := [name for name in source_names(rewards) if name in eval_rewards]:
+        problem = "a training reward has this name, and both would be logged under it; rename one of them"
+        refuse(owner, "eval_rewards", ", ".join(taken), problem)
     return WeightedRewards(eval_rewards)
+
+
+def source_names(source: Any) -> list[str]:
+    """Names of the sources that a weighted sum consists of; empty for any other source."""
+    return list(getattr(source, "sources", {}))
+
+
+def reward_models(source: Any) -> list[RewardModel]:
+    """The reward models in a score source."""
+    return [part for part in source.modules() if isinstance(part, RewardModel)] if hasattr(source, "modules") else []
+
+
+def place_reward_models(strategy: Any, *sources: Any) -> None:
+    """Load the models of score sources and freeze them; where the strategy shards, each rank keeps its shard.
+
+    Args:
+        strategy: The Trainer's; None without one.
+        *sources: Score sources, or None.
+    """
+    for source in sources:
+        for model in reward_models(source):
+            model.build(strategy)
+        if hasattr(source, "build"):
+            source.build()
+        if isinstance(source, nn.Module):
+            source.requires_grad_(False).eval()

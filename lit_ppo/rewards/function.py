@@ -1,4 +1,4 @@
-"""Rewards that are Python functions, and the check that every source's scores go through."""
+"""Rewards that are Python functions, and the check of every source's scores."""
 
 import inspect
 import traceback
@@ -14,18 +14,18 @@ from torch import Tensor
 class RewardFunction:
     """Scores with any Python function ``(prompts, responses, **columns) -> sequence of float``.
 
-    The function is called by keyword with what its signature names: ``prompts`` (chat prompts as lists of
-    messages), ``responses``, any column of the data set, and ``kwargs``; with all columns if it takes ``**``. A
-    function that names neither ``prompts`` nor ``responses`` gets the two as its first arguments.
+    The function gets the arguments that its signature names, by keyword: ``prompts`` (chat prompts as lists of
+    messages), ``responses``, any column of the data set, and ``kwargs``; all columns if it takes ``**``. A function
+    that names neither ``prompts`` nor ``responses`` gets these two as its first arguments.
 
     Args:
-        function: The function, or where to import it from (``package.module.function``).
+        function: The function, or its import path (``package.module.function``).
         kwargs: Further arguments with the same value at every call.
 
     >>> from types import SimpleNamespace
     >>> shout = RewardFunction(lambda responses: [float(text.isupper()) for text in responses])
     >>> shout(SimpleNamespace(prompts=["a", "b"], responses=["YES", "no"], columns={}))
-    tensor([1., 0.])
+    [1.0, 0.0]
     """
 
     def __init__(self, function: str | Callable[..., Any], kwargs: dict[str, Any] | None = None) -> None:
@@ -37,7 +37,7 @@ class RewardFunction:
         self._read_signature()
 
     def _read_signature(self) -> None:
-        """Find out what the function wants, and refuse what it cannot take."""
+        """Read from the signature how to call the function; refuse one that cannot be called."""
         parameters = _parameters(self.function)
         positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
@@ -53,23 +53,22 @@ class RewardFunction:
         unknown = sorted(name for name in self.kwargs if name in _TEXTS or not self._accepts(name))
         if unknown:
             raise ValueError(
-                f"RewardFunction(kwargs={self.kwargs!r}): {self.name} takes no further {', '.join(unknown)}; "
+                f"RewardFunction(kwargs={self.kwargs!r}): {self.name} takes no argument {', '.join(unknown)}; "
                 f"its arguments are {', '.join(p.name for p in parameters)}"
             )
 
     def _accepts(self, name: str) -> bool:
         return name in self._accepted or (self._takes_all and name not in self._first_two)
 
-    def __call__(self, experience: Any) -> Tensor:
-        """Scores of the responses.
+    def __str__(self) -> str:
+        return f"RewardFunction({self.name})"
+
+    def __call__(self, experience: Any) -> Any:
+        """What the function returns for these responses; see :func:`check_scores`.
 
         Raises:
             RuntimeError: The function raised.
-            TypeError: It needs a column that is not there, or returned something that is not numbers.
-            ValueError: It returned a wrong number of values, a wrong shape, or a value that is not finite.
-
-        Shapes:
-            -> (B,), float32.
+            TypeError: It needs a column that is not there.
         """
         prompts = experience.columns.get("messages", experience.prompts)
         texts = {"prompts": prompts, "responses": experience.responses}
@@ -82,14 +81,13 @@ class RewardFunction:
             )
         passed = {name: value for name, value in offered.items() if self._accepts(name)}
         try:
-            result = self.function(*(texts.values() if self._by_position else ()), **passed)
+            return self.function(*(texts.values() if self._by_position else ()), **passed)
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             raise RuntimeError(
                 f"RewardFunction({self.name}): raised {type(error).__name__}: {' '.join(str(error).split())} "
                 f"({frame.filename}, line {frame.lineno}); {_EXPECTED}"
             ) from error
-        return check_scores(result, len(experience.responses), f"RewardFunction({self.name})", experience.responses)
 
 
 _EXPECTED = "expected is a function (prompts, responses, **columns) that returns one number a response"

@@ -208,7 +208,7 @@ def test_judges_without_names_are_refused(given):
 
 
 def test_a_judge_by_the_name_of_a_training_reward_is_refused():
-    with pytest.raises(ValueError, match=r"LitPPO\(eval_rewards\): long is a training reward's name"):
+    with pytest.raises(ValueError, match=r"LitPPO\(eval_rewards='long'\): a training reward has this name"):
         make_module("lm", rewards={"long": long, "good": count_good}, eval_rewards={"long": short})
 
 

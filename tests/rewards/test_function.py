@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lit_ppo.rewards import RewardFunction
+from lit_ppo.rewards import RewardFunction, scores_of
 
 
 def experience(prompts: list[str], responses: list[str], **columns: list[Any]) -> SimpleNamespace:
@@ -32,7 +32,7 @@ def test_function_by_import_path_and_as_it_is():
         lengths,
         lambda prompts, responses: lengths(prompts, responses),
     ):
-        scores = RewardFunction(function)(rows)
+        scores = scores_of(RewardFunction(function), rows)
         assert scores.dtype == torch.float32
         assert scores.tolist() == [31.0, 2.0]
 
@@ -54,12 +54,15 @@ def test_function_by_import_path_and_as_it_is():
     ],
 )
 def test_passes_what_the_signature_accepts(function: Any):
-    assert RewardFunction(function)(experience(**TWO, answer=["x", "y"], year=[1, 2])).tolist() == [31.0, 2.0]
+    assert scores_of(RewardFunction(function), experience(**TWO, answer=["x", "y"], year=[1, 2])).tolist() == [
+        31.0,
+        2.0,
+    ]
 
 
 def test_columns_do_not_collide_with_positional_names():
     function = lambda p, r, **columns: [len(columns)] * len(r)  # noqa: E731
-    assert RewardFunction(function)(experience(**TWO, p=["x", "y"], year=[1, 2])).tolist() == [1.0, 1.0]
+    assert scores_of(RewardFunction(function), experience(**TWO, p=["x", "y"], year=[1, 2])).tolist() == [1.0, 1.0]
 
 
 def test_callable_object():
@@ -67,30 +70,35 @@ def test_callable_object():
         def __call__(self, prompts, responses):
             return lengths(prompts, responses)
 
-    assert RewardFunction(Scorer())(experience(**TWO)).tolist() == [31.0, 2.0]
+    assert scores_of(RewardFunction(Scorer()), experience(**TWO)).tolist() == [31.0, 2.0]
 
 
 def test_kwargs_have_the_same_value_at_every_call():
     def function(responses, scale, offset=0.0):
         return [scale * len(response) + offset for response in responses]
 
-    assert RewardFunction(function, {"scale": 2.0})(experience(**TWO)).tolist() == [6.0, 0.0]
-    assert RewardFunction(function, {"scale": 2.0, "offset": 1.0})(experience(**TWO)).tolist() == [7.0, 1.0]
+    assert scores_of(RewardFunction(function, {"scale": 2.0}), experience(**TWO)).tolist() == [6.0, 0.0]
+    assert scores_of(RewardFunction(function, {"scale": 2.0, "offset": 1.0}), experience(**TWO)).tolist() == [7.0, 1.0]
     column = experience(**TWO, scale=[9, 9])
-    assert RewardFunction(function, {"scale": 2.0})(column).tolist() == [6.0, 0.0]  # over a column of that name
+    assert scores_of(RewardFunction(function, {"scale": 2.0}), column).tolist() == [
+        6.0,
+        0.0,
+    ]  # over a column of that name
 
 
 @pytest.mark.parametrize("kwargs", [{"scle": 2.0}, {"prompts": []}])
 def test_kwargs_that_the_function_does_not_take(kwargs: dict[str, Any]):
     with pytest.raises(
-        ValueError, match=r"RewardFunction\(kwargs=.*lengths takes no further .*; its arguments are prom"
+        ValueError, match=r"RewardFunction\(kwargs=.*lengths takes no argument .*; its arguments are prom"
     ):
         RewardFunction(lengths, kwargs)
 
 
 def test_chat_prompts_arrive_as_messages():
     seen, messages = [], [[{"role": "user", "content": "a"}], [{"role": "user", "content": "bb"}]]
-    RewardFunction(lambda prompts, responses: seen.append(prompts) or [0, 0])(experience(**TWO, messages=messages))
+    scores_of(
+        RewardFunction(lambda prompts, responses: seen.append(prompts) or [0, 0]), experience(**TWO, messages=messages)
+    )
     assert seen == [messages]
 
 
@@ -109,7 +117,7 @@ def test_chat_prompts_arrive_as_messages():
     ],
 )
 def test_any_sequence_of_numbers_will_do(returned: Any):
-    scores = RewardFunction(lambda prompts, responses: returned)(experience(**TWO))
+    scores = scores_of(RewardFunction(lambda prompts, responses: returned), experience(**TWO))
     assert scores.dtype == torch.float32
     assert not scores.requires_grad
     assert scores.tolist() == [1.0, 2.5]
@@ -147,7 +155,7 @@ def test_bad_returns_name_function_value_and_what_is_expected(returned: Any, err
         return returned
 
     with pytest.raises(error, match=rf"^RewardFunction\(.*my_reward\): {says}.*; expected is .* one number a response"):
-        RewardFunction(my_reward)(experience(**TWO))
+        scores_of(RewardFunction(my_reward), experience(**TWO))
 
 
 def test_function_that_raises_is_named_with_its_line():
@@ -156,7 +164,7 @@ def test_function_that_raises_is_named_with_its_line():
 
     line = my_reward.__code__.co_firstlineno + 1
     with pytest.raises(RuntimeError) as error:
-        RewardFunction(my_reward)(experience(**TWO))
+        scores_of(RewardFunction(my_reward), experience(**TWO))
     message = str(error.value)
     assert re.match(r"RewardFunction\(.*my_reward\): raised LookupError: two lines .*; expected is", message)
     assert f"{os.path.basename(__file__)}, line {line})" in message
@@ -169,7 +177,7 @@ def test_interrupt_goes_through():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        RewardFunction(my_reward)(experience(**TWO))
+        scores_of(RewardFunction(my_reward), experience(**TWO))
 
 
 def test_column_that_is_not_there():
@@ -177,7 +185,7 @@ def test_column_that_is_not_there():
         return [0.0] * len(responses)
 
     with pytest.raises(TypeError, match=r"my_reward\): needs answer; there are prompts, responses, year"):
-        RewardFunction(my_reward)(experience(**TWO, year=[1, 2]))
+        scores_of(RewardFunction(my_reward), experience(**TWO, year=[1, 2]))
 
 
 @pytest.mark.parametrize(

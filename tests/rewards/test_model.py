@@ -13,7 +13,7 @@ from tokenizers import processors
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lit_ppo.rewards import RewardModel
+from lit_ppo.rewards import RewardModel, scores_of
 from tests.helpers.tiny import WORDS, make_causal_lm, make_reward_model, make_tokenizer
 
 PROMPTS = ["the film was", "a", "we saw the very long and slow movie that they loved but", "it felt"]
@@ -371,7 +371,7 @@ def test_model_that_gives_nan_is_refused(tiny_reward: Path):
     source.build()
     source.model.score.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match=r"RewardModel\(model=.*returned nan for response 0 of 4"):
-        source(experience())
+        scores_of(source, experience())
 
 
 @pytest.mark.parametrize(

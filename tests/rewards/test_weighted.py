@@ -10,7 +10,7 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import nn
 
-from lit_ppo.rewards import RewardFunction, RewardModel, Rewards, WeightedRewards, as_source
+from lit_ppo.rewards import RewardFunction, RewardModel, Rewards, WeightedRewards, as_source, scores_of
 from tests.helpers.tiny import make_reward_model
 
 
@@ -72,9 +72,9 @@ def test_wrong_scores_of_one_of_several_name_it():
         ({}, r"WeightedRewards\(sources=\{\}\): is empty"),
         ({"a.b": ones}, "names must be non-empty, without dots"),
         ({"": ones}, "names must be non-empty, without dots"),
-        ({"a": {"source": ones, "weight": math.nan}}, "the weight of a must be a finite number"),
-        ({"a": {"source": ones, "weight": "2"}}, "the weight of a must be a finite number"),
-        ({"a": {"source": ones, "weight": True}}, "the weight of a must be a finite number"),
+        ({"a": {"source": ones, "weight": math.nan}}, r"WeightedRewards\(weights\['a'\]=.*\): must be a finite number"),
+        ({"a": {"source": ones, "weight": "2"}}, r"WeightedRewards\(weights\['a'\]=.*\): must be a finite number"),
+        ({"a": {"source": ones, "weight": True}}, r"WeightedRewards\(weights\['a'\]=.*\): must be a finite number"),
         ({"a": {"sauce": ones}}, r"rewards\['a'\] has the keys sauce; give source and weight"),
         ({"a": {"source": ones, "wait": 1.0}}, "give source and weight"),
     ],
@@ -96,7 +96,7 @@ def test_as_source_tells_sources_from_functions():
     source = lambda experience: torch.zeros(2)  # noqa: E731
     assert as_source(source) is source
     assert isinstance(as_source(ones), RewardFunction)
-    assert as_source("tests.rewards.test_weighted.ones")(experience(**TWO)).tolist() == [1.0, 1.0]
+    assert scores_of(as_source("tests.rewards.test_weighted.ones"), experience(**TWO)).tolist() == [1.0, 1.0]
     for nonsense in (None, 3, [ones]):
         with pytest.raises(TypeError, match="is neither a score source nor a function"):
             as_source(nonsense)
@@ -126,4 +126,4 @@ def test_configurations_give_sources(config: Any):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_function_arguments(module)
     chosen = parser.instantiate(parser.parse_object({"rewards": config}))
-    assert module(chosen.rewards)(experience(**TWO)).tolist() == [1.0, 1.0]
+    assert scores_of(module(chosen.rewards), experience(**TWO)).tolist() == [1.0, 1.0]
