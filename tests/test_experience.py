@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_ppo.experience import Experience, Minibatch, model_inputs
-from lit_ppo.parallel.plan import deal
+from lit_ppo.parallel.ranks import deal
 from tests.helpers.experiences import make_experience
 
 

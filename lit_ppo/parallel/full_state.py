@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from lit_ppo.parallel.collectives import n_ranks, rank
+from lit_ppo.parallel.ranks import n_ranks, rank
 from lit_ppo.parallel.sharding import is_sharded
 
 

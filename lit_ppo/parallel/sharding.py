@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.tensor import DTensor
 
-from lit_ppo.parallel.collectives import rank
+from lit_ppo.parallel.ranks import rank
 
 M = TypeVar("M", bound=nn.Module)
 

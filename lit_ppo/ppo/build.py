@@ -25,8 +25,8 @@ from lit_ppo.models.actor_critic import (
 from lit_ppo.models.lora import WithoutAdapter, add_adapter, merged, save_adapter
 from lit_ppo.optim.schedules import per_step
 from lit_ppo.optim.settings import BuiltOptimizer, restore_settings
-from lit_ppo.parallel.collectives import rank
 from lit_ppo.parallel.full_state import whole_weights
+from lit_ppo.parallel.ranks import rank
 from lit_ppo.parallel.sharding import build, check_placed, shard
 from lit_ppo.ppo.checks import ReferenceDtype, check_has_adapter, check_models, check_saved_reference
 from lit_ppo.ppo.collect import Policy

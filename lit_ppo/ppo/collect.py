@@ -13,8 +13,7 @@ from lit_ppo.experience import Experience, model_inputs
 from lit_ppo.functional import KLEstimator, kl_estimate
 from lit_ppo.models.actor_critic import Actor, Critic
 from lit_ppo.models.lora import WithoutAdapter
-from lit_ppo.parallel.collectives import gather_shares, n_ranks, rank
-from lit_ppo.parallel.plan import Plan, deal
+from lit_ppo.parallel.ranks import Plan, deal, gather_shares, n_ranks, rank
 from lit_ppo.parallel.sharding import gathered
 from lit_ppo.ppo.sampling import Sampling
 from lit_ppo.rewards import reward_models, scores_of, source_names

@@ -10,7 +10,7 @@ from torchmetrics import MeanMetric
 
 from lit_ppo.experience import Experience
 from lit_ppo.functional import wins
-from lit_ppo.parallel.collectives import rank
+from lit_ppo.parallel.ranks import rank
 from lit_ppo.ppo.collect import Policy
 from lit_ppo.rewards import source_names
 

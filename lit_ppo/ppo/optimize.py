@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_ppo.experience import Experience, Minibatch, model_inputs
-from lit_ppo.parallel.collectives import n_ranks, rank, sum_over_ranks
+from lit_ppo.parallel.ranks import n_ranks, rank, sum_over_ranks
 from lit_ppo.parallel.sharding import clip_gradients, total_norm, without_gradient_sync
 from lit_ppo.ppo.collect import Policy
 from lit_ppo.ppo.metrics import LOSS_NAMES, SKIPPED, failure_facts, of_experience, of_steps, peak_memory

@@ -15,8 +15,7 @@ from lit_ppo.experience import Experience
 from lit_ppo.generation.transformers import stop_ids, uniforms
 from lit_ppo.models.actor_critic import Actor, Critic, Reference
 from lit_ppo.models.lora import WithoutAdapter
-from lit_ppo.parallel.collectives import gather_shares, n_ranks, rank
-from lit_ppo.parallel.plan import deal
+from lit_ppo.parallel.ranks import deal, gather_shares, n_ranks, rank
 from lit_ppo.parallel.sharding import gathered
 
 

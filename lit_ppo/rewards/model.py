@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_ppo.functional import masked_mean
-from lit_ppo.parallel.plan import deal
+from lit_ppo.parallel.ranks import deal
 from lit_ppo.parallel.sharding import build, shard
 from lit_ppo.rewards.loading import find_label, load_classifier, load_tokenizer, max_tokens
 from lit_ppo.validate import integer, one_of

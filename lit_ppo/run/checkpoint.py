@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_ppo.parallel.checkpoint_io import PARTIAL, put_in_place, use_whole_files
-from lit_ppo.parallel.collectives import gather_shares
+from lit_ppo.parallel.ranks import gather_shares
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.events import tell_again
 from lit_ppo.run.preemption import StopRequest

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 
 from lit_ppo.parallel.checkpoint_io import PARTIAL, sync
-from lit_ppo.parallel.collectives import rank
+from lit_ppo.parallel.ranks import rank
 from lit_ppo.parallel.sharding import is_sharded
 from lit_ppo.ppo.checks import check_has_adapter
 

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-from lit_ppo.parallel.collectives import greatest
+from lit_ppo.parallel.ranks import greatest
 from lit_ppo.run.interrupt import is_first_process
 
 

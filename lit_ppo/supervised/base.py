@@ -15,8 +15,8 @@ from lit_ppo.data.tokenization import loads_the_same, save_tokenizer
 from lit_ppo.optim.schedules import per_step
 from lit_ppo.optim.settings import BuiltOptimizer, restore_settings
 from lit_ppo.parallel.bf16 import warn_if_slower
-from lit_ppo.parallel.collectives import rank
 from lit_ppo.parallel.full_state import whole_weights
+from lit_ppo.parallel.ranks import rank
 from lit_ppo.parallel.sharding import build, check_placed, shard
 
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from lit_ppo import PromptDataModule
 from lit_ppo.callbacks import RewardHackingMonitor
-from lit_ppo.parallel.collectives import n_ranks, rank
 from lit_ppo.parallel.full_state import whole_weights
+from lit_ppo.parallel.ranks import n_ranks, rank
 from lit_ppo.run.checkpoint import RUN, StepCheckpoint, find_last
 from lit_ppo.run.export import ExportModel
 from tests.helpers.equivalence import CPUFSDP

@@ -35,8 +35,8 @@ from lit_ppo.callbacks import (
     RewardNormalization,
     ValueNormalization,
 )
-from lit_ppo.parallel.collectives import n_ranks, rank
 from lit_ppo.parallel.full_state import whole_weights
+from lit_ppo.parallel.ranks import n_ranks, rank
 from lit_ppo.parallel.strategies import FSDP1Strategy
 from lit_ppo.rewards import RewardModel
 from tests.helpers.ranks import on_ranks

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from lit_ppo import FSDP2Strategy
-from lit_ppo.parallel.collectives import n_ranks, rank
+from lit_ppo.parallel.ranks import n_ranks, rank
 from tests.helpers.equivalence import CPUFSDP
 from tests.helpers.ranks import on_ranks
 from tests.helpers.tiny import make_causal_lm, make_tokenizer

@@ -17,7 +17,7 @@ from lit_ppo.callbacks import ReferenceUpdate
 from lit_ppo.experience import Minibatch
 from lit_ppo.models.actor_critic import Actor, Reference
 from lit_ppo.models.lora import WithoutAdapter
-from lit_ppo.parallel.collectives import n_ranks
+from lit_ppo.parallel.ranks import n_ranks
 from lit_ppo.run.checkpoint import StepCheckpoint
 from lit_ppo.run.export import ExportModel
 from tests.helpers.equivalence import CPUFSDP

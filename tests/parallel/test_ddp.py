@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_ppo.parallel import collectives as distributed
-from lit_ppo.parallel.collectives import gather_shares
+from lit_ppo.parallel import ranks as distributed
+from lit_ppo.parallel.ranks import gather_shares
 from lit_ppo.ppo import sampling
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toys import make_data, make_module, make_trainer, run, write_prompts

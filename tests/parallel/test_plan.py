@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from lit_ppo.parallel.plan import deal
+from lit_ppo.parallel.ranks import deal
 
 RANDOM = random.Random(0)
 LENGTHS = [RANDOM.randint(2, 40) for _ in range(23)]

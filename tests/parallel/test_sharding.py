@@ -20,8 +20,8 @@ from lit_ppo import FSDP2Strategy, LitPPO, LitSFT
 from lit_ppo.callbacks import CriticWarmup
 from lit_ppo.generation.transformers import sample
 from lit_ppo.models.actor_critic import Actor, load_causal_lm
-from lit_ppo.parallel.collectives import n_ranks, rank
 from lit_ppo.parallel.full_state import whole_weights
+from lit_ppo.parallel.ranks import n_ranks, rank
 from lit_ppo.parallel.sharding import build, gathered, shard
 from lit_ppo.rewards import RewardModel
 from lit_ppo.run.checkpoint import StepCheckpoint

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lit_ppo.parallel import collectives as distributed
-from lit_ppo.parallel.collectives import sum_over_ranks
+from lit_ppo.parallel import ranks as distributed
+from lit_ppo.parallel.ranks import sum_over_ranks
 
 
 def test_values_and_what_is_alike_come_back_under_their_names():

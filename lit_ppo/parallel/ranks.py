@@ -1,6 +1,9 @@
-"""The few collectives there are: everything else reads as if there were one process."""
+"""Ranks share the work: rows are dealt to them, and what each computes is gathered.
 
-from collections.abc import Callable
+All collectives of rollouts and updates are here; everything else reads as if there were one process.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -8,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+Plan = list[list[list[int]]]  # rank -> micro-batch -> rows
 
 
 def n_ranks() -> int:
@@ -18,6 +22,82 @@ def n_ranks() -> int:
 def rank() -> int:
     """This process's number among them."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def deal(
+    lengths: Sequence[int],
+    n_ranks: int,
+    *,
+    micro_batch_size: int | None = None,
+    micro_batch_tokens: int | None = None,
+) -> Plan:
+    """Deal rows so that ranks get about as many tokens each and rows of similar length share a micro-batch.
+
+    Every rank computes the same plan. Every rank gets the same number of micro-batches, empty ones included: sharded
+    models must run as many forwards on each.
+
+    Args:
+        lengths: Tokens of each row.
+        n_ranks: Ranks to deal to.
+        micro_batch_size: Most rows in a micro-batch.
+        micro_batch_tokens: Most tokens in a micro-batch, padding included; a longer row gets its own micro-batch.
+
+    >>> deal([5, 1, 3, 2, 4], 2, micro_batch_size=2)
+    [[[0, 3], [1]], [[4, 2], []]]
+    """
+    longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])  # of one length: in their order
+    # there and back again (0 1 1 0 0 1 ...), so that no rank always gets the longer row of a pair
+    shares = [[row for i, row in enumerate(longest_first) if _rank(i, n_ranks) == rank] for rank in range(n_ranks)]
+    if micro_batch_tokens is None:
+        size = micro_batch_size or max(len(lengths), 1)
+        plan = [[share[i : i + size] for i in range(0, len(share), size)] for share in shares]
+    else:
+        plan = [list(_within(micro_batch_tokens, share, lengths)) for share in shares]
+    count = max(len(micro_batches) for micro_batches in plan)
+    return [micro_batches + [[] for _ in range(count - len(micro_batches))] for micro_batches in plan]
+
+
+def _rank(position: int, n_ranks: int) -> int:
+    lap, place = divmod(position, n_ranks)
+    return place if lap % 2 == 0 else n_ranks - 1 - place
+
+
+def _within(budget: int, share: Sequence[int], lengths: Sequence[int]) -> Iterable[list[int]]:
+    """Cut rows, longest first, into runs whose padded size keeps to the budget."""
+    run: list[int] = []
+    for row in share:
+        if run and (len(run) + 1) * lengths[run[0]] > budget:
+            yield run
+            run = []
+        run.append(row)
+    if run:
+        yield run
+
+
+def map_rows(
+    lengths: Sequence[int], function: Callable[[list[int]], T], **limits: int | None
+) -> list[tuple[list[int], T]]:
+    """Deal rows to ranks, run ``function`` on each micro-batch of this rank, and hand all results to all ranks.
+
+    Args:
+        lengths: Tokens of each row.
+        function: From row numbers, none for an empty micro-batch, to a picklable result.
+        **limits: ``micro_batch_size`` or ``micro_batch_tokens``, as for :func:`deal`.
+
+    Returns:
+        Rows and result of every micro-batch of all ranks.
+
+    Raises:
+        RuntimeError: Another rank's share failed.
+    """
+    plan = deal(lengths, n_ranks(), **limits)
+    shares = gather_shares(lambda: [function(rows) for rows in plan[rank()]])
+    return [pair for rows, results in zip(plan, shares, strict=True) for pair in zip(rows, results, strict=True)]
+
+
+def my_micro_batches(lengths: Sequence[int], **limits: int | None) -> list[list[int]]:
+    """The rows of this rank's micro-batches; the arguments are those of :func:`deal`."""
+    return deal(lengths, n_ranks(), **limits)[rank()]
 
 
 def gather_shares(share: Callable[[], T]) -> list[T]:
