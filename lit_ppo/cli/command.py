@@ -111,6 +111,7 @@ class Command(LightningCLI):
         self.config = parser.parse_args(args)
         config = self.config[self.config.subcommand]
         _check_groups(config)
+        _use_fsdp2(config)
         if not _hand_over_data_root(config) and not config.stages and "LIT_PPO_STAGE" not in os.environ:
             raise CommandError(
                 f"--data_root {config.data_root}: neither the data module nor a stage takes it; leave it out",
@@ -283,6 +284,17 @@ def _check_groups(config: Namespace) -> None:
     for group in ("trainer", "checkpoint", "export", "report"):
         if not isinstance(config.get(group), Namespace):
             raise CommandError(f"{group}: {config.get(group)!r} is not a mapping; give its keys below it", exit_code=2)
+
+
+def _use_fsdp2(config: Namespace) -> None:
+    """Replace Lightning's name for the first version of FSDP, and refuse its class."""
+    strategy = config.trainer.get("strategy")
+    if strategy == "fsdp":
+        config.trainer.strategy = "fsdp2"
+    elif isinstance(strategy, Namespace) and strategy.class_path.endswith(".FSDPStrategy"):
+        raise CommandError(
+            "--trainer.strategy FSDPStrategy: the first version of FSDP is not supported; use fsdp2", exit_code=2
+        )
 
 
 def _hand_over_data_root(config: Namespace) -> bool:

@@ -102,8 +102,6 @@ def _adapted_layers(model: nn.Module) -> list[Any]:
 def save_adapter(model: PreTrainedModel, weights: dict[str, Tensor] | None, dirpath: str | Path) -> None:
     """Write an adapter as ``peft`` reads it.
 
-    Not by peft itself, which finds no adapter in what FSDP's first version has wrapped.
-
     Args:
         model: With an adapter.
         weights: The adapter's, whole and without gradients, where the model's are not.

@@ -1,21 +1,18 @@
-"""Models whose weights lie in shares on all ranks: how they get there, and who must see them whole.
+"""Shard models over ranks, gather them, and take norms of sharded gradients.
 
-Where no strategy shards, everything here leaves models as they are.
+Without a strategy that shards, the functions here leave models as they are.
 """
 
 import copy
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.tensor import DTensor
 
 from lit_ppo.parallel.ranks import rank
@@ -24,22 +21,22 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def shards(strategy: Any) -> bool:
-    """Whether a Trainer's strategy keeps weights in shares."""
-    return hasattr(strategy, "shard") or isinstance(strategy, FSDPStrategy)
+    """Whether a Trainer's strategy shards weights."""
+    return hasattr(strategy, "shard")
 
 
 def build(strategy: Any, make: Callable[[], M]) -> M:
-    """A model built by every rank; under a strategy that shards by the first one alone.
+    """Build a model on every rank, or on rank 0 alone if the strategy shards.
 
-    The others get it without weights (on the meta device) but otherwise alike, until :func:`shard` sends each rank
-    its share: no rank but the first ever holds a whole copy.
+    The other ranks then get the same model on the meta device, without weights, until :func:`shard` sends each rank
+    its shard: only rank 0 ever holds a full copy.
 
     Args:
-        strategy: The Trainer's; None without one.
-        make: Builds it.
+        strategy: The Trainer's strategy; None without a Trainer.
+        make: Builds the model.
 
     Raises:
-        RuntimeError: The first rank failed, with its message.
+        RuntimeError: Rank 0 failed; includes its message.
     """
     if not shards(strategy):
         return make()
@@ -61,80 +58,57 @@ def build(strategy: Any, make: Callable[[], M]) -> M:
 
 
 def shard(strategy: Any, model: M, *, frozen: bool = False) -> M:
-    """Leave this rank its share of a model that :func:`build` made: block by block, then the rest as one.
+    """Shard a model that :func:`build` made: each block is one unit, and all other weights are one more.
 
     Args:
-        strategy: The Trainer's; None without one.
+        strategy: The Trainer's strategy; None without a Trainer.
         model: The module whose forward is called; its attribute ``exact`` names parts that compute in float32.
-        frozen: It is not trained.
+        frozen: The model is not trained.
     """
     if not shards(strategy):
         return model
-    unit = getattr(strategy, "shard", None) or partial(fsdp1_unit, strategy)
     exact = [getattr(model, name) for name in getattr(model, "exact", ())]
     model.sharded = True  # type: ignore[assignment]
     for module in [*exact, *blocks(model), model]:
         _receive(module, strategy.root_device)
-        wrapped = unit(module, frozen=frozen, exact=module in exact)
-        if wrapped is not module and module is not model:
-            _replace(model, module, wrapped)
-    return cast(M, wrapped)
+        strategy.shard(module, frozen=frozen, exact=module in exact)
+    return model
 
 
 def check_placed(strategy: Any, module: nn.Module) -> None:
-    """Check that a module which has its models has them as a strategy wants them.
+    """Check that the models which a module already has fit the strategy.
 
     Raises:
-        ValueError: They are whole and were to be shared out, or the other way round.
+        ValueError: The models are sharded and the strategy does not shard, or the other way round.
     """
     if shards(strategy) != is_sharded(module):
-        how = "whole, and this strategy shards" if shards(strategy) else "in shares, and this strategy takes whole ones"
+        how = "unsharded, and this strategy shards" if shards(strategy) else "sharded, and this strategy does not shard"
         raise ValueError(
-            f"Trainer(strategy={type(strategy).__name__}): the models of this {type(module).__name__} were built "
-            f"before, {how}; make a new {type(module).__name__}"
+            f"Trainer(strategy={type(strategy).__name__}): the models of this {type(module).__name__} were already "
+            f"built {how}; create a new {type(module).__name__}"
         )
 
 
-def fsdp1_unit(strategy: FSDPStrategy, module: nn.Module, *, frozen: bool, exact: bool) -> nn.Module:
-    """Wrap a module as Lightning's strategy was told to; the arguments are those of ``FSDP2Strategy.shard``."""
-    for parameter in module.parameters():
-        if not hasattr(parameter, "whole_shape"):
-            parameter.whole_shape = parameter.shape  # type: ignore[attr-defined]
-    options = {"device_id": strategy.root_device} | strategy.kwargs
-    options.pop("auto_wrap_policy", None)
-    return FSDP1(
-        module,
-        cpu_offload=strategy.cpu_offload,
-        mixed_precision=None if exact else strategy.mixed_precision_config,
-        sharding_strategy=strategy.sharding_strategy,
-        **options,
-    )
-
-
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The layers of a Hugging Face model that are never split, inner ones first."""
+    """The layers of a Hugging Face model that must not be split, inner ones first."""
     names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     return [module for module in reversed(list(model.modules())) if type(module).__name__ in names]
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether weights of a module lie in shares."""
-    return any(isinstance(part, FSDPModule | FSDP1) for part in module.modules())
+    """Whether any part of a module is sharded."""
+    return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
 @contextmanager
 def gathered(model: nn.Module | None) -> Iterator[None]:
-    """Every rank holds the whole model until the end of this; inside, ranks may run as many forwards as they like.
+    """Every rank holds the full model inside this context, and may run any number of forwards without gradients.
 
-    Collective at its beginning; without gradients.
+    Entering it is collective.
 
     Args:
-        model: What :func:`shard` returned; None is nothing to gather.
+        model: What :func:`shard` returned; None gathers nothing.
     """
-    if isinstance(model, FSDP1):
-        with FSDP1.summon_full_params(model, writeback=False), _without_wrappers(model):
-            yield
-        return
     parts = [part for part in model.modules() if isinstance(part, FSDPModule)] if model is not None else []
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -147,68 +121,50 @@ def gathered(model: nn.Module | None) -> Iterator[None]:
             part.set_reshard_after_forward(True, recurse=False)
 
 
-@contextmanager
-def without_gradient_sync(strategy: Any, *models: nn.Module | None) -> Iterator[None]:
-    """Backwards inside this add to each rank's own gradients; the first one after it exchanges what has gathered.
+def without_gradient_sync(strategy: Any) -> AbstractContextManager[None]:
+    """Backward passes in this context accumulate local gradients; the next one after it reduces their sum.
 
     Args:
-        strategy: The Trainer's.
-        *models: That are trained.
+        strategy: The Trainer's strategy.
     """
-    with ExitStack() as stack:
-        if hasattr(strategy, "block_backward_sync"):
-            stack.enter_context(strategy.block_backward_sync())
-        for model in models:
-            if isinstance(model, FSDP1):
-                stack.enter_context(model.no_sync())
-        yield
+    block: Callable[[], AbstractContextManager[None]] = getattr(strategy, "block_backward_sync", nullcontext)
+    return block()
 
 
-def total_norm(model: nn.Module, tensors: list[Tensor]) -> Tensor:
-    """Norm over all ranks of a model's gradients, or of other tensors cut like them.
-
-    Args:
-        model: Whose they are.
-        tensors: On this rank.
-    """
+def total_norm(tensors: list[Tensor]) -> Tensor:
+    """Norm over all ranks of a model's gradients, or of other tensors sharded like them."""
     norm = nn.utils.get_total_norm(tensors)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    if isinstance(model, FSDP1):
-        squared = norm.to(model.compute_device).square()
-        dist.all_reduce(squared)
-        norm = squared.sqrt()
-    return norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
-    """Scale a model's gradients down to a norm, if they are over it.
+    """Scale a model's gradients down to a norm if theirs is larger.
 
     Args:
         model: With gradients.
-        max_norm: None leaves them as they are.
+        max_norm: None does not clip.
 
     Returns:
-        The norm before, over all ranks.
+        The norm before clipping, over all ranks.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = total_norm(model, [p.grad for p in parameters if p.grad is not None])
+    norm = total_norm([p.grad for p in parameters if p.grad is not None])
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
 def _without_weights(model: nn.Module) -> bytes:
-    """A copy, to be sent, whose parameters and buffers have shapes but no contents.
+    """A pickled copy whose parameters and buffers are on the meta device.
 
     Raises:
-        ValueError: Its code was fetched from the hub: the other ranks do not have it.
+        ValueError: The model's code comes from the hub, so the other ranks do not have it.
     """
     fetched = [
         type(part).__name__ for part in model.modules() if type(part).__module__.startswith("transformers_modul")
     ]
     if fetched:
-        raise ValueError(f"{fetched[0]}: models with code of their own (trust_remote_code) are not sharded; use 'ddp'")
+        raise ValueError(f"{fetched[0]}: models with remote code (trust_remote_code) cannot be sharded; use 'ddp'")
     hollow: dict[int, Any] = {}
     for parameter in model.parameters():
         empty = torch.empty_like(parameter, device="meta")
@@ -220,11 +176,11 @@ def _without_weights(model: nn.Module) -> bytes:
 
 @torch.no_grad()
 def _receive(module: nn.Module, device: torch.device) -> None:
-    """Put the first rank's parameters and buffers in place of this rank's, except those that are in shares already."""
-    received: dict[Tensor, Tensor] = {}  # by what they replace: tied ones stay tied
-    wrapped = {inner for part in module.modules() if isinstance(part, FSDPModule | FSDP1) for inner in part.modules()}
+    """Replace this rank's parameters and buffers with those of rank 0, except those that are already sharded."""
+    received: dict[Tensor, Tensor] = {}  # by the tensor that they replace, so that tied weights stay tied
+    done = {inner for part in module.modules() if isinstance(part, FSDPModule) for inner in part.modules()}
     for part in module.modules():
-        if part in wrapped:
+        if part in done:
             continue
         both: list[Any] = [part._parameters, part._buffers]
         for tensors in both:
@@ -232,31 +188,10 @@ def _receive(module: nn.Module, device: torch.device) -> None:
                 if tensor is None:
                     continue
                 if tensor not in received:
-                    whole = tensor.to(device) if rank() == 0 else torch.empty_like(tensor, device=device)
-                    whole = whole.detach().contiguous()
-                    dist.broadcast(whole.view(torch.uint8) if whole.dtype == torch.bool else whole, src=0)
+                    full = tensor.to(device) if rank() == 0 else torch.empty_like(tensor, device=device)
+                    full = full.detach().contiguous()
+                    dist.broadcast(full.view(torch.uint8) if full.dtype == torch.bool else full, src=0)
                     if isinstance(tensor, nn.Parameter):
-                        whole = nn.Parameter(whole, requires_grad=tensor.requires_grad)
-                    received[tensor] = whole
+                        full = nn.Parameter(full, requires_grad=tensor.requires_grad)
+                    received[tensor] = full
                 tensors[name] = received[tensor]
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for part in model.modules():
-        for name, child in part.named_children():
-            if child is old:
-                setattr(part, name, new)
-                return
-
-
-@contextmanager
-def _without_wrappers(model: FSDP1) -> Iterator[None]:
-    """Calls of FSDP1's units go straight to what they wrap, whose weights are there already."""
-    units = FSDP1.fsdp_modules(model)
-    for unit in units:
-        unit.forward = unit.module.forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for unit in units:
-            del unit.forward

@@ -1,12 +1,14 @@
-"""Strategies that share models out: ``Trainer(strategy="fsdp2")`` or ``"fsdp"``, once this module is imported."""
+"""Shard models over ranks with FSDP2: ``Trainer(strategy="fsdp2")``, once this module is imported."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.fsdp import (
@@ -17,24 +19,29 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.optim import SGD, Adagrad
+from torch.optim import SGD, Adagrad, Optimizer
 
-from lit_ppo.parallel.full_state import WholeCheckpoints
-from lit_ppo.parallel.sharding import fsdp1_unit
+from lit_ppo.parallel.full_state import (
+    full_optimizer_state,
+    full_state_dict,
+    load_full_optimizer_states,
+    load_full_state_dict,
+)
+from lit_ppo.validate import refuse
 
 
-class FSDP2Strategy(WholeCheckpoints, ModelParallelStrategy):
+class FSDP2Strategy(ModelParallelStrategy):
     """Shards weights, gradients and optimizer states over all ranks with PyTorch's ``fully_shard``.
 
-    A model's blocks are gathered one at a time; sampling and scoring gather a whole model for as long as they run.
-    Checkpoints are one file with whole tensors, which one process, DDP or another number of ranks load as well.
+    Forward and backward gather one block of a model at a time; sampling and scoring gather a full model while they
+    run. A checkpoint is one file of full tensors. Any strategy on any number of ranks can resume it.
 
     Args:
-        mixed_precision: Dtype of gathered weights and of what is computed with them, ``"bfloat16"`` or as in
-            a ``MixedPrecisionPolicy``; weights are kept, gradients summed and optimizers stepped in float32.
-        offload_frozen: Keep the shares of reference and reward model in host memory between their uses.
-        sync_every_micro_batch: Exchange gradients after each micro-batch: more traffic, but no rank ever holds whole
-            gradients. By default they are exchanged once an optimizer step.
+        mixed_precision: Dtype of gathered weights and of their computations: ``"bfloat16"``, or as in a
+            ``MixedPrecisionPolicy``. Weights are stored, gradients reduced and optimizers stepped in float32.
+        offload_frozen: Keep the shards of reference and reward model in CPU memory while they are not used.
+        sync_every_micro_batch: Reduce gradients after each micro-batch. This costs more communication, but no rank
+            ever holds full gradients. By default gradients are reduced once per optimizer step.
         process_group_backend: As in Lightning.
         timeout: Of collectives.
     """
@@ -55,12 +62,10 @@ class FSDP2Strategy(WholeCheckpoints, ModelParallelStrategy):
         )
         if isinstance(mixed_precision, str):
             if mixed_precision != "bfloat16":
-                raise ValueError(
-                    f"FSDP2Strategy(mixed_precision={mixed_precision!r}): must be 'bfloat16', a MixedPrecisionPolicy, "
-                    "or null for float32"
-                )
+                problem = "must be 'bfloat16', a MixedPrecisionPolicy, or null for float32"
+                refuse(self, "mixed_precision", mixed_precision, problem)
             mixed_precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-        # not to be rounded: uniform numbers that come in, log-probs and values that go out
+        # inputs hold uniform random numbers, outputs log-probs and values: neither may be rounded
         policy = mixed_precision or MixedPrecisionPolicy()
         self.mixed_precision = replace(policy, cast_forward_inputs=False, output_dtype=None)
         self.offload_frozen = offload_frozen
@@ -68,16 +73,15 @@ class FSDP2Strategy(WholeCheckpoints, ModelParallelStrategy):
         self._offloaded: list[nn.Module] = []
 
     def setup_environment(self) -> None:
-        """All ranks share one model."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
-    def shard(self, module: nn.Module, *, frozen: bool = False, exact: bool = False) -> nn.Module:
-        """Leave this rank its share of a module's parameters that are in no unit yet.
+    def shard(self, module: nn.Module, *, frozen: bool = False, exact: bool = False) -> None:
+        """Shard those parameters of a module that no inner unit holds.
 
         Args:
             module: A block, or the module around blocks.
-            frozen: It is not trained.
+            frozen: The module is not trained.
             exact: It computes in the dtype of its weights, whatever ``mixed_precision`` is.
         """
         offload: OffloadPolicy = OffloadPolicy()
@@ -93,27 +97,22 @@ class FSDP2Strategy(WholeCheckpoints, ModelParallelStrategy):
         )
         if hasattr(module, "generate"):  # gathers as the forward does
             register_fsdp_forward_method(module, "generate")
-        return module
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
-        """Refuse the fused kernels that PyTorch does not have for shares; it would say so in the first update."""
         super().setup_optimizers(trainer)
-        for optimizer in self.optimizers:
+        for optimizer in self.optimizers:  # PyTorch itself would raise in the first update
             if isinstance(optimizer, SGD | Adagrad) and any(group.get("fused") for group in optimizer.param_groups):
                 name = type(optimizer).__name__
-                raise ValueError(
-                    f"{name}(fused=True): PyTorch has no fused {name} for FSDP2Strategy; set fused to false"
-                )
+                refuse(name, "fused", True, f"PyTorch has no fused {name} for FSDP2Strategy; set fused to false")
 
     def model_to_device(self) -> None:
-        """Move what is not sharded; shares are where they belong."""
         kept = {tensor: tensor for module in self._offloaded for tensor in module.parameters()}
         assert self.model is not None
         self.model._apply(lambda tensor: kept[tensor] if tensor in kept else tensor.to(self.root_device))
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Backwards inside this add to each rank's own gradients."""
+        """Backward passes in this context accumulate local gradients."""
         assert self.model is not None
         units = [] if self.sync_every_micro_batch else [m for m in self.model.modules() if isinstance(m, FSDPModule)]
         for unit in units:
@@ -124,20 +123,41 @@ class FSDP2Strategy(WholeCheckpoints, ModelParallelStrategy):
             for unit in units:
                 unit.set_requires_gradient_sync(True, recurse=False)
 
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
 
-class FSDP1Strategy(WholeCheckpoints, FSDPStrategy):
-    """FSDP's first version: Lightning's strategy with a unit for each model, and checkpoints as FSDP2Strategy's.
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return full_state_dict(self.lightning_module)
 
-    Lightning alone would put actor and critic into one unit, whose parts cannot run by themselves.
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return full_optimizer_state(optimizer)
 
-    Args:
-        **options: Of ``lightning.pytorch.strategies.FSDPStrategy``.
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint: dict[str, Any] = torch.load(
+            checkpoint_path, map_location="cpu", mmap=True, weights_only=weights_only
+        )
+        return checkpoint  # its tensors stay in the file until each rank reads its shards
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        load_full_state_dict(self.lightning_module, checkpoint["state_dict"], strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        load_full_optimizer_states(self.optimizers, checkpoint["optimizer_states"])
+
+
+def refuse_fsdp1(strategy: Any) -> None:
+    """Refuse Lightning's ``FSDPStrategy``, the first version of FSDP.
+
+    Raises:
+        ValueError: Names the strategy to use.
     """
+    if isinstance(strategy, FSDPStrategy):
+        raise ValueError(
+            "Trainer(strategy=FSDPStrategy): the first version of FSDP is not supported; use strategy='fsdp2'"
+        )
 
-    def shard(self, module: nn.Module, *, frozen: bool = False, exact: bool = False) -> nn.Module:
-        """Wrap a module; the arguments are those of :meth:`FSDP2Strategy.shard`."""
-        return fsdp1_unit(self, module, frozen=frozen, exact=exact)
 
-
-for _name, _strategy in {"fsdp2": FSDP2Strategy, "fsdp": FSDP1Strategy}.items():
-    StrategyRegistry.register(_name, _strategy, description=str(_strategy.__doc__).splitlines()[0], override=True)
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description=str(FSDP2Strategy.__doc__).splitlines()[0], override=True)

@@ -25,7 +25,7 @@ from lit_ppo.models.actor_critic import (
 from lit_ppo.models.lora import WithoutAdapter, add_adapter, merged, save_adapter
 from lit_ppo.optim.schedules import per_step
 from lit_ppo.optim.settings import BuiltOptimizer, restore_settings
-from lit_ppo.parallel.full_state import whole_weights
+from lit_ppo.parallel.full_state import full_weights
 from lit_ppo.parallel.ranks import rank
 from lit_ppo.parallel.sharding import build, check_placed, shard
 from lit_ppo.ppo.checks import ReferenceDtype, check_has_adapter, check_models, check_saved_reference
@@ -171,7 +171,7 @@ class Assembly(Policy):
     def _saved(self) -> Callable[[str], bool]:
         """Which names of weights checkpoints hold; of a model with an adapter, those that are trained."""
         frozen = FROZEN if self.checkpoint_reference else (*FROZEN, "reference.")
-        trained = {_plain(name) for name, parameter in self.named_parameters() if parameter.requires_grad}
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return lambda name: not name.startswith(frozen) and (not name.startswith(self._adapted) or name in trained)
 
     @property
@@ -189,7 +189,7 @@ class Assembly(Policy):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is one of this module's, then restore the counts."""
-        names = {_plain(name) for name, _ in self.named_parameters(remove_duplicate=False)}
+        names = {name for name, _ in self.named_parameters(remove_duplicate=False)}
         expected = set(filter(self._saved(), names))  # without gathering any weights
         found = checkpoint.get("state_dict", {}).keys()
         if "lit_ppo" not in checkpoint or expected - found:
@@ -224,7 +224,7 @@ class Assembly(Policy):
             ValueError: There is no adapter.
         """
         check_has_adapter(f"save_pretrained(adapter={adapter})", self, adapter)
-        weights = whole_weights(self.actor, "model.", trained=self.lora["actor"] is not None)
+        weights = full_weights(self.actor, "model.", trained=self.lora["actor"] is not None)
         if weights is None or rank() == 0:
             model = self.actor.model
             if adapter:
@@ -237,8 +237,3 @@ class Assembly(Policy):
             else:
                 model.save_pretrained(dirpath, state_dict=weights)
             save_tokenizer(self.tokenizer, dirpath)
-
-
-def _plain(name: str) -> str:
-    """A parameter's name, whatever FSDP's first version has wrapped."""
-    return name.replace("_fsdp_wrapped_module.", "")

@@ -3,7 +3,6 @@
 import math
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel
 
 from lit_ppo.experience import LossReduction
@@ -176,7 +175,7 @@ def check_saved_reference(module: "Assembly") -> None:
     """Check that a reference which callbacks move, and checkpoints hold, can take small moves.
 
     Raises:
-        ValueError: It is the actor itself, not in float32, or in shares that do not see moves.
+        ValueError: It is the actor itself, or not in float32.
     """
     if module.checkpoint_reference and isinstance(module.reference, WithoutAdapter):
         raise ValueError(
@@ -187,11 +186,6 @@ def check_saved_reference(module: "Assembly") -> None:
         raise ValueError(
             f"LitPPO(reference_dtype={module.reference_dtype!r}): a callback moves the reference "
             "(checkpoint_reference=True), and small moves round away in it; use 'float32'"
-        )
-    if module.checkpoint_reference and isinstance(module.reference, FullyShardedDataParallel):
-        raise ValueError(
-            "Trainer(strategy='fsdp'): a callback moves the reference (checkpoint_reference=True), and FSDP's first "
-            "version would go on with copies of what it was; use 'fsdp2'"
         )
 
 

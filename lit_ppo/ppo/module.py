@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-import lit_ppo.parallel.strategies  # noqa: F401  # registers fsdp2
 from lit_ppo.advantages import GAE, AdvantageEstimator
 from lit_ppo.callbacks.base import fire
 from lit_ppo.experience import Experience, LossReduction, Minibatch
 from lit_ppo.functional import KLEstimator, policy_loss, token_rewards, value_loss
 from lit_ppo.parallel.checkpoint_io import use_whole_files
 from lit_ppo.parallel.sharding import shards
+from lit_ppo.parallel.strategies import refuse_fsdp1
 from lit_ppo.ppo.build import Assembly
 from lit_ppo.ppo.checks import ReferenceDtype, check_arguments, check_estimator
 from lit_ppo.ppo.evaluate import Evaluation
@@ -286,11 +286,7 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
                 f"LitPPO(reference_dtype={self.reference_dtype!r}): Trainer(precision='64-true') makes every model "
                 "float64; use 'float32' or another precision"
             )
-        if isinstance(strategy, FSDPStrategy) and self.reference_dtype != "float32":
-            raise ValueError(
-                f"LitPPO(reference_dtype={self.reference_dtype!r}): strategy 'fsdp' makes every model float32; use "
-                "'fsdp2', or 'float32'"
-            )
+        refuse_fsdp1(strategy)
         if shards(strategy) and precision == "64-true":
             raise ValueError(f"Trainer(precision={precision!r}): models are sharded in float32; use '32-true'")
         if isinstance(strategy, DDPStrategy):

@@ -64,7 +64,7 @@ class OptimizerSteps(Policy):
         iterator = iter(batches)
         batch = next(iterator)
         for following in iterator:
-            with without_gradient_sync(self.trainer.strategy, self.actor, self.critic):
+            with without_gradient_sync(self.trainer.strategy):
                 yield batch
             batch = following
         yield batch
@@ -146,7 +146,7 @@ class OptimizerSteps(Policy):
             self.manual_backward(coef * n_ranks() * loss)
             total += loss.detach()
         added = [p.grad - before[p] if p in before else p.grad for p in self.actor.parameters() if p.grad is not None]
-        return sum_over_ranks({"loss": total})["loss"], float(total_norm(self.actor, added))
+        return sum_over_ranks({"loss": total})["loss"], float(total_norm(added))
 
     @torch.no_grad()
     def loss_on_text(self, batch: dict[str, Tensor]) -> tuple[float, int]:

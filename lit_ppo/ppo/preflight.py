@@ -61,7 +61,7 @@ def check_disk(module: "LitPPO") -> None:
     """Say how large checkpoints are, and refuse a disk that cannot hold them; nothing where none are written."""
     if not module.trainer.checkpoint_callbacks:
         return
-    trained = sum(getattr(p, "whole_shape", p.shape).numel() for p in module.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     size = trained * BYTES_A_PARAMETER
     folder = Path(module.trainer.default_root_dir).absolute()
     while not folder.exists():

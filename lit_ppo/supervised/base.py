@@ -15,9 +15,10 @@ from lit_ppo.data.tokenization import loads_the_same, save_tokenizer
 from lit_ppo.optim.schedules import per_step
 from lit_ppo.optim.settings import BuiltOptimizer, restore_settings
 from lit_ppo.parallel.bf16 import warn_if_slower
-from lit_ppo.parallel.full_state import whole_weights
+from lit_ppo.parallel.full_state import full_weights
 from lit_ppo.parallel.ranks import rank
 from lit_ppo.parallel.sharding import build, check_placed, shard
+from lit_ppo.parallel.strategies import refuse_fsdp1
 
 
 class SupervisedModule(L.LightningModule):
@@ -68,6 +69,9 @@ class SupervisedModule(L.LightningModule):
                 tokenizer.pad_token = tokenizer.eos_token
             self._tokenizer = tokenizer
         return self._tokenizer
+
+    def setup(self, stage: str) -> None:
+        refuse_fsdp1(self.trainer.strategy)
 
     def configure_model(self) -> None:
         """Load the model, or build it with weights that depend on the seed alone."""
@@ -158,7 +162,7 @@ class SupervisedModule(L.LightningModule):
         """
         self.configure_model()
         assert self.model is not None
-        weights = whole_weights(self.model)
+        weights = full_weights(self.model)
         if weights is None or rank() == 0:
             self.model.save_pretrained(str(dirpath), state_dict=weights)
             save_tokenizer(self.tokenizer, dirpath)

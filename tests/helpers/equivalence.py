@@ -4,7 +4,6 @@
 and of any parameter's change.
 """
 
-import contextlib
 import json
 import sys
 import tempfile
@@ -18,7 +17,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.tensor import DTensor
 
 from lit_ppo import LitPPO, TextDataModule
@@ -35,9 +33,8 @@ from lit_ppo.callbacks import (
     RewardNormalization,
     ValueNormalization,
 )
-from lit_ppo.parallel.full_state import whole_weights
+from lit_ppo.parallel.full_state import full_weights
 from lit_ppo.parallel.ranks import n_ranks, rank
-from lit_ppo.parallel.strategies import FSDP1Strategy
 from lit_ppo.rewards import RewardModel
 from tests.helpers.ranks import on_ranks
 from tests.helpers.tiny import WORDS, make_causal_lm, make_reward_model
@@ -58,7 +55,7 @@ class Case:
     tied: bool = True
     compiled: bool = False
     features: bool = False  # all tricks that touch models, gradients, optimizers or the data, over two updates
-    fixed_reference: bool = False  # but not the one that moves the reference, which FSDP1 and adapters refuse
+    fixed_reference: bool = False  # but not the one that moves the reference, which adapters refuse
     lora: bool = False  # adapters in actor and critic
 
     @property
@@ -74,18 +71,8 @@ class Case:
         return ", ".join([f"{self.strategy:5} {model}, micro-batches of {self.micro_batch_size}", *extra])
 
 
-class CPUFSDP(FSDP1Strategy):
-    """FSDP1 on CPUs, which Lightning refuses."""
-
-    model_sharded_context = contextlib.nullcontext
-
-    @property
-    def root_device(self) -> torch.device:
-        return torch.device("cpu")
-
-
 class Spy(LitPPO):
-    """Notes which rows this rank's forwards saw, and the whole gradients of each step before clipping."""
+    """Notes which rows this rank's forwards saw, and the full gradients of each step before clipping."""
 
     def _adapt(self, name: str, model: Any) -> None:
         """Adapters as they are after some steps: at first one half is zeros, and the other has no gradient."""
@@ -112,7 +99,7 @@ class Spy(LitPPO):
         self.seen.clear()
 
     def step_optimizers(self, *args: Any) -> None:
-        self.gradients.append({**whole_gradients("actor", self.actor), **whole_gradients("critic", self.critic)})
+        self.gradients.append({**full_gradients("actor", self.actor), **full_gradients("critic", self.critic)})
         super().step_optimizers(*args)
 
 
@@ -137,13 +124,8 @@ def tricks(case: Case, folder: Path) -> list[Any]:
     ]
 
 
-def whole_gradients(name: str, model: Any) -> dict[str, Tensor]:
-    """Every parameter's gradient, put together from the ranks; collective."""
-    if isinstance(model, FSDP1):
-        with FSDP1.summon_full_params(model, writeback=False, with_grads=True):
-            trained = [(n, p.grad) for n, p in model.named_parameters() if p.requires_grad]
-            named = {n.replace("_fsdp_wrapped_module.", ""): gradient for n, gradient in trained}
-            return {f"{name}.{n}": g.clone() for n, g in named.items() if g is not None}
+def full_gradients(name: str, model: Any) -> dict[str, Tensor]:
+    """Every parameter's full gradient; collective."""
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {
         f"{name}.{n}": (g.full_tensor() if isinstance(g, DTensor) else g).detach().clone() for n, g in gradients.items()
@@ -151,13 +133,13 @@ def whole_gradients(name: str, model: Any) -> dict[str, Tensor]:
 
 
 def weights(module: Any) -> dict[str, Tensor]:
-    """All models whole, on the first rank; collective."""
+    """Full weights of all models, on rank 0; collective."""
     named: dict[str, Tensor] = {}
     for name, model in module.named_children():  # a reference that is the actor without its adapter is none
         if name not in ("actor", "critic", "reference"):
             continue
-        whole = whole_weights(model)
-        own = model.state_dict() if whole is None else whole
+        full = full_weights(model)
+        own = model.state_dict() if full is None else full
         named |= {f"{name}.{n}": tensor.clone() for n, tensor in own.items()}
     return named
 
@@ -193,11 +175,10 @@ def update(case: Case, folder: Path) -> dict[str, Any]:
         **adapters(case),
     )
     module.__class__ = Spy
-    strategy: Any = CPUFSDP() if case.strategy == "fsdp" else case.strategy
     updates = 2 if case.features else 1
     callbacks = tricks(case, folder)
     trainer = make_trainer(
-        folder / "run", devices=n_ranks(), strategy=strategy, max_steps=updates, max_epochs=1, callbacks=callbacks
+        folder / "run", devices=n_ranks(), strategy=case.strategy, max_steps=updates, max_epochs=1, callbacks=callbacks
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # others take minutes
@@ -223,12 +204,12 @@ def result(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def check_ranks(case: Case, module: Any) -> None:
-    """Each rank had work of its own, and under FSDP holds its share alone."""
+    """Each rank had work of its own, and under FSDP2 holds only its shards."""
     assert dist.get_world_size() == n_ranks() > 1
     shares: list[Any] = [None] * n_ranks()
     dist.all_gather_object(shares, sorted(module.seen))
     assert len({tuple(rows) for rows in shares}) == n_ranks(), "ranks did the same work"
-    if case.strategy.startswith("fsdp"):
+    if case.strategy == "fsdp2":
         parameters = [
             p for model in (module.actor, module.critic, module.reference) for _, p in model.named_parameters()
         ]
@@ -307,8 +288,6 @@ CASES = {
         Case(strategy="fsdp2", micro_batch_size=2, activation_checkpointing=True, compiled=True),
         Case("llama", "fsdp2", 9, tied=False),
         Case("llama", "fsdp2", 1, activation_checkpointing=True, features=True),
-        Case(strategy="fsdp", micro_batch_size=2, features=True, fixed_reference=True),
-        Case("llama", "fsdp", 1, activation_checkpointing=True, tied=False),
         Case(strategy="ddp", micro_batch_size=2, features=True, fixed_reference=True, lora=True),
         Case("llama", "fsdp2", 1, lora=True),
         Case(
@@ -319,13 +298,11 @@ CASES = {
             fixed_reference=True,
             lora=True,
         ),
-        Case("llama", "fsdp", 2, features=True, fixed_reference=True, lora=True),
     ],
     3: [
         Case(strategy="ddp", micro_batch_size=1),
         Case(strategy="fsdp2", micro_batch_size=2, features=True),
         Case("llama", "fsdp2", 1, activation_checkpointing=True, tied=False),
-        Case("llama", "fsdp", 2, features=True, fixed_reference=True),
         Case("llama", "fsdp2", 2, lora=True),
     ],
 }

@@ -12,13 +12,12 @@ from torch.distributed.tensor import DTensor
 
 from lit_ppo import FSDP2Strategy
 from lit_ppo.parallel.ranks import n_ranks, rank
-from tests.helpers.equivalence import CPUFSDP
 from tests.helpers.ranks import on_ranks
 from tests.helpers.tiny import make_causal_lm, make_tokenizer
 from tests.helpers.toys import make_data, make_module, make_trainer
 
 SHAPE = {"n_embd": 512, "n_layer": 12, "n_head": 8}  # 38 million parameters, 0.14 GiB
-STRATEGIES = {1: ("auto",), 2: ("ddp", "fsdp2", "fsdp2, each", "fsdp")}
+STRATEGIES = {1: ("auto",), 2: ("ddp", "fsdp2", "fsdp2, each")}
 
 
 def resident(what: str) -> float:
@@ -73,7 +72,7 @@ def measure(folder: Path, strategy: str) -> None:
             used["building"] = peak.mib()
 
     module.configure_model = measured_build
-    made: dict[str, Any] = {"fsdp": CPUFSDP(), "fsdp2, each": FSDP2Strategy(sync_every_micro_batch=True)}
+    made: dict[str, Any] = {"fsdp2, each": FSDP2Strategy(sync_every_micro_batch=True)}
     trainer = make_trainer(folder, devices=n_ranks(), strategy=made.get(strategy, strategy), max_steps=1)
     peak = Peak()
     trainer.fit(module, make_data(folder))

@@ -20,13 +20,12 @@ from lit_ppo import FSDP2Strategy, LitPPO, LitSFT
 from lit_ppo.callbacks import CriticWarmup
 from lit_ppo.generation.transformers import sample
 from lit_ppo.models.actor_critic import Actor, load_causal_lm
-from lit_ppo.parallel.full_state import whole_weights
+from lit_ppo.parallel.full_state import full_weights
 from lit_ppo.parallel.ranks import n_ranks, rank
 from lit_ppo.parallel.sharding import build, gathered, shard
 from lit_ppo.rewards import RewardModel
 from lit_ppo.run.checkpoint import StepCheckpoint
 from lit_ppo.run.export import ExportModel
-from tests.helpers.equivalence import CPUFSDP
 from tests.helpers.ranks import on_ranks
 from tests.helpers.supervised import HOW_TESTS_USE_LIGHTNING, loader
 from tests.helpers.tiny import make_causal_lm, make_reward_model
@@ -72,7 +71,7 @@ def load_families(folder: Path) -> None:
         size = sum(p.numel() for p in stock.parameters())
         assert most < 0.8 * size or rank() == 0, "this rank held a whole copy"
         assert sum(p.to_local().numel() for p in actor.parameters()) < 0.6 * size
-        whole = whole_weights(actor, "model.")
+        whole = full_weights(actor, "model.")
         assert whole is not None
         if rank() == 0:
             assert whole.keys() == state.keys()
@@ -141,16 +140,15 @@ class Counted(LitPPO):
 
 def count_collectives(folder: Path) -> None:
     found = {}
-    for name in ("fsdp2", "each", "fsdp", "ddp"):
+    for name in ("fsdp2", "each", "ddp"):
         for size in (1, 2):
-            special = {"each": partial(FSDP2Strategy, sync_every_micro_batch=True), "fsdp": CPUFSDP}
-            strategy = special[name]() if name in special else name
+            strategy = FSDP2Strategy(sync_every_micro_batch=True) if name == "each" else name
             options = {"minibatch_size": 8, "micro_batch_size": size, "ppo_epochs": 1}
             module: Any = make_module(folder / "gpt2", **options)
             module.__class__ = Counted
             trainer = make_trainer(folder, devices=n_ranks(), strategy=strategy, max_steps=1)
             trainer.fit(module, make_data(folder, batch_size=8))
-            whole = whole_weights(module.actor, "model.")
+            whole = full_weights(module.actor, "model.")
             weights = module.actor.model.state_dict() if whole is None else whole
             found[name, size] = module.collectives, module.of_text, weights
     if rank() == 0:
@@ -187,20 +185,19 @@ def fit(
 def save_and_load(folder: Path, n: int) -> None:
     """Train, then save what is loaded from one process's checkpoints, and go on from them."""
     fit(folder, "fsdp2", updates=2, name=f"fsdp2-{n}")
-    fit(folder, CPUFSDP(), updates=2, name=f"fsdp-{n}")
     for step in (1, 2):
-        for name, strategy in {"fsdp2": "fsdp2", "ddp": "ddp", "fsdp": CPUFSDP()}.items():
+        for name in ("fsdp2", "ddp"):
             start = folder / f"one-{step}" / f"step-{step:06d}.ckpt"
-            _, trainer = fit(folder, strategy, updates=step, start=start, name=f"{name}-{n}-again-{step}")
+            _, trainer = fit(folder, name, updates=step, start=start, name=f"{name}-{n}-again-{step}")
             trainer.save_checkpoint(folder / f"{name}-{n}-again-{step}.ckpt")
     go_on(folder, n)
 
 
 def go_on(folder: Path, n: int) -> None:
     """From the middle of one process's run to its end."""
-    for name, strategy in {"fsdp2": "fsdp2", "ddp": "ddp", "fsdp": CPUFSDP()}.items():
+    for name in ("fsdp2", "ddp"):
         start = folder / "one-sgd-2/step-000002.ckpt"
-        fit(folder, strategy, updates=4, start=start, name=f"{name}-{n}-on", optimizer=sgd)
+        fit(folder, name, updates=4, start=start, name=f"{name}-{n}-on", optimizer=sgd)
 
 
 def three(folder: Path) -> None:
@@ -253,23 +250,17 @@ def keep_models(folder: Path) -> None:
     module = make_module(folder / "gpt2")
     module.rollout(["the film"])
     trainer = make_trainer(folder, devices=n_ranks(), strategy="fsdp2", max_steps=1)
-    with pytest.raises(ValueError, match=r"FSDP2Strategy\): the models of this LitPPO were built before, whole"):
+    with pytest.raises(ValueError, match=r"FSDP2Strategy\): the models of this LitPPO were already built unsharded"):
         trainer.fit(module, make_data(folder))
     module = make_module(folder / "gpt2")
     for strategy in ("fsdp2", "fsdp2", "ddp"):
         trainer = make_trainer(folder, devices=n_ranks(), strategy=strategy, max_steps=1)
-        refused = pytest.raises(ValueError, match=r"DDPStrategy\): the models .* in shares, and this strategy takes")
+        refused = pytest.raises(
+            ValueError, match=r"DDPStrategy\): the models .* built sharded, and this strategy does not"
+        )
         with refused if strategy == "ddp" else nullcontext():
             trainer.fit(module, make_data(folder))
     assert module.rollouts == 2
-
-
-def move_the_reference(folder: Path) -> None:
-    module = make_module(folder / "gpt2")
-    module.checkpoint_reference = True
-    trainer = make_trainer(folder, devices=n_ranks(), strategy=CPUFSDP(), max_steps=1)
-    with pytest.raises(ValueError, match=r"strategy='fsdp'\): a callback moves the reference"):
-        trainer.fit(module, make_data(folder))
 
 
 def refuse_fetched_code(folder: Path) -> None:
@@ -277,7 +268,7 @@ def refuse_fetched_code(folder: Path) -> None:
         """As transformers makes it of code from the hub."""
 
     Fetched.__module__ = "transformers_modules.someone.modeling"
-    with pytest.raises((ValueError, RuntimeError), match=r"Fetched: models with code of their own .* use 'ddp'"):
+    with pytest.raises((ValueError, RuntimeError), match=r"Fetched: models with remote code .* use 'ddp'"):
         build(Strategy(), lambda: Fetched(2, 2))
 
 
@@ -313,7 +304,6 @@ def everything(folder: Path) -> None:
         fail_alone,
         refuse_fetched_code,
         keep_models,
-        move_the_reference,
         count_collectives,
         precisions,
         supervised,
@@ -325,8 +315,7 @@ def everything(folder: Path) -> None:
 
 
 def alone(folder: Path) -> None:
-    for name in ("fsdp2", "fsdp"):
-        fit(folder, "auto", updates=2, start=folder / f"{name}-2/step-000002.ckpt", name=f"one-export-{name}")
+    fit(folder, "auto", updates=2, start=folder / "fsdp2-2/step-000002.ckpt", name="one-export")
 
 
 # The tests
@@ -355,13 +344,11 @@ def test_gradients_are_exchanged_once_an_optimizer_step(folder):
     n = {key: counts for key, (counts, _, _) in found.items()}
     text = {key: counts for key, (_, counts, _) in found.items()}
     assert n["fsdp2", 1]["reduce_scatter_base"] == n["fsdp2", 2]["reduce_scatter_base"] == 7
-    assert n["fsdp", 1]["reduce_scatter_base"] == n["fsdp", 2]["reduce_scatter_base"] == 7
     assert n["each", 1]["reduce_scatter_base"] == 4 * 7
     assert n["each", 2]["reduce_scatter_base"] == 2 * 7
     assert n["ddp", 1] == n["ddp", 2]
     assert n["ddp", 1]["allreduce"] > 0
     assert text["fsdp2", 1]["reduce_scatter_base"] == text["fsdp2", 2]["reduce_scatter_base"] == 3
-    assert text["fsdp", 1]["reduce_scatter_base"] == text["fsdp", 2]["reduce_scatter_base"] == 3
     assert text["each", 1]["reduce_scatter_base"] == 4 * 3
     assert text["ddp", 1] == text["ddp", 2]
     expected = found["each", 2][2]
@@ -386,7 +373,7 @@ def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
         assert value.equal(other[name]) if isinstance(value, torch.Tensor) else value == other[name], name
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
 @pytest.mark.parametrize("step", [1, 2])  # after the first the actor's optimizer has taken no step: it was warm-up
 def test_a_checkpoint_of_one_process_goes_through_ranks_unchanged(folder, strategy, step):
     one = tensors(folder, f"one-{step}/step-{step:06d}.ckpt")
@@ -394,9 +381,8 @@ def test_a_checkpoint_of_one_process_goes_through_ranks_unchanged(folder, strate
     assert_equal(tensors(folder, f"{strategy}-2-again-{step}.ckpt"), one)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
-def test_a_checkpoint_of_ranks_loads_on_one_process(folder, strategy):
-    name = f"{strategy}-2/step-000002.ckpt"
+def test_a_checkpoint_of_ranks_loads_on_one_process(folder):
+    name = "fsdp2-2/step-000002.ckpt"
     module, trainer = fit(folder, "auto", updates=2, start=folder / name, name="one-again")
     trainer.save_checkpoint(folder / "one-again.ckpt")
     assert_equal(tensors(folder, "one-again.ckpt"), tensors(folder, name))
@@ -408,7 +394,7 @@ def test_a_checkpoint_of_two_ranks_goes_through_three_unchanged(folder):
 
 
 @pytest.mark.parametrize("n", [2, 3])
-@pytest.mark.parametrize("strategy", ["fsdp2", "ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
 def test_a_run_that_goes_on_under_another_strategy_ends_where_it_would_have(folder, strategy, n):
     """Two more updates with momentum from before; the steps are of 1e-3 and more."""
     start, one = (tensors(folder, f"one-sgd-{step}/step-{step:06d}.ckpt") for step in (2, 4))
@@ -420,10 +406,9 @@ def test_a_run_that_goes_on_under_another_strategy_ends_where_it_would_have(fold
             torch.testing.assert_close(on[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
-def test_the_exported_model_is_the_same_byte_for_byte(folder, strategy):
+def test_the_exported_model_is_the_same_byte_for_byte(folder):
     """Of ranks, and of one process that has loaded their checkpoint."""
-    ours, theirs = folder / f"{strategy}-2/model", folder / f"one-export-{strategy}/model"
+    ours, theirs = folder / "fsdp2-2/model", folder / "one-export/model"
     names = {path.name for path in ours.iterdir()}
     assert names == {path.name for path in theirs.iterdir()} >= {"model.safetensors", "tokenizer.json"}
     for name in names:
@@ -453,11 +438,7 @@ def test_offloading_and_lower_precision(folder):
         assert row["policy/grad_norm"] == pytest.approx(one["policy/grad_norm"], rel=0.5), how
 
 
-def test_what_the_first_fsdp_cannot_do(folder, tmp_path):
-    module = make_module(folder / "gpt2", reference_dtype="bfloat16")
-    module._trainer = make_trainer(tmp_path, strategy=CPUFSDP())
-    with pytest.raises(ValueError, match=r"reference_dtype='bfloat16'\): strategy 'fsdp' makes every model float32"):
-        module.setup("fit")
+def test_float64_is_refused(folder, tmp_path):
     module = make_module(folder / "gpt2")
     module._trainer = make_trainer(tmp_path, strategy="fsdp2", precision="64-true")
     with pytest.raises(ValueError, match=r"precision='64-true'\): models are sharded in float32"):

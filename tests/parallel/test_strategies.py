@@ -1,18 +1,23 @@
 """Every overlay of ``configs/strategy`` through the command, on two processes started as torchrun starts them."""
 
 import socket
+from types import SimpleNamespace
 
 import pytest
+import yaml
+from lightning.pytorch.strategies import FSDPStrategy
 from transformers import AutoModelForCausalLM
 
+from lit_ppo import LitSFT
 from tests.helpers.command import REPOSITORY, Running, run_command
 from tests.helpers.ppo_command import ppo_arguments
+from tests.helpers.toys import make_module
 
 STRATEGIES = {
     "ddp": [],
     "fsdp2": ["--trainer.strategy.mixed_precision=bfloat16", "--trainer.strategy.offload_frozen=true"],
     "fsdp2_multinode": [],
-    "fsdp": ["--config=cpu.yaml"],
+    "fsdp": [],
 }
 
 
@@ -38,9 +43,6 @@ def test_an_overlay_trains_and_exports(name, tmp_path, tiny_lm, tiny_reward):
     arguments += [f"--trainer.default_root_dir={tmp_path}/runs", f"--data.path={tmp_path}/prompts.jsonl"]
     for i in range(2):
         (tmp_path / str(i)).mkdir()
-        (tmp_path / str(i) / "cpu.yaml").write_text(
-            "trainer: {strategy: {class_path: tests.helpers.equivalence.CPUFSDP}}"
-        )
     nodes = 2 if name.endswith("multinode") else 1
     arguments += ["--trainer.max_steps=1", f"--trainer.devices={2 // nodes}"]
     running = [Running("fit", *arguments, cwd=tmp_path / str(i), env=env) for i, env in enumerate(environments(nodes))]
@@ -51,7 +53,17 @@ def test_an_overlay_trains_and_exports(name, tmp_path, tiny_lm, tiny_reward):
     assert saved == ["step-000001.ckpt"]
 
 
-def test_the_first_fsdp_wants_gpus(tmp_path, tiny_lm, tiny_reward):
-    overlay = str(REPOSITORY / "configs/strategy/fsdp.yaml")
-    arguments = [*ppo_arguments(tmp_path, tiny_lm, tiny_reward), "--config", overlay]
-    run_command("fit", *arguments, cwd=tmp_path).refused("fsdp", "GPU")
+def test_the_command_takes_fsdp_for_fsdp2(tmp_path, tiny_lm, tiny_reward):
+    arguments = [*ppo_arguments(tmp_path, tiny_lm, tiny_reward), "--trainer.max_steps=1", "--trainer.devices=1"]
+    run_command("fit", *arguments, "--trainer.strategy=fsdp", cwd=tmp_path).ok()
+    assert yaml.safe_load((tmp_path / "runs/ppo/version_0/config.yaml").read_text())["trainer"]["strategy"] == "fsdp2"
+    arguments.append("--trainer.strategy.class_path=FSDPStrategy")
+    run_command("fit", *arguments, cwd=tmp_path).refused("FSDPStrategy", "use fsdp2")
+
+
+@pytest.mark.parametrize("make", [make_module, lambda lm: LitSFT(str(lm))], ids=["ppo", "supervised"])
+def test_lightnings_own_fsdp_is_refused_before_models_are_loaded(tmp_path, tiny_lm, make):
+    module = make(tiny_lm)
+    module._trainer = SimpleNamespace(strategy=FSDPStrategy(), precision="32-true")
+    with pytest.raises(ValueError, match=r"FSDPStrategy\): .* use strategy='fsdp2'"):
+        module.setup("fit")
