@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule, as_in_a_step, of_first_process
 from lit_ppo.callbacks.checks import refuse_beside, require, require_prompts, warn_of_gaps
-from lit_ppo.data.ratings import Ratings, is_ratings, read_ratings
+from lit_ppo.callbacks.ratings import Ratings, is_ratings, read_ratings
 from lit_ppo.functional import diverging
 from lit_ppo.rewards.function import RewardFunction, check_scores, takes_experience
 from lit_ppo.validate import fraction, integer, one_of, positive

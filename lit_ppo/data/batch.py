@@ -1,4 +1,4 @@
-"""Batches of prompts, handed alike to every rank."""
+"""Batches of prompts, the same on every rank."""
 
 import hashlib
 import json
@@ -19,10 +19,10 @@ class PromptBatch:
     """The prompts of one update, of all ranks.
 
     Args:
-        prompts: Plain text; of chat prompts the rendered template.
-        prompt_ids: Their tokens, cut from the left to the longest allowed.
-        prompt_index: (B,) int64, row in the data set.
-        columns: Every other column; chat prompts: the message lists under ``"messages"``.
+        prompts: Plain text; chat prompts as rendered by the template.
+        prompt_ids: Tokens, cut from the left to the maximum length.
+        prompt_index: (B,) int64, rows in the data set.
+        columns: All other columns; for chat prompts also ``"messages"``, the message lists.
     """
 
     prompts: list[str]
@@ -34,13 +34,13 @@ class PromptBatch:
         return len(self.prompts)
 
     def to(self, device: Any, **kwargs: Any) -> "PromptBatch":
-        """The batch with its index on ``device``; text and ids are lists and stay."""
+        """The batch with its index on ``device``; text and ids are lists."""
         return replace(self, prompt_index=self.prompt_index.to(device, **kwargs))
 
 
 @dataclass
 class PromptTable:
-    """All prompts of a file, ready to be batched."""
+    """All prompts of a file."""
 
     prompts: list[str]
     prompt_ids: list[list[int]]
@@ -50,7 +50,7 @@ class PromptTable:
         return len(self.prompts)
 
     def batch(self, rows: list[int]) -> PromptBatch:
-        """The batch of some rows."""
+        """A batch of these rows."""
         return PromptBatch(
             [self.prompts[i] for i in rows],
             [self.prompt_ids[i] for i in rows],
@@ -60,7 +60,7 @@ class PromptTable:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of texts and columns, to recognise changed data."""
+        """A digest of texts and columns, which changes with the data."""
         digest = hashlib.sha256()
         for i, prompt in enumerate(self.prompts):
             row = [prompt, {name: values[i] for name, values in self.columns.items()}]
@@ -69,15 +69,16 @@ class PromptTable:
 
 
 class TrainingPrompts(IterableDataset[PromptBatch]):
-    """One epoch of batches from wherever training stands.
+    """One epoch of batches from the current position.
 
-    It has a length, so that Lightning does not read ahead: the rows of an update are drawn when it starts, after the
-    update before may have changed the weights. It is no map-style data set, which Lightning would split over ranks.
+    It has a length, so that Lightning does not prefetch: the rows of an update are drawn when it starts, since the
+    previous update may change the sampling weights. It is not a map-style data set, which Lightning would split over
+    ranks.
 
     Args:
         table: The prompts.
-        order: Which rows make up a batch.
-        position: Batches drawn so far; moved on before a batch is handed out.
+        order: The rows of each batch.
+        position: Number of batches drawn so far; counted before a batch is yielded.
     """
 
     def __init__(self, table: PromptTable, order: PromptOrder, position: int = 0) -> None:
@@ -87,7 +88,7 @@ class TrainingPrompts(IterableDataset[PromptBatch]):
         return self.order.n_batches
 
     def __iter__(self) -> Iterator[PromptBatch]:
-        # not up to the end of the permutation: an epoch that Trainer.limit_train_batches cuts short moves it on
+        # always a full epoch: with Trainer.limit_train_batches the next one starts in the middle of the permutation
         for _ in range(len(self)):
             rows = self.order.rows(self.position)
             self.position += 1
@@ -95,7 +96,7 @@ class TrainingPrompts(IterableDataset[PromptBatch]):
 
 
 class HeldOutPrompts(IterableDataset[PromptBatch]):
-    """Batches in the order of the file."""
+    """Batches of held-out prompts, in the order of the file."""
 
     def __init__(self, table: PromptTable, batch_size: int) -> None:
         self.table, self.batch_size = table, batch_size

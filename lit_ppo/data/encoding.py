@@ -1,4 +1,4 @@
-"""Text to token ids: prompts for sampling, and rows padded into a batch."""
+"""Text to token ids: prompts for sampling, and padded rows of a batch."""
 
 import time
 from collections.abc import Sequence
@@ -10,12 +10,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lit_ppo.data.files import short
-
-Message = dict[str, Any]
+from lit_ppo.data.table import Message, short
 
 TEXTS_AT_ONCE = 1000
-SECONDS_OF_SILENCE = 3.0
+SECONDS_BETWEEN_LOGS = 3.0
 
 
 def encode_prompts(
@@ -25,30 +23,30 @@ def encode_prompts(
     where: str = "encode_prompts",
     argument: str = "max_length",
 ) -> tuple[list[str], list[list[int]]]:
-    """Renders and tokenises prompts, ready to be continued.
+    """Render and tokenise prompts for generation.
 
-    Plain text gets what the tokenizer itself puts in front (its beginning-of-text token once, if it uses one) and no
-    end-of-text token. Chat messages give the ids of ``apply_chat_template(add_generation_prompt=True)``.
+    Plain text gets the beginning-of-text token of the tokenizer once, if it has one, and no end-of-text token. Chat
+    messages give the ids of ``apply_chat_template(add_generation_prompt=True)``.
 
     Args:
-        tokenizer: Tokenizer of the model that continues the prompts.
+        tokenizer: Tokenizer of the model that generates.
         prompts: Strings, or lists of chat messages (``{"role": ..., "content": ...}``).
         max_length: Longer prompts lose tokens from the left, except a leading beginning-of-text token; one warning
-            says how many did. The texts stay whole. None: no limit.
-        where: Who asks, as messages name it.
-        argument: What ``max_length`` is called there.
+            counts them. The texts are not cut. None: no limit.
+        where: The caller, for messages.
+        argument: The caller's name of ``max_length``, for messages.
 
     Returns:
-        The texts (of chat messages: rendered) and the ids.
+        The texts (chat messages rendered) and the ids.
 
     Raises:
-        ValueError: Chat messages for a tokenizer without a chat template, or a prompt without a token.
+        ValueError: The tokenizer has no chat template for chat messages, or a prompt has no token.
     """
     chats = [prompt for prompt in prompts if not isinstance(prompt, str)]
     if chats and len(chats) < len(prompts):
         raise ValueError(f"{where}: plain and chat prompts are mixed; use one kind")
     texts = render_chats(tokenizer, chats, where) if chats else [str(prompt) for prompt in prompts]
-    # a template writes its special tokens itself: the tokenizer's own would come on top
+    # a template writes all special tokens itself
     ids = tokenize(tokenizer, texts, add_special_tokens=not chats)
     if not chats:
         ids = [_open_ended(tokenizer, text, row) for text, row in zip(texts, ids, strict=True)]
@@ -61,14 +59,14 @@ def encode_prompts(
 def render_chats(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[Message]], where: str, add_generation_prompt: bool = True
 ) -> list[str]:
-    """Chat messages as text, by the tokenizer's own template.
+    """Chat messages as text, by the template of the tokenizer.
 
     Raises:
         ValueError: The tokenizer has no chat template.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            f"{where}: the data are chat messages, and the tokenizer {tokenizer.name_or_path!r} has no chat template; "
+            f"{where}: the data are chat messages, but the tokenizer {tokenizer.name_or_path!r} has no chat template; "
             "use the tokenizer of a chat model, or set tokenizer.chat_template"
         )
     options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
@@ -78,25 +76,25 @@ def render_chats(
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special_tokens: bool = True
 ) -> list[list[int]]:
-    """Ids of many texts, batch by batch; says how far it is where that takes long.
+    """Ids of many texts; logs its progress every few seconds.
 
-    Texts may be of any length: the tokenizer's own warning about long ones would only repeat ours.
+    The tokenizer's own warning about long texts is off: callers warn themselves.
     """
     ids: list[list[int]] = []
     options: dict[str, Any] = {"add_special_tokens": add_special_tokens, "verbose": False}
-    said = time.monotonic()
+    logged = time.monotonic()
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         ids += tokenizer(list(texts[start : start + TEXTS_AT_ONCE]), **options)["input_ids"]
-        if time.monotonic() - said > SECONDS_OF_SILENCE:
+        if time.monotonic() - logged > SECONDS_BETWEEN_LOGS:
             rank_zero_info(f"Tokenised {len(ids)} of {len(texts)} texts")
-            said = time.monotonic()
+            logged = time.monotonic()
     return ids
 
 
 def _open_ended(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[int]:
-    """The ids without a second beginning-of-text token, and without an end-of-text token that closes the prompt."""
+    """The ids without a second beginning-of-text token and without the tokenizer's end-of-text token."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos is not None and ids[:2] == [bos, bos]:  # the text brings its own
+    if bos is not None and ids[:2] == [bos, bos]:  # one of them is in the text
         ids = ids[1:]
     if eos is not None and len(ids) > 1 and ids[-1] == eos and not text.endswith(str(tokenizer.eos_token)):
         ids = ids[:-1]
@@ -106,7 +104,7 @@ def _open_ended(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -
 def truncate_left(
     ids: list[list[int]], max_length: int | None, bos: int | None, where: str, what: str
 ) -> list[list[int]]:
-    """Cuts rows from the left to ``max_length`` tokens, keeping a leading ``bos``; one warning counts them."""
+    """Cut rows from the left to ``max_length`` tokens, but keep a leading ``bos``; one warning counts them."""
     if max_length is None:
         return ids
     n_cut, longest = sum(len(row) > max_length for row in ids), max(map(len, ids), default=0)
@@ -124,10 +122,10 @@ def _tail(row: list[int], length: int, bos: int | None) -> list[int]:
 
 
 def resolve_tokenizer(where: str, tokenizer: str | PreTrainedTokenizerBase | None, trainer: Any) -> Any:
-    """The tokenizer that was given, loaded if it is a path or name, else the one of the module being trained.
+    """A tokenizer: the given one, loaded if it is a path or name, or that of the module being trained.
 
     Raises:
-        ValueError: Neither is there, or it cannot be loaded.
+        ValueError: There is none, or it cannot be loaded.
     """
     if isinstance(tokenizer, str):
         try:
@@ -141,14 +139,14 @@ def resolve_tokenizer(where: str, tokenizer: str | PreTrainedTokenizerBase | Non
         tokenizer = getattr(getattr(trainer, "lightning_module", None), "tokenizer", None)
     if tokenizer is None:
         raise ValueError(
-            f"{where}(tokenizer=None): there is no module being trained whose tokenizer could be used; "
+            f"{where}(tokenizer=None): there is no module being trained that has a tokenizer; "
             "give a tokenizer, a path or a hub name"
         )
     return tokenizer
 
 
 def padding_id(where: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills up short rows: the tokenizer's padding token, else its end-of-text token.
+    """The padding token of a tokenizer, or its end-of-text token if it has none.
 
     Raises:
         ValueError: It has neither.
@@ -163,7 +161,7 @@ def padding_id(where: str, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
-    """Rows as ``input_ids`` and ``attention_mask``, padded on the right to the longest of them.
+    """Rows as ``input_ids`` and ``attention_mask``, padded on the right to the longest row.
 
     >>> {name: x.tolist() for name, x in pad_right([[5, 6], [7]], pad_id=0).items()}
     {'input_ids': [[5, 6], [7, 0]], 'attention_mask': [[1, 1], [1, 0]]}

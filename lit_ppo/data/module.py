@@ -1,4 +1,4 @@
-"""What the three data modules share: their files, the split, the tokenizer, the seed."""
+"""The base of the three data modules: files, split, tokenizer, seed."""
 
 import hashlib
 import os
@@ -13,13 +13,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lit_ppo.data.encoding import resolve_tokenizer
-from lit_ppo.data.files import Table, read_table
+from lit_ppo.data.files import read_table
 from lit_ppo.data.order import EpochSampler, ResumableLoader
-from lit_ppo.data.tables import split_table
+from lit_ppo.data.table import Table
+from lit_ppo.validate import boolean, integer, number, refuse
 
 
 class TableDataModule(L.LightningDataModule):
-    """Reads training and validation rows; subclasses make batches of them."""
+    """Reads training and validation rows; subclasses make batches."""
 
     def __init__(
         self,
@@ -36,44 +37,34 @@ class TableDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.path, self.val_path, self.column_names, self.data_root = str(path), val_path, column_names, data_root
-        self.val_fraction, self.split_column, self.lower_case = val_fraction, split_column, lower_case
-        self.batch_size = self._at_least("batch_size", batch_size, 1)
-        self.tokenizer_source, self._seed = tokenizer, seed
-        if not 0.0 <= val_fraction < 1.0:
-            raise ValueError(f"{self.where('val_fraction')}: not in [0, 1); give the share of rows to hold out")
+        self.val_fraction = number(self, "val_fraction", val_fraction, at_least=0, below=1)
+        self.split_column, self.lower_case = split_column, boolean(self, "lower_case", lower_case)
+        self.batch_size = integer(self, "batch_size", batch_size)
+        self.tokenizer_source = tokenizer
+        self._seed = None if seed is None else integer(self, "seed", seed, at_least=0)
         if val_path is not None and val_fraction:
-            raise ValueError(
-                f"{self.where('val_path')}: val_fraction={val_fraction} asks for another one; leave one of them out"
-            )
+            refuse(self, "val_path", val_path, f"val_fraction={val_fraction} is given too; leave one of them out")
         if split_column is not None and not val_fraction:
-            raise ValueError(f"{self.where('split_column')}: nothing is split; give a val_fraction, or leave it out")
-        if seed is not None:
-            self._at_least("_seed", seed, 0)
+            refuse(self, "split_column", split_column, "nothing is split; give a val_fraction, or leave it out")
 
     def where(self, argument: str) -> str:
-        """An argument and its value, as messages name them."""
-        return f"{type(self).__name__}({argument.lstrip('_')}={getattr(self, argument)!r})"
-
-    def _at_least(self, argument: str, value: int, minimum: int) -> int:
-        if value < minimum:
-            name = argument.lstrip("_")
-            raise ValueError(f"{type(self).__name__}({name}={value!r}): too small; give at least {minimum}")
-        return value
+        """An argument and its value, for messages."""
+        return f"{type(self).__name__}({argument}={getattr(self, argument)!r})"
 
     @property
     def seed(self) -> int:
-        """The seed of the order: the one given, else the one of ``seed_everything``."""
+        """The seed of the order: the argument, or that of ``seed_everything``."""
         return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self._seed is None else self._seed
 
     def read(self, argument: str) -> Table:
-        """The table that an argument names."""
+        """The table of the file that an argument names."""
         return read_table(self.where(argument), getattr(self, argument), self.data_root, self.column_names)
 
     def read_split(self, text_columns: Sequence[str]) -> tuple[Table, Table | None]:
-        """Training rows, and validation rows if any were asked for.
+        """Training rows, and validation rows if there are any.
 
         Args:
-            text_columns: Columns that decide a row's side where no ``split_column`` is given: copies stay together.
+            text_columns: Columns that decide the side of a row if there is no ``split_column``: copies stay together.
         """
         table = self.read("path")
         if self.val_path is not None:
@@ -81,51 +72,56 @@ class TableDataModule(L.LightningDataModule):
         if not self.val_fraction:
             return table, None
         columns = [self.split_column] if self.split_column is not None else list(text_columns)
-        return split_table(self.where("path"), table, self.val_fraction, columns)
+        return table.split(self.val_fraction, columns)
 
     def cased(self, text: str) -> str:
-        """The text, in lower case if asked for."""
+        """The text, in lower case with ``lower_case``."""
         return text.lower() if self.lower_case else text
 
+    def text_or_chat(self, table: Table, index: int, column: str) -> Any:
+        """A row's text, or its list of chat messages."""
+        if table.is_chat(index, column):
+            return [{**turn, "content": self.cased(turn["content"])} for turn in table.chat(index, column)]
+        return self.cased(table.text(index, column))
+
     def load_tokenizer(self) -> Any:
-        """The tokenizer given, else that of the module being trained."""
+        """The tokenizer of the argument, or of the module being trained."""
         return resolve_tokenizer(type(self).__name__, self.tokenizer_source, self.trainer)
 
     def setup(self, stage: str) -> None:
-        """Silences remarks of Lightning's that mislead here.
+        """Silence three warnings of Lightning.
 
-        Two are about worker processes, which prepared rows have no use for; one is about validation without data,
-        which is allowed in ``fit``.
+        Two are about worker processes, which prepared rows do not need; one is about validation without data, which
+        ``fit`` allows.
         """
-        for remark in (
+        for message in (
             ".*does not have many workers which may be a bottleneck",
             "Your `IterableDataset` has `__len__` defined",
             "Total length of `list` across ranks is zero",
         ):
-            warnings.filterwarnings("ignore", message=remark)
+            warnings.filterwarnings("ignore", message=message)
 
 
 class RowDataModule(TableDataModule):
-    """Data modules over ready rows: Lightning deals the batches to ranks; the order comes from the seed.
+    """The base of data modules whose rows Lightning distributes to ranks; the order comes from the seed.
 
-    ``batch_size`` is that of each rank, as usual in Lightning.
+    ``batch_size`` is the number of rows per rank, as usual in Lightning.
     """
 
     train_rows: list[Any]
     val_rows: list[Any]
 
     def setup(self, stage: str) -> None:
-        """Rows are read anew."""
         super().setup(stage)
         self.__dict__.pop("_fingerprint", None)
 
     def collate(self, rows: list[Any]) -> dict[str, Any]:
-        """A batch of some rows."""
+        """Make a batch."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """What tells whether the loader's place in the rows still means the same."""
-        # those of a callback (PTXLoss) are no rank's own: every rank sees the whole batch
+        """The identity of the data, which the position of the loader depends on."""
+        # data of a callback (PTXLoss) are not distributed: every rank sees the full batch
         dealt = self.trainer if getattr(self.trainer, "datamodule", None) is self else None
         world_size = dealt.world_size if dealt else 1
         identity = {"rows": len(self.train_rows), "batch_size": self.batch_size * world_size, "seed": self.seed}
@@ -139,23 +135,23 @@ class RowDataModule(TableDataModule):
         return digest.hexdigest()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare.
+        """Compare the data with those of the checkpoint.
 
         Raises:
-            ValueError: The data, the seed or the batch of all ranks are not those of the saved run.
+            ValueError: Data, seed or the batch of all ranks differ.
         """
         if self.trainer is not None and self.trainer.state.fn == "fit":
             check_identity(self, state_dict, self.state_dict(), "rows")
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled anew every epoch; resumable within one."""
+        """Training rows, shuffled in every epoch; a run can resume in the middle of one."""
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         rows: Any = self.train_rows
         sampler = EpochSampler(rows, num_replicas=world_size, rank=rank, seed=self.seed)
         return ResumableLoader(rows, batch_size=self.batch_size, sampler=sampler, collate_fn=self.collate)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """The validation rows in the order of the file; nothing if there are none."""
+        """Validation rows in the order of the file."""
         if not self.val_rows:
             return []
         rows: Any = self.val_rows
@@ -164,23 +160,23 @@ class RowDataModule(TableDataModule):
 
 
 def check_identity(data: TableDataModule, saved: dict[str, Any], now: dict[str, Any], what: str) -> None:
-    """Refuse to go on in other data than a checkpoint was written in.
+    """Refuse to resume with other data than the checkpoint's.
 
     Args:
         data: For messages.
-        saved: What identified the data, from the checkpoint.
-        now: The same of the data at hand.
-        what: What they are: prompts, rows.
+        saved: Identity of the data in the checkpoint.
+        now: Identity of the current data.
+        what: ``"prompts"`` or ``"rows"``, for messages.
 
     Raises:
-        ValueError: Names the argument, both values and what to do.
+        ValueError: They differ.
     """
     for name, value in now.items():
         if saved[name] != value:
             reason = f"the training {what} differ" if name == "fingerprint" else f"{name} was {saved[name]}"
-            argument = {"seed": "_seed", "batch_size": "batch_size"}.get(name, "path")
+            argument = name if name in ("seed", "batch_size") else "path"
             raise ValueError(
-                f"{data.where(argument)}: cannot go on where the checkpoint stopped, as {reason} when it was written "
+                f"{data.where(argument)}: cannot resume from the checkpoint: {reason} when it was written "
                 f"(now: {value}); restore it, or start a new run from the exported model"
             )
 

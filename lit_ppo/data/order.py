@@ -1,4 +1,4 @@
-"""In which order rows are seen: a function of the seed and of how far training has come, of nothing else."""
+"""The order of rows, which depends only on the seed and the position in training."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,11 +10,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 
 class PromptOrder:
-    """Which rows make up the batch of each update.
+    """The rows of the batch of each update.
 
     Args:
         n_rows: Rows in the data set.
-        batch_size: Rows of a batch; the last one of an epoch may be smaller.
+        batch_size: Rows per batch; the last batch of an epoch may be smaller.
         seed: Seed of the order.
 
     >>> order = PromptOrder(5, batch_size=2, seed=0)
@@ -24,13 +24,13 @@ class PromptOrder:
 
     def __init__(self, n_rows: int, batch_size: int, seed: int) -> None:
         self.n_rows, self.batch_size, self.seed = n_rows, batch_size, seed
-        self.weights: np.ndarray | None = None  # by row; None: every row once an epoch
-        self.repeat: int | None = None  # see the same first batches again and again (Trainer.overfit_batches)
+        self.weights: np.ndarray | None = None  # of rows; None: every row once per epoch
+        self.repeat: int | None = None  # number of batches that Trainer.overfit_batches repeats
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     @property
     def n_batches(self) -> int:
-        """Batches of an epoch."""
+        """Batches per epoch."""
         return -(-self.n_rows // self.batch_size)
 
     def rows(self, update: int) -> np.ndarray:
@@ -38,7 +38,7 @@ class PromptOrder:
         if self.repeat is not None:
             update %= self.repeat
         if self.weights is not None:
-            # a third key that is not 0, as numpy takes [seed, u] and [seed, u, 0] for the same
+            # a third key other than 0, since [seed, u] and [seed, u, 0] are the same seed for numpy
             rng = np.random.default_rng([self.seed, update, 1])
             size = min(self.batch_size, int(np.count_nonzero(self.weights)))
             return rng.choice(self.n_rows, size=size, replace=False, p=self.weights / self.weights.sum())
@@ -52,24 +52,24 @@ def checked_weights(where: str, weights: Sequence[float] | np.ndarray | Tensor, 
     """Sampling weights as an array.
 
     Raises:
-        ValueError: They are not one finite, non-negative number a row, or all of them are 0.
+        ValueError: They are not one finite, non-negative number per row, or all are 0.
     """
     array = torch.as_tensor(weights, dtype=torch.float64).cpu().numpy().copy()
     if array.shape != (n_rows,):
-        raise ValueError(f"{where}: shape {array.shape}, but there are {n_rows} training rows; give one weight a row")
+        raise ValueError(f"{where}: shape {array.shape}, but there are {n_rows} training rows; give one weight per row")
     if not np.isfinite(array).all() or (array < 0).any():
         worst = int(np.argmax(~np.isfinite(array) | (array < 0)))
-        raise ValueError(f"{where}: the weight of row {worst} is {array[worst]}; weights are finite and not negative")
+        raise ValueError(f"{where}: the weight of row {worst} is {array[worst]}; give finite, non-negative weights")
     if not array.any():
-        raise ValueError(f"{where}: all weights are 0; at least one row must be drawable")
+        raise ValueError(f"{where}: all weights are 0; give at least one row a positive weight")
     return array
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """A permutation of each epoch from seed and epoch, this rank's share of it, from ``start`` on.
+    """This rank's part of a permutation per epoch, from ``start`` on.
 
-    Lightning keeps a ``DistributedSampler`` as it is and tells it the epoch; any other sampler it would replace by
-    one of its own when there are several ranks, with another seed.
+    Lightning keeps a ``DistributedSampler`` and sets its epoch; with several ranks it would replace any other sampler
+    by one with another seed.
     """
 
     start = 0
@@ -79,34 +79,31 @@ class EpochSampler(DistributedSampler[Any]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader whose place in the epoch is saved with Lightning's loops and found again."""
+    """A loader whose position in the epoch is saved in checkpoints by Lightning's loops."""
 
-    _batches = 0  # handed out in this epoch
-    _start = 0  # where the next pass starts
+    _batches = 0  # yielded in this epoch
+    _start = 0  # first batch of the next epoch
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self._batches, self._start = self._start, 0
-        if isinstance(self.sampler, EpochSampler):  # overfit_batches puts another one in its place
+        if isinstance(self.sampler, EpochSampler):  # overfit_batches replaces it
             self.sampler.start = self._batches * (self.batch_size or 1)
         for batch in super().__iter__():
             self._batches += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The batches of this epoch that are done."""
         return {"batches": self._batches}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Goes on behind them, or with the next epoch behind the last."""
-        self._start = state_dict["batches"] % len(self)
+        self._start = state_dict["batches"] % len(self)  # 0 after the last batch: the next epoch
 
 
 class PromptLoader(DataLoader[Any]):
-    """A loader that Lightning takes for resumable, as it is: the data module saves its place."""
+    """A loader that Lightning considers resumable; the data module saves its position."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing; see the data module's."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing; see the data module's."""
+        pass

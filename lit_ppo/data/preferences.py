@@ -1,42 +1,42 @@
-"""Pairs and labelled texts for reward modelling."""
+"""Preference pairs and labelled texts for reward models."""
 
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lit_ppo.data.chats import chat_cell, is_chat
 from lit_ppo.data.encoding import pad_right, padding_id, render_chats, tokenize, truncate_left
-from lit_ppo.data.files import Table
 from lit_ppo.data.module import RowDataModule
-from lit_ppo.data.tables import cell, text_cell
+from lit_ppo.data.table import Table
+from lit_ppo.validate import integer, refuse
 
 
 class PreferenceDataModule(RowDataModule):
-    """Texts that say what is better: pairs of a chosen and a rejected one, or texts with a label.
+    """Pairs of a chosen and a rejected text, or texts with a label.
 
-    Pairs (the default) give ``{"chosen": {input_ids, attention_mask}, "rejected": {...}}``; with ``text_column`` and
-    ``label_column`` batches are ``{input_ids, attention_mask, labels}``, labels float, 0 (bad) to 1 (good). Rows are
-    padded on the right. Texts longer than ``max_length`` are cut from the left, since a score is read at the end.
+    Batches of pairs (the default) are ``{"chosen": {input_ids, attention_mask}, "rejected": {...}}``; with
+    ``text_column`` and ``label_column`` they are ``{input_ids, attention_mask, labels}``, labels float, 0 (bad) to 1
+    (good). Rows are padded on the right. Texts longer than ``max_length`` are cut from the left, since the score is
+    that of the last token.
 
     Args:
         path: Training file or hub data set, see :func:`lit_ppo.data.files.read_table`.
         chosen_column: Column with the better text, or its chat messages.
         rejected_column: Column with the worse one.
-        prompt_column: Column with what comes before both, text or chat messages; None: they are whole already. A
-            plain prompt and answer are joined as they stand; behind a chat prompt, a plain answer becomes the
-            assistant's message.
-        text_column: Column with a labelled text, or several columns: each is then an example of its own.
+        prompt_column: Column with the prompt of both, text or chat messages; None: both texts include it. Plain prompt
+            and answer are joined without a separator; after a chat prompt, a plain answer becomes the assistant's
+            message.
+        text_column: Column with a labelled text; with several columns, each is a separate example.
         label_column: Column with the label.
         val_path: Validation file.
-        val_fraction: Share of the training file to hold out instead, see :func:`lit_ppo.data.tables.split_table`.
-        split_column: Column whose value decides which rows are held out; None: the row's texts themselves.
+        val_fraction: Fraction of the training file to hold out instead, see :meth:`lit_ppo.data.table.Table.split`.
+        split_column: Column whose value decides which rows are held out; None: the texts of the row.
         max_length: Longest text, in tokens.
-        batch_size: Rows in a batch, per rank.
+        batch_size: Rows per batch and rank.
         lower_case: Lower-case the text.
         column_names: Columns of a CSV or TSV file without a header.
         tokenizer: Tokenizer, or its path or hub name; None: that of the module being trained.
-        data_root: Folder that relative data paths start from; None: the working directory.
+        data_root: Folder of relative data paths; None: the working directory.
         seed: Seed of the order; None: that of ``seed_everything``.
     """
 
@@ -65,81 +65,58 @@ class PreferenceDataModule(RowDataModule):
         )
         self.chosen_column, self.rejected_column, self.prompt_column = chosen_column, rejected_column, prompt_column
         self.text_column, self.label_column = text_column, label_column
-        self.max_length = self._at_least("max_length", max_length, 2)
+        self.max_length = integer(self, "max_length", max_length, at_least=2)
         if (text_column is None) != (label_column is None):
-            raise ValueError(
-                f"{self.where('text_column')}: label_column={label_column!r}; labelled texts need both, pairs neither"
-            )
+            problem = f"label_column={label_column!r}; give both for labelled texts, neither for pairs"
+            refuse(self, "text_column", text_column, problem)
         self.text_columns = [text_column] if isinstance(text_column, str) else list(text_column or [])
         if text_column is not None and not self.text_columns:
-            raise ValueError(f"{self.where('text_column')}: no column; name at least one")
+            refuse(self, "text_column", text_column, "names no column; name at least one")
         for argument, default in (
             ("chosen_column", "chosen"),
             ("rejected_column", "rejected"),
             ("prompt_column", None),
         ):
             if self.text_columns and getattr(self, argument) != default:
-                raise ValueError(f"{self.where(argument)}: text_column is given, so no pairs are read; leave one out")
+                problem = "text_column is given, so no pairs are read; leave one of them out"
+                refuse(self, argument, getattr(self, argument), problem)
 
     def setup(self, stage: str) -> None:
-        """Reads and tokenises everything once."""
         super().setup(stage)
         self._tokenizer = self.load_tokenizer()
         self._pad_id = padding_id(type(self).__name__, self._tokenizer)
         columns = self.text_columns or [self.chosen_column, self.rejected_column]
         train, val = self.read_split([*([self.prompt_column] if self.prompt_column else []), *columns])
-        self.train_rows = self._rows("path", train)
-        val_argument = "path" if self.val_path is None else "val_path"
-        self.val_rows = self._rows(val_argument, val) if val is not None else []
+        self.train_rows = self._rows(train)
+        self.val_rows = self._rows(val) if val is not None else []
 
-    def _rows(self, argument: str, table: Table) -> list[Any]:
-        where = self.where(argument)
+    def _rows(self, table: Table) -> list[Any]:
         indices = range(len(table))
         if self.label_column is not None:
             label_column = self.label_column
-            texts = [self.cased(text_cell(where, table, i, column)) for i in indices for column in self.text_columns]
-            labels = [self._label(where, table, i, label_column) for i in indices for _ in self.text_columns]
-            return list(zip(self._encode(where, texts, chats=False), labels, strict=True))
+            texts = [self.cased(table.text(i, column)) for i in indices for column in self.text_columns]
+            labels = [_label(table, i, label_column) for i in indices for _ in self.text_columns]
+            return list(zip(self._encode(table.where, texts, chats=False), labels, strict=True))
         answers = [
-            self._answer(where, table, i, c) for c in (self.chosen_column, self.rejected_column) for i in indices
+            self._answer(table, i, column) for column in (self.chosen_column, self.rejected_column) for i in indices
         ]
         chats = [not isinstance(answer, str) for answer in answers]
         if any(chats) != all(chats):
-            odd = chats.index(not chats[0]) % len(table)
-            raise ValueError(f"{where}: {table.place(odd)}: chat messages and plain text are mixed; use one kind")
-        ids = self._encode(where, answers, chats=chats[0])
+            table.refuse(chats.index(not chats[0]) % len(table), "chat messages and plain text are mixed; use one kind")
+        ids = self._encode(table.where, answers, chats=chats[0])
         return list(zip(ids[: len(table)], ids[len(table) :], strict=True))
 
-    def _answer(self, where: str, table: Table, index: int, column: str) -> Any:
-        """One side of a pair: whole text, or all of its messages."""
-        value = cell(where, table, index, column)
-        answer = self._cell(where, table, index, column)
+    def _answer(self, table: Table, index: int, column: str) -> Any:
+        """One side of a pair with its prompt: text, or a list of messages."""
+        answer = self.text_or_chat(table, index, column)
         if self.prompt_column is None:
             return answer
-        prompt = self._cell(where, table, index, self.prompt_column)
+        prompt = self.text_or_chat(table, index, self.prompt_column)
         if isinstance(prompt, str) and isinstance(answer, str):
             return prompt + answer
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        return prompt + (answer if is_chat(value) else [{"role": "assistant", "content": answer}])
-
-    def _cell(self, where: str, table: Table, index: int, column: str) -> Any:
-        if is_chat(cell(where, table, index, column)):
-            return chat_cell(where, table, index, column, self.cased)
-        return self.cased(text_cell(where, table, index, column))
-
-    @staticmethod
-    def _label(where: str, table: Table, index: int, column: str) -> float:
-        value = cell(where, table, index, column)
-        try:
-            label = float(value)
-        except (TypeError, ValueError):
-            label = float("nan")
-        if not 0.0 <= label <= 1.0:
-            raise ValueError(
-                f"{where}: {table.place(index)}: label {value!r} in column {column!r}; give 0 (bad) to 1 (good)"
-            )
-        return label
+        return prompt + ([{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer)
 
     def _encode(self, where: str, texts: list[Any], chats: bool) -> list[list[int]]:
         tokenizer = self._tokenizer
@@ -149,8 +126,18 @@ class PreferenceDataModule(RowDataModule):
         return truncate_left(ids, self.max_length, tokenizer.bos_token_id, self.where("max_length"), "texts")
 
     def collate(self, rows: list[Any]) -> dict[str, Any]:
-        """Pads some rows."""
         left, right = ([row[side] for row in rows] for side in (0, 1))
         if self.label_column is not None:
             return {**pad_right(left, self._pad_id), "labels": torch.tensor(right, dtype=torch.float32)}
         return {"chosen": pad_right(left, self._pad_id), "rejected": pad_right(right, self._pad_id)}
+
+
+def _label(table: Table, index: int, column: str) -> float:
+    value = table.cell(index, column)
+    try:
+        label = float(value)
+    except (TypeError, ValueError):
+        label = float("nan")
+    if not 0.0 <= label <= 1.0:
+        table.refuse(index, f"label {value!r} in column {column!r}; give 0 (bad) to 1 (good)")
+    return label

@@ -1,4 +1,4 @@
-"""Prompts for PPO: every rank gets the same batches, in an order that survives a restart."""
+"""Prompts for PPO: every rank gets the same batches, in an order that a resumed run continues."""
 
 import warnings
 from collections.abc import Sequence
@@ -10,35 +10,34 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lit_ppo.data.batch import HeldOutPrompts, PromptBatch, PromptTable, TrainingPrompts
-from lit_ppo.data.chats import chat_cell, is_chat
 from lit_ppo.data.encoding import encode_prompts
-from lit_ppo.data.files import Table
 from lit_ppo.data.module import TableDataModule, check_identity
 from lit_ppo.data.order import PromptLoader, PromptOrder, checked_weights
-from lit_ppo.data.tables import cell, require_columns, text_cell
+from lit_ppo.data.table import Table
+from lit_ppo.validate import integer, refuse
 
 
 class PromptDataModule(TableDataModule):
-    """Prompts to sample responses to: plain text, or chat messages where the column holds lists of them.
+    """Prompts for sampling: plain text, or chat messages where the column has lists of them.
 
-    Each batch is a :class:`~lit_ppo.data.batch.PromptBatch` of all ranks' prompts, the same on every rank. Training
-    shuffles every epoch anew; batch number ``u`` depends on the seed and ``u`` alone, and a resumed run goes on with
-    the next one. Held-out prompts come in the order of the file.
+    Each batch is a :class:`~lit_ppo.data.batch.PromptBatch` with the prompts of all ranks, the same on every rank.
+    Every epoch is shuffled; batch number ``u`` depends only on the seed and ``u``, and a resumed run continues with
+    the next batch. Held-out prompts keep the order of the file.
 
     Args:
         path: Training file or hub data set, see :func:`lit_ppo.data.files.read_table`.
         prompt_column: Column with the prompt.
         val_path: Validation file.
-        val_fraction: Share of the training file to hold out instead, see :func:`lit_ppo.data.tables.split_table`.
-        split_column: Column whose value decides which rows are held out; None: the prompt itself.
+        val_fraction: Fraction of the training file to hold out instead, see :meth:`lit_ppo.data.table.Table.split`.
+        split_column: Column whose value decides which rows are held out; None: the prompt.
         test_path: File for ``trainer.test``.
         predict_path: File for ``trainer.predict``.
-        batch_size: Prompts of an update, over all ranks.
-        max_prompt_length: Longer prompts lose tokens from the left (a warning says how many did); None: no limit.
-        lower_case: Lower-case prompts; other columns stay as they are.
+        batch_size: Prompts per update, over all ranks.
+        max_prompt_length: Longer prompts lose tokens from the left (a warning counts them); None: no limit.
+        lower_case: Lower-case prompts, but not other columns.
         column_names: Columns of a CSV or TSV file without a header.
         tokenizer: Tokenizer, or its path or hub name; None: that of the module being trained.
-        data_root: Folder that relative data paths start from; None: the working directory.
+        data_root: Folder of relative data paths; None: the working directory.
         seed: Seed of the order; None: that of ``seed_everything``.
     """
 
@@ -64,34 +63,34 @@ class PromptDataModule(TableDataModule):
             path, val_path, val_fraction, split_column, batch_size, lower_case, column_names, tokenizer, data_root, seed
         )
         self.prompt_column, self.test_path, self.predict_path = prompt_column, test_path, predict_path
-        if max_prompt_length is not None:
-            self._at_least("max_prompt_length", max_prompt_length, 2)
         self.max_prompt_length = max_prompt_length
+        if max_prompt_length is not None:
+            integer(self, "max_prompt_length", max_prompt_length, at_least=2)
         self._tables: dict[str, PromptTable] = {}
         self._weights: np.ndarray | None = None
         self._training: TrainingPrompts | None = None
 
     def setup(self, stage: str) -> None:
-        """Reads and tokenises what the stage needs.
+        """Read and tokenise the prompts of the stage.
 
         Raises:
-            ValueError: There is nothing to validate, test or predict on, or something is wrong with a file.
+            ValueError: There are no prompts to validate, test or predict on, or a file is wrong.
         """
         super().setup(stage)
-        stage = str(getattr(stage, "value", stage))  # Lightning hands over an enum
+        stage = str(getattr(stage, "value", stage))  # Lightning passes an enum
         if stage in ("fit", "validate"):
             self._setup_split(stage)
         else:
-            self._tables[stage] = self._encode(f"{stage}_path", self.read(self._given(f"{stage}_path")))
+            self._tables[stage] = self._encode(self.read(self._given(f"{stage}_path")))
 
     def _setup_split(self, stage: str) -> None:
         if stage == "validate" and not self.val_fraction:
             self._given("val_path")
         train, val = self.read_split([self.prompt_column])
         if val is not None:
-            self._tables["val"] = self._encode("path" if self.val_path is None else "val_path", val)
+            self._tables["val"] = self._encode(val)
         if stage == "fit":
-            table = self._tables["train"] = self._encode("path", train)
+            table = self._tables["train"] = self._encode(train)
             order = PromptOrder(len(table), self.batch_size, self.seed)
             if self._weights is not None:  # set before this call of fit
                 order.weights = checked_weights(f"{type(self).__name__}.set_weights", self._weights, len(table))
@@ -99,32 +98,26 @@ class PromptDataModule(TableDataModule):
 
     def _given(self, argument: str) -> str:
         if getattr(self, argument) is None:
-            raise ValueError(f"{self.where(argument)}: no prompts for this; give a file")
+            refuse(self, argument, None, "there are no prompts; give a file")
         return argument
 
-    def _encode(self, argument: str, table: Table) -> PromptTable:
-        where, column = self.where(argument), self.prompt_column
-        require_columns(where, table, [column])
-        chat = is_chat(cell(where, table, 0, column))
-        prompts: list[Any] = []
-        for i in range(len(table)):
-            if is_chat(cell(where, table, i, column)) != chat:
-                raise ValueError(f"{where}: {table.place(i)}: plain and chat prompts are mixed; use one kind")
-            prompts.append(
-                chat_cell(where, table, i, column, self.cased)
-                if chat
-                else self.cased(text_cell(where, table, i, column))
-            )
+    def _encode(self, table: Table) -> PromptTable:
+        column = self.prompt_column
+        chat = table.is_chat(0, column)
+        prompts = [self.text_or_chat(table, i, column) for i in range(len(table))]
+        for i, prompt in enumerate(prompts):
+            if isinstance(prompt, list) != chat:
+                table.refuse(i, "plain and chat prompts are mixed; use one kind")
         columns = {name: [row.get(name) for row in table.rows] for name in table.columns if name != column}
         if not chat and columns.pop("messages", None) is not None:
             warnings.warn(
-                f"{where}: the column 'messages' is left out: under that name rewards look for chat prompts; train on "
-                "it with prompt_column='messages', or rename it",
+                f"{table.where}: the column 'messages' is left out, since rewards expect chat prompts under this name; "
+                "train on it with prompt_column='messages', or rename it",
                 stacklevel=2,
             )
         if chat and "messages" in columns:
             raise ValueError(
-                f"{where}: chat prompts are handed on as 'messages', which is another column here; rename it"
+                f"{table.where}: chat prompts are passed on as 'messages', but another column has this name; rename it"
             )
         texts, ids = encode_prompts(
             self.load_tokenizer(), prompts, self.max_prompt_length, type(self).__name__, "max_prompt_length"
@@ -133,30 +126,30 @@ class PromptDataModule(TableDataModule):
 
     @property
     def columns(self) -> dict[str, list[Any]]:
-        """Every column but the prompt, over the training rows."""
+        """All columns of the training rows except the prompt."""
         return self._fit_state("columns").table.columns
 
     @property
     def n_rows(self) -> int:
-        """Training rows, each of which takes a weight in :meth:`set_weights`."""
+        """Number of training rows, each of which can have a weight; see :meth:`set_weights`."""
         return len(self._fit_state("n_rows").table)
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens of the longest prompt that has been read, of whatever split."""
+        """Tokens of the longest prompt of all splits."""
         return max((len(ids) for table in self._tables.values() for ids in table.prompt_ids), default=0)
 
     def peek(self, split: str, n: int = 1) -> PromptBatch | None:
-        """The first prompts of a split, ``"train"`` or ``"val"``, if there are any; nothing moves on."""
+        """The first prompts of ``"train"`` or ``"val"``, or None; the training position does not change."""
         table = self._tables.get(split)
         return None if table is None else table.batch(list(range(min(n, len(table)))))
 
     def set_weights(self, weights: Sequence[float] | torch.Tensor | None) -> None:
-        """From the next batch on, draws the rows of a batch by weight, without replacement.
+        """From the next batch on, draw the rows of each batch by weight, without replacement.
 
         Args:
-            weights: One number a training row, not negative; rows with 0 are never drawn, and a batch is smaller
-                where fewer rows than ``batch_size`` are left. None: back to every row once an epoch.
+            weights: One non-negative number per training row. Rows with 0 are never drawn; a batch is smaller if
+                fewer than ``batch_size`` rows are left. None: every row once per epoch again.
         """
         training = self._fit_state("set_weights")
         where = f"{type(self).__name__}.set_weights"
@@ -164,13 +157,13 @@ class PromptDataModule(TableDataModule):
         self._weights = training.order.weights = checked
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """The batches of one epoch, from wherever training stands."""
+        """The batches of one epoch, from the current position."""
         training = self._fit_state("train_dataloader")
         training.order.repeat = self._overfit_batches(len(training))
         return self._loader(training)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """The validation prompts; nothing if none were asked for."""
+        """The validation prompts, if there are any."""
         return self._held_out("val") if "val" in self._tables else []
 
     def test_dataloader(self) -> DataLoader[Any]:
@@ -186,28 +179,27 @@ class PromptDataModule(TableDataModule):
 
     @staticmethod
     def _loader(prompts: TrainingPrompts | HeldOutPrompts) -> DataLoader[Any]:
-        # its own generator: a loader draws from the global one, which belongs to the model
+        # its own generator: by default a loader draws from the global one, which the model uses
         return PromptLoader(prompts, batch_size=None, num_workers=0, generator=torch.Generator())
 
     def state_dict(self) -> dict[str, Any]:
-        """Batches done, sampling weights, and what tells whether they still mean the same."""
+        """Position, sampling weights and the identity of the data."""
         if self._training is None:
             return {}
-        # a batch that was drawn and not finished (the run was stopped in its middle) is to be drawn again
+        # a batch that was drawn but not finished (the run stopped) is drawn again
         trained = self._batches_trained()
         position = self._training.position if trained is None else min(self._training.position, trained)
         weights = None if self._weights is None else torch.from_numpy(self._weights)
         return {"position": position, "weights": weights, **self._identity(self._training)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on with the next batch.
+        """Continue with the next batch.
 
         Raises:
-            ValueError: The data, ``batch_size`` or seed are not those of the saved run, so that its place in them
-                means nothing.
+            ValueError: Data, ``batch_size`` or seed differ from those of the saved run.
         """
         if not state_dict or (self.trainer is not None and self.trainer.state.fn != "fit"):
-            return  # validating a checkpoint on other prompts is fine
+            return  # other prompts are fine for validation
         training = self._fit_state("load_state_dict")
         check_identity(self, state_dict, self._identity(training), "prompts")
         training.position = int(state_dict["position"])
@@ -221,14 +213,14 @@ class PromptDataModule(TableDataModule):
         return {"rows": order.n_rows, "batch_size": order.batch_size, "seed": order.seed, "fingerprint": fingerprint}
 
     def _batches_trained(self) -> int | None:
-        """Batches that the trainer has finished, over all epochs and calls of ``fit``; None without a trainer."""
+        """Batches that the trainer has finished over all epochs; None without a trainer."""
         if self.trainer is None:
             return None
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
         return int(progress.processed)
 
     def _overfit_batches(self, n_batches: int) -> int | None:
-        """The number of batches that ``Trainer(overfit_batches=...)`` asks to see again and again."""
+        """The number of batches that ``Trainer(overfit_batches=...)`` repeats."""
         asked = self.trainer.overfit_batches if self.trainer is not None else 0  # type: ignore[attr-defined]
         if not asked:
             return None
@@ -236,5 +228,5 @@ class PromptDataModule(TableDataModule):
 
     def _fit_state(self, name: str) -> TrainingPrompts:
         if self._training is None:
-            raise RuntimeError(f"{type(self).__name__}.{name}: nothing has been read yet; call setup('fit') first")
+            raise RuntimeError(f"{type(self).__name__}.{name}: there are no data yet; call setup('fit') first")
         return self._training

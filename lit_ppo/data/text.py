@@ -8,37 +8,38 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lit_ppo.data.encoding import pad_right, padding_id, tokenize
-from lit_ppo.data.files import Table
 from lit_ppo.data.module import RowDataModule
-from lit_ppo.data.tables import text_cell
+from lit_ppo.data.table import Table
+from lit_ppo.data.tokenization import train_tokenizer_once
+from lit_ppo.validate import boolean, integer, refuse
 
 
 class TextDataModule(RowDataModule):
-    """Documents for a language model's cold start or fine-tuning.
+    """Documents for supervised fine-tuning (SFT) or pretraining.
 
     Batches are ``input_ids``, ``attention_mask`` and ``labels`` (a copy, -100 where padded; the model shifts them),
-    padded on the right to the longest of the batch. A document longer than ``max_length`` is cut into pieces that
-    overlap by one token, so that no text is lost and every token but the document's first is predicted exactly once.
+    padded on the right to the longest row. A document longer than ``max_length`` is cut into pieces that overlap by
+    one token: no text is lost, and every token except the first is predicted exactly once.
 
     Args:
         path: Training file or hub data set, see :func:`lit_ppo.data.files.read_table`.
         text_column: Column with the text.
         val_path: Validation file.
-        val_fraction: Share of the training file to hold out instead, see :func:`lit_ppo.data.tables.split_table`.
-        split_column: Column whose value decides which rows are held out; None: the text itself.
-        max_length: Longest piece, in tokens.
-        batch_size: Pieces in a batch, per rank.
-        packing: Join all documents end to end before cutting: no padding, so faster where lengths differ. A piece
-            may then hold the end of one document and the start of the next; ``append_eos`` marks where.
-        append_eos: Put the end-of-text token behind every document, so that the model learns to stop.
+        val_fraction: Fraction of the training file to hold out instead, see :meth:`lit_ppo.data.table.Table.split`.
+        split_column: Column whose value decides which rows are held out; None: the text.
+        max_length: Maximum tokens of a piece.
+        batch_size: Pieces per batch and rank.
+        packing: Join all documents before cutting: no padding, so faster where lengths differ. A piece can then
+            contain the end of one document and the start of the next; ``append_eos`` marks the boundary.
+        append_eos: Append the end-of-text token to every document, so that the model learns to stop.
         lower_case: Lower-case the text.
         column_names: Columns of a CSV or TSV file without a header.
         tokenizer: Tokenizer, or its path or hub name; None: ``tokenizer_path``, else that of the module being trained.
-        tokenizer_path: Folder into which a byte-level BPE tokenizer trained on the text is written, before anything
-            else is built: the module being trained can name the same folder. Trained anew only if the text or
-            ``tokenizer_vocab_size`` has changed.
+        tokenizer_path: Folder for a byte-level BPE tokenizer that is trained on the text before the models are built:
+            the module being trained can name the same folder. It is trained again only if the text or
+            ``tokenizer_vocab_size`` changes.
         tokenizer_vocab_size: Its number of tokens.
-        data_root: Folder that relative data paths start from; None: the working directory.
+        data_root: Folder of relative data paths; None: the working directory.
         seed: Seed of the order; None: that of ``seed_everything``.
     """
 
@@ -65,46 +66,40 @@ class TextDataModule(RowDataModule):
         super().__init__(
             path, val_path, val_fraction, split_column, batch_size, lower_case, column_names, tokenizer, data_root, seed
         )
-        self.text_column, self.packing, self.append_eos = text_column, packing, append_eos
-        self.max_length = self._at_least("max_length", max_length, 2)
+        self.text_column = text_column
+        self.packing, self.append_eos = boolean(self, "packing", packing), boolean(self, "append_eos", append_eos)
+        self.max_length = integer(self, "max_length", max_length, at_least=2)
         self.tokenizer_path, self.tokenizer_vocab_size = tokenizer_path, tokenizer_vocab_size
         if (tokenizer_path is None) != (tokenizer_vocab_size is None):
-            raise ValueError(f"{self.where('tokenizer_path')}: give tokenizer_path and tokenizer_vocab_size together")
+            refuse(self, "tokenizer_path", tokenizer_path, "give tokenizer_path and tokenizer_vocab_size together")
         if tokenizer_path is not None and tokenizer is not None:
-            raise ValueError(f"{self.where('tokenizer_path')}: a tokenizer is given, too; leave one of them out")
+            refuse(self, "tokenizer_path", tokenizer_path, "tokenizer is given too; leave one of them out")
 
     def prepare_data(self) -> None:
-        """Trains the tokenizer on the training text, if asked for."""
+        """Train the tokenizer on the training text, if there is a ``tokenizer_path``."""
         if self.tokenizer_path is not None and self.tokenizer_vocab_size is not None:
-            from lit_ppo.data.tokenizer_files import write_tokenizer_once
-
-            texts = self._texts("path", self.read_split([self.text_column])[0])
-            write_tokenizer_once(self.where("tokenizer_path"), texts, self.tokenizer_vocab_size, self.tokenizer_path)
+            texts = self._texts(self.read_split([self.text_column])[0])
+            train_tokenizer_once(self.where("tokenizer_path"), texts, self.tokenizer_vocab_size, self.tokenizer_path)
 
     def setup(self, stage: str) -> None:
-        """Reads and tokenises everything once."""
         super().setup(stage)
         self.tokenizer_source = self.tokenizer_source or self.tokenizer_path
         tokenizer = self.load_tokenizer()
         self._pad_id = padding_id(type(self).__name__, tokenizer)
         train, val = self.read_split([self.text_column])
-        self.train_rows = self._pieces(tokenizer, self._texts("path", train))
-        val_argument = "path" if self.val_path is None else "val_path"
-        self.val_rows = self._pieces(tokenizer, self._texts(val_argument, val)) if val is not None else []
+        self.train_rows = self._pieces(tokenizer, self._texts(train))
+        self.val_rows = self._pieces(tokenizer, self._texts(val)) if val is not None else []
 
-    def _texts(self, argument: str, table: Table) -> list[str]:
-        where = self.where(argument)
-        return [self.cased(text_cell(where, table, i, self.text_column)) for i in range(len(table))]
+    def _texts(self, table: Table) -> list[str]:
+        return [self.cased(table.text(i, self.text_column)) for i in range(len(table))]
 
     def _pieces(self, tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
         documents = tokenize(tokenizer, texts)
         if self.append_eos:
             eos = tokenizer.eos_token_id
             if eos is None:
-                raise ValueError(
-                    f"{self.where('append_eos')}: the tokenizer {tokenizer.name_or_path!r} has no end-of-text token; "
-                    "set tokenizer.eos_token, or append_eos=False"
-                )
+                problem = f"the tokenizer {tokenizer.name_or_path!r} has no end-of-text token; "
+                refuse(self, "append_eos", True, problem + "set tokenizer.eos_token, or append_eos=False")
             documents = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in documents]
         if self.packing:
             documents = [[token for ids in documents for token in ids]]
@@ -112,21 +107,20 @@ class TextDataModule(RowDataModule):
         n_short = sum(len(ids) < 2 for ids in documents)
         if n_short:
             rank_zero_warn(
-                f"{self.where('path')}: {n_short} of {len(documents)} documents have fewer than two tokens and teach "
-                "nothing; they are left out"
+                f"{self.where('path')}: {n_short} of {len(documents)} documents have fewer than two tokens and are "
+                "left out"
             )
         if not pieces:
             raise ValueError(f"{self.where('path')}: no document has two tokens; give longer text")
         return [np.array(piece, dtype=np.int32) for piece in pieces]
 
     def collate(self, rows: list[Any]) -> dict[str, Any]:
-        """Pads some pieces."""
         batch = pad_right(rows, self._pad_id)
         return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
 
 
 def cut(ids: Sequence[int], max_length: int) -> list[Sequence[int]]:
-    """Pieces of at most ``max_length`` tokens, each starting with the last token of the one before.
+    """Pieces of at most ``max_length`` tokens; each starts with the last token of the previous one.
 
     >>> cut([1, 2, 3, 4, 5, 6], max_length=3)
     [[1, 2, 3], [3, 4, 5], [5, 6]]

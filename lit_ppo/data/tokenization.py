@@ -1,74 +1,96 @@
-"""Train a tokenizer on the text at hand, for a model from scratch."""
+"""Train a tokenizer on the text of a data set, and save tokenizers beside their models."""
 
+import hashlib
+import json
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from lightning.pytorch.utilities import rank_zero_info
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lit_ppo.validate import integer
 
 PAD_TOKEN = "<|pad|>"
 EOS_TOKEN = "<|endoftext|>"
-
-MIN_VOCAB_SIZE = 256 + 2
-"""Every byte and the two special tokens."""
+MIN_VOCAB_SIZE = 256 + 2  # every byte and the two special tokens
+FINGERPRINT = "trained_on.json"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | Path) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer and save it as a Hugging Face folder.
 
-    Any text can be encoded, since every byte is a token. A text that does not begin with a space is given one, so
-    that a word has the same token at the start of a text as inside it (decoded text then begins with a space).
-    The result depends on the texts and ``vocab_size`` alone.
+    It can encode any text, since every byte is a token. A text without a leading space gets one, so that a word has
+    the same token at the start of a text and inside it (decoded text then begins with a space). The result depends
+    only on the texts and ``vocab_size``.
 
     Args:
-        texts: The text to learn from.
-        vocab_size: Number of tokens to reach, the 256 bytes, ``<|pad|>`` and ``<|endoftext|>`` among them; little
-            text may give fewer.
-        path: Folder to write; created if it is not there.
+        texts: Training text.
+        vocab_size: Number of tokens, including 256 bytes, ``<|pad|>`` and ``<|endoftext|>``; with little text the
+            result has fewer.
+        path: Folder to write; created if it does not exist.
 
     Raises:
-        ValueError: ``vocab_size`` has no room for bytes and special tokens, or there is no text.
+        ValueError: ``vocab_size`` is too small for bytes and special tokens, or there is no text.
 
     >>> import tempfile
     >>> tokenizer = train_tokenizer(["a fine film", "a fine plot"], vocab_size=270, path=tempfile.mkdtemp())
     >>> tokenizer.tokenize("fine"), tokenizer.pad_token_id, tokenizer.eos_token_id
     (['Ġfine'], 0, 1)
     """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(
-            f"train_tokenizer(vocab_size={vocab_size}): the bytes and special tokens alone are {MIN_VOCAB_SIZE}; "
-            f"use {MIN_VOCAB_SIZE} or more"
-        )
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(texts, _trainer(vocab_size))
-    if backend.get_vocab_size() == MIN_VOCAB_SIZE < vocab_size:
-        raise ValueError("train_tokenizer(texts): there is no text to learn from; check the data file and its column")
+    integer("train_tokenizer", "vocab_size", vocab_size, at_least=MIN_VOCAB_SIZE)
+    trained = ByteLevelBPETokenizer(add_prefix_space=True)
+    special_tokens = [PAD_TOKEN, EOS_TOKEN]
+    trained.train_from_iterator(texts, vocab_size, min_frequency=0, show_progress=False, special_tokens=special_tokens)
+    if trained.get_vocab_size() == MIN_VOCAB_SIZE < vocab_size:
+        raise ValueError("train_tokenizer(texts): there is no text; check the data file and its column")
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+        tokenizer_object=Tokenizer.from_str(trained.to_str()),
         pad_token=PAD_TOKEN,
         eos_token=EOS_TOKEN,
-        clean_up_tokenization_spaces=False,  # decoding gives back the text, " ," included
+        clean_up_tokenization_spaces=False,  # decoding restores the text, " ," included
     )
     tokenizer.save_pretrained(str(path))
     return tokenizer
 
 
-def _trainer(vocab_size: int) -> trainers.BpeTrainer:
-    return trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[PAD_TOKEN, EOS_TOKEN],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+def train_tokenizer_once(where: str, texts: list[str], vocab_size: int, path: str) -> None:
+    """Train and save a tokenizer, unless the folder has one that was trained on the same texts.
+
+    A file beside the tokenizer says what it was trained on; it is complete only after the tokenizer is.
+
+    Args:
+        where: Argument to name in messages.
+        texts: Training text.
+        vocab_size: Number of tokens.
+        path: Folder to write.
+
+    Raises:
+        ValueError: The folder has a tokenizer that this function did not write.
+    """
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode() + b"\0")
+    wanted = {"vocab_size": vocab_size, "texts": len(texts), "sha256": digest.hexdigest()}
+    folder, marker = Path(path), Path(path, FINGERPRINT)
+    if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == wanted:
+        return
+    if not marker.is_file() and (folder / "tokenizer_config.json").is_file():
+        raise ValueError(
+            f"{where}: {folder.resolve()} has a tokenizer of another origin; name it as `tokenizer`, or another path"
+        )
+    rank_zero_info(f"Training a tokenizer of {vocab_size} tokens on {len(texts)} texts: {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.write_text("{}", encoding="utf-8")  # an interrupted training starts again
+    train_tokenizer(texts, vocab_size, path)
+    marker.write_text(json.dumps(wanted), encoding="utf-8")
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Save a tokenizer beside its model: the same bytes wherever and however it was loaded.
+    """Save a tokenizer beside its model; the bytes do not depend on how it was loaded.
 
-    transformers would note down that it came from a folder, and that the process was offline.
+    transformers would otherwise save that it came from a folder, or that the process was offline.
     """
     for name in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(name, None)
@@ -76,10 +98,10 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None
 
 
 def loads_the_same(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> bool:
-    """Whether the tokenizer, saved beside a model of this config, is loaded as it is.
+    """Whether a tokenizer that is saved beside a model of this config loads unchanged.
 
-    For a few model types (Qwen2 is one) transformers puts the family's own tokenizer class in place of the one saved:
-    the same vocabulary, but text is split in another way.
+    For a few model types (such as Qwen2) transformers loads the family's own tokenizer class instead of the saved one:
+    the vocabulary is the same, but text is split in another way.
     """
     step = max(len(tokenizer) // 200, 1)
     words = tokenizer.batch_decode([[i] for i in range(0, len(tokenizer), step)])

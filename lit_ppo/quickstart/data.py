@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_ppo.data.text import TextDataModule
 from lit_ppo.quickstart import words
 from lit_ppo.quickstart.grammar import OPENINGS, PATTERNS, SHARES, generate, generate_opening, parse
+from lit_ppo.validate import integer
 
 RATINGS = {"positive": 0.95, "neutral": 0.3, "negative": 0.05}
 """Label by polarity: the share of raters who would call the review positive. Never 0 or 1, so that a reward model
@@ -56,10 +57,10 @@ class ReviewText(TextDataModule):
     ) -> None:
         super().__init__(path, **kwargs)
         self.labelled_path, self.prompts_path, self.eval_prompts_path = labelled_path, prompts_path, eval_prompts_path
-        self.n_reviews = self._at_least("n_reviews", n_reviews, 1)
-        self.n_labelled = self._at_least("n_labelled", n_labelled, 1)
-        self.n_prompts = self._at_least("n_prompts", n_prompts, 1)
-        self.n_eval_prompts = self._at_least("n_eval_prompts", n_eval_prompts, 1)
+        self.n_reviews = integer(self, "n_reviews", n_reviews)
+        self.n_labelled = integer(self, "n_labelled", n_labelled)
+        self.n_prompts = integer(self, "n_prompts", n_prompts)
+        self.n_eval_prompts = integer(self, "n_eval_prompts", n_eval_prompts)
         self.text_seed = text_seed
 
     def prepare_data(self) -> None:

@@ -48,7 +48,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, name: str, suffix: str
 def test_column_names_stand_in_for_a_header(tmp_path: Path, name: str) -> None:
     body = TEXTS[name].split("\n", 1)[1]
     assert read_table(WHERE, write(tmp_path / name, body), column_names=["prompt", "id"]).rows == ROWS
-    with pytest.raises(ValueError, match="column_names is for CSV and TSV"):
+    with pytest.raises(ValueError, match="column_names is only for CSV and TSV"):
         read_table(WHERE, write(tmp_path / "rows.jsonl", TEXTS["rows.jsonl"]), column_names=["prompt", "id"])
 
 
@@ -84,7 +84,7 @@ def test_a_field_longer_than_the_csv_module_likes(tmp_path: Path) -> None:
         ("a.json", '[{"p": 1},\n{"p" 2}]', r"a.json, line 2: not JSON \(.*'{\"p\" 2}\]'"),
         ("a.jsonl", '{"p": 1}\n"text"\n', r"a.jsonl, line 2: 'text' is not an object"),
         ("a.json", '[{"p": 1}, 7]', r"a.json, item 2: '7' is not an object"),
-        ("a.csv", "p,q\n1,2\n3\n", r"a.csv, line 3: 1 fields where the columns are \['p', 'q'\]"),
+        ("a.csv", "p,q\n1,2\n3\n", r"a.csv, line 3: 1 fields, but the columns are \['p', 'q'\]"),
         ("a.tsv", "p\tq\n1\t2\t3\n", r"a.tsv, line 2: 3 fields"),
         ("a.csv", "p,p,q\n1,2,3\n", r"a.csv, line 1: the header repeats \['p'\]"),
         ("a.csv", 'p\n1\n"open\nend\n', r"a.csv, line 3: unexpected end of data; repair the quoting"),
@@ -105,10 +105,10 @@ def test_broken_bytes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a.csv, line 3: not UTF-8"):
         read_table(WHERE, str(tmp_path / "a.csv"))
     Path(tmp_path, "a.jsonl.gz").write_bytes(b'{"p": 1}\n')
-    with pytest.raises(ValueError, match=r"a.jsonl.gz is not a whole gzip file"):
+    with pytest.raises(ValueError, match=r"a.jsonl.gz is not a complete gzip file"):
         read_table(WHERE, str(tmp_path / "a.jsonl.gz"))
     Path(tmp_path, "b.jsonl.gz").write_bytes(gzip.compress(b'{"p": 1}\n' * 99)[:-9])
-    with pytest.raises(ValueError, match=r"b.jsonl.gz is not a whole gzip file"):
+    with pytest.raises(ValueError, match=r"b.jsonl.gz is not a complete gzip file"):
         read_table(WHERE, str(tmp_path / "b.jsonl.gz"))
 
 

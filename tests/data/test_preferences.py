@@ -176,14 +176,14 @@ def test_seed_and_batch_size_change_the_batches(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"text_column": "t"}, r"\(text_column='t'\): label_column=None; labelled texts need both"),
-        ({"label_column": "y"}, r"\(text_column=None\): label_column='y'; labelled texts need both"),
-        ({"text_column": [], "label_column": "y"}, r"\(text_column=\[\]\): no column"),
+        ({"text_column": "t"}, r"\(text_column='t'\): label_column=None; give both"),
+        ({"label_column": "y"}, r"\(text_column=None\): label_column='y'; give both"),
+        ({"text_column": [], "label_column": "y"}, r"\(text_column=\[\]\): names no column"),
         ({**EDGES, "prompt_column": "prompt"}, r"\(prompt_column='prompt'\): text_column is given"),
         ({**EDGES, "chosen_column": "a"}, r"\(chosen_column='a'\): text_column is given"),
         ({**EDGES, "rejected_column": "b"}, r"\(rejected_column='b'\): text_column is given"),
-        ({"max_length": 1}, r"\(max_length=1\): too small"),
-        ({"batch_size": -3}, r"\(batch_size=-3\): too small"),
+        ({"max_length": 1}, r"\(max_length=1\): must be"),
+        ({"batch_size": -3}, r"\(batch_size=-3\): must be"),
     ],
 )
 def test_arguments_are_checked_in_the_constructor(options: dict[str, Any], message: str) -> None:

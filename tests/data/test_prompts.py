@@ -12,7 +12,7 @@ import torch
 from lit_ppo.data.encoding import encode_prompts, padding_id
 from lit_ppo.data.order import PromptOrder
 from lit_ppo.data.prompts import PromptDataModule
-from lit_ppo.data.tables import unit_hash
+from lit_ppo.data.table import unit_hash
 from tests.helpers.tiny import make_tokenizer
 
 CHAT = [
@@ -133,7 +133,7 @@ def test_long_tokenising_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, cap
     with caplog.at_level("INFO"):
         expected = encode_prompts(tokenizer, texts)[1]
         assert "Tokenised" not in caplog.text
-        monkeypatch.setattr("lit_ppo.data.encoding.SECONDS_OF_SILENCE", -1.0)
+        monkeypatch.setattr("lit_ppo.data.encoding.SECONDS_BETWEEN_LOGS", -1.0)
         assert encode_prompts(tokenizer, texts)[1] == expected == [tokenizer(text)["input_ids"] for text in texts]
     assert [record.message for record in caplog.records] == [f"Tokenised {n} of 5 texts" for n in (2, 4, 5)]
 
@@ -298,7 +298,7 @@ def test_held_out_files_come_in_order(tmp_path: Path) -> None:
 def test_stages_without_data_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", ROWS)
     for stage, argument in {"validate": "val", "test": "test", "predict": "predict"}.items():
-        with pytest.raises(ValueError, match=rf"PromptDataModule\({argument}_path=None\): no prompts for this"):
+        with pytest.raises(ValueError, match=rf"PromptDataModule\({argument}_path=None\): there are no prompts"):
             ready(path, stage)
     assert ready(path).val_dataloader() == []
     with pytest.raises(RuntimeError, match=r"PromptDataModule.columns: .*call setup\('fit'\) first"):
@@ -372,7 +372,7 @@ def test_columns_of_training_rows_follow_the_split(many: tuple[str, list[dict[st
         ([{"prompt": [{"role": "user"}]}], r"p.jsonl, line 1: 'prompt' is .*, not chat messages of text"),
         ([{"prompt": [{"role": "user", "content": 1}]}], r"line 1: 'prompt' is .*, not chat messages of text"),
         ([{"prompt": [{"role": "user", "content": " "}]}], r"line 1: the last message of 'prompt' is empty"),
-        ([{"prompt": CHAT[0], "messages": "x"}], r"handed on as 'messages', which is another column here"),
+        ([{"prompt": CHAT[0], "messages": "x"}], r"passed on as 'messages', but another column has this name"),
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, rows: list[Any], message: str) -> None:
@@ -394,12 +394,12 @@ def test_bad_rows_of_other_files_name_their_argument(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, r"\(batch_size=0\): too small; give at least 1"),
-        ({"max_prompt_length": 1}, r"\(max_prompt_length=1\): too small; give at least 2"),
-        ({"seed": -1}, r"\(seed=-1\): too small; give at least 0"),
-        ({"val_fraction": 1.0}, r"\(val_fraction=1.0\): not in \[0, 1\)"),
-        ({"val_fraction": -0.1}, r"\(val_fraction=-0.1\): not in \[0, 1\)"),
-        ({"val_fraction": 0.1, "val_path": "v"}, r"\(val_path='v'\): val_fraction=0.1 asks for another one"),
+        ({"batch_size": 0}, r"\(batch_size=0\): must be an integer, at least 1"),
+        ({"max_prompt_length": 1}, r"\(max_prompt_length=1\): must be an integer, at least 2"),
+        ({"seed": -1}, r"\(seed=-1\): must be an integer, at least 0"),
+        ({"val_fraction": 1.0}, r"\(val_fraction=1.0\): must be a finite number, at least 0 and below 1"),
+        ({"val_fraction": -0.1}, r"\(val_fraction=-0.1\): must be a finite number, at least 0 and below 1"),
+        ({"val_fraction": 0.1, "val_path": "v"}, r"\(val_path='v'\): val_fraction=0.1 is given too"),
         ({"split_column": "id"}, r"\(split_column='id'\): nothing is split; give a val_fraction"),
     ],
 )

@@ -186,10 +186,12 @@ def test_held_out_text_does_not_shape_the_tokenizer(tmp_path: Path) -> None:
     assert len(tokenizer(" music")["input_ids"]) > len(tokenizer(" film")["input_ids"])
 
 
-def test_a_tokenizer_from_elsewhere_is_not_overwritten(tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_origin_is_not_overwritten(tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "k")
     path = write(tmp_path / "t.jsonl", DOCUMENTS)
-    with pytest.raises(ValueError, match=r"TextDataModule\(tokenizer_path='.*k'\): .*holds a tokenizer from elsewhere"):
+    with pytest.raises(
+        ValueError, match=r"TextDataModule\(tokenizer_path='.*k'\): .*has a tokenizer of another"
+    ):
         ready(path, tokenizer=None, tokenizer_path=str(tmp_path / "k"), tokenizer_vocab_size=300)
 
 
@@ -199,12 +201,12 @@ def test_a_tokenizer_from_elsewhere_is_not_overwritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_length": 1}, r"\(max_length=1\): too small; give at least 2"),
-        ({"batch_size": 0}, r"\(batch_size=0\): too small"),
+        ({"max_length": 1}, r"\(max_length=1\): must be an integer, at least 2"),
+        ({"batch_size": 0}, r"\(batch_size=0\): must be"),
         ({"tokenizer_path": "k"}, r"\(tokenizer_path='k'\): give tokenizer_path and tokenizer_vocab_size together"),
         ({"tokenizer_vocab_size": 300}, r"\(tokenizer_path=None\): give tokenizer_path and tokenizer_vocab_size"),
-        ({"tokenizer_path": "k", "tokenizer_vocab_size": 9, "tokenizer": "t"}, r".*a tokenizer is given, too"),
-        ({"val_fraction": 2.0}, r"\(val_fraction=2.0\): not in"),
+        ({"tokenizer_path": "k", "tokenizer_vocab_size": 9, "tokenizer": "t"}, r".*tokenizer is given too"),
+        ({"val_fraction": 2.0}, r"\(val_fraction=2.0\): must be"),
     ],
 )
 def test_arguments_are_checked_in_the_constructor(options: dict[str, Any], message: str) -> None:

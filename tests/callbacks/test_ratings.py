@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_ppo.data.ratings import read_ratings
+from lit_ppo.callbacks.ratings import read_ratings
 
 
 def ratings(path: Path, text: str) -> dict[int, list[float]]:
