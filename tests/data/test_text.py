@@ -189,9 +189,7 @@ def test_held_out_text_does_not_shape_the_tokenizer(tmp_path: Path) -> None:
 def test_a_tokenizer_of_another_origin_is_not_overwritten(tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "k")
     path = write(tmp_path / "t.jsonl", DOCUMENTS)
-    with pytest.raises(
-        ValueError, match=r"TextDataModule\(tokenizer_path='.*k'\): .*has a tokenizer of another"
-    ):
+    with pytest.raises(ValueError, match=r"TextDataModule\(tokenizer_path='.*k'\): .*has a tokenizer of another"):
         ready(path, tokenizer=None, tokenizer_path=str(tmp_path / "k"), tokenizer_vocab_size=300)
 
 
