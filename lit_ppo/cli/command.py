@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 import lit_ppo.cli.all_names  # noqa: F401  short names in configurations are those of imported classes
 from lit_ppo.cli.errors import parsing_error
 from lit_ppo.cli.main import LIGHTNING_LOG
+from lit_ppo.cli.parser import LayeredParser
 from lit_ppo.cli.progress import Beside, progress_bar
 from lit_ppo.cli.report import RunReport
 from lit_ppo.cli.stages import Stage, StageRunner
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from lit_ppo.cli.main import Session
 
 
-class Parser(LightningArgumentParser):
+class Parser(LayeredParser):
     """Takes flags by their full name only, and says what is wrong in one line."""
 
     arguments: tuple[str, ...] = ()  # of the command line being parsed

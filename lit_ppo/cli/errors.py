@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_ppo.cli.layers import config_files
+
 NOISE = re.compile(
     r"^(- )?(Does not validate against any|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>"
     r"|Not a valid subclass|Subclass types expect|a class path \(str\)|a dict with|a dict without|Expected a path but)"
@@ -61,16 +63,6 @@ def parsing_error(message: str, options: Sequence[str], arguments: Sequence[str]
     quoted = re.search(r"'(\w+)' is not accepted|no class named '([\w.]+)'", reason)
     culprit = (quoted[1] or quoted[2]) if quoted else path.rsplit(".", 1)[-1]
     return f"{_where(culprit, arguments)}{path}: {reason}" if path else _flat(reason)
-
-
-def config_files(arguments: Sequence[str]) -> list[str]:
-    """The configuration files that a command line names.
-
-    >>> config_files(["fit", "--config", "a.yaml", "--config=b.yaml"])
-    ['a.yaml', 'b.yaml']
-    """
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    return [word.partition("=")[2] or after for word, after in pairs if re.match(r"(--config|-c)(=|$)", word)]
 
 
 def _deepest(message: str) -> tuple[str, str]:

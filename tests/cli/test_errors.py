@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lit_ppo.cli.errors import config_files, nearest, running_error
+from lit_ppo.cli.errors import nearest, running_error
+from lit_ppo.cli.layers import config_files
 from lit_ppo.run.errors import CommandError
 from tests.helpers.command import run_command
 from tests.helpers.ppo_command import ppo_arguments
