@@ -31,7 +31,7 @@ from lit_ppo.run.checkpoint import RUN, StepCheckpoint, find_checkpoints, find_l
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.export import ExportModel
 from lit_ppo.run.folder import PREFIX, RunTrainer, claim_version
-from lit_ppo.run.resume import changes, check_changes, tell_changes
+from lit_ppo.run.resume import changes, check_changes, describe_changes
 from lit_ppo.supervised.base import SupervisedModule
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class Command(LightningCLI):
         changed = changes(run["config"], self._effective(self.config["fit"]))
         check_changes(str(checkpoint), changed)
         if changed:
-            lines = [f"Continuing {checkpoint} with another configuration:", *tell_changes(changed)]
+            lines = [f"Continuing {checkpoint} with another configuration:", *describe_changes(changed)]
             if any(name.startswith(("model.init_args.", "optimizer.", "lr_scheduler.")) for name in changed):
                 lines += self._keeps_rates()
             self.heartbeat.say("\n  ".join(lines), doing="reading the configuration")

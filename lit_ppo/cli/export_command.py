@@ -10,7 +10,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 import lit_ppo.cli.all_names  # noqa: F401  short names in configurations are those of imported classes
-from lit_ppo.parallel.checkpoint_io import WholeFiles, read_summary
+from lit_ppo.parallel.checkpoint_io import AtomicCheckpointIO, read_summary
 from lit_ppo.ppo.checks import check_has_adapter
 from lit_ppo.run.checkpoint import RUN
 from lit_ppo.run.errors import CommandError
@@ -89,7 +89,7 @@ def build(config: dict[str, Any]) -> Any:
 def load(path: Path) -> dict[str, Any]:
     """The checkpoint with whole weights; a sharded one is put together."""
     if not path.is_dir():
-        return WholeFiles().load_checkpoint(path)
+        return AtomicCheckpointIO().load_checkpoint(path)
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict

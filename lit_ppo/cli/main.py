@@ -17,7 +17,7 @@ from typing import Any
 from lit_ppo.cli.errors import running_error
 from lit_ppo.cli.heartbeat import Heartbeat
 from lit_ppo.run.errors import CommandError
-from lit_ppo.run.interrupt import Interrupts, is_first_process
+from lit_ppo.run.stop import Interrupts, is_first_process
 
 LIGHTNING_LOG = logging.getLogger("lightning.pytorch.utilities.rank_zero")
 

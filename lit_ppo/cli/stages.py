@@ -23,7 +23,7 @@ from jsonargparse.typing import Path_fr
 
 from lit_ppo.cli.heartbeat import Heartbeat
 from lit_ppo.run.errors import CommandError
-from lit_ppo.run.interrupt import RANK_VARIABLES, Interrupts, end_group
+from lit_ppo.run.stop import RANK_VARIABLES, Interrupts, end_group
 
 WHOLE = 64 * 2**20  # bytes up to which a file is read whole; above, size and time stand for it
 PATIENCE = 4.0  # seconds an interrupted stage gets to end by itself

@@ -1,8 +1,10 @@
-"""Checkpoint files that are whole or not there, and words for those that cannot be read."""
+"""Atomic checkpoint files, and error messages for checkpoints that cannot be written or read."""
 
 import contextlib
 import os
 import pickle
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,154 +12,154 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-PARTIAL = ".partial"
+PARTIAL = ".partial"  # suffix of what is being written
+METADATA = "meta.pt"  # what Lightning writes last into a sharded checkpoint, which is a folder
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; names the file and what to do."""
+    """A checkpoint cannot be written or read; the message names the file and says what to do."""
 
 
-class WholeFiles(TorchCheckpointIO):
-    """Writes a checkpoint straight to the disk it belongs on, under another name until it is whole.
+@contextlib.contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """A temporary path beside ``target``, which gets the name of ``target`` once its content is on the disk.
 
-    Lightning's own gathers the file in memory first, then in the system's folder for temporary files. Reading takes
-    plain data only, unless asked otherwise.
+    If the body fails, the temporary file or folder is removed and ``target`` stays as it was.
+
+    Args:
+        target: File or folder, replaced if it exists.
+    """
+    partial, old = (target.with_name(target.name + suffix) for suffix in (PARTIAL, f".old{PARTIAL}"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove(old)
+    _remove(partial)
+    try:
+        yield partial
+        for path in [*(partial.rglob("*") if partial.is_dir() else ()), partial]:
+            _sync(path)
+        if target.is_dir():  # a folder cannot be replaced in one step
+            target.rename(old)
+        partial.replace(target)
+        _sync(target.parent)
+    finally:
+        _remove(partial)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _sync(path: Path) -> None:
+    """Write a file's content, or a folder's list of names, to the disk."""
+    is_folder = path.is_dir()
+    with contextlib.suppress(OSError) if is_folder else contextlib.nullcontext():  # not every system syncs folders
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes each checkpoint under a temporary name in its own folder, and renames it once it is complete.
+
+    Lightning's own builds the file in memory first, then in the system's temporary folder. Reading accepts plain data
+    only, unless ``weights_only=False``.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write it, down to the disk.
+        """Write a checkpoint.
 
         Raises:
-            CheckpointError: Something came between, such as a full disk; what lay there before is unharmed.
+            CheckpointError: The disk is full, or the folder cannot be written to.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        target = Path(path)
-        partial = target.with_name(target.name + PARTIAL)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            with atomic_path(Path(path)) as partial, partial.open("wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
-            sync(target.parent)
-        except (OSError, RuntimeError) as error:  # torch has a RuntimeError of its own follow a failed write
-            with contextlib.suppress(OSError):
-                partial.unlink()
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError after a failed write
             raise CheckpointError(
-                f"checkpoint {str(target).removesuffix(PARTIAL)}: cannot be written ({_first_os_error(error)}); the "
-                "earlier ones are unharmed: make room or check the folder, then continue with --ckpt_path last"
+                f"checkpoint {path}: cannot be written ({_os_error(error)}); the previous checkpoint is kept. "
+                "Free disk space or check the folder, then continue with --ckpt_path last"
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        """Read it.
+        """Read a checkpoint.
 
         Raises:
-            CheckpointError: It is damaged, none of a run, or holds more than plain data.
+            CheckpointError: It is damaged, not a training checkpoint, or holds more than plain data.
         """
-        with readable(path):
+        with _readable(path):
             checkpoint = super().load_checkpoint(path, map_location, weights_only is not False)
-        check_kind(path, checkpoint)
+        _check_keys(path, checkpoint)
         return checkpoint
 
 
-@contextlib.contextmanager
-def readable(path: Any) -> Any:
-    """Turn what torch raises for a file that it cannot read into words that name the file.
-
-    Raises:
-        CheckpointError: Says whether the file is damaged or holds more than plain data.
-    """
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except pickle.UnpicklingError as error:
-        if "Weights only load failed" not in str(error) or "Unsupported global" not in str(error):
-            raise CheckpointError(_damaged(path, error)) from error
-        raise CheckpointError(
-            f"checkpoint {path}: holds more than plain data, and reading it would run code; give one that lit-ppo "
-            "wrote, or add --weights_only false if you trust whoever made it"
-        ) from error
-    except (OSError, EOFError, RuntimeError, LookupError, ValueError, AttributeError) as error:
-        raise CheckpointError(_damaged(path, error)) from error
+def use_atomic_checkpoints(trainer: L.Trainer) -> None:
+    """Let the trainer's strategy write and read with ``AtomicCheckpointIO``, unless it was given its own plugin."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
 
-def check_kind(path: Any, checkpoint: Any) -> None:
-    """Refuse a file that is no checkpoint of a training run.
-
-    Raises:
-        CheckpointError: Says what is missing.
-    """
-    missing = [key for key in ("state_dict", "pytorch-lightning_version") if key not in _keys(checkpoint)]
-    if missing:
-        raise CheckpointError(
-            f"checkpoint {path}: is none of a training run, it lacks {' and '.join(missing)}; give a checkpoint from a "
-            "run's folder, or 'last'"
-        )
-
-
-def _keys(checkpoint: Any) -> Any:
-    return checkpoint if isinstance(checkpoint, dict) else ()
-
-
-def _damaged(path: Any, error: Exception) -> str:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    return (
-        f"checkpoint {path}: cannot be read, it is damaged or no checkpoint at all ({reason[0][:120]}); delete it, and "
-        "'--ckpt_path last' finds the one before"
-    )
+def is_complete(checkpoint: Path) -> bool:
+    """False for a sharded checkpoint, as some of Lightning's strategies write it, whose writing was cut short."""
+    return not checkpoint.is_dir() or (checkpoint / METADATA).is_file()
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """A checkpoint of whatever strategy without reading its tensors: they stay on the disk.
+    """Read a checkpoint of any strategy, but leave its tensors on the disk.
 
     Raises:
         CheckpointError: It cannot be read.
     """
-    file = path / "meta.pt" if path.is_dir() else path  # a sharded one is a folder
-    with readable(path):
+    with _readable(path):
+        file = path / METADATA if path.is_dir() else path
         summary: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     if not path.is_dir():
-        check_kind(path, summary)
+        _check_keys(path, summary)
     return summary
 
 
-def use_whole_files(trainer: L.Trainer) -> None:
-    """Have the trainer's checkpoints written and read this way, unless it was given another."""
-    strategy = trainer.strategy
-    if type(strategy.checkpoint_io) is TorchCheckpointIO:
-        strategy.checkpoint_io = WholeFiles()
+@contextlib.contextmanager
+def _readable(path: Any) -> Iterator[None]:
+    """Turn torch's errors about a file into a ``CheckpointError``."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, EOFError, RuntimeError, LookupError, ValueError, AttributeError, pickle.UnpicklingError) as error:
+        if "Weights only load failed" in str(error) and "Unsupported global" in str(error):
+            raise CheckpointError(
+                f"checkpoint {path}: holds more than plain data, and reading it would run code; give a checkpoint that "
+                "lit-ppo wrote, or add --weights_only false if you trust its source"
+            ) from error
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"checkpoint {path}: cannot be read, it is damaged or not a checkpoint ({reason[0][:120]}); delete it, and "
+            "'--ckpt_path last' finds the previous one"
+        ) from error
 
 
-def sync(path: Path) -> None:
-    """Bring a file, or a folder and all in it, to the disk: a crash of the machine then finds it."""
-    for entry in [*(path.rglob("*") if path.name.endswith(PARTIAL) and path.is_dir() else ()), path]:
-        with contextlib.suppress(OSError):  # not every system can sync a folder
-            descriptor = os.open(entry, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+def _check_keys(path: Any, checkpoint: Any) -> None:
+    found = checkpoint if isinstance(checkpoint, dict) else {}
+    missing = [key for key in ("state_dict", "pytorch-lightning_version") if key not in found]
+    if missing:
+        raise CheckpointError(
+            f"checkpoint {path}: not a training checkpoint; missing: {', '.join(missing)}; give a checkpoint from a "
+            "run's folder, or 'last'"
+        )
 
 
-def put_in_place(partial: Path, target: Path) -> None:
-    """Rename what is whole; there is no moment at which neither the old nor the new one is there."""
-    sync(partial)
-    if target.is_dir():  # a folder cannot be replaced in one step
-        old = target.with_name(f"{target.name}.old{PARTIAL}")
-        target.rename(old)
-    partial.replace(target)
-    sync(target.parent)
-
-
-def _first_os_error(error: BaseException) -> str:
-    """What the system said, under what torch made of it."""
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, OSError):
-            return link.strerror or str(link)
-        link = link.__cause__ or link.__context__
-    return str(error).splitlines()[0]
+def _os_error(error: BaseException) -> str:
+    """The system's words for the cause of an error, which torch may have wrapped."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return (cause and cause.strerror) or str(error).partition("\n")[0]

@@ -16,7 +16,7 @@ from lit_ppo.advantages import GAE, AdvantageEstimator
 from lit_ppo.callbacks.base import fire
 from lit_ppo.experience import Experience, LossReduction, Minibatch
 from lit_ppo.functional import KLEstimator, policy_loss, token_rewards, value_loss
-from lit_ppo.parallel.checkpoint_io import use_whole_files
+from lit_ppo.parallel.checkpoint_io import use_atomic_checkpoints
 from lit_ppo.parallel.sharding import shards
 from lit_ppo.parallel.strategies import refuse_fsdp1
 from lit_ppo.ppo.build import Assembly
@@ -274,7 +274,7 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         """Check what the trainer was asked for; callbacks have checked theirs just before."""
         # models are in eval mode for good: dropout is off in rollouts and updates alike
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
-        use_whole_files(self.trainer)
+        use_atomic_checkpoints(self.trainer)
         strategy = self.trainer.strategy
         # it comes where every step of the first update was skipped
         warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and the search for the newest."""
+"""Checkpoints of a run, and the search for the newest."""
 
 import re
 import time
@@ -9,61 +9,58 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lit_ppo.parallel.checkpoint_io import PARTIAL, put_in_place, use_whole_files
-from lit_ppo.parallel.ranks import gather_shares
+from lit_ppo.parallel.checkpoint_io import PARTIAL, is_complete, use_atomic_checkpoints
+from lit_ppo.parallel.ranks import gather_shares, greatest
 from lit_ppo.run.errors import CommandError
-from lit_ppo.run.events import tell_again
-from lit_ppo.run.preemption import StopRequest
+from lit_ppo.run.events import copy_events
+from lit_ppo.run.stop import StopRequest
+from lit_ppo.validate import integer
 
 RUN = "lit_ppo_run"  # key of what this callback adds to a checkpoint
 
 
 class StepCheckpoint(Checkpoint):
-    """Saves the run every so many steps and at the end, keeping the newest checkpoints.
+    """Saves the run every few steps and at its end, and keeps the newest checkpoints.
 
-    Each is written under another name and renamed once it is whole and on the disk, so that what lies there can be
-    loaded. One step is one optimizer step in supervised training and one PPO update with ``LitPPO``. Where validation
-    follows a step, the checkpoint does so after it: a resumed run then misses nothing that is logged.
+    A checkpoint gets its name only when it is complete and on the disk. One step is an optimizer step in supervised
+    training and a PPO update with ``LitPPO``. If validation follows a step, the checkpoint is saved after it, so that
+    a resumed run misses nothing that is logged.
 
-    SIGTERM, and SLURM's signal that a job is to be requeued, let the step at work end, save it and end the run; a
-    second signal ends it at once.
+    After SIGTERM, or SLURM's requeue signal, the current step ends, is saved, and the run ends. A second signal ends
+    the run at once.
 
     Args:
         every_n_train_steps: Steps between two checkpoints.
-        keep: How many to keep; the oldest is removed after a new one is in place.
-        dirpath: Folder for them. None: ``checkpoints`` in the run's own folder.
+        keep: Number of checkpoints to keep. The oldest is removed after a new one is complete.
+        dirpath: Folder of the checkpoints. None: ``checkpoints`` in the run's folder.
     """
 
     def __init__(self, every_n_train_steps: int = 50, keep: int = 2, dirpath: str | None = None) -> None:
-        for name, value in {"every_n_train_steps": every_n_train_steps, "keep": keep}.items():
-            if value < 1:
-                raise ValueError(f"StepCheckpoint({name}={value}): {name} must be at least 1")
-        self.every_n_train_steps = every_n_train_steps
-        self.keep = keep
+        self.every_n_train_steps = integer(self, "every_n_train_steps", every_n_train_steps)
+        self.keep = integer(self, "keep", keep)
         self.dirpath = dirpath
-        self.config: dict[str, Any] | None = None  # the run's, where a command has one
-        self.log_again = False  # on resume: loggers are to be told again what the checkpoint covers
+        self.config: dict[str, Any] | None = None  # the run's, set by the command
+        self.log_again = False  # whether a resumed run logs into the folder of the run that it resumes
         self.stop_request = StopRequest()
         self._last_step = -1
         self._after_validation = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the folder, on all ranks alike."""
-        use_whole_files(trainer)
+        use_atomic_checkpoints(trainer)
         if self.dirpath is None and stage == "fit":
             self.dirpath = str(Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What a resumed run starts from lies there already."""
-        self._last_step = trainer.global_step
+        self._last_step = trainer.global_step  # a resumed run starts from a checkpoint of this step
         self.stop_request.listen(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Save when the step is due, and when it is the last that was asked for.
+        """Save if the step is due, is the last one, or a signal asked for it.
 
-        By the end of training Lightning has counted the epoch as done: a run with more steps would skip its rest.
+        The last step must be saved here: at the end of training Lightning counts the epoch as finished, and a longer
+        run would skip the rest of it.
         """
-        stop = self.stop_request.agreed()
+        stop = greatest(self.stop_request.received)  # from any rank
         due = trainer.global_step % self.every_n_train_steps == 0 or trainer.global_step == trainer.max_steps
         now = bool(stop) or trainer.should_stop
         self._after_validation = due and not now and _validation_follows(trainer)
@@ -73,75 +70,75 @@ class StepCheckpoint(Checkpoint):
             self.stop_request.obey(trainer, stop)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save what waited for it."""
         if self._after_validation and not trainer.sanity_checking:
             self._after_validation = False
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save what has been learnt since."""
         self.save(trainer)
         self.stop_request.close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leave signals to others."""
         self.stop_request.close()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the configuration, and what the step logs if the logger is told only after the checkpoint is there.
+        """Add the configuration, and the metrics of this step if they reach the logger only after the checkpoint.
 
-        Whoever saves it: at the end of a batch the loops have not completed it yet.
+        That is so for any checkpoint saved at the end of a batch, also by another callback.
         """
-        told, logged = trainer.global_step, {}
+        steps, logged = trainer.global_step, {}
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
-        at_its_end = trainer.training and progress.processed > progress.completed
-        if at_its_end and trainer._logger_connector.should_update_logs:
-            told = trainer.fit_loop.epoch_loop._batches_that_stepped
-            # validation before the first update has been told under the same step
-            metrics = trainer._logger_connector.metrics["log"] if told else trainer.logged_metrics
-            logged = {name: float(value) for name, value in metrics.items()}
-            logged["epoch"] = trainer.current_epoch
-        for logger in _tensorboards(trainer):
-            logger.experiment.flush()  # what the checkpoint covers outlives a crash
-        checkpoint[RUN] = {"config": self.config, "logged": logged, "steps_logged": told, "time": time.time()}
+        in_batch_end = trainer.training and progress.processed > progress.completed
+        if in_batch_end and trainer._logger_connector.should_update_logs:
+            steps = trainer.fit_loop.epoch_loop._batches_that_stepped  # Lightning's step for loggers
+            # validation before the first update is logged under the same step
+            metrics = trainer._logger_connector.metrics["log"] if steps else trainer.logged_metrics
+            logged = {name: float(value) for name, value in metrics.items()} | {"epoch": trainer.current_epoch}
+        for logger in _tensorboard_loggers(trainer):
+            logger.experiment.flush()  # so that a crash keeps all that the checkpoint covers
+        checkpoint[RUN] = {"config": self.config, "logged": logged, "steps_logged": steps, "time": time.time()}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Tell the loggers what they had been told by then, where they have been made to forget it."""
+        """Log again what the checkpoint covers, and the continued log does not show."""
         run = checkpoint.get(RUN)
         if not self.log_again or not run:
             return
-        for tensorboard in _tensorboards(trainer):
-            tell_again(tensorboard, steps_logged(checkpoint), run["time"], but=run["logged"])
-        for logger in trainer.loggers if run["logged"] else ():
-            logger.log_metrics(run["logged"], step=steps_logged(checkpoint))
+        step, logged = run["steps_logged"], run["logged"]
+        for tensorboard in _tensorboard_loggers(trainer):
+            copy_events(tensorboard, step, run["time"], skip=logged)
+        if logged:
+            for logger in trainer.loggers:
+                logger.log_metrics(logged, step=step)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Save this step, unless it has been saved; collective over ranks.
+        """Save this step, unless it is saved already. Collective.
 
         Raises:
-            CheckpointError: It cannot be written.
+            CheckpointError: The checkpoint cannot be written.
+            RuntimeError: Another rank cannot write it.
         """
         step = trainer.global_step
         if step == self._last_step or trainer.fast_dev_run or self.dirpath is None:  # type: ignore[attr-defined]
             return
         self._last_step = step
         path = Path(self.dirpath) / f"step-{step:06d}.ckpt"
-        partial = path.with_name(path.name + PARTIAL)
-        # not trainer.save_checkpoint, in which ranks would wait for one that has failed
+        # not Trainer.save_checkpoint: there the other ranks would wait at a barrier for a rank that failed
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        gather_shares(lambda: trainer.strategy.save_checkpoint(checkpoint, partial))
-        gather_shares(lambda: self._publish(trainer, partial, path))
+        gather_shares(lambda: trainer.strategy.save_checkpoint(checkpoint, path))
+        gather_shares(lambda: self._remove_old(trainer, path.parent))
 
-    def _publish(self, trainer: L.Trainer, partial: Path, path: Path) -> None:
-        if trainer.is_global_zero:
-            put_in_place(partial, path)
-            kept = sorted(path.parent.glob("step-*.ckpt"), key=_age)
-            for old in [*kept[: -self.keep], *path.parent.glob(f"step-*{PARTIAL}")]:
-                trainer.strategy.remove_checkpoint(old)
+    def _remove_old(self, trainer: L.Trainer, folder: Path) -> None:
+        if not trainer.is_global_zero:
+            return
+        found = sorted(folder.glob("step-*.ckpt"), key=_age)
+        kept = [path for path in found if is_complete(path)][-self.keep :]
+        for path in [*found, *folder.glob(f"step-*{PARTIAL}")]:
+            if path not in kept:
+                trainer.strategy.remove_checkpoint(path)
 
 
 def _validation_follows(trainer: L.Trainer) -> bool:
-    """Whether Lightning will validate between this batch and the next."""
+    """Whether Lightning validates between this batch and the next; it has no public word for that."""
     loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
     if fetcher is None or not loop._should_check_val_fx(fetcher):
         return False
@@ -149,18 +146,13 @@ def _validation_follows(trainer: L.Trainer) -> bool:
     return not loop.val_loop.skip
 
 
-def _tensorboards(trainer: L.Trainer) -> list[TensorBoardLogger]:
-    """Those that this process writes to."""
+def _tensorboard_loggers(trainer: L.Trainer) -> list[TensorBoardLogger]:
+    """The loggers that this process writes with."""
     return [x for x in trainer.loggers if isinstance(x, TensorBoardLogger)] if trainer.is_global_zero else []
 
 
-def _age(checkpoint: Path) -> tuple[int, int]:
-    """Newer ones are greater; by the clock first, as a run that went back to an earlier step writes smaller ones."""
-    return checkpoint.stat().st_mtime_ns, step_of(checkpoint)
-
-
 def steps_logged(summary: dict[str, Any]) -> int:
-    """Steps whose logs were there for good when a checkpoint was written; its own may be told only afterwards."""
+    """Steps whose metrics had reached the logger when a checkpoint was written, its own step perhaps not among them."""
     return int((summary.get(RUN) or {}).get("steps_logged", summary["global_step"]))
 
 
@@ -174,10 +166,15 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1]) if match else -1
 
 
+def _age(checkpoint: Path) -> tuple[int, int]:
+    """Sorts by time first: a run that resumed an earlier step writes lower steps later."""
+    return checkpoint.stat().st_mtime_ns, step_of(checkpoint)
+
+
 def find_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of one run folder, or one checkpoint folder, oldest first."""
+    """Complete checkpoints in a run folder or a checkpoint folder, oldest first."""
     found = [*folder.glob("checkpoints/*.ckpt"), *folder.glob("*.ckpt")]
-    return sorted(found, key=_age)
+    return sorted(filter(is_complete, found), key=_age)
 
 
 def find_last(root: Path, dirpath: str | None = None) -> Path:
@@ -185,7 +182,7 @@ def find_last(root: Path, dirpath: str | None = None) -> Path:
 
     Args:
         root: ``trainer.default_root_dir``.
-        dirpath: ``checkpoint.dirpath``, searched instead where it is set.
+        dirpath: ``checkpoint.dirpath``; if given, only this folder is searched.
 
     Raises:
         CommandError: There is none.
@@ -195,7 +192,7 @@ def find_last(root: Path, dirpath: str | None = None) -> Path:
     if not found:
         where = dirpath or f"{root}/version_*/checkpoints"
         raise CommandError(
-            f"--ckpt_path last: no complete checkpoint under {where}; leave --ckpt_path out to start afresh, "
-            "or set --trainer.default_root_dir to the folder of the run to continue"
+            f"--ckpt_path last: no complete checkpoint under {where}; leave --ckpt_path out to start a new run, "
+            "or set --trainer.default_root_dir to the folder of the run to resume"
         )
     return max(found, key=_age)

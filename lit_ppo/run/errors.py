@@ -1,8 +1,8 @@
-"""The error that ends the command with one line."""
+"""An error that ends the command with a one-line message."""
 
 
 class CommandError(Exception):
-    """What the command cannot do, said in one line; it ends the command without a traceback."""
+    """Ends the command with its message and exit code, without a traceback."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)

@@ -1,12 +1,12 @@
 """The result of a run: the model in Hugging Face format."""
 
-import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
-from lit_ppo.parallel.checkpoint_io import PARTIAL, sync
+from lit_ppo.parallel.checkpoint_io import PARTIAL, atomic_path
 from lit_ppo.parallel.ranks import rank
 from lit_ppo.parallel.sharding import is_sharded
 from lit_ppo.ppo.checks import check_has_adapter
@@ -16,8 +16,8 @@ class ExportModel(L.Callback):
     """After ``fit`` writes the trained model with ``save_pretrained``, for ``from_pretrained`` to load.
 
     Args:
-        dirpath: Folder for it, replaced if it is there. None: ``model`` in the run's own folder.
-        adapter: Write the adapter alone, for ``peft``, where one is trained; it is merged into the model otherwise.
+        dirpath: Folder for the model; a model that is there is replaced. None: ``model`` in the run's folder.
+        adapter: Write the trained adapter alone, for ``peft``. By default it is merged into the model.
     """
 
     def __init__(self, dirpath: str | None = None, adapter: bool = False) -> None:
@@ -26,10 +26,10 @@ class ExportModel(L.Callback):
         self.written: Path | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check early that there is something to export, and a place that may be replaced.
+        """Check before training that the module can be exported and the folder may be replaced.
 
         Raises:
-            TypeError: A folder is named, but the module cannot be exported.
+            TypeError: A folder is given, but the module cannot be exported.
             ValueError: The folder holds something else than a model, or there is no adapter.
         """
         check_has_adapter(f"ExportModel(adapter={self.adapter})", pl_module, self.adapter)
@@ -42,39 +42,37 @@ class ExportModel(L.Callback):
             )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the model beside its place and put it there once it is whole."""
         log_dir = trainer.log_dir  # collective: before anything that only one rank does
         if trainer.fast_dev_run or not hasattr(pl_module, "save_pretrained"):  # type: ignore[attr-defined]
             return
         target = Path(self.dirpath or Path(log_dir or trainer.default_root_dir) / "model")
-        if trainer.is_global_zero or is_sharded(pl_module):  # then every rank brings its share
+        if trainer.is_global_zero or is_sharded(pl_module):
             write_model(pl_module, target, adapter=self.adapter)
-        trainer.strategy.barrier("model in place")
+        trainer.strategy.barrier("model exported")
         self.written = target
 
 
 def check_target(where: str, folder: Path) -> None:
-    """Refuse to replace what is no model.
+    """Refuse to replace a folder that is not a model.
 
     Raises:
         ValueError: The folder holds something else.
     """
     is_model = any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
     if folder.exists() and not is_model and any(folder.iterdir()):
-        raise ValueError(f"{where}: the folder holds files that are no model and would be replaced; name a new folder")
+        raise ValueError(f"{where}: the folder holds files that are not a model; name a new folder")
 
 
 def write_model(module: Any, target: Path, *, adapter: bool = False) -> None:
-    """Write a model beside its place and put it there once it is whole; called by every rank that has a share of it."""
-    partial, old = (target.with_name(f"{target.name}{word}") for word in (PARTIAL, ".old"))
-    if rank() == 0:
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
-    module.save_pretrained(partial, **({"adapter": True} if adapter else {}))
-    if rank() == 0:
-        sync(partial)
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+    """Write a model, and replace the one at ``target`` once it is complete. Collective if the model is sharded.
+
+    Args:
+        module: Has ``save_pretrained``.
+        target: Folder.
+        adapter: Write the adapter alone.
+    """
+    partial = target.with_name(target.name + PARTIAL)
+    with atomic_path(target) if rank() == 0 else nullcontext(partial) as folder:
+        if rank() == 0:
+            folder.mkdir()
+        module.save_pretrained(folder, **({"adapter": True} if adapter else {}))

@@ -1,4 +1,4 @@
-"""Where a run writes what is its own: checkpoints, model, samples, configuration."""
+"""The folder of a run: checkpoints, model, samples and configuration lie in it."""
 
 import contextlib
 import itertools
@@ -7,19 +7,19 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from lit_ppo.run.interrupt import is_first_process
+from lit_ppo.run.stop import is_first_process
 
 PREFIX = "version_"
 
 
 class RunTrainer(L.Trainer):
-    """A trainer with a run folder also where its logger has none of its own: W&B and MLflow keep runs elsewhere."""
+    """A trainer whose run has a folder even if its logger keeps runs elsewhere, as W&B and MLflow do."""
 
     run_folder: str | None = None
 
     @property
     def log_dir(self) -> str | None:
-        """The same on every rank, as the first process says."""
+        """The run folder; the first rank's, on every rank."""
         if self.run_folder is None:
             return super().log_dir
         folder: str = self.strategy.broadcast(self.run_folder)
@@ -27,14 +27,14 @@ class RunTrainer(L.Trainer):
 
     @property
     def needs_folder(self) -> bool:
-        """Whether there is a logger, and one without folders."""
+        """Whether the logger has no run folder of its own."""
         return bool(self.loggers) and not isinstance(self.loggers[0], TensorBoardLogger | CSVLogger)
 
 
 def claim_version(root: Path) -> int | None:
-    """Make the next ``version_N``: two commands that start at once must not share one."""
+    """Create the next free ``version_N`` and return N, so that two commands that start at once do not share one."""
     if not is_first_process():
-        return None  # the first process says where
+        return None  # this process uses the first one's
     root.mkdir(parents=True, exist_ok=True)
     n = len(PREFIX)
     taken = [int(path.name[n:]) for path in root.glob(f"{PREFIX}*") if path.name[n:].isdigit()]

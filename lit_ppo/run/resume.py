@@ -1,4 +1,4 @@
-"""A run continued with another configuration: what has changed is said, what cannot change is refused."""
+"""Resuming with another configuration: each change is reported, and a change that cannot take effect is refused."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from lit_ppo.run.errors import CommandError
 
 IGNORED = ("config", "ckpt_path", "weights_only", "stages")
 FIXED = {
-    "seed_everything": "the order of the data and every draw come from it",
+    "seed_everything": "it determines the order of the data and all random numbers",
     "model.class_path": "the checkpoint holds the weights and states of that class",
     "model.init_args.actor": "its weights come from the checkpoint, and the reference is what the run started from",
     "model.init_args.critic": "its weights come from the checkpoint",
@@ -14,28 +14,27 @@ FIXED = {
     "model.init_args.actor_lora": "the checkpoint holds that adapter",
     "model.init_args.critic_lora": "the checkpoint holds that adapter",
     "model.init_args.model": "its weights come from the checkpoint",
-    "model.init_args.tokenizer": "the weights know that one's tokens",
-    "data.class_path": "the place in the data was saved by that class",
-    "report.prompts": "the report compares with what was sampled before the first update",
+    "model.init_args.tokenizer": "the weights were trained with its tokens",
+    "data.class_path": "the checkpoint holds a position in data of that class",
+    "report.prompts": "the report compares with samples from before the first update",
 }
 ABSENT = "(none)"
-Changes = dict[str, tuple[Any, Any]]
+Changes = dict[str, tuple[Any, Any]]  # name -> old and new value
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> Changes:
-    """Values that differ between two configurations, by their dotted names; callbacks are told apart by class.
+    """Values that differ between two configurations, by dotted name. Callbacks are matched by class.
 
     >>> changes({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": None})
     {'a.c': (2, 3), 'd': ('(none)', None)}
     """
-    one, other = _flat(old), _flat(new)
-    names = [*one, *(name for name in other if name not in one)]
-    pairs = {name: (one.get(name, ABSENT), other.get(name, ABSENT)) for name in names}
+    before, after = _flat(old), _flat(new)
+    pairs = {name: (before.get(name, ABSENT), after.get(name, ABSENT)) for name in before | after}
     return {name: (was, now) for name, (was, now) in pairs.items() if type(was) is not type(now) or was != now}
 
 
 def check_changes(path: str, changed: Changes) -> None:
-    """Refuse what cannot take effect in a run that goes on.
+    """Refuse a change that cannot take effect in a resumed run.
 
     Raises:
         CommandError: Names the value, old and new.
@@ -50,36 +49,34 @@ def check_changes(path: str, changed: Changes) -> None:
             )
 
 
-def tell_changes(changed: Changes) -> list[str]:
-    """One line for each change, old -> new; an added or removed callback is one change.
+def describe_changes(changed: Changes) -> list[str]:
+    """One line for each change, old -> new. An added or removed callback is one change.
 
-    >>> tell_changes({"kl_coef": (0.05, 0.1), "trainer.callbacks.AdaptiveKL.target": (6.0, ABSENT)})
+    >>> describe_changes({"kl_coef": (0.05, 0.1), "trainer.callbacks.AdaptiveKL.target": (6.0, ABSENT)})
     ['kl_coef: 0.05 -> 0.1', 'trainer.callbacks.AdaptiveKL.target: 6.0 -> (none)']
-    >>> tell_changes({"trainer.callbacks.AdaptiveKL": ("x.AdaptiveKL", ABSENT)})
-    ['trainer.callbacks.AdaptiveKL: removed; what it had learnt is dropped']
+    >>> describe_changes({"trainer.callbacks.AdaptiveKL": ("x.AdaptiveKL", ABSENT)})
+    ['trainer.callbacks.AdaptiveKL: removed; its state is dropped']
     """
     lines = []
-    gone: tuple[str, ...] = ()
+    described: tuple[str, ...] = ()  # prefixes of callbacks that were added or removed
     for name, (was, now) in changed.items():
-        if gone and name.startswith(gone):
+        if name.startswith(described):
             continue
         is_callback = name.startswith("trainer.callbacks.") and name.count(".") == 2
         if is_callback and ABSENT in (was, now):
-            gone = (*gone, name + ".")
-            lines.append(f"{name}: " + ("added; it starts afresh" if was == ABSENT else _REMOVED))
+            described = (*described, name + ".")
+            lines.append(f"{name}: " + ("added; it starts anew" if was == ABSENT else "removed; its state is dropped"))
         else:
             lines.append(f"{name}: {was} -> {now}")
     return lines
 
 
-_REMOVED = "removed; what it had learnt is dropped"
-
-
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted name."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
-        if not prefix and key in IGNORED:
+        if name in IGNORED:
             continue
         if name == "trainer.callbacks":
             found |= _flat_callbacks(name, value)
@@ -95,7 +92,7 @@ def _flat_callbacks(prefix: str, callbacks: Any) -> dict[str, Any]:
     for entry in callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []:
         name = f"{prefix}.{entry['class_path'].rpartition('.')[2]}"
         while name in found:
-            name += "+"  # a second one of the class
+            name += "+"  # another one of that class
         found[name] = entry["class_path"]
         found |= _flat(entry.get("init_args") or {}, name + ".")
     return found

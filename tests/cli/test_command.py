@@ -55,7 +55,7 @@ def test_resume_goes_on_in_the_same_folder(config: Path, tmp_path: Path) -> None
 
 def test_last_without_a_checkpoint_is_an_error(config: Path, tmp_path: Path) -> None:
     result = run_command("fit", "--config", config, "--ckpt_path", "last", cwd=tmp_path)
-    result.refused("--ckpt_path last", "runs/version_*/checkpoints", "start afresh")
+    result.refused("--ckpt_path last", "runs/version_*/checkpoints", "start a new run")
     assert not (tmp_path / "runs").exists()
 
 

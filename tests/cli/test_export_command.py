@@ -95,7 +95,7 @@ class Saves:
 
 def test_a_model_is_replaced_as_a_whole(tmp_path: Path) -> None:
     """Files of the one before are gone, and so is what an export that was killed left behind."""
-    for name in ("model", "model.partial", "model.old"):
+    for name in ("model", "model.partial", "model.old.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "shard.safetensors").write_text("of before")
     write_model(Saves(), tmp_path / "model")
@@ -107,11 +107,11 @@ def test_a_model_is_replaced_as_a_whole(tmp_path: Path) -> None:
 def test_a_model_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file and its folder: after a crash of the machine there is no name without content."""
     seen: list[str] = []
-    fsync, rename = os.fsync, Path.rename
+    fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda descriptor: seen.append("synced") or fsync(descriptor))
-    monkeypatch.setattr(Path, "rename", lambda path, target: seen.append("renamed") or rename(path, target))
+    monkeypatch.setattr(os, "replace", lambda path, target: seen.append("renamed") or replace(path, target))
     write_model(Saves(), tmp_path / "model")
-    assert seen == ["synced", "synced", "renamed"]
+    assert seen == ["synced", "synced", "renamed", "synced"]
 
 
 def test_what_is_missing_or_in_the_way_is_named(tmp_path: Path, run: Path) -> None:
@@ -120,4 +120,5 @@ def test_what_is_missing_or_in_the_way_is_named(tmp_path: Path, run: Path) -> No
     run_command("export", "--ckpt_path=nope", "--output=out", cwd=tmp_path).refused("--ckpt_path nope", "no such")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/diary.txt").write_text("mine")
-    run_command("export", "--ckpt_path", checkpoint, "--output=out", cwd=tmp_path).refused("--output out", "no model")
+    result = run_command("export", "--ckpt_path", checkpoint, "--output=out", cwd=tmp_path)
+    result.refused("--output out", "not a model")

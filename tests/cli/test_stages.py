@@ -11,7 +11,7 @@ import yaml
 from lit_ppo.cli.heartbeat import Heartbeat
 from lit_ppo.cli.stages import Marker, Stage, StageRunner
 from lit_ppo.run.errors import CommandError
-from lit_ppo.run.interrupt import Interrupts
+from lit_ppo.run.stop import Interrupts
 from tests.helpers.cli_toys import CONFIG
 from tests.helpers.command import run_command
 

@@ -60,7 +60,7 @@ def test_sigterm_on_one_rank_saves_and_ends_both(seen: Any) -> None:
 def test_a_full_disk_stops_both_and_leaves_the_checkpoint_before(seen: Any) -> None:
     writing, waiting = seen["disk"]
     assert (
-        "step-000002.ckpt: cannot be written (No space left on device); the earlier ones are unharmed"
+        "step-000002.ckpt: cannot be written (No space left on device); the previous checkpoint is kept"
         in writing["error"]
     )
     assert waiting["error"].startswith("RuntimeError: rank 0 failed: CheckpointError: ")

@@ -1,17 +1,16 @@
-"""What a run that goes on tells TensorBoard again: all of the checkpoint's own step, once, and nothing behind it."""
+"""TensorBoard shows every event of a resumed run once."""
 
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch.utils.tensorboard import SummaryWriter
 
 from lit_ppo.run.checkpoint import StepCheckpoint
-from lit_ppo.run.events import events_before, tell_again
+from lit_ppo.run.events import copy_events, covered_events
 from tests.helpers.command import run_command
 from tests.helpers.event_files import shown
 from tests.helpers.ppo_command import ppo_arguments
@@ -21,8 +20,8 @@ NOW = time.time()
 SAVED = NOW + 1000.0  # when the checkpoint was made
 
 
-def write(folder: Path, part: int, start: float | None, *told: tuple[str, int, float]) -> None:
-    """One part of a run: the step that readers are to drop everything from; tags with steps and seconds from now.
+def write(folder: Path, part: int, start: float | None, *events: tuple[str, int, float]) -> None:
+    """One part of a run: the step from which readers drop earlier events; tags with steps and seconds from now.
 
     A start at half a step comes after the checkpoint.
     """
@@ -30,51 +29,48 @@ def write(folder: Path, part: int, start: float | None, *told: tuple[str, int, f
         if start is not None:
             again = Event(session_log=SessionLog(status=SessionLog.START))
             writer.file_writer.add_event(again, int(start), NOW + 2000 if start % 1 else NOW)
-        for tag, step, seconds in told:
+        for tag, step, seconds in events:
             writer.add_scalar(tag, 1.0, step, walltime=NOW + seconds)
     (written,) = folder.glob("events.out.tfevents.1*")
     written.rename(folder / f"events.out.tfevents.0{part}")  # in this order also within the second of their names
 
 
 def found(folder: Path) -> list[tuple[str, int]]:
-    return [(event.summary.value[0].tag, event.step) for event in events_before(folder, 2, SAVED)]
+    return [(event.summary.value[0].tag, event.step) for event in covered_events(folder, 2, SAVED)]
 
 
-def test_of_the_step_or_later_and_no_later_than_the_checkpoint(tmp_path: Path):
+def test_events_of_the_step_or_later_up_to_the_checkpoint(tmp_path: Path):
     write(tmp_path, 0, None, ("a", 1, 0), ("a", 2, 0), ("b", 3, 999), ("b", 4, 1001), ("c", 2, 1001))
     assert found(tmp_path) == [("a", 2), ("b", 3)]
 
 
-def test_what_was_taken_back_by_then_stays_away(tmp_path: Path):
+def test_events_that_were_purged_by_then_stay_away(tmp_path: Path):
     """The second part began anew from step 3; a third, which came after the checkpoint, from step 2."""
     write(tmp_path, 0, 0, ("a", 2, 0), ("a", 3, 0), ("a", 4, 0))
     write(tmp_path, 1, 3, ("a", 3, 10))
     write(tmp_path, 2, 2.5, ("a", 2, 2001))
     assert found(tmp_path) == [("a", 2), ("a", 3)]
-    assert [event.wall_time for event in events_before(tmp_path, 3, SAVED)] == [NOW + 10]
+    assert [event.wall_time for event in covered_events(tmp_path, 3, SAVED)] == [NOW + 10]
 
 
-def test_copies_of_a_start_that_came_to_nothing_are_no_events_of_their_own(tmp_path: Path):
+def test_copies_that_a_failed_resume_made_are_not_copied_again(tmp_path: Path):
     write(tmp_path, 0, 0, ("a", 2, 0), ("a", 2, 1), ("b", 2, 0))
     write(tmp_path, 1, 2.5, ("a", 2, 0), ("a", 2, 1), ("b", 2, 0))
     assert found(tmp_path) == [("a", 2), ("a", 2), ("b", 2)]
 
 
-def test_told_again_are_all_but_what_others_tell(tmp_path: Path):
+def test_all_is_copied_that_is_not_logged_in_another_way(tmp_path: Path):
     """``loss`` of step 2 comes from the checkpoint; what every start writes, from the start."""
     tags = ("loss", "text", "_hparams_/session_start_info", "custom_scalars__config__")
     write(tmp_path / "run/version_0", 0, 0, *((tag, step, 0) for tag in tags for step in (1, 2, 3)))
     logger = TensorBoardLogger(tmp_path, name="run", version=0, purge_step=2)
-    tell_again(logger, 2, SAVED, but={"loss"})
+    copy_events(logger, 2, SAVED, skip={"loss"})
     logger.experiment.flush()
     assert shown(tmp_path / "run/version_0") == {"loss": [1, 3], "text": [1, 2, 3]}
     logger.finalize("success")
 
 
-@pytest.mark.parametrize("updates", [1, 2])
-def test_a_continued_run_shows_every_histogram_picture_and_text_once(
-    tmp_path: Path, tiny_lm: Path, tiny_reward: Path, updates: int
-):
+def test_a_resumed_run_shows_every_histogram_picture_and_text_once(tmp_path: Path, tiny_lm: Path, tiny_reward: Path):
     """Two updates an epoch; samples stand at the steps 0, 1, 2, ..., histograms at 0, 1, ..., figures at 1, 2, ..."""
     monitors = [
         "--trainer.callbacks+=Cockpit",
@@ -85,7 +81,7 @@ def test_a_continued_run_shows_every_histogram_picture_and_text_once(
         "--trainer.callbacks.every=1",
     ]
     arguments = [*ppo_arguments(tmp_path, tiny_lm, tiny_reward), *monitors]
-    run_command("fit", *arguments, f"--trainer.max_steps={updates}", cwd=tmp_path).ok()
+    run_command("fit", *arguments, "--trainer.max_steps=1", cwd=tmp_path).ok()
     time.sleep(1.0)  # files are read in the order of their names, which are of whole seconds
     run_command("fit", *arguments, "--trainer.max_epochs=2", "--ckpt_path=last", cwd=tmp_path).ok()
     steps = shown(tmp_path / "runs/ppo/version_0")

@@ -10,7 +10,7 @@ from lit_ppo.callbacks import AdaptiveKL, CriticWarmup, EntropyBonus
 from lit_ppo.optim.schedules import WarmupCosine
 from lit_ppo.run.checkpoint import StepCheckpoint
 from lit_ppo.run.errors import CommandError
-from lit_ppo.run.resume import ABSENT, changes, check_changes, tell_changes
+from lit_ppo.run.resume import ABSENT, changes, check_changes, describe_changes
 from tests.helpers.command import run_command
 from tests.helpers.ppo_command import ppo
 from tests.helpers.tiny import make_causal_lm
@@ -177,9 +177,9 @@ def test_callbacks_are_compared_by_class_not_by_place() -> None:
     }
     gone = changes(with_callbacks(CALLBACK), with_callbacks(OTHER))
     assert gone["trainer.callbacks.AdaptiveKL"] == ("lit_ppo.callbacks.AdaptiveKL", ABSENT)
-    assert tell_changes(gone) == [
-        "trainer.callbacks.AdaptiveKL: removed; what it had learnt is dropped",
-        "trainer.callbacks.EntropyBonus: added; it starts afresh",
+    assert describe_changes(gone) == [
+        "trainer.callbacks.AdaptiveKL: removed; its state is dropped",
+        "trainer.callbacks.EntropyBonus: added; it starts anew",
     ]
     twice = changes(with_callbacks(CALLBACK), with_callbacks(CALLBACK, target))
     assert twice["trainer.callbacks.AdaptiveKL+.target"] == (ABSENT, 3.0)
@@ -218,7 +218,7 @@ def test_the_command_says_and_refuses(tmp_path: Path, actor: Path) -> None:
     out = run_command(*again, *changed, cwd=tmp_path).ok().out
     for line in (
         "  trainer.max_steps: 1 -> 2\n",
-        "  trainer.callbacks.AdaptiveKL: added; it starts afresh\n",
+        "  trainer.callbacks.AdaptiveKL: added; it starts anew\n",
         "  model.init_args.kl_coef: 0.05 -> 0.3\n",
         "  model.init_args.actor_optimizer.init_args.lr: 1e-06 -> 0.001\n",
     ):

@@ -1,6 +1,7 @@
 """SIGTERM, SLURM's requeue signal and a time limit: the update at work ends, is saved, and the run leaves."""
 
 import os
+import queue
 import signal
 import time
 from pathlib import Path
@@ -14,13 +15,11 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_ppo.callbacks.base import PPOCallback
-from lit_ppo.run import interrupt
+from lit_ppo.run import stop
 from lit_ppo.run.checkpoint import StepCheckpoint, find_checkpoints
-from lit_ppo.run.preemption import StopRequest
 from tests.helpers.cli_toys import CONFIG
 from tests.helpers.command import Running, run_command
 from tests.helpers.event_files import scalars
-from tests.helpers.ppo_command import ppo
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toys import logged, make_data, make_module, make_trainer
 
@@ -122,19 +121,19 @@ def test_a_time_limit_saves_what_goes_on_exactly(tmp_path: Path, actor: Path) ->
 
 
 def test_a_second_signal_ends_the_run_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    request, before = StopRequest(), signal.getsignal(signal.SIGTERM)
-    environment = SimpleNamespace(cluster_environment=None)
-    request.listen(SimpleNamespace(_accelerator_connector=environment))  # type: ignore[arg-type]
+    request, before = stop.StopRequest(), signal.getsignal(signal.SIGTERM)
+    trainer = SimpleNamespace(_accelerator_connector=SimpleNamespace(cluster_environment=None))
+    request.listen(trainer)
     try:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert request.agreed() == signal.SIGTERM
-        assert "SIGTERM: saving after this step; a second one ends the run at once" in capsys.readouterr().err
+        assert request.received == signal.SIGTERM
+        assert "SIGTERM: saving after this step; a second signal ends the run at once" in capsys.readouterr().err
         with pytest.raises(SystemExit) as left:
             signal.raise_signal(signal.SIGTERM)
         assert left.value.code == 143
         request.close()
-        request.listen(SimpleNamespace(_accelerator_connector=environment))  # type: ignore[arg-type]
-        assert request.agreed() == 0  # the next run has not been asked
+        request.listen(trainer)
+        assert request.received == 0  # the next run has not been asked
     finally:
         request.close()
     assert signal.getsignal(signal.SIGTERM) is before
@@ -152,9 +151,9 @@ def test_a_second_signal_ends_the_run_at_once(capsys: pytest.CaptureFixture[str]
 def test_the_signals_that_are_taken_over(environment: Any, taken: set[signal.Signals]) -> None:
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.getsignal(number) for number in numbers}
-    request = StopRequest()
+    request = stop.StopRequest()
     connector = SimpleNamespace(cluster_environment=environment)
-    request.listen(SimpleNamespace(_accelerator_connector=connector))  # type: ignore[arg-type]
+    request.listen(SimpleNamespace(_accelerator_connector=connector))
     try:
         assert {number for number in numbers if signal.getsignal(number) is not before[number]} == taken
     finally:
@@ -166,27 +165,27 @@ def test_the_signals_that_are_taken_over(environment: Any, taken: set[signal.Sig
 def test_of_launched_processes_the_first_one_speaks(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     for other in ("LOCAL_RANK", "RANK", "SLURM_PROCID"):
         monkeypatch.delenv(other, raising=False)
-    assert interrupt.is_first_process()
+    assert stop.is_first_process()
     monkeypatch.setenv(name, "0")
-    assert interrupt.is_first_process()
+    assert stop.is_first_process()
     monkeypatch.setenv(name, "1")
-    assert not interrupt.is_first_process()
+    assert not stop.is_first_process()
 
 
-@pytest.mark.parametrize("will_stop", [True, False])
-def test_a_run_that_saves_has_as_long_as_its_step_takes(monkeypatch: pytest.MonkeyPatch, will_stop: bool) -> None:
-    forced: list[int] = []
-    monkeypatch.setattr(interrupt, "GRACE", 0.1)
-    monkeypatch.setattr(interrupt.Interrupts, "_exit_now", lambda self: forced.append(self.exit_code))
-    with interrupt.Interrupts(lambda: None) as interrupts:
-        interrupts.will_stop = lambda: will_stop
+@pytest.mark.parametrize("saves_first", [True, False])
+def test_a_run_that_saves_has_as_long_as_its_step_takes(monkeypatch: pytest.MonkeyPatch, saves_first: bool) -> None:
+    forced: queue.Queue[int] = queue.Queue()
+    monkeypatch.setattr(stop, "GRACE", 0.1)
+    monkeypatch.setattr(stop.Interrupts, "_exit_now", lambda self: forced.put(self.exit_code))
+    with stop.Interrupts(lambda: None) as interrupts:
+        interrupts.will_stop = lambda: saves_first
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.raise_signal(signal.SIGTERM)
-        time.sleep(1.0)
-        assert forced == ([] if will_stop else [143])
-        signal.raise_signal(signal.SIGTERM)
-        time.sleep(1.0)
-    assert forced == [143]
+        if saves_first:
+            with pytest.raises(queue.Empty):
+                forced.get(timeout=1.0)
+            signal.raise_signal(signal.SIGTERM)
+        assert forced.get(timeout=60) == 143
 
 
 def test_the_command_loses_no_step_to_sigterm(tmp_path: Path) -> None:
@@ -208,11 +207,3 @@ def test_the_command_loses_no_step_to_sigterm(tmp_path: Path) -> None:
     assert sorted(scalars(tmp_path / "runs/version_0")) == list(range(16))
     assert not (tmp_path / "runs/version_1").exists()
     assert not saved.exists() or saved.name != "step-000016.ckpt"
-
-
-def test_auto_continues_the_newest_run_or_starts(tmp_path: Path, actor: Path) -> None:
-    command = [*ppo(tmp_path, actor), "--ckpt_path=auto"]
-    run_command(*command, cwd=tmp_path).ok()
-    run_command(*command, "--trainer.max_steps=2", cwd=tmp_path).ok()
-    (folder,) = (tmp_path / "runs/ppo").iterdir()
-    assert sorted(path.name for path in folder.rglob("*.ckpt")) == ["step-000001.ckpt", "step-000002.ckpt"]

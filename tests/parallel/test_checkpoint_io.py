@@ -1,0 +1,142 @@
+"""Checkpoint files that are complete or absent, and checkpoints that cannot be read."""
+
+import os
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from lit_ppo.parallel.checkpoint_io import (
+    AtomicCheckpointIO,
+    CheckpointError,
+    atomic_path,
+    is_complete,
+    read_summary,
+    use_atomic_checkpoints,
+)
+
+
+def test_files_and_folders_are_replaced(tmp_path: Path) -> None:
+    for name in ("file", "folder"):
+        for content in ("old", "new"):
+            with atomic_path(tmp_path / name) as partial:
+                assert not partial.exists()
+                if name == "folder":
+                    partial.mkdir()
+                (partial / "inner" if name == "folder" else partial).write_text(content)
+    assert (tmp_path / "file").read_text() == (tmp_path / "folder/inner").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_failure_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("old")
+
+    def fill(target: Path) -> None:
+        with atomic_path(target) as partial:
+            partial.write_text("half")
+            raise OSError("full")
+
+    for name in ("file", "folder"):
+        with pytest.raises(OSError, match="full"):
+            fill(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "old"
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What is synced, with its size at that time, and what is renamed, in order."""
+    events: list[tuple[Any, ...]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        events.append(("sync", path.name, None if path.is_dir() else path.stat().st_size))
+        fsync(descriptor)
+
+    def replaced(old: Any, new: Any) -> None:
+        events.append(("rename", Path(old).name, Path(new).name))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    return events
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files")
+def test_bytes_are_on_the_disk_before_they_have_their_name_and_the_name_right_after(tmp_path: Path, disk: Any) -> None:
+    """Else a power cut leaves a name with half a file behind it, or the new file without its name."""
+    path = tmp_path / "saved" / "x.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"weight": torch.zeros(99)}, path)
+    size = path.stat().st_size
+    assert disk == [("sync", "x.ckpt.partial", size), ("rename", "x.ckpt.partial", "x.ckpt"), ("sync", "saved", None)]
+    disk.clear()
+    with atomic_path(tmp_path / "model") as folder:
+        (folder / "inner").mkdir(parents=True)
+        (folder / "inner" / "weights").write_bytes(b"three")
+    inside = [("sync", "inner", None), ("sync", "weights", 5), ("sync", "model.partial", None)]
+    assert disk == [*inside, ("rename", "model.partial", "model"), ("sync", tmp_path.name, None)]
+
+
+def test_the_users_own_plugin_is_left_alone() -> None:
+    class Own(TorchCheckpointIO):
+        """As given to ``Trainer(plugins=...)``."""
+
+    for given, used in ((TorchCheckpointIO(), AtomicCheckpointIO), (Own(), Own)):
+        trainer: Any = SimpleNamespace(strategy=SimpleNamespace(checkpoint_io=given))
+        use_atomic_checkpoints(trainer)
+        assert type(trainer.strategy.checkpoint_io) is used
+
+
+def test_a_sharded_checkpoint_is_complete_with_its_metadata(tmp_path: Path) -> None:
+    """Lightning writes ``meta.pt`` after all shards."""
+    assert not is_complete(tmp_path)
+    torch.save({"global_step": 3}, tmp_path / "meta.pt")
+    assert is_complete(tmp_path)
+    assert read_summary(tmp_path) == {"global_step": 3}
+
+
+class Trap:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return exec, ("import pathlib; pathlib.Path('sprung').touch()",)
+
+
+CHECKPOINT = {"state_dict": {"weight": torch.zeros(3)}, "pytorch-lightning_version": "2.6.0"}
+DAMAGED = "cannot be read, it is damaged"
+UNREADABLE = {
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-400]), DAMAGED),
+    "empty": (lambda path: path.write_bytes(b""), DAMAGED),
+    "no checkpoint": (lambda path: path.write_text("hello"), DAMAGED),
+    "a plain pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1}, protocol=2)), DAMAGED),
+    "foreign": (
+        lambda path: torch.save({"model": torch.zeros(3)}, path),
+        "not a training checkpoint; missing: state_dict, pytorch-lightning_version",
+    ),
+    "code": (
+        lambda path: torch.save({**CHECKPOINT, "trap": Trap()}, path),
+        "holds more than plain data, and reading it would run code",
+    ),
+}
+
+
+@pytest.mark.parametrize(("harm", "words"), UNREADABLE.values(), ids=UNREADABLE.keys())
+def test_an_unreadable_checkpoint_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: Any, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "step-000001.ckpt"
+    torch.save(CHECKPOINT, path)
+    for read in (read_summary, AtomicCheckpointIO().load_checkpoint):
+        assert read(path)["state_dict"]["weight"].tolist() == [0, 0, 0]
+    harm(path)
+    for read in (read_summary, AtomicCheckpointIO().load_checkpoint):
+        with pytest.raises(CheckpointError, match=f"step-000001.ckpt: {words}"):
+            read(path)
+    assert not Path("sprung").exists()

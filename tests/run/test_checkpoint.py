@@ -1,0 +1,87 @@
+"""StepCheckpoint: what it keeps, what it replaces, and a full disk."""
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lit_ppo.parallel.checkpoint_io import CheckpointError
+from lit_ppo.run.checkpoint import StepCheckpoint, find_last
+from tests.helpers.cli_toys import CONFIG
+from tests.helpers.command import run_command
+from tests.helpers.toys import make_data, make_module, make_trainer
+
+
+def fit(folder: Path, actor: Path, updates: int, ckpt_path: Path | None = None, **checkpoint: Any) -> Any:
+    module = make_module(actor)
+    saving = StepCheckpoint(**{"every_n_train_steps": 1, "keep": 9, "dirpath": str(folder / "saved"), **checkpoint})
+    trainer = make_trainer(folder, callbacks=[saving], max_steps=updates, enable_checkpointing=True)
+    trainer.fit(module, make_data(folder), ckpt_path=None if ckpt_path is None else str(ckpt_path))
+    return module
+
+
+@pytest.fixture
+def saved(tmp_path: Path, tiny_lm: Path) -> Path:
+    fit(tmp_path, tiny_lm, updates=1)
+    return tmp_path / "saved" / "step-000001.ckpt"
+
+
+@pytest.fixture
+def small_disk() -> Any:
+    """The system refuses to write a file beyond 20 kB: a checkpoint of the tiny models takes more."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, tiny_lm: Path, saved: Path, small_disk: Any) -> None:
+    before = saved.read_bytes()
+    small_disk()
+    with pytest.raises(CheckpointError, match=r"step-000002.ckpt: cannot be written \(File too large\); the previous"):
+        fit(tmp_path, tiny_lm, updates=2, ckpt_path=saved)
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+    assert saved.read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path, tiny_lm: Path) -> None:
+    """Not even root can write below a file."""
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match=r"file/saved/step-000001.ckpt: cannot be written \(Not a directory\)"):
+        fit(tmp_path, tiny_lm, updates=1, dirpath=str(tmp_path / "file" / "saved"))
+
+
+def test_going_back_keeps_what_is_written_last(tmp_path: Path, tiny_lm: Path) -> None:
+    """Steps 1 to 3 are there, and the run resumes from step 1: its new step 2 is the newest, not the oldest."""
+    fit(tmp_path, tiny_lm, updates=3)
+    first = tmp_path / "saved" / "step-000001.ckpt"
+    fit(tmp_path, tiny_lm, updates=2, ckpt_path=first, keep=2)
+    assert find_last(tmp_path, str(first.parent)).name == "step-000002.ckpt"
+    assert sorted(path.name for path in first.parent.iterdir()) == ["step-000002.ckpt", "step-000003.ckpt"]
+    first.with_name("step-000009.ckpt.partial").touch()  # as killed runs leave them: a file,
+    first.with_name("step-000009.ckpt").mkdir()  # and a sharded checkpoint without its metadata
+    assert find_last(tmp_path, str(first.parent)).name == "step-000002.ckpt"
+    fit(tmp_path, tiny_lm, updates=2, keep=1)  # from the start: steps 1 and 2 once more
+    assert [path.name for path in first.parent.iterdir()] == ["step-000002.ckpt"]
+
+
+def test_a_second_run_with_the_same_callback_is_saved_too(tmp_path: Path, tiny_lm: Path) -> None:
+    """A notebook's cell run again: it ends at the step that the first one saved last."""
+    saving = StepCheckpoint(dirpath=str(tmp_path / "saved"))
+    for seed in (3, 4):
+        module = make_module(tiny_lm, seed=seed)
+        trainer = make_trainer(tmp_path, callbacks=[saving], max_steps=1, enable_checkpointing=True)
+        trainer.fit(module, make_data(tmp_path))
+    state = torch.load(tmp_path / "saved" / "step-000001.ckpt", weights_only=True)["state_dict"]
+    assert all(value.equal(module.state_dict()[name]) for name, value in state.items())
+
+
+def test_the_command_names_a_truncated_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(CONFIG))
+    run_command("fit", "--config=toy.yaml", cwd=tmp_path).ok()
+    path = tmp_path / "runs/version_0/checkpoints/step-000008.ckpt"
+    path.write_bytes(path.read_bytes()[:1000])
+    command = ["fit", "--config=toy.yaml", "--ckpt_path=last"]
+    run_command(*command, cwd=tmp_path).refused("step-000008.ckpt: cannot be read", "delete it")
