@@ -26,6 +26,7 @@ from lit_ppo.cli.stages import Stage, StageRunner
 from lit_ppo.cli.story import Story
 from lit_ppo.cli.summary import RunSummary
 from lit_ppo.parallel.checkpoint_io import read_summary
+from lit_ppo.parallel.environment import reserve_port
 from lit_ppo.ppo.module import LitPPO
 from lit_ppo.run.checkpoint import RUN, StepCheckpoint, find_checkpoints, find_last, steps_logged
 from lit_ppo.run.errors import CommandError
@@ -199,6 +200,7 @@ class Command(LightningCLI):
         if (config.logger is None or config.logger is True) and not config.fast_dev_run:
             kwargs["logger"] = self._logger(Path(config.default_root_dir))
         trainer: Any = super().instantiate_trainer(**kwargs)
+        reserve_port(trainer.strategy)
         if trainer.needs_folder and not trainer.fast_dev_run:
             trainer.run_folder = self._run_folder(Path(config.default_root_dir))
         for story in (callback for callback in trainer.callbacks if isinstance(callback, Story)):

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import (
 )
 from torch.optim import SGD, Adagrad, Optimizer
 
+from lit_ppo.parallel.environment import reserve_port
 from lit_ppo.parallel.full_state import (
     full_optimizer_state,
     full_state_dict,
@@ -71,6 +72,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.offload_frozen = offload_frozen
         self.sync_every_micro_batch = sync_every_micro_batch
         self._offloaded: list[nn.Module] = []
+
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        reserve_port(self)
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes

@@ -1,8 +1,6 @@
 """AlignmentTax: the loss against the stock model's own, of which rows, when, and that it leaves no trace."""
 
 import math
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from lit_ppo import TextDataModule
 from lit_ppo.callbacks import AlignmentTax
-from tests.helpers.command import REPOSITORY
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toy import Recorder, Toy, ToyTexts, run_updates, trainer_of
 from tests.helpers.toys import MemoryLogger, logged, make_data, make_module, make_trainer, texts
 from tests.helpers.trick import Trick
+from tests.helpers.two_ranks import train_on_two
 
 TRICK = {
     "AlignmentTax": Trick(
@@ -185,7 +183,6 @@ def stock_loss(folder: Path, model: Any) -> float:
 
 
 def two_rank_callbacks(folder: Path) -> list[L.Callback]:
-    """What ``tests.helpers.two_ranks`` trains with."""
     return [AlignmentTax(texts(folder), every=1)]
 
 
@@ -213,11 +210,7 @@ def test_two_ranks_measure_as_one(tmp_path, lm):
     """Batches of three and of one text, which two ranks do not divide."""
     trainer = make_trainer(tmp_path, callbacks=two_rank_callbacks(tmp_path))
     trainer.fit(make_module(lm), make_data(tmp_path))
-    callbacks = f"{__name__}.two_rank_callbacks"
-    command = [sys.executable, "-m", "tests.helpers.two_ranks", str(tmp_path), str(lm), "critic", callbacks]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    two = train_on_two(tmp_path, lm, callbacks=two_rank_callbacks)
     for ours, theirs in zip(logged(trainer), two["logged"], strict=True):
         assert theirs["tax/loss"] == pytest.approx(ours["tax/loss"], rel=1e-5)
         assert theirs["tax/loss_increase"] == pytest.approx(ours["tax/loss_increase"], rel=1e-3, abs=1e-6)

@@ -2,8 +2,6 @@
 
 import math
 import re
-import subprocess
-import sys
 import warnings
 from copy import deepcopy
 from functools import partial
@@ -40,8 +38,7 @@ from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toy import Attach, Recorder, Spy, Toy, run_updates
 from tests.helpers.toys import count_good, make_data, make_module, make_trainer, texts, write_prompts
 from tests.helpers.trick import Trick
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers.two_ranks import train_on_two
 
 TRICK = {
     "Cockpit": Trick(
@@ -152,7 +149,6 @@ def test_a_state_stays_what_it_was(tmp_path: Path):
 
 
 def two_rank_callbacks(folder: Path) -> list[L.Callback]:
-    """What ``tests.helpers.two_ranks`` trains with."""
     return [Cockpit(every=1, figures_every=1, best_of_prompts=3, best_of=4), Attach(folder)]
 
 
@@ -161,11 +157,7 @@ def test_two_ranks_show_what_one_shows(tmp_path: Path):
     actor = make_causal_lm(tmp_path / "lm", scale=4.0)
     make_trainer(tmp_path, callbacks=two_rank_callbacks(tmp_path)).fit(make_module(actor), make_data(tmp_path))
     one = torch.load(tmp_path / "recorded.pt")
-    command = [sys.executable, "-m", "tests.helpers.two_ranks", str(tmp_path), str(actor), "critic"]
-    done = subprocess.run(
-        [*command, f"{__name__}.two_rank_callbacks"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_on_two(tmp_path, actor, callbacks=two_rank_callbacks)
     two = torch.load(tmp_path / "recorded.pt")
     assert [call[:2] for call in two] == [call[:2] for call in one]
     for (kind, tag, ours, _), (_, _, theirs, _) in zip(one, two, strict=True):

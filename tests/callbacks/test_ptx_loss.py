@@ -1,8 +1,6 @@
 """PTXLoss: the gradient it adds against the stock model's own loss, and the order of its texts."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from tests.helpers.tiny import WORDS, make_causal_lm
 from tests.helpers.toy import Spy, Toy, ToyTexts, run_updates
 from tests.helpers.toys import logged, make_data, make_module, make_trainer
 from tests.helpers.trick import Trick
+from tests.helpers.two_ranks import train_on_two
 
 TRICK = {
     "PTXLoss": Trick(
@@ -346,7 +345,6 @@ def test_the_commands_data_root_is_the_texts_too(tmp_path, tiny_lm, tiny_reward)
 
 
 def two_rank_callbacks(folder: Path) -> list[L.Callback]:
-    """What ``tests.helpers.two_ranks`` trains with."""
     return [PTXLoss(TextDataModule(str(folder / "texts.jsonl"), max_length=8, batch_size=3, seed=0), 0.5)]
 
 
@@ -354,11 +352,7 @@ def test_two_ranks_read_and_learn_as_one(tmp_path, lm):
     """Batches of three and of one text, which two ranks do not divide."""
     write_texts(tmp_path)
     module, trainer = fit(tmp_path, lm, *two_rank_callbacks(tmp_path), max_steps=2)
-    callbacks = f"{__name__}.two_rank_callbacks"
-    command = [sys.executable, "-m", "tests.helpers.two_ranks", str(tmp_path), str(lm), "critic", callbacks]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    two = train_on_two(tmp_path, lm, callbacks=two_rank_callbacks)
     for name, value in module.state_dict().items():
         torch.testing.assert_close(two["weights"][name], value, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(logged(trainer), two["logged"], strict=True):

@@ -1,9 +1,6 @@
 """A stopped run goes on with the next batch, under a real Trainer; the batches depend on seed and number alone."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from lit_ppo.data.batch import PromptBatch
 from lit_ppo.data.preferences import PreferenceDataModule
 from lit_ppo.data.prompts import PromptDataModule
 from lit_ppo.data.text import TextDataModule
+from tests.helpers.ranks import on_ranks
 from tests.helpers.tiny import WORDS, make_tokenizer
 
 pytestmark = [
@@ -289,12 +287,7 @@ def test_resumed_run_keeps_its_weights(tmp_path: Path, file: Path) -> None:
     assert whole[4:] != expected_batches()[4:]
 
 
-TWO_RANKS = """
-import json, sys
-from tests.data.test_resume import *
-
-if __name__ == "__main__":
-    folder, rows = Path(sys.argv[1]), write_rows(Path(sys.argv[1], "rows.jsonl"))
+def on_each_rank(folder: Path, rows: Path) -> None:
     report = {}
     data = {
         "prompts": prompts(rows, val_path=str(rows)),
@@ -305,19 +298,12 @@ if __name__ == "__main__":
         recorder = fit(folder / name, module, devices=2, strategy="ddp", max_epochs=2, limit_val_batches=1.0)
         report[name] = [seen for _, _, seen in recorder.seen]
         report[name + " held out"] = [rows_of(batch) for batch in recorder.evaluated]
-    Path(folder, f"rank{recorder.global_rank}.json").write_text(json.dumps(report))
-"""
+    (folder / f"rank{recorder.global_rank}.json").write_text(json.dumps(report))
 
 
 def test_two_ranks_see_the_same_prompts_and_share_the_texts(tmp_path: Path, file: Path) -> None:
     """Prompts: the global batch on both, as with one process. Texts: two batches of 2 are the batch of 4 of one."""
-    script = tmp_path / "two_ranks.py"
-    script.write_text(TWO_RANKS)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(["."]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), str(tmp_path)]
-    root = Path(__file__).parents[2]
-    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=180)
-    assert result.returncode == 0, result.stderr
+    on_ranks(2, on_each_rank, tmp_path, file, folder=tmp_path / "ranks")
     ranks = [json.loads((tmp_path / f"rank{i}.json").read_text()) for i in range(2)]
     for rank in ranks:
         assert rank["prompts"] == [rows for _, _, rows in expected_batches(2)]

@@ -1,7 +1,6 @@
-"""Run the toy job on two processes, each of which checks that it is one of two with work of its own."""
+"""Train a small job on two ranks, each of which checks that it is one of two and has its own share of the work."""
 
-import pydoc
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from lit_ppo import LitPPO
 from lit_ppo.advantages import GroupRelative
 from lit_ppo.experience import Experience
+from tests.helpers.ranks import on_ranks
 from tests.helpers.toys import logged, make_data, make_module, make_trainer
 
 
@@ -37,12 +37,30 @@ class Spy(LitPPO):
         super().on_fit_start()
 
 
-def main(folder: Path, actor: Path, job: str, callbacks: str | None = None) -> None:
-    """Args: folder of the job and of the actor, a key of ``JOBS``, where the function lies that makes callbacks."""
+def no_callbacks(folder: Path) -> list[Any]:
+    return []
+
+
+def train_on_two(
+    folder: Path, actor: Path, job: str = "critic", callbacks: Callable[[Path], list[Any]] = no_callbacks
+) -> dict[str, Any]:
+    """Weights, logged metrics and validation metrics of a job on two ranks.
+
+    Args:
+        folder: Holds the data; if it holds ``held_out.jsonl``, the job validates on it.
+        actor: The model's folder.
+        job: A key of ``JOBS``.
+        callbacks: Makes them from ``folder``; a function of some module.
+    """
+    on_ranks(2, _train, folder, actor, job, callbacks, folder=folder / "ranks")
+    found: dict[str, Any] = torch.load(folder / "two.pt", weights_only=True)
+    return found
+
+
+def _train(folder: Path, actor: Path, job: str, callbacks: Callable[[Path], list[Any]]) -> None:
     module = make_module(actor, **JOBS[job])
     module.__class__ = Spy
-    make_callbacks: Any = pydoc.locate(callbacks) if callbacks else lambda folder: []
-    trainer = make_trainer(folder / "two", devices=2, callbacks=make_callbacks(folder))
+    trainer = make_trainer(folder / "two", devices=2, callbacks=callbacks(folder))
     held_out = folder / "held_out.jsonl"
     trainer.fit(module, make_data(folder, **({"val_path": str(held_out)} if held_out.exists() else {})))
     assert trainer.world_size == 2
@@ -54,7 +72,3 @@ def main(folder: Path, actor: Path, job: str, callbacks: str | None = None) -> N
         torch.save(
             {"weights": module.state_dict(), "logged": logged(trainer), "validated": validated}, folder / "two.pt"
         )
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

@@ -1,9 +1,5 @@
 """Two processes give the numbers of one."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,20 +8,17 @@ from lit_ppo.parallel.ranks import gather_shares
 from lit_ppo.ppo import sampling
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toys import make_data, make_module, make_trainer, run, write_prompts
-from tests.helpers.two_ranks import JOBS
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers.two_ranks import JOBS, train_on_two
 
 
-@pytest.mark.parametrize("job", JOBS)
-def test_two_ranks_sample_log_and_learn_as_one(tmp_path, job):
-    """7 and 5 prompts, which two ranks do not divide; plain SGD, since an Adam step hides errors."""
+def test_two_ranks_sample_log_and_learn_as_one(tmp_path):
+    """Groups of two responses to 7 and 5 prompts, which two ranks do not divide.
+
+    Plain SGD, since an Adam step hides errors. With a critic: tests/parallel/test_equivalence.py.
+    """
     actor = make_causal_lm(tmp_path / "lm", scale=4.0)
-    module, rows = run(tmp_path, actor, **JOBS[job])
-    command = [sys.executable, "-m", "tests.helpers.two_ranks", str(tmp_path), str(actor), job]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    module, rows = run(tmp_path, actor, **JOBS["group"])
+    two = train_on_two(tmp_path, actor, "group")
     for name, value in module.state_dict().items():
         torch.testing.assert_close(two["weights"][name], value, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(rows, two["logged"], strict=True):
@@ -40,10 +33,7 @@ def test_two_ranks_validate_as_one(tmp_path):
     held_out = str(write_prompts(tmp_path / "held_out.jsonl", 5))
     trainer = make_trainer(tmp_path)
     trainer.fit(make_module(actor, **JOBS["judged"]), make_data(tmp_path, val_path=held_out))
-    command = [sys.executable, "-m", "tests.helpers.two_ranks", str(tmp_path), str(actor), "judged"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    theirs = torch.load(tmp_path / "two.pt", weights_only=True)["validated"]
+    theirs = train_on_two(tmp_path, actor, "judged")["validated"]
     ours = [row for row in trainer.logger.rows if "val/score" in row]
     assert len(ours) == len(theirs) == 2
     assert "val/win_rate/letters" in ours[0]

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import torch
 from tests.helpers.command import QUIET, REPOSITORY, run_command
 from tests.helpers.event_files import close, metrics
 from tests.helpers.ppo_command import ppo
+from tests.helpers.ranks import open_store
 from tests.helpers.tiny import make_causal_lm
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="process groups of POSIX")
@@ -30,7 +30,7 @@ def slow_reward(prompts: list[str], responses: list[str]) -> list[float]:
 def agent(folder: Path, name: str, port: int, arguments: list[str]) -> "subprocess.Popen[bytes]":
     """torchrun with one worker, in a group of its own: a node."""
     rendezvous = [f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_backend=c10d", "--rdzv_id=test", "--max_restarts=3"]
-    rendezvous.append("--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=2")
+    rendezvous.append("--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=2,is_host=false")
     sizes = ["--nnodes=2", "--nproc_per_node=1", "--monitor_interval=0.2", "--local_addr=127.0.0.1"]
     command = [sys.executable, "-m", "torch.distributed.run", *rendezvous, *sizes, "-m", "lit_ppo", *arguments]
     environment = os.environ | QUIET | {"PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo"}
@@ -75,20 +75,17 @@ def test_an_agent_is_killed_and_comes_back(tmp_path: Path) -> None:
     run_command(*arguments, "--trainer.default_root_dir=whole", cwd=tmp_path).ok()
     nodes = [f"--config={REPOSITORY / 'configs/strategy/fsdp2_multinode.yaml'}", "--trainer.devices=1"]
     arguments += [*nodes, "--ckpt_path=auto", "--trainer.default_root_dir=cut"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    store = open_store()  # the rendezvous
     saved, end = tmp_path / "cut/version_0/checkpoints", time.monotonic() + LIMIT
-    agents = [agent(tmp_path, "first", port, arguments)]
+    agents = [agent(tmp_path, "first", store.port, arguments)]
     try:
-        time.sleep(2.0)  # so that it is the one that keeps the rendezvous
-        agents.append(agent(tmp_path, "second", port, arguments))
+        agents.append(agent(tmp_path, "second", store.port, arguments))
         while not list(saved.glob("step-00000[2-5].ckpt")):
             assert time.monotonic() < end, _said(tmp_path)
             assert agents[0].poll() is None, _said(tmp_path)
             time.sleep(0.05)
         lose(agents[1])
-        agents[1] = agent(tmp_path, "second", port, arguments)
+        agents[1] = agent(tmp_path, "second", store.port, arguments)
         for process in agents:
             assert process.wait(max(end - time.monotonic(), 1.0)) == 0, _said(tmp_path)
     finally:

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from tests.helpers import faulty_ranks
+from tests.helpers.ranks import on_ranks
 from tests.helpers.tiny import make_causal_lm
-from tests.helpers.two_processes import run_two
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Fault -> what each of the two ranks saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_two(faulty_ranks.main, folder, make_causal_lm(folder / "lm", scale=4.0), folder=folder)
+    on_ranks(2, faulty_ranks.main, folder, make_causal_lm(folder / "lm", scale=4.0), folder=folder, connect=False)
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     return {"folder": folder, **{fault: [rank[fault] for rank in ranks] for fault in ranks[0]}}
 
@@ -70,7 +70,8 @@ def test_a_full_disk_stops_both_and_leaves_the_checkpoint_before(seen: Any) -> N
 
 
 def test_a_rank_that_nothing_can_interrupt_is_given_up_on(tmp_path: Path) -> None:
-    run_two(faulty_ranks.hang, tmp_path, make_causal_lm(tmp_path / "lm", scale=4.0), folder=tmp_path)
+    actor = make_causal_lm(tmp_path / "lm", scale=4.0)
+    on_ranks(2, faulty_ranks.hang, tmp_path, actor, folder=tmp_path, connect=False)
     waiting = json.loads((tmp_path / "rank0.json").read_text())
     assert "rank 0 waited in vain for the other ranks" in waiting["error"]
     assert waiting["seconds"] < 20

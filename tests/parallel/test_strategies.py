@@ -1,6 +1,5 @@
 """Every overlay of ``configs/strategy`` through the command, on two processes started as torchrun starts them."""
 
-import socket
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from lit_ppo import LitSFT
 from tests.helpers.command import REPOSITORY, Running, run_command
 from tests.helpers.ppo_command import ppo_arguments
+from tests.helpers.ranks import open_store, rank_environment
 from tests.helpers.toys import make_module
 
 STRATEGIES = {
@@ -25,17 +25,6 @@ def test_every_overlay_is_run():
     assert {path.stem for path in (REPOSITORY / "configs/strategy").iterdir()} == STRATEGIES.keys()
 
 
-def environments(nodes: int) -> list[dict[str, str]]:
-    """Of two processes, on one node or on two."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "tests"}
-    common |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "LOCAL_WORLD_SIZE": str(2 // nodes)}
-    local = [{"LOCAL_RANK": str(i % (2 // nodes)), "GROUP_RANK": str(i * (nodes - 1))} for i in range(2)]
-    return [common | {"RANK": str(i)} | where for i, where in enumerate(local)]
-
-
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_an_overlay_trains_and_exports(name, tmp_path, tiny_lm, tiny_reward):
     arguments = ppo_arguments(tmp_path, tiny_lm, tiny_reward)
@@ -45,7 +34,9 @@ def test_an_overlay_trains_and_exports(name, tmp_path, tiny_lm, tiny_reward):
         (tmp_path / str(i)).mkdir()
     nodes = 2 if name.endswith("multinode") else 1
     arguments += ["--trainer.max_steps=1", f"--trainer.devices={2 // nodes}"]
-    running = [Running("fit", *arguments, cwd=tmp_path / str(i), env=env) for i, env in enumerate(environments(nodes))]
+    store = open_store()
+    environments = [rank_environment(store, i, n=2, nodes=nodes) for i in range(2)]
+    running = [Running("fit", *arguments, cwd=tmp_path / str(i), env=env) for i, env in enumerate(environments)]
     for process in running:
         process.result(100).ok()
     AutoModelForCausalLM.from_pretrained(tmp_path / "runs/version_0/model")

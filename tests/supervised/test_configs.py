@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -50,11 +51,15 @@ def test_two_ranks_validate_as_one(tmp_path: Path, tiny_llama: Path) -> None:
     arguments = ["--config", CONFIGS / "sft.yaml", f"--model.init_args.model={tiny_llama}", *files]
     arguments += ["--data.init_args.batch_size=1", "--data.init_args.max_length=64"]
     command = [sys.executable, "-m", "lit_ppo", "validate", *map(str, arguments), "--trainer.devices=2"]
-    two_ranks = ["--trainer.accelerator=cpu", "--trainer.default_root_dir=two"]
+    command += ["--trainer.accelerator=cpu", "--trainer.default_root_dir=two"]
     environment = os.environ | QUIET | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [*command, *two_ranks], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    with socket.socket() as taken:  # Lightning would choose this port for the ranks, although another run has it
+        taken.bind(("", 0))
+        taken.listen()
+        environment["STANDALONE_PORT"] = str(taken.getsockname()[1])
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "sync_dist" not in done.stderr  # Lightning's warning about values that differ between ranks
     run_command("validate", *arguments, "--trainer.default_root_dir=one", cwd=tmp_path).ok()
