@@ -20,10 +20,9 @@ import lit_ppo.cli.all_names  # noqa: F401  short names in configurations are th
 from lit_ppo.cli.errors import parsing_error
 from lit_ppo.cli.main import LIGHTNING_LOG
 from lit_ppo.cli.parser import LayeredParser
-from lit_ppo.cli.progress import Beside, progress_bar
+from lit_ppo.cli.progress import progress_bar
 from lit_ppo.cli.report import RunReport
 from lit_ppo.cli.stages import Stage, StageRunner
-from lit_ppo.cli.story import Story
 from lit_ppo.cli.summary import RunSummary
 from lit_ppo.parallel.checkpoint_io import read_summary
 from lit_ppo.parallel.environment import reserve_port
@@ -109,7 +108,7 @@ class Command(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, hand ``data_root`` to the data, and make paths independent of the folder they were named in."""
-        self.heartbeat.doing = "reading the configuration"
+        self.heartbeat.begin("reading the configuration")
         self.config = parser.parse_args(args)
         config = self.config[self.config.subcommand]
         _check_groups(config)
@@ -203,9 +202,6 @@ class Command(LightningCLI):
         reserve_port(trainer.strategy)
         if trainer.needs_folder and not trainer.fast_dev_run:
             trainer.run_folder = self._run_folder(Path(config.default_root_dir))
-        for story in (callback for callback in trainer.callbacks if isinstance(callback, Story)):
-            self.heartbeat.doing, self.heartbeat.redraw = story.line, story.redraw
-            story.on_line, story.watched = self.heartbeat.touch, True
         self.session.interrupts.kill_children.append(lambda: _kill_ranks(trainer))
         return trainer  # type: ignore[no-any-return]
 
@@ -213,10 +209,10 @@ class Command(LightningCLI):
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         if config.get("enable_progress_bar") is not False:
-            bars = [callback for callback in given if isinstance(callback, ProgressBar)]
-            # first, so that its line is done before others print what they have to say at the end
-            stories = [Beside(bar) for bar in bars if not isinstance(bar, Story)] if bars else [progress_bar()]
-            given = [*stories, *given]
+            if any(isinstance(callback, ProgressBar) for callback in given):
+                self.heartbeat.quiet = math.inf  # that bar has the console
+            else:
+                given = [progress_bar(self.heartbeat), *given]  # first: its line ends before others print at the end
             callbacks = [*callbacks, RunSummary()]
         config = {**config, "callbacks": given}
         if config.get("enable_checkpointing") is False:

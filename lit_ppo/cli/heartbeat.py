@@ -1,4 +1,4 @@
-"""A sign of life at least every few seconds, whatever the command is busy with."""
+"""Signs of life: a thread that says what the command is doing while nothing else is printed."""
 
 import contextlib
 import threading
@@ -6,72 +6,68 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from lit_ppo.cli.pace import duration
+
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units.
+
+    >>> duration(59.6), duration(200), duration(7500)
+    ('1 min 0 s', '3 min 20 s', '2 h 5 min')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 class Heartbeat:
-    """Prints what the command is doing when nothing else has been printed for ``quiet`` seconds.
+    """Prints what the command is doing after ``quiet`` seconds without other output.
+
+    While ``tick`` is set, it is called every second instead: a progress bar redraws its line with it.
 
     Args:
-        quiet: Seconds of silence after which a line is printed.
-        enabled: False prints nothing, for output that others parse and for launched ranks.
-
-    ``doing`` is a text, which is told with the time since it was set, or a function that gives one. ``redraw``, called
-    every second, updates what stands on a terminal, and says whether it could.
+        quiet: Seconds of silence before a line is printed.
+        enabled: False prints nothing: for output that programs parse, and for launched ranks.
     """
 
     def __init__(self, quiet: float = 6.0, *, enabled: bool = True) -> None:
-        self.quiet = quiet
-        self.enabled = enabled
-        self._last = time.monotonic()
-        self.doing = "starting"
-        self.redraw: Callable[[], bool] = lambda: False
-        self._done = threading.Event()
-
-    @property
-    def doing(self) -> str | Callable[[], str]:
-        """What is going on."""
-        return self._doing
-
-    @doing.setter
-    def doing(self, doing: str | Callable[[], str]) -> None:
-        self._doing, self._since = doing, time.monotonic()
+        self.quiet, self.enabled, self.clock = quiet, enabled, time.monotonic
+        self.tick: Callable[[], object] | None
+        self._stop = threading.Event()
+        self.begin("starting")
+        self.touch()
 
     def __enter__(self) -> "Heartbeat":
-        """Start the thread that watches."""
         if self.enabled:
-            threading.Thread(target=self._watch, name="heartbeat", daemon=True).start()
+            threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Stop it."""
-        self._done.set()
+        self._stop.set()
+
+    def begin(self, doing: str) -> None:
+        """From now on, signs of life say ``doing`` and for how long."""
+        self.tick, self._doing, self._since = None, doing, self.clock()
 
     def say(self, text: str, doing: str | None = None) -> None:
-        """Print a line now, and go on saying it (or ``doing``) while nothing else happens."""
-        self.doing = doing or text
+        """Print a line now and begin ``doing``, by default what the line says."""
+        self.begin(doing or text)
         if self.enabled:
             self.touch()
             print(text, flush=True)
 
     def touch(self) -> None:
-        """Something was printed just now."""
-        self._last = time.monotonic()
+        """Restart the count of silent seconds: something was printed."""
+        self._printed = self.clock()
 
-    def _watch(self) -> None:
-        while not self._done.wait(1.0):
-            with contextlib.suppress(Exception):  # what it describes is changing under it in another thread
-                if self.redraw():
-                    self.touch()
-            if time.monotonic() - self._last >= self.quiet:
-                text = self._text()
-                self.touch()
-                print(text, flush=True)
+    def beat(self) -> None:
+        """Print or redraw what is due; the thread calls this every second."""
+        if self.tick is not None:
+            self.touch()
+            with contextlib.suppress(Exception):  # the run changes while this thread reads its state
+                self.tick()
+        elif self.clock() - self._printed >= self.quiet:
+            self.touch()
+            print(f"{self._doing} ... {duration(self.clock() - self._since)}", flush=True)
 
-    def _text(self) -> str:
-        doing, spent = self.doing, time.monotonic() - self._since
-        try:
-            since = f" {duration(spent)}" if spent > 0.5 and not callable(doing) else ""
-            return f"{doing() if callable(doing) else doing} ...{since}"
-        except Exception as error:  # as above
-            return f"working ({type(error).__name__} while asking for details) ..."
+    def _run(self) -> None:
+        while not self._stop.wait(1.0):
+            self.beat()

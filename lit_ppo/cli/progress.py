@@ -1,209 +1,218 @@
-"""Progress on the console: a bar on a terminal, plain lines where the output is piped."""
+"""Progress on the console: one line, redrawn on a terminal and printed every few seconds where the output is piped."""
 
-import functools
 import logging
 import math
+import re
 import shutil
 import sys
-import warnings
-from collections.abc import Callable
+import time
+from collections import deque
+from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
 
-from lit_ppo.cli.story import Story, fitting, short, total_updates, updates_done
+from lit_ppo.cli.heartbeat import Heartbeat, duration
 
-SECONDS = 5.0  # between two lines
-DRAWN = 0.1  # seconds between two drawings
+RECENT = 20  # batches whose mean duration gives the time left
 BAR = 10  # columns
+EVALUATIONS = {"sanity_check": "sanity_val", "validate": "val", "test": "test", "predict": "predict"}
 
 
-class _Bar(Story, ProgressBar):
-    """What both have of a progress bar."""
+def updates_done(trainer: L.Trainer) -> int:
+    """Updates so far, those before a resume included; optimizer steps if Lightning takes them."""
+    if trainer.lightning_module.automatic_optimization:
+        return trainer.global_step
+    return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
 
-    def __init__(self) -> None:
+
+def total_updates(trainer: L.Trainer) -> float:
+    """Updates (see :func:`updates_done`) of the full run over all epochs; infinite if unknown."""
+    total, done = trainer.estimated_stepping_batches, updates_done(trainer)
+    if total == trainer.max_steps and done and trainer.global_step:
+        total = math.ceil(total * done / trainer.global_step)  # an update may take several optimizer steps
+    return math.inf if total < 0 else total
+
+
+def unit(trainer: L.Trainer) -> str:
+    """What :func:`updates_done` counts."""
+    return "step" if trainer.lightning_module.automatic_optimization else "update"
+
+
+def short(name: str) -> str:
+    """A metric's name on the console."""
+    return "tok/s" if name == "throughput/tokens_per_second" else re.sub("^(objective|response|train)/", "", name)
+
+
+def number(x: float) -> str:
+    """Three significant digits, or all digits before the point.
+
+    >>> number(0.3149), number(-22.0), number(-1250.4), number(999.5), number(-0.0)
+    ('0.315', '-22', '-1,250', '1,000', '0')
+    """
+    return f"{x:,.0f}" if abs(x) >= 999.5 else f"{x + 0.0:.3g}"
+
+
+class ProgressLine(ProgressBar):
+    """Shows a run in one line: updates, metrics, phase, time left.
+
+    On a terminal the line is redrawn, with a bar if there is room; warnings and Lightning's messages appear above it.
+    Elsewhere it is printed every five seconds. The first and the last update are always shown.
+
+    Args:
+        heartbeat: Shows the line between steps; None starts one for the run.
+    """
+
+    def __init__(self, heartbeat: Heartbeat | None = None) -> None:
         super().__init__()
-        self.is_enabled = True
-        self._last = float("-inf")  # time of the last telling
+        self.clock = time.monotonic
+        self.is_enabled, self.is_terminal = True, sys.stdout.isatty()
+        self.seconds = 0.1 if self.is_terminal else 5.0  # between two drawings, at least
+        self._heartbeat = heartbeat
+        self._console, self._is_open = ExitStack(), False  # open while a loop runs
+        self._shown = -math.inf  # when the line was shown last
 
     def enable(self) -> None:
-        """Tell."""
         self.is_enabled = True
 
     def disable(self) -> None:
-        """Tell nothing: on all ranks but the first."""
         self.is_enabled = False
 
-    @property
-    def is_disabled(self) -> bool:
-        """Whether it tells nothing."""
-        return not self.is_enabled
-
-
-class LineProgress(_Bar):
-    """Prints a line every few seconds, for output that goes to a file.
-
-    Args:
-        seconds: Time between two lines; the first and the last step always get one.
-    """
-
-    def __init__(self, seconds: float = SECONDS) -> None:
-        super().__init__()
-        self.seconds = seconds
-        self._told = -1  # after how many updates
-
-    def show(self, *, force: bool = False) -> None:
-        """Print where the run stands, unless a line was printed just before."""
-        now = self.clock()
-        if self.is_enabled and (force or now - self._last >= self.seconds):
-            self._last, self._told = now, updates_done(self._run)
-            self.on_line()
-            print(self.line(), flush=True)
-
-    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """The last line, where a run ends early."""
-        if self._told != updates_done(trainer):
-            self.show(force=True)
-        super().on_train_end(trainer)
-
-
-class PhaseBar(_Bar):
-    """One line that is drawn again and again, for a terminal: all of the run's updates, whatever its epochs.
-
-    Warnings, and what Lightning has to say, are printed above it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._bar: Any = None
-        self._put_back: list[Callable[[], None]] = []
-
-    def disable(self) -> None:
-        """Draw no more."""
-        super().disable()
-        self._close()
-
-    def show(self, *, force: bool = False) -> None:
-        """Draw, unless that was done just before; begins the line where there is none."""
-        now = self.clock()
-        if self.is_enabled and (force or now - self._last >= DRAWN):
-            if self._bar is None:
-                self._bar = tqdm(file=sys.stdout, leave=True, ncols=1, nrows=2, bar_format="{desc}")
-                self._make_room()
-            self._last = now
-            self.redraw()
-
-    def redraw(self) -> bool:
-        """Draw what stands in the line as it is now; False if there is none."""
-        bar, words, columns = self._bar, self.words(), shutil.get_terminal_size().columns - 1
-        if bar is None:
-            return False
-        fitting_in = self._run.state.fn == "fit" and self._run.train_dataloader is not None
-        total = total_updates(self._run) if fitting_in else 0.0
-        bar.bar_format, bar.ncols = "{desc}", columns  # tqdm draws nothing where a terminal does not know its size
-        if 0.0 < total < math.inf and len("  ".join(words)) + BAR + 2 <= columns:
-            bar.total, bar.n, bar.bar_format = total, min(updates_done(self._run), total), f"{{bar:{BAR}}}  {{desc}}"
-        bar.set_description_str(fitting(words, columns), refresh=False)
-        bar.refresh()
-        return True
-
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print above the line."""
-        _above(print)(*args, **kwargs)
+        with tqdm.external_write_mode():
+            print(*args, **kwargs)
 
-    def _make_room(self) -> None:
-        writers: list[tuple[Any, str]] = [(warnings, "showwarning")]
-        writers += [(handler, "emit") for handler in logging.getLogger("lightning.pytorch").handlers]
-        for owner, name in writers:
-            before = getattr(owner, name)
-            setattr(owner, name, _above(before))
-            self._put_back.append(functools.partial(setattr, owner, name, before))
+    def show(self, *, force: bool = False) -> None:
+        """Show the line now, unless it was shown just before."""
+        if not self._is_open or not (force or self.clock() - self._shown >= self.seconds):
+            return
+        self._shown = self.clock()
+        if not self.is_terminal:
+            print(self.line(), flush=True)
+            return
+        bar, columns = self._bar, shutil.get_terminal_size().columns - 1  # the terminal would wrap a full line
+        bar.ncols, (_, bar.n, bar.total), line = columns, self._position(), self.line(columns)
+        has_bar = 0 < bar.total < math.inf and len(line) + BAR + 2 <= columns
+        bar.bar_format = f"{{bar:{BAR}}}  {{desc}}" if has_bar else "{desc}"
+        bar.set_description_str(line)
 
-    def _close(self) -> None:
-        """Leave the line as it is."""
-        while self._put_back:
-            self._put_back.pop()()
-        if self._bar is not None:
-            bar, self._bar = self._bar, None
-            bar.close()
+    def line(self, columns: int | None = None) -> str:
+        """The line; words that do not fit into ``columns`` are left out, the last metrics first."""
+        name, done, total = self._position()
+        head = f"{name} {done}" if total == math.inf else f"{name} {done}/{total:.0f}"
+        metrics = [f"{short(metric)} {number(value)}" for metric, value in self._metrics.items()]
+        ends = [word for word in (self._phase(), self._left()) if word]
+        while columns and (metrics or ends) and len("  ".join([head, *metrics, *ends])) > columns:
+            (metrics or ends).pop()
+        return "  ".join([head, *metrics, *ends])[:columns]
 
-    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """The line stays on the screen."""
-        self._take_metrics(trainer)
-        self.redraw()
-        super().on_train_end(trainer)
+    def _position(self) -> tuple[str, int, float]:
+        """What is counted, how many are done, how many there are."""
+        trainer, stage = self.trainer, self.trainer.state.stage
+        if stage in EVALUATIONS:
+            return stage.replace("_", " "), self._batches, sum(getattr(trainer, f"num_{EVALUATIONS[stage]}_batches"))
+        return unit(trainer), updates_done(trainer), total_updates(trainer)
+
+    def _phase(self) -> str:
+        """Phase, time in it and progress, as the module says; else the time in this batch."""
+        progress = _progress_of(self.trainer.lightning_module)
+        phase, since, detail = (getattr(progress, name, None) for name in ("phase", "since", "detail"))
+        seconds = self.clock() - (self._since if since is None else since)
+        phase = " ".join(word for word in (phase, duration(seconds) if seconds >= 1.0 else "") if word)
+        words = ", ".join(word for word in (phase, detail) if word)
+        return f"({words})" if words else ""
+
+    def _left(self) -> str:
+        """The mean of the last updates, validation not counted, times the updates left."""
+        trainer, durations = self.trainer, self._durations
+        updates = total_updates(trainer) - updates_done(trainer) if durations else 0.0
+        if not 0 < updates < math.inf:
+            return ""
+        spent = self.clock() - self._since if trainer.training else 0.0
+        mean = trainer.accumulate_grad_batches * sum(durations) / len(durations)
+        return f"{duration(max(0.0, updates * mean - spent))} left"
+
+    def _open(self, *_: Any, **__: Any) -> None:
+        if not self._is_open and self.is_enabled:
+            if self.is_terminal:
+                self._bar = self._console.enter_context(tqdm(file=sys.stdout, ncols=1, nrows=2, bar_format="{desc}"))
+                logging.captureWarnings(True)
+                self._console.callback(logging.captureWarnings, False)
+                loggers = [logging.getLogger(name) for name in ("py.warnings", "lightning.pytorch")]
+                self._console.enter_context(logging_redirect_tqdm(loggers))
+            heartbeat = self._heartbeat or self._console.enter_context(Heartbeat())
+            heartbeat.tick = self.show
+            self._console.callback(heartbeat.begin, f"finishing {self._run}")
+            self._is_open = True
+        self.show(force=True)
+
+    def _close(self, *_: Any, **__: Any) -> None:
+        self._is_open = False
+        self._console.close()
+
+    def _take_metrics(self) -> None:
+        """Read metrics in hooks only: the heartbeat's thread must not make Lightning compute any."""
+        self._metrics: dict[str, float] = {
+            name: float(value) for name, value in self.trainer.progress_bar_metrics.items()
+        }
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._run, self._metrics = stage, {}
+        self._durations: deque[float] = deque(maxlen=RECENT)  # of training batches
+        self._since = self.clock()  # when the current batch began
+        self._batches = 0  # of the current evaluation
+        if self._heartbeat is not None:
+            self._heartbeat.begin(f"preparing to {stage}")
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if not self._durations:  # later ones begin where the one before ends
+            self._since = self.clock()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._take_metrics()
+        self._durations.append(self.clock() - self._since)
+        self._since = self.clock()
+        if updates_done(self.trainer) < total_updates(self.trainer):
+            self.show()
+
+    def on_train_end(self, *_: Any) -> None:
+        self._take_metrics()
+        self.show(force=True)
         self._close()
 
-    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """The same, where there is no training."""
-        super().on_validation_end(trainer)
-        if self._ended:
+    def on_validation_start(self, *_: Any, **__: Any) -> None:
+        self._batches, self._since = 0, self.clock()
+        self._open()
+
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        self._batches, self._since = self._batches + 1, self.clock()
+        self.show()
+
+    def on_validation_end(self, *_: Any, **__: Any) -> None:
+        self._since = self.clock()
+        if not self.trainer.sanity_checking:
+            self._take_metrics()
+        if self._run != "fit":
             self._close()
 
-    def on_test_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """The same."""
-        super().on_test_end(trainer)
-        self._close()
-
-    def _end(self) -> None:
-        super()._end()
-        self._close()
+    on_train_start, teardown, on_exception = _open, _close, _close
+    on_test_start = on_predict_start = on_validation_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+    on_test_end = on_predict_end = on_validation_end
 
     def __getstate__(self) -> dict[str, Any]:
-        """The line stays on this process's screen."""
-        return super().__getstate__() | {"_bar": None, "_put_back": []}
+        return vars(self) | {"_heartbeat": None, "_bar": None}  # thread and console stay in this process
 
 
-class Beside(Story):
-    """Adds phase and time left to a progress bar of Lightning's, or of anybody's, among its metrics.
-
-    Args:
-        bar: A Lightning ``ProgressBar``.
-    """
-
-    def __init__(self, bar: Any) -> None:
-        super().__init__()
-        self.bar = bar
-        self._drawn: dict[str, Any] = {}
-        get_metrics = bar.get_metrics
-
-        def with_story(*args: Any, **kwargs: Any) -> dict[str, Any]:
-            self._drawn = {short(name): value for name, value in get_metrics(*args, **kwargs).items()}
-            return self._drawn | self._now()
-
-        self.bar.get_metrics = with_story
-
-    def _now(self) -> dict[str, str]:
-        said = {"phase": self.phase(), "left": self.left()}
-        return {name: word for name, word in said.items() if word}
-
-    def redraw(self) -> bool:
-        """Draw the metrics of the last step with phase and time as they are now."""
-        if self._run is None:
-            return False
-        metrics = self._drawn | self._now()
-        column, tqdm_bar = (getattr(self.bar, name, None) for name in ("_metric_component", "_train_progress_bar"))
-        if column is not None:  # Rich
-            column.update(metrics)
-            self.bar.refresh()
-        elif tqdm_bar is not None:
-            tqdm_bar.set_postfix(metrics)
-        return sys.stdout.isatty() and not self._ended
+def _progress_of(module: Any) -> Any:
+    """What a module says it is doing: a :class:`lit_ppo.ppo.progress.Progress`, or anything else."""
+    phase, since, detail = (getattr(module, name, None) for name in ("phase", "phase_since", "phase_detail"))
+    return getattr(module, "progress", SimpleNamespace(phase=phase, since=since, detail=detail))
 
 
-def _above(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Have what a function prints appear above the line."""
-
-    @functools.wraps(function)
-    def above(*args: Any, **kwargs: Any) -> Any:
-        with tqdm.external_write_mode():
-            return function(*args, **kwargs)
-
-    return above
-
-
-def progress_bar() -> LineProgress | PhaseBar:
-    """The one that suits the output."""
-    return PhaseBar() if sys.stdout.isatty() else LineProgress()
+progress_bar = ProgressLine  # the name in the documentation

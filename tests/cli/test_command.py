@@ -24,7 +24,7 @@ def test_fit_leaves_a_run_folder_and_says_where(config: Path, tmp_path: Path) ->
         assert word in result.out
     first = result.out.splitlines()[0]
     assert first.startswith("lit-ppo: loading")
-    assert re.search(r"step 8/8  loss \S+  \(update\)", result.out)
+    assert re.search(r"step 8/8  loss \S+  \(update", result.out)
 
 
 def test_twice_gives_two_folders_with_the_same_numbers_and_another_seed_others(config: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -29,10 +30,10 @@ class Toy(L.LightningModule):
         self.save_hyperparameters()
         self.lr, self.sleep, self.fail_at = lr, sleep, fail_at
         self.net = torch.nn.Linear(width, 1)
-        self.phase = ""
+        self.progress = SimpleNamespace(phase="", detail="", since=None)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        self.phase = "update"
+        self.progress.phase = "update"
         if self.global_step == self.fail_at:
             raise RuntimeError(f"Toy(fail_at={self.fail_at}): failed as told; use -1")
         time.sleep(self.sleep)
@@ -83,3 +84,8 @@ class Shout(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         print(f"{self.word}!")
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        heartbeat = getattr(trainer.progress_bar_callback, "_heartbeat", None)
+        if heartbeat is not None and heartbeat.tick is not None:
+            print("the heartbeat shows the progress line")

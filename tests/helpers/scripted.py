@@ -45,19 +45,18 @@ class Scripted(L.LightningModule):
         self.clock, self.seconds, self.scores, self.kl = clock, seconds, scores, kl
         self.net = torch.nn.Linear(1, 1)
         self.done = 0
-        self.phase, self.phase_since, self.phase_detail = "", None, ""
+        self.progress = SimpleNamespace(phase="", detail="", since=None)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         update = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1
-        self.phase, self.phase_since = "rollout", self.clock.now
+        self.progress = SimpleNamespace(phase="rollout", detail="", since=self.clock.now)
         self.clock.now += self.seconds[update]
         self.during(update)
         if self.scores is not None:
             fire(self, "on_update_end", self.experience(update))
         for optimizer in self.optimizers():
             optimizer.step()
-        self.phase = ""
-        self.phase_since = None
+        self.progress = SimpleNamespace(phase="", detail="", since=None)
         self.log("objective/score", float(update), prog_bar=True)
         self.log("throughput/tokens_per_second", 1234.4, prog_bar=True)
 

@@ -1,4 +1,4 @@
-"""Validation, test, prediction and the report: held-out prompts, fixed draws, numbers by hand."""
+"""Validation, test and prediction: held-out prompts, fixed draws, numbers by hand."""
 
 import json
 
@@ -7,7 +7,6 @@ from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lit_ppo.callbacks import ReferenceUpdate
-from lit_ppo.cli.report import RunReport
 from lit_ppo.rewards import RewardModel
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toys import MemoryLogger, count_good, make_data, make_module, make_trainer, write_prompts
@@ -299,44 +298,3 @@ def test_the_result_is_a_hugging_face_folder(tmp_path, tiny_lm):
     assert AutoTokenizer.from_pretrained(tmp_path / "model").get_vocab() == module.tokenizer.get_vocab()
     generation = GenerationConfig.from_pretrained(tmp_path / "model")
     assert (generation.max_new_tokens, generation.eos_token_id, generation.temperature) == (10, [1, 7], 1.0)
-
-
-def report(capsys, tmp_path, tiny_lm, data, **arguments):
-    module = make_module(tiny_lm, minibatch_size=3)
-    trainer = make_trainer(tmp_path, callbacks=[RunReport(**arguments)])
-    trainer.fit(module, data)
-    return capsys.readouterr().out, module
-
-
-def test_the_report_compares_the_same_prompts_before_and_after(capsys, tmp_path, tiny_lm, data):
-    out, trained = report(capsys, tmp_path, tiny_lm, data, prompts=4, samples=2)
-    prompts = [json.loads(line)["prompt"] for line in (tmp_path / "held_out.jsonl").read_text().splitlines()][:4]
-    assert "The same 4 prompts" in out
-    means = []
-    for name, module in (("before", make_module(tiny_lm)), ("after", trained)):
-        responses = module.rollout(prompts, stream="report").responses
-        for response, score in list(zip(responses, count_good([], responses), strict=True))[:2]:
-            assert f"{name:6} {score:+7.2f}  {response}" in out
-        means.append(sum(count_good([], responses)) / 4)
-    assert f"mean score {means[0]:+.3f} -> {means[1]:+.3f}" in out
-    assert "mean kl    +0.000 ->" in out
-
-
-def test_the_report_can_be_shorter_or_off(capsys, tmp_path, tiny_lm, data):
-    assert report(capsys, tmp_path, tiny_lm, data, prompts=4, samples=1)[0].count("before ") == 2  # title and one pair
-    assert "before" not in report(capsys, tmp_path, tiny_lm, data, prompts=0)[0]
-
-
-def test_a_resumed_report_compares_with_the_whole_runs_start():
-    first, second = RunReport(), RunReport()
-    first._before = {"score": 1.0}
-    second.load_state_dict(first.state_dict())
-    assert second._before == {"score": 1.0}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"), [({"prompts": -1}, r"prompts=-1"), ({"prompts": 2, "samples": 3}, r"samples=3")]
-)
-def test_bad_report_arguments_are_named(arguments, message):
-    with pytest.raises(ValueError, match=rf"RunReport\({message}\)"):
-        RunReport(**arguments)
