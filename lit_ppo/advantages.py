@@ -1,4 +1,4 @@
-"""Advantage estimators: what turns token rewards into the numbers that weight the policy's loss."""
+"""Advantage estimators: from token rewards to the numbers that weight the policy's loss."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -6,14 +6,15 @@ from typing import Any
 from torch import Tensor
 
 from lit_ppo.functional import gae, group_relative_advantages, leave_one_out_advantages, reinforce_advantages
+from lit_ppo.validate import boolean, refuse
 
 
 class AdvantageEstimator(ABC):
-    """What ``LitPPO(advantages=...)`` takes; configurations call its subclasses by their short names.
+    """Base of the estimators for ``LitPPO(advantages=...)``; configurations use their short names.
 
-    Class attributes say what it reads: ``needs_values`` that a critic has to provide ``experience.values``,
-    ``needs_groups`` that it compares the responses to one prompt, of which there must be several, ``needs_rewards``
-    that it reads token rewards, rather than scores alone.
+    Class attributes say what an estimator reads. ``needs_values``: ``experience.values``, which a critic provides.
+    ``needs_groups``: several responses to each prompt, which it compares. ``needs_rewards``: token rewards; otherwise
+    it reads only scores.
     """
 
     needs_values: bool
@@ -22,15 +23,41 @@ class AdvantageEstimator(ABC):
 
     @abstractmethod
     def __call__(self, experience: Any) -> tuple[Tensor, Tensor | None]:
-        """Advantages, and the critic's targets where there is a critic; (B, T), 0 where masked."""
+        """Advantages and, for the critic, returns; (B, T), 0 where masked."""
+
+
+def check_estimator(owner: object, advantages: Any, samples_per_prompt: int, kl_coef: float) -> None:
+    """Check the values that an estimator depends on. Callbacks may change them, so every update checks them again.
+
+    Args:
+        owner: The module.
+        advantages: The estimator.
+        samples_per_prompt: Current value.
+        kl_coef: Current value.
+
+    Raises:
+        ValueError: Names the estimator and the value.
+    """
+    estimator = type(advantages).__name__
+    if getattr(advantages, "needs_groups", False) and samples_per_prompt < 2:
+        refuse(
+            owner, "samples_per_prompt", samples_per_prompt,
+            f"{estimator} compares the responses to one prompt; sample at least 2, or use another estimator",
+        )  # fmt: skip
+    if not getattr(advantages, "needs_rewards", True) and kl_coef > 0:
+        refuse(
+            owner, "kl_coef", kl_coef,
+            f"{estimator} reads only scores, so a KL in the token rewards would have no effect; set kl_coef to 0 and "
+            "put the KL into the loss with lit_ppo.callbacks.KLLoss",
+        )  # fmt: skip
 
 
 class GAE(AdvantageEstimator):
-    """Generalised advantage estimation; the returns that the critic learns are advantages + values.
+    """Generalised advantage estimation; the critic learns the returns, advantages + values.
 
     Args:
-        gamma: Discount per token. 1 (no discount) is the rule for language: the score comes with the last token.
-        lam: 1 is Monte Carlo (no bias, high variance), 0 one-step (all trust in the critic).
+        gamma: Discount per token. 1 (no discount) is usual for language: the score comes with the last token.
+        lam: 1 is Monte Carlo (no bias, high variance), 0 is one-step (relies on the critic alone).
 
     Reads ``experience.rewards``, ``values`` and ``response_mask``.
     Source: Schulman et al. 2015, arXiv:1506.02438.
@@ -39,11 +66,11 @@ class GAE(AdvantageEstimator):
     needs_values = True
 
     def __init__(self, gamma: float = 1.0, lam: float = 0.95) -> None:
-        self.gamma = _fraction(self, "gamma", gamma)
-        self.lam = _fraction(self, "lam", lam)
+        self.gamma = _unit_interval(self, "gamma", gamma)
+        self.lam = _unit_interval(self, "lam", lam)
 
     def __call__(self, experience: Any) -> tuple[Tensor, Tensor]:
-        """Advantages and returns of the experience.
+        """Advantages and returns.
 
         Raises:
             ValueError: The experience has no values (there is no critic).
@@ -57,15 +84,15 @@ class GAE(AdvantageEstimator):
 
 
 class GroupRelative(AdvantageEstimator):
-    """GRPO: each score less the mean of its prompt's scores, over their standard deviation; no critic.
+    """GRPO: (score - mean of the prompt's scores) / their standard deviation; no critic.
 
-    Use it where several responses to a prompt can be told apart by their scores, as with checked answers. A prompt
-    whose responses all score alike teaches nothing. The KL to the reference goes into the loss (``KLLoss``): token
-    rewards are not read, so ``kl_coef`` has to be 0.
+    Use it where the responses to a prompt get different scores, as with checkable answers. A prompt whose responses
+    all have the same score teaches nothing. Token rewards are not read, so ``kl_coef`` must be 0; put the KL to the
+    reference into the loss with ``KLLoss``.
 
     Args:
-        scale: Divide by the standard deviation (unbiased). False: prompts on which scores hardly differ weigh no
-            more than others (Dr. GRPO).
+        scale: Divide by the (unbiased) standard deviation. False, as in Dr. GRPO: prompts whose scores hardly differ
+            do not get a larger weight.
 
     Reads ``experience.scores``, ``group`` and ``response_mask``.
     Source: Shao et al. 2024, arXiv:2402.03300, section 4.1; Liu et al. 2025, arXiv:2503.20783 (``scale=False``).
@@ -76,12 +103,9 @@ class GroupRelative(AdvantageEstimator):
     needs_rewards = False
 
     def __init__(self, scale: bool = True) -> None:
-        if not isinstance(scale, bool):
-            raise ValueError(f"GroupRelative(scale={scale!r}): must be true or false")
-        self.scale = scale
+        self.scale = boolean(self, "scale", scale)
 
     def __call__(self, experience: Any) -> tuple[Tensor, None]:
-        """Advantages of the experience."""
         mask = experience.response_mask
         return group_relative_advantages(experience.scores, experience.group, mask, self.scale), None
 
@@ -90,9 +114,9 @@ class GroupRelative(AdvantageEstimator):
 
 
 class LeaveOneOut(AdvantageEstimator):
-    """RLOO: each response's summed rewards less the mean of those of the prompt's other responses; no critic.
+    """RLOO: a response's summed rewards minus the mean over the prompt's other responses; no critic.
 
-    Use it with as few as two responses a prompt; the baseline is unbiased, and the KL stays in the reward.
+    Use it with two or more responses per prompt. The baseline is unbiased, and the KL stays in the reward.
 
     Reads ``experience.rewards``, ``group`` and ``response_mask``.
     Source: Ahmadian et al. 2024, arXiv:2402.14740.
@@ -102,7 +126,6 @@ class LeaveOneOut(AdvantageEstimator):
     needs_groups = True
 
     def __call__(self, experience: Any) -> tuple[Tensor, None]:
-        """Advantages of the experience."""
         return leave_one_out_advantages(experience.rewards, experience.group, experience.response_mask), None
 
     def __repr__(self) -> str:
@@ -110,9 +133,9 @@ class LeaveOneOut(AdvantageEstimator):
 
 
 class Reinforce(AdvantageEstimator):
-    """REINFORCE++: the rewards from each token on, whitened over all response tokens of the update; no critic.
+    """REINFORCE++: the sum of rewards from each token on, whitened over the update's response tokens; no critic.
 
-    Use it with one response a prompt and large batches: the batch is the only baseline.
+    Use it with one response per prompt and large batches: the batch is the only baseline.
 
     Reads ``experience.rewards`` and ``response_mask``.
     Source: Hu et al. 2025, arXiv:2501.03262.
@@ -121,15 +144,14 @@ class Reinforce(AdvantageEstimator):
     needs_values = False
 
     def __call__(self, experience: Any) -> tuple[Tensor, None]:
-        """Advantages of the experience."""
         return reinforce_advantages(experience.rewards, experience.response_mask), None
 
     def __repr__(self) -> str:
         return "Reinforce()"
 
 
-def _fraction(owner: object, name: str, value: float) -> float:
-    """``value`` if it lies in [0, 1]."""
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{type(owner).__name__}({name}={value!r}): must lie in [0, 1]; 1 is no discount")
+def _unit_interval(owner: object, name: str, value: Any) -> float:
+    """A number from 0 to 1, both included."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        refuse(owner, name, value, "must be a number from 0 to 1; 1 is no discount")
     return value

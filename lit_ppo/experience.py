@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 LossReduction = Literal["token_mean", "sequence_mean"]
 
-# Read too early, a field's absence is explained by who sets it.
+# For the error of a field that is read before it is set.
 SET_BY = {
     "logprobs": "rollout(logprobs=True)",
     "ref_logprobs": "rollout(logprobs=True)",
@@ -26,6 +26,14 @@ SET_BY = {
     "new_entropy": "the actor's forward of a micro-batch",
     "new_values": "the critic's forward of a micro-batch",
 }
+
+
+class ModelInputs(NamedTuple):
+    """What the models read of some rows, cut to their longest prompt and response (p <= P, t <= T tokens)."""
+
+    input_ids: Tensor  # (b, p + t)
+    attention_mask: Tensor  # (b, p + t), on the host: this spares a GPU a synchronisation
+    target_mask: Tensor  # (b, t), on the host
 
 
 @dataclass(slots=True, kw_only=True, repr=False, eq=False)
@@ -62,19 +70,18 @@ class Experience:
     extras: dict[str, Any] = field(default_factory=dict)
 
     def __getattr__(self, name: str) -> Any:
-        """Called only where a slot is empty."""
+        """Explain why a field cannot be read; Python calls this only for empty slots."""
         if name in SET_BY:
             raise AttributeError(f"{type(self).__name__}.{name} is not set yet: {SET_BY[name]} sets it")
         raise AttributeError(f"{type(self).__name__} has no field {name!r}")
 
     def __repr__(self) -> str:
-        """What is set, tensors by their shapes."""
+        """The fields that are set, tensors by their shapes."""
         values = {name: getattr(self, name) for name in _set_fields(self)}
         shown = {k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in values.items()}
         return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
     def __len__(self) -> int:
-        """Number of responses."""
         return len(self.responses)
 
     @property
@@ -84,7 +91,7 @@ class Experience:
         return [(n_prompt, n_response) for n_prompt, n_response in both.tolist()]
 
     def select(self, rows: Tensor | Sequence[int]) -> "Experience":
-        """A copy with some rows, given by number or by a boolean mask.
+        """A copy with some of the rows.
 
         Args:
             rows: Row numbers (may repeat), or a (B,) boolean tensor.
@@ -95,7 +102,7 @@ class Experience:
         return chosen
 
     def keep(self, rows: Tensor | Sequence[int]) -> None:
-        """Cut to some rows in place; possible until ``on_scores``, while nothing was computed across rows.
+        """Cut to some rows in place. Allowed up to ``on_scores``: later fields are computed across rows.
 
         Args:
             rows: Row numbers, or a (B,) boolean tensor.
@@ -105,19 +112,28 @@ class Experience:
         n, listed = len(self), index.tolist()
         index = index.to(self.response_ids.device, non_blocking=True)
         for name in _set_fields(self):
-            if name in ("metrics", "least", "greatest"):  # one dict a step, which all micro-batches of it add to
+            if name in ("metrics", "least", "greatest"):  # all micro-batches of a step add to the same dicts
                 continue
             setattr(self, name, _rows(getattr(self, name), index, listed, n))
+
+    def model_inputs(self) -> ModelInputs:
+        """What the models read of these rows."""
+        n_prompt, n_response = torch.tensor(self.lengths).unsqueeze(-1).unbind(1)  # (b, 1) each
+        p, t = int(n_prompt.max()), max(1, int(n_response.max()))
+        start = self.prompt_ids.shape[1] - p
+        ids = torch.cat([self.prompt_ids[:, start:], self.response_ids[:, :t]], dim=1)
+        target_mask = torch.arange(t) < n_response
+        return ModelInputs(ids, torch.cat([torch.arange(p) >= p - n_prompt, target_mask], dim=1), target_mask)
 
     def minibatches(
         self, size: int, *, epochs: int, seed: Sequence[int], reduction: LossReduction
     ) -> Iterator["Minibatch"]:
-        """Cut ``epochs`` permutations of all rows into minibatches; the last, smaller one of each is kept.
+        """Cut ``epochs`` permutations of all rows into minibatches; a smaller last one is kept.
 
         Args:
             size: Responses in a minibatch, over all ranks.
             epochs: Passes over the experience.
-            seed: Integers that name this update; the epoch is added to them.
+            seed: Integers that identify this update; the epoch is appended.
             reduction: What ``Minibatch.mean`` averages over.
         """
         lengths = self.lengths
@@ -132,8 +148,8 @@ class Experience:
 class Minibatch(Experience):
     """The rows of one optimizer step over all ranks, or one micro-batch of them.
 
-    A micro-batch also has what the models just computed: ``new_logprobs``, ``new_entropy``, ``new_values``,
-    (B, T) and differentiable.
+    A micro-batch also has the outputs of the models: ``new_logprobs``, ``new_entropy``, ``new_values``, (B, T) and
+    differentiable.
     """
 
     new_logprobs: Tensor = field(init=False)
@@ -141,12 +157,12 @@ class Minibatch(Experience):
     new_values: Tensor = field(init=False)
     weights: Tensor = field(init=False)  # (B, T), each token's share of the mean; they sum to 1 over the step
     n_tokens: Tensor = field(init=False)  # response tokens of the whole step
-    lengths: list[tuple[int, int]] = field(init=False)  # read once an update, not once a micro-batch
+    lengths: list[tuple[int, int]] = field(init=False)  # read from the device once an update
     reduction: LossReduction = "token_mean"
-    ranks: int = 1  # gradients are averaged over ranks: the mean makes up for it
+    ranks: int = 1  # gradients are averaged over ranks, so the mean is multiplied by their number
     metrics: dict[str, Tensor] = field(default_factory=dict)  # this rank's part of the step's means
-    least: dict[str, Tensor] = field(default_factory=dict)  # of this rank's tokens
-    greatest: dict[str, Tensor] = field(default_factory=dict)
+    least: dict[str, Tensor] = field(default_factory=dict)  # minima over this rank's tokens
+    greatest: dict[str, Tensor] = field(default_factory=dict)  # maxima
 
     @classmethod
     def of(
@@ -156,7 +172,14 @@ class Minibatch(Experience):
         reduction: LossReduction,
         lengths: list[tuple[int, int]] | None = None,
     ) -> "Minibatch":
-        """The minibatch of some rows of an experience, whose ``lengths`` may be known already."""
+        """The minibatch of some rows of an experience.
+
+        Args:
+            experience: All rows of the update.
+            rows: Row numbers.
+            reduction: See ``mean``.
+            lengths: The rows' lengths, if they are known already.
+        """
         chosen = experience.select(rows)
         minibatch = cls(**{f.name: getattr(chosen, f.name) for f in fields(Experience) if f.init})
         for name in _set_fields(chosen):
@@ -167,7 +190,7 @@ class Minibatch(Experience):
         return minibatch
 
     def _weigh(self) -> None:
-        """Each token's share of the mean; a response without tokens has none."""
+        """Set each token's share of the mean; a response without tokens has none."""
         mask = self.response_mask.float()
         self.n_tokens = mask.sum().clamp(min=1)
         n_rows = mask.any(1).sum().clamp(min=1)
@@ -175,16 +198,16 @@ class Minibatch(Experience):
         self.weights = mask / (self.n_tokens if self.reduction == "token_mean" else per_row)
 
     def micro_batches(self, plan: Sequence[Sequence[int]], ranks: int) -> Iterator["Minibatch"]:
-        """This rank's micro-batches; an empty one is a row of zero weight, so that every rank runs as many forwards.
+        """This rank's micro-batches. An empty one has one row of weight 0, see :func:`rows_or_stand_in`.
 
         Args:
             plan: Rows of each micro-batch.
             ranks: Number of ranks that share the step.
         """
-        self._weigh()  # a callback may have put another mask in place
-        self.metrics = {name: value / ranks for name, value in self.metrics.items()}  # noted on every rank
+        self._weigh()  # a callback may have replaced the mask
+        self.metrics = {name: value / ranks for name, value in self.metrics.items()}  # every rank has logged them
         for rows in plan:
-            micro = self.select(rows or [0])
+            micro = self.select(rows_or_stand_in(rows))
             assert isinstance(micro, Minibatch)
             micro.ranks = ranks
             if not rows:
@@ -192,9 +215,9 @@ class Minibatch(Experience):
             yield micro
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean of ``x`` over the whole optimizer step, this micro-batch's part of it.
+        """This micro-batch's part of the mean of ``x`` over the whole optimizer step.
 
-        Summed over micro-batches and averaged over ranks, as gradients are, the parts give the exact mean.
+        The parts, summed over micro-batches and averaged over ranks as gradients are, give the exact mean.
 
         Shapes:
             (B, T) -> scalar.
@@ -207,27 +230,44 @@ class Minibatch(Experience):
         Shapes:
             x (B, T).
         """
-        total = x.detach().masked_fill(self.weights == 0, 0.0).sum()
-        self.log_part(name, self.ranks * total / self.n_tokens)
+        self.log_all({name: x})
 
-    def log_extremes(self, name: str, x: Tensor) -> None:
-        """Add the least and the greatest ``x`` of all response tokens of this step, ``..._min`` and ``..._max``.
+    def log_all(self, means: dict[str, Tensor], extremes: dict[str, Tensor] | None = None) -> None:
+        """Add several metrics over all response tokens of this step.
+
+        Args:
+            means: Logged under their names, as means.
+            extremes: Logged as ``<name>_min`` and ``<name>_max``.
 
         Shapes:
-            x (B, T).
+            (B, T) each.
         """
-        outside, x = self.weights == 0, x.detach()
-        low, high = x.masked_fill(outside, torch.inf).amin(), x.masked_fill(outside, -torch.inf).amax()
-        self.least[f"{name}_min"] = torch.minimum(self.least.get(f"{name}_min", low), low)
-        self.greatest[f"{name}_max"] = torch.maximum(self.greatest.get(f"{name}_max", high), high)
+        outside = self.weights == 0
+        for name, x in means.items():
+            total = x.detach().masked_fill(outside, 0.0).sum()
+            self._add(name, self.ranks * total / self.n_tokens)
+        for name, x in (extremes or {}).items():
+            low = x.detach().masked_fill(outside, torch.inf).amin()
+            high = x.detach().masked_fill(outside, -torch.inf).amax()
+            self.least[f"{name}_min"] = torch.minimum(self.least.get(f"{name}_min", low), low)
+            self.greatest[f"{name}_max"] = torch.maximum(self.greatest.get(f"{name}_max", high), high)
 
-    def log_part(self, name: str, part: Tensor) -> None:
-        """Add a value that is already a part of the step's mean, as a loss made by :meth:`mean` is."""
+    def log_parts(self, parts: dict[str, Tensor]) -> None:
+        """Add values that are already parts of the step's mean, as losses made with :meth:`mean` are."""
+        for name, part in parts.items():
+            self._add(name, part)
+
+    def _add(self, name: str, part: Tensor) -> None:
         self.metrics[name] = self.metrics.get(name, torch.zeros_like(part)) + part.detach() / self.ranks
 
 
+def rows_or_stand_in(rows: Sequence[int]) -> Sequence[int]:
+    """Row 0 in place of no rows. Its results do not count: sharded models must run as many forwards on every rank."""
+    return rows or [0]
+
+
 def _set_fields(experience: Experience) -> Iterable[str]:
-    """Names of the fields that have a value; an empty slot raises."""
+    """Names of the fields that have a value."""
     for f in fields(experience):
         try:
             object.__getattribute__(experience, f.name)
@@ -237,7 +277,7 @@ def _set_fields(experience: Experience) -> Iterable[str]:
 
 
 def _rows(value: Any, index: Tensor, listed: list[int], n: int) -> Any:
-    """Rows of whatever is ``n`` long; everything else as it is."""
+    """The chosen rows of a value that has ``n``; any other value stays as it is."""
     if isinstance(value, Tensor):
         return value[index] if value.ndim and len(value) == n else value
     if isinstance(value, dict):
@@ -245,17 +285,3 @@ def _rows(value: Any, index: Tensor, listed: list[int], n: int) -> Any:
     if isinstance(value, list | tuple) and len(value) == n:
         return type(value)(value[i] for i in listed)
     return value
-
-
-def model_inputs(experience: Experience) -> tuple[Tensor, Tensor, Tensor]:
-    """What the models read, cut to the longest prompt and response of these rows; the masks lie on the host.
-
-    Shapes:
-        -> input_ids, attention_mask (b, p + t), target_mask (b, t), with p <= P and t <= T.
-    """
-    n_prompt, n_response = torch.tensor(experience.lengths).unsqueeze(-1).unbind(1)  # (b, 1) each
-    p, t = int(n_prompt.max()), max(1, int(n_response.max()))
-    start = experience.prompt_ids.shape[1] - p
-    ids = torch.cat([experience.prompt_ids[:, start:], experience.response_ids[:, :t]], dim=1)
-    target_mask = torch.arange(t) < n_response
-    return ids, torch.cat([torch.arange(p) >= p - n_prompt, target_mask], dim=1), target_mask

@@ -10,8 +10,8 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 import lit_ppo.cli.all_names  # noqa: F401  short names in configurations are those of imported classes
+from lit_ppo.models.lora import check_has_adapter
 from lit_ppo.parallel.checkpoint_io import AtomicCheckpointIO, read_summary
-from lit_ppo.ppo.checks import check_has_adapter
 from lit_ppo.run.checkpoint import RUN
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.export import check_target, write_model

@@ -1,92 +1,26 @@
-"""Prompts to sampled responses: a sample depends on (seed, update, row, sample number), not on how rows are batched."""
+"""The default engine: a decode loop on a transformers model.
+
+A sample depends on (seed, update, row, sample number) alone, not on how rows are batched or spread over ranks.
+"""
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.configuration_utils import GenerationMode
 
 from lit_ppo.functional import token_logprobs
-
-# Everything that reshapes the distribution, switched off: a checkpoint's own settings must not leak in.
-NEUTRAL: dict[str, Any] = {
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "typical_p": 1.0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_new_tokens": 0,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "use_cache": True,
-}
-FILTERS = ("top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-ELSEWHERE = {
-    "temperature": "it is LitPPO's own argument, since log-probs use it too",
-    "do_sample": "training always samples; rollout(do_sample=False) is greedy",
-    "max_length": "give max_new_tokens, which does not depend on the prompt",
-    "min_length": "give min_new_tokens, which does not depend on the prompt",
-    "num_return_sequences": "it is LitPPO's samples_per_prompt",
-    "stop_strings": "responses end in a token: give eos_token_id, a list of ids if there are several",
-    "use_cache": "sampling needs it",
-    "max_time": "it would make samples depend on the clock",
-}
-
-
-def check_generation(generation: dict[str, Any]) -> None:
-    """Check what the user asks of generation, before any model is loaded.
-
-    Args:
-        generation: Fields of ``transformers.GenerationConfig``.
-
-    Raises:
-        ValueError: An unknown field, one that is set elsewhere, or a mode other than sampling.
-    """
-    known = GenerationConfig().to_dict()
-    for name, value in generation.items():
-        if name in ELSEWHERE:
-            raise ValueError(f"LitPPO(generation={{{name!r}: {value!r}}}): not here; {ELSEWHERE[name]}")
-        if name not in known:
-            raise ValueError(f"LitPPO(generation={{{name!r}: ...}}): no field of transformers.GenerationConfig")
-    max_new_tokens = generation.get("max_new_tokens")
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"LitPPO(generation={generation!r}): max_new_tokens must be given, an integer over 0")
-    mode = GenerationConfig(**{**NEUTRAL, **generation, "do_sample": True}).get_generation_mode()
-    if mode != GenerationMode.SAMPLE:
-        raise ValueError(f"LitPPO(generation={generation!r}): asks for {mode.value}; PPO needs plain sampling")
-
-
-def generation_config(
-    generation: dict[str, Any], temperature: float, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> GenerationConfig:
-    """A neutral configuration with the user's fields; of the checkpoint's own, only stop and start ids stay.
-
-    Args:
-        generation: The user's fields.
-        temperature: The module's, the one source.
-        model: Whose checkpoint names the stop ids.
-        tokenizer: Pads; and stops, where the checkpoint names no stop id.
-    """
-    own = model.generation_config
-    stop = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
-    ids = {"eos_token_id": stop, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    return GenerationConfig(**{**NEUTRAL, **ids, **generation, "do_sample": True, "temperature": temperature})
-
-
-def stop_ids(config: GenerationConfig) -> list[int]:
-    """The tokens that end a response."""
-    ids = config.eos_token_id
-    return [int(i) for i in (ids if isinstance(ids, list | tuple) else [ids]) if i is not None]
+from lit_ppo.generation.config import stop_ids
+from lit_ppo.generation.engine import Progress, Responses
 
 
 def uniforms(seed: int, stream: str, update: int, rows: Sequence[int], samples: Sequence[int], n: int) -> Tensor:
-    """One uniform number a token, from counters alone.
+    """One uniform random number per token, computed from counters alone.
 
     Args:
         seed: The run's.
@@ -104,32 +38,31 @@ def uniforms(seed: int, stream: str, update: int, rows: Sequence[int], samples: 
     return torch.from_numpy(np.stack(drawn)) if drawn else torch.zeros(0, n, dtype=torch.float64)
 
 
-def sample(
+def generate(
     model: PreTrainedModel,
     prompt_ids: Tensor,
     prompt_mask: Tensor,
     config: GenerationConfig,
     draws: Tensor | None,
-    logprobs: list[list[float]] | None = None,
-    on_token: Callable[[int], None] = lambda number: None,
-) -> list[list[int]]:
-    """Responses, each up to and with its first stop token.
+    *,
+    logprobs: bool = False,
+    progress: Progress | None = None,
+) -> Responses:
+    """Sample one response per row; see :class:`lit_ppo.generation.engine.Engine`.
 
     Args:
         model: Causal LM in eval mode.
         prompt_ids: Left-padded.
         prompt_mask: True at prompt tokens.
-        config: From :func:`generation_config`.
-        draws: Uniform numbers (B, max_new_tokens); None is greedy.
-        logprobs: An empty list, to be filled with the tokens' log-probs, tempered but before any other processor.
-        on_token: Told how many tokens the longest responses have so far.
+        config: From :func:`lit_ppo.generation.config.generation_config`.
+        draws: Uniform random numbers, one per token; None: greedy.
+        logprobs: Also return the tokens' log-probs, at the temperature but before any other logits processor.
+        progress: Told how many tokens the longest response has.
 
     Shapes:
-        prompt_ids, prompt_mask (B, P) -> B lists of at most max_new_tokens ids.
+        prompt_ids, prompt_mask (B, P), draws (B, max_new_tokens).
     """
-    responses: list[list[int]] = [[] for _ in range(len(prompt_ids))]
-    if logprobs is not None:
-        logprobs.extend([] for _ in responses)
+    responses = Responses([[] for _ in prompt_ids], [[] for _ in prompt_ids])
 
     def decode(
         model: Any,
@@ -139,7 +72,7 @@ def sample(
         generation_config: Any,
         **state: Any,
     ) -> None:
-        _decode(model, input_ids, logits_processor, config, draws, responses, logprobs, on_token, state)
+        _decode(model, input_ids, logits_processor, config, draws, responses, logprobs, progress, state)
 
     with _weights_cast_once(model, prompt_ids.device.type):
         model.generate(  # type: ignore[operator]
@@ -153,7 +86,7 @@ def sample(
 
 @contextmanager
 def _weights_cast_once(model: nn.Module, device: str) -> Iterator[None]:
-    """Under Lightning's autocast, which casts all weights again in every forward, cast them once for all tokens."""
+    """Cast the weights once for all tokens: Lightning's autocast would cast them again in every forward."""
     if not torch.is_autocast_enabled(device):
         yield
         return
@@ -161,12 +94,12 @@ def _weights_cast_once(model: nn.Module, device: str) -> Iterator[None]:
     with torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=True):
         try:
             for parameter in frozen:
-                parameter.requires_grad_(True)  # the cache takes no others; gradients are off
+                parameter.requires_grad_(True)  # autocast caches no others; gradients are off
             yield
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(False)
-            torch.clear_autocast_cache()  # the next rollout's weights are others
+            torch.clear_autocast_cache()  # the weights change before the next rollout
 
 
 def _decode(
@@ -175,12 +108,12 @@ def _decode(
     logits_processor: Any,
     config: GenerationConfig,
     draws: Tensor | None,
-    responses: list[list[int]],
-    logprobs: list[list[float]] | None,
-    on_token: Callable[[int], None],
+    responses: Responses,
+    logprobs: bool,
+    progress: Progress | None,
     state: dict[str, Any],
 ) -> None:
-    """Token by token; rows that have ended leave the batch, and the cache with it."""
+    """Decode token by token; rows that have ended leave the batch and the cache."""
     rows = torch.arange(len(input_ids), device=input_ids.device)
     stops = torch.tensor(stop_ids(config), device=input_ids.device)
     draws = None if draws is None else draws.to(input_ids.device, _cdf_dtype(input_ids.device))
@@ -190,10 +123,11 @@ def _decode(
         state = model._update_model_kwargs_for_generation(outputs, state)
         raw = outputs.logits[:, -1].float()
         logits = logits_processor(input_ids, raw)
-        on_token(t + 1)
+        if progress is not None:
+            progress.detail = f"token {t + 1}/{config.max_new_tokens}"
         token = logits.argmax(-1) if draws is None else inverse_cdf(logits, draws[rows, t])
         tokens.append(token)
-        if logprobs is not None:
+        if logprobs:
             tokens_logprobs.append(token_logprobs(raw.unsqueeze(1), token.unsqueeze(1), config.temperature).squeeze(1))
         alive_at.append(rows)
         going = ~torch.isin(token, stops)
@@ -204,20 +138,21 @@ def _decode(
             rows, input_ids = rows[going], input_ids[going]
             state["past_key_values"].batch_select_indices(going)
             state = _keep_rows(state, going)
-            for processor in logits_processor:  # some hold a number per row
-                vars(processor).update(_keep_rows(vars(processor), going))
+            for processor in logits_processor:  # some hold one number per row
+                for name, value in _keep_rows(vars(processor), going).items():
+                    setattr(processor, name, value)
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **state)
         outputs = model(**inputs, return_dict=True)
     alive = torch.cat(alive_at).tolist()
     for row, token_id in zip(alive, torch.cat(tokens).tolist(), strict=True):
-        responses[row].append(token_id)
-    if logprobs is not None:
+        responses.ids[row].append(token_id)
+    if logprobs:
         for row, logprob in zip(alive, torch.cat(tokens_logprobs).tolist(), strict=True):
-            logprobs[row].append(logprob)
+            responses.logprobs[row].append(logprob)
 
 
 def inverse_cdf(logits: Tensor, draws: Tensor) -> Tensor:
-    """The token at which the cumulated probability passes the draw.
+    """The token at which the cumulative probability exceeds the draw.
 
     Shapes:
         logits (B, V), draws (B,) in [0, 1) -> (B,).
@@ -228,13 +163,43 @@ def inverse_cdf(logits: Tensor, draws: Tensor) -> Tensor:
 
 
 def _cdf_dtype(device: torch.device) -> torch.dtype:
-    """Many small probabilities are cumulated in double precision, where the device has it."""
+    """Many small probabilities are summed in double precision, where the device supports it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _keep_rows(state: dict[str, Any], going: Tensor) -> dict[str, Any]:
-    """What tensors say of the rows that go on."""
+    """Cut tensors with one entry per row to the rows that have not ended."""
     return {
         name: value[going] if isinstance(value, Tensor) and value.ndim and len(value) == len(going) else value
         for name, value in state.items()
     }
+
+
+def pad_ids(rows: Sequence[Sequence[int]], *, left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids padded with 0, and the mask that tells tokens from padding.
+
+    Shapes:
+        -> (B, L), (B, L).
+    """
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ones = [torch.ones_like(row, dtype=torch.bool) for row in tensors]
+    side = "left" if left else "right"
+    ids = pad_sequence(tensors, batch_first=True, padding_side=side)
+    return ids.to(device), pad_sequence(ones, batch_first=True, padding_side=side).to(device)
+
+
+def continuations(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[list[int]], response_ids: list[list[int]]
+) -> list[str]:
+    """Responses as they continue their prompts: decoded alone, many tokenizers drop the leading space."""
+
+    def decode(rows: list[list[int]]) -> list[str]:
+        texts: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return texts
+
+    prompts = decode(prompt_ids)
+    conversations = decode([prompt + response for prompt, response in zip(prompt_ids, response_ids, strict=True)])
+    return [
+        text[len(prompt) :] if text.startswith(prompt) else alone
+        for text, prompt, alone in zip(conversations, prompts, decode(response_ids), strict=True)
+    ]

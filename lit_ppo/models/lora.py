@@ -1,4 +1,4 @@
-"""Adapters of low rank (LoRA): few weights trained beside a frozen model, which without them is the reference."""
+"""Low-rank adapters (LoRA): a few weights trained beside a frozen model, which without them is the reference."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lit_ppo.generation.engine import Responses
 from lit_ppo.models.actor_critic import Actor
 
 FIELDS = (
@@ -138,10 +139,10 @@ def merged(
 
 
 class WithoutAdapter:
-    """An actor without its adapter, as a reference: no module, so that its weights are counted and saved once.
+    """An actor without its adapter, as the reference. It is not a module, so its weights are counted and saved once.
 
     Args:
-        actor: With an adapter; where it is sharded, what the strategy made of it.
+        actor: With an adapter.
     """
 
     def __init__(self, actor: Actor) -> None:
@@ -149,20 +150,36 @@ class WithoutAdapter:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The Hugging Face model, adapter and all."""
+        """The Hugging Face model with its adapter."""
         return self.actor.model
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The actor's forward."""
         with adapter_off(self.actor):
             return self.actor(*args, **kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> list[list[int]]:
-        """See :func:`lit_ppo.generation.transformers.sample`."""
+    def generate(self, *args: Any, **kwargs: Any) -> Responses:
+        """Sample responses; see :class:`lit_ppo.generation.engine.Engine`."""
         with adapter_off(self.actor):
             return self.actor.generate(*args, **kwargs)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The actor's."""
+        """The parameters of the actor."""
         return self.actor.named_parameters()
+
+
+def check_has_adapter(where: str, module: object, adapter: bool) -> None:
+    """Check that a module which is to export an adapter trains one.
+
+    Args:
+        where: Class or method and argument, for messages.
+        module: The module.
+        adapter: Whether to export an adapter.
+
+    Raises:
+        ValueError: It trains none.
+    """
+    if adapter and getattr(getattr(module, "model_settings", None), "actor_lora", None) is None:
+        raise ValueError(
+            f"{where}: {type(module).__name__} trains no adapter; leave it out, or give LitPPO an actor_lora"
+        )

@@ -1,7 +1,6 @@
-"""Loading and saving: models, optimizers and what a checkpoint holds."""
+"""From paths to models and optimizers."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -10,230 +9,179 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_ppo.data.tokenization import save_tokenizer
-from lit_ppo.generation.transformers import generation_config
-from lit_ppo.models.actor_critic import (
-    Actor,
-    Critic,
-    Reference,
-    checkpoint_activations,
-    compile_blocks,
-    load_causal_lm,
-    load_critic,
-    load_tokenizer,
-)
-from lit_ppo.models.lora import WithoutAdapter, add_adapter, merged, save_adapter
+from lit_ppo.generation.config import generation_config
+from lit_ppo.models.actor_critic import Actor, Critic, Reference, checkpoint_activations, compile_blocks
+from lit_ppo.models.load import load_causal_lm, load_critic
+from lit_ppo.models.lora import WithoutAdapter, add_adapter
 from lit_ppo.optim.schedules import per_step
-from lit_ppo.optim.settings import BuiltOptimizer, restore_settings
-from lit_ppo.parallel.full_state import full_weights
-from lit_ppo.parallel.ranks import rank
+from lit_ppo.optim.settings import BuiltOptimizer
 from lit_ppo.parallel.sharding import build, check_placed, shard
-from lit_ppo.ppo.checks import ReferenceDtype, check_has_adapter, check_models, check_saved_reference
-from lit_ppo.ppo.collect import Policy
+from lit_ppo.ppo.settings import Models, ModelSettings
 from lit_ppo.rewards import RewardModel, place_reward_models
+from lit_ppo.validate import refuse
 
 M = TypeVar("M", bound=nn.Module)
-FROZEN = ("rewards.", "eval_rewards.")
 
 
-class Assembly(Policy):
-    """Builds LitPPO from the paths that it was given, and takes it apart for checkpoints and export."""
+def configure_model(module: Any) -> None:
+    """Build the models of a LitPPO, once; Lightning's hook.
 
-    paths: dict[str, str | None]  # actor, tokenizer, critic, reference
-    factories: dict[str, tuple[OptimizerCallable, LRSchedulerCallable | None]]
-    generation_fields: dict[str, Any]
-    model_kwargs: dict[str, Any]
-    reference_dtype: ReferenceDtype
-    lora: dict[str, dict[str, Any] | None]  # actor, critic
-    activation_checkpointing: bool
-    compile_blocks: bool
-    checkpoint_reference: bool
-    skipped_steps: int
-    _tokenizer: PreTrainedTokenizerBase | None
-    _built: bool
-    _optimizers_built: dict[str, BuiltOptimizer]
-    _resumed: tuple[dict[str, Any], list[Any]] | None  # settings and states of a checkpoint, until training starts
+    Args:
+        module: The LitPPO.
+    """
+    strategy = None if module._trainer is None else module._trainer.strategy
+    if module._built:
+        check_placed(strategy, module)
+        return
+    models = build_models(module.model_settings, module.tokenizer, module.rewards, module.eval_rewards, strategy)
+    module.actor, module.critic, module.reference = models.actor, models.critic, models.reference
+    module.generation = models.generation
+    module._built = True
 
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The actor's tokenizer, loaded when first needed: a data module may have written it only just before."""
-        if self._tokenizer is None:
-            argument = "tokenizer" if self.paths["tokenizer"] != self.paths["actor"] else "actor"
-            trust = bool(self.model_kwargs.get("trust_remote_code"))
-            self._tokenizer = load_tokenizer(
-                f"LitPPO({argument})", str(self.paths["tokenizer"]), trust_remote_code=trust
-            )
-        return self._tokenizer
 
-    def configure_model(self) -> None:
-        """Load actor, critic, reference and reward model, once."""
-        if self._built:
-            check_placed(self._strategy, self)
-            return
-        self.actor = self._placed(self._make_actor)
-        self.generation = generation_config(self.generation_fields, self.temperature, self.actor.model, self.tokenizer)
-        self.actor.model.generation_config = self.generation
-        place_reward_models(self._strategy, self.rewards, self.eval_rewards)
-        self.reference = None
-        if self.paths["reference"] == "actor" and self.lora["actor"] is not None:
-            self.reference = WithoutAdapter(self.actor)
-        elif self.paths["reference"] is not None:
-            self.reference = self._placed(self._make_reference, frozen=True)
-        self.critic = None
-        if self.paths["critic"] is not None:
-            self.critic = self._placed(self._make_critic)
-        check_models(self)
-        self._built = True
+def configure_optimizers(module: Any) -> tuple[list[Optimizer], list[Any]]:
+    """Build an optimizer and a schedule for actor and critic; Lightning's hook.
 
-    def _make_actor(self) -> Actor:
-        actor = Actor(self._load_actor())
-        self._adapt("actor", actor.model)
-        return actor
+    Args:
+        module: The LitPPO.
+    """
+    built = module.optimization.built
+    for name, model in (("actor", module.actor), ("critic", module.critic)):
+        if model is not None:
+            make, make_schedule = module.factories[name]
+            built[name] = _build_optimizer(module, name, model, make, make_schedule)
+    schedules = [entry.schedule for entry in built.values() if entry.schedule is not None]
+    return [entry.optimizer for entry in built.values()], schedules
 
-    def _load_actor(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        return load_causal_lm(f"{type(self).__name__}(actor)", str(self.paths["actor"]), self.model_kwargs, dtype)
 
-    def _make_reference(self) -> Reference:
-        path = str(self.paths["actor" if self.paths["reference"] == "actor" else "reference"])
-        dtype = getattr(torch, self.reference_dtype)
-        return Reference(load_causal_lm(f"{type(self).__name__}(reference)", path, self.model_kwargs, dtype))
+def _build_optimizer(
+    module: Any, name: str, model: nn.Module, make: OptimizerCallable, make_schedule: LRSchedulerCallable | None
+) -> BuiltOptimizer:
+    where = f"{type(module).__name__}({name}"
+    optimizer = make([p for p in model.parameters() if p.requires_grad])
 
-    def _make_critic(self) -> Critic:
-        start, label = self._critic_source()
-        critic = load_critic(f"{type(self).__name__}(critic)", start, self.model_kwargs, label)
-        self._adapt("critic", critic.backbone)
-        return critic
+    def schedule(optimizer: Optimizer) -> Any:
+        assert make_schedule is not None
+        return per_step(f"{where}_scheduler", make_schedule(optimizer), module)
 
-    def _adapt(self, name: str, model: PreTrainedModel) -> None:
-        """Have an adapter trained in place of the whole model, where one was asked for."""
-        fields = self.lora[name]
-        if fields is not None:
-            add_adapter(f"{type(self).__name__}({name}_lora", model, fields, self.seed)
+    return BuiltOptimizer(f"{where}_optimizer", optimizer, None if make_schedule is None else schedule)
 
-    @property
-    def _strategy(self) -> Any:
-        """The Trainer's; None without one."""
-        return None if self._trainer is None else self._trainer.strategy
 
-    def _placed(self, make: Callable[[], M], *, frozen: bool = False) -> M:
-        """Build a model and leave this rank its share of it, where the strategy shards."""
-        model = build(self._strategy, make)
-        if self.compile_blocks:
-            compile_blocks(model)
-        if self.activation_checkpointing and not frozen:
-            checkpoint_activations(model)
-        return shard(self._strategy, model, frozen=frozen)
+def build_models(
+    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, rewards: Any, eval_rewards: Any, strategy: Any
+) -> Models:
+    """Load actor, critic, reference and reward models.
 
-    def _critic_source(self) -> tuple[str, int | None]:
-        """Where the critic's weights come from, and which output of a reward model its head starts as."""
-        critic = str(self.paths["critic"])
-        if critic == "actor":
-            return str(self.paths["actor"]), None
-        if critic != "reward":
-            return critic, None
-        if not isinstance(self.rewards, RewardModel):
-            raise ValueError("LitPPO(critic='reward'): the rewards are no RewardModel; use critic='actor' or a path")
-        return self.rewards.path, int(self.rewards.label_index)
+    Args:
+        settings: What to build.
+        tokenizer: The actor's.
+        rewards: Score source whose reward models are loaded here.
+        eval_rewards: The same for validation, or None.
+        strategy: The Trainer's; None without one. Under one that shards, each rank keeps its shard.
+    """
+    actor = _place(settings, strategy, lambda: _make_actor(settings))
+    generation = generation_config(settings.generation, settings.temperature, actor.model, tokenizer)
+    actor.model.generation_config = generation
+    place_reward_models(strategy, rewards, eval_rewards)
+    reference: Reference | WithoutAdapter | None = None
+    if settings.reference == "actor" and settings.actor_lora is not None:
+        reference = WithoutAdapter(actor)
+    elif settings.reference is not None:
+        reference = _place(settings, strategy, lambda: _make_reference(settings), frozen=True)
+    critic = None
+    if settings.critic is not None:
+        critic = _place(settings, strategy, lambda: _make_critic(settings, rewards))
+    models = Models(actor, critic, reference, tokenizer, generation)
+    check_models(settings, models, rewards)
+    return models
 
-    def configure_optimizers(self) -> Any:
-        """One optimizer and schedule each for actor and critic."""
-        self._optimizers_built = {
-            name: self._build_optimizer(name, model)
-            for name, model in (("actor", self.actor), ("critic", self.critic))
-            if model is not None
-        }
-        built = self._optimizers_built.values()
-        return [entry.optimizer for entry in built], [entry.schedule for entry in built if entry.schedule is not None]
 
-    def _build_optimizer(self, name: str, model: nn.Module) -> BuiltOptimizer:
-        optimizer_of, scheduler_of = self.factories[name]
-        optimizer = optimizer_of([p for p in model.parameters() if p.requires_grad])
-        where = f"{type(self).__name__}({name}"
+def _place(settings: ModelSettings, strategy: Any, make: Callable[[], M], *, frozen: bool = False) -> M:
+    """Build a model; under a strategy that shards, this rank keeps its shard."""
+    model = build(strategy, make)
+    if settings.compile_blocks:
+        compile_blocks(model)
+    if settings.activation_checkpointing and not frozen:
+        checkpoint_activations(model)
+    return shard(strategy, model, frozen=frozen)
 
-        def schedule(optimizer: Optimizer) -> Any:
-            assert scheduler_of is not None
-            return per_step(f"{where}_scheduler", scheduler_of(optimizer), self)
 
-        return BuiltOptimizer(f"{where}_optimizer", optimizer, schedule if scheduler_of is not None else None)
+def _make_actor(settings: ModelSettings) -> Actor:
+    actor = Actor(settings.load_actor())
+    if settings.actor_lora is not None:
+        add_adapter(f"{settings.owner}(actor_lora", actor.model, settings.actor_lora, settings.seed)
+    return actor
 
-    def on_train_start(self) -> None:
-        """Have rates and schedules that a resumed run was given take effect."""
-        if self._resumed is not None:
-            restore_settings(self.trainer, self._optimizers_built, *self._resumed, steps=self.trainer.global_step)
-            self._resumed = None
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Weights without the frozen ones: the reference is loaded from its own path, unless a callback moves it."""
-        check_saved_reference(self)
-        is_saved = self._saved()
-        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if is_saved(name)}
+def _make_reference(settings: ModelSettings) -> Reference:
+    path = settings.actor if settings.reference == "actor" else str(settings.reference)
+    dtype = getattr(torch, settings.reference_dtype)
+    return Reference(load_causal_lm(f"{settings.owner}(reference", path, settings.model_kwargs, dtype))
 
-    def _saved(self) -> Callable[[str], bool]:
-        """Which names of weights checkpoints hold; of a model with an adapter, those that are trained."""
-        frozen = FROZEN if self.checkpoint_reference else (*FROZEN, "reference.")
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        return lambda name: not name.startswith(frozen) and (not name.startswith(self._adapted) or name in trained)
 
-    @property
-    def _adapted(self) -> tuple[str, ...]:
-        """What the names of weights of models with an adapter begin with."""
-        built = [name for name, fields in self.lora.items() if fields is not None and getattr(self, name, None)]
-        return tuple(f"{name}." for name in built)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the counts that random draws depend on."""
-        settings = {name: entry.settings for name, entry in self._optimizers_built.items()}
-        checkpoint["lit_ppo"] = {
-            "rollouts": self.rollouts, "skipped_steps": self.skipped_steps, "optimizers": settings
-        }  # fmt: skip
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint is one of this module's, then restore the counts."""
-        names = {name for name, _ in self.named_parameters(remove_duplicate=False)}
-        expected = set(filter(self._saved(), names))  # without gathering any weights
-        found = checkpoint.get("state_dict", {}).keys()
-        if "lit_ppo" not in checkpoint or expected - found:
-            missing = ", ".join(sorted(expected - found)[:3]) or "lit_ppo"
-            raise ValueError(f"the checkpoint is none of {type(self).__name__} with these models: it lacks {missing}")
-        if more := sorted(name for name in found - expected if name.startswith(self._adapted)):
+def _make_critic(settings: ModelSettings, rewards: Any) -> Critic:
+    path, label = str(settings.critic), None
+    if settings.critic == "actor":
+        path = settings.actor
+    elif settings.critic == "reward":
+        if not isinstance(rewards, RewardModel):
             raise ValueError(
-                f"the checkpoint is none of {type(self).__name__} with these adapters: it holds {more[0]} besides; "
-                "give actor_lora and critic_lora of the run that wrote it"
+                f"{settings.owner}(critic='reward'): the rewards are not a RewardModel; use critic='actor' or a path"
             )
-        self.rollouts = checkpoint["lit_ppo"]["rollouts"]
-        self.skipped_steps = checkpoint["lit_ppo"]["skipped_steps"]
-        self._resumed = checkpoint["lit_ppo"]["optimizers"], checkpoint.get("lr_schedulers", [])
+        path, label = rewards.path, int(rewards.label_index)
+    critic = load_critic(f"{settings.owner}(critic", path, settings.model_kwargs, label)
+    if settings.critic_lora is not None:
+        add_adapter(f"{settings.owner}(critic_lora", critic.backbone, settings.critic_lora, settings.seed)
+    return critic
 
-    def only_actor(self) -> None:
-        """Build nothing but what :meth:`save_pretrained` writes: the other models need not even be there any more."""
-        self.paths |= {"critic": None, "reference": None}
-        self.lora["critic"] = None
-        self.rewards = self.eval_rewards = None  # type: ignore[assignment]
 
-    def save_pretrained(self, dirpath: str | Path, *, adapter: bool = False) -> None:
-        """Write the actor in Hugging Face format: weights, config, tokenizer, generation config.
+def check_critic(owner: object, critic: str | None, advantages: Any) -> None:
+    """Check that there is a critic if and only if the estimator reads values.
 
-        To be called on every rank where the strategy shards; the first one writes. An adapter is merged into the
-        weights, for which the actor is loaded once more.
+    Raises:
+        ValueError: Names both.
+    """
+    estimator = type(advantages).__name__
+    if not hasattr(advantages, "needs_values"):
+        problem = "not an estimator: it lacks needs_values, which says whether it takes a critic's values"
+        refuse(owner, "advantages", advantages, problem)
+    if critic is None and advantages.needs_values:
+        refuse(owner, "critic", critic, f"{estimator} needs values; give a critic, or another estimator")
+    if critic is not None and not advantages.needs_values:
+        refuse(owner, "critic", critic, f"{estimator} uses no values; set critic to null")
 
-        Args:
-            dirpath: Folder; made if it does not exist.
-            adapter: Write the adapter alone, for ``peft``.
 
-        Raises:
-            ValueError: There is no adapter.
-        """
-        check_has_adapter(f"save_pretrained(adapter={adapter})", self, adapter)
-        weights = full_weights(self.actor, "model.", trained=self.lora["actor"] is not None)
-        if weights is None or rank() == 0:
-            model = self.actor.model
-            if adapter:
-                save_adapter(model, weights, dirpath)
-                self.generation.save_pretrained(dirpath)
-            elif self.lora["actor"] is not None:
-                whole = merged(model, weights, lambda: self._load_actor(model.dtype))
-                whole.generation_config = self.generation
-                whole.save_pretrained(dirpath)
-            else:
-                model.save_pretrained(dirpath, state_dict=weights)
-            save_tokenizer(self.tokenizer, dirpath)
+def check_models(settings: ModelSettings, models: Models, rewards: Any) -> None:
+    """Check that the built models use the same tokens.
+
+    Raises:
+        ValueError: Names both sides.
+    """
+    owner, tokenizer, size = settings.owner, models.tokenizer, _vocab_size(models.actor.model)
+    if len(tokenizer) > size:
+        refuse(
+            owner, "tokenizer", settings.tokenizer or settings.actor,
+            f"has {len(tokenizer)} tokens, the actor in {settings.actor!r} only {size}; give the tokenizer that the "
+            "actor was trained with",
+        )  # fmt: skip
+    others: dict[str, tuple[str | None, PreTrainedModel | None]] = {
+        "reference": (settings.reference, None if models.reference is None else models.reference.model),
+        "critic": (settings.critic, None if models.critic is None else models.critic.backbone),
+    }
+    for name, (path, other) in others.items():
+        if other is not None and _vocab_size(other) != size:
+            refuse(
+                owner, name, path,
+                f"its vocabulary has {_vocab_size(other)} tokens, that of the actor in {settings.actor!r} has {size}; "
+                "they must share one",
+            )  # fmt: skip
+    if settings.critic == "reward" and rewards.tokenizer.get_vocab() != tokenizer.get_vocab():
+        refuse(
+            owner, "critic", "reward",
+            "the reward model and the actor have different tokenizers, so the same ids mean other tokens; use "
+            "critic='actor'",
+        )  # fmt: skip
+
+
+def _vocab_size(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config().vocab_size)

@@ -1,6 +1,7 @@
 """Validation, test and prediction: sample on prompts that are not trained on, and score."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,99 +12,141 @@ from torchmetrics import MeanMetric
 from lit_ppo.experience import Experience
 from lit_ppo.functional import wins
 from lit_ppo.parallel.ranks import rank
-from lit_ppo.ppo.collect import Policy
-from lit_ppo.rewards import source_names
+from lit_ppo.ppo.collect import score
 
 PREDICTIONS = "predictions.jsonl"
+Scores = dict[str, Tensor]  # by reward; the training reward as a whole is under ""
 
 
-class Evaluation(Policy):
-    """Every draw comes from a fixed stream of its own: the same prompts give comparable numbers all run long.
+class Evaluator:
+    """Means of held-out scores, KL, lengths and win rates.
 
-    The reference answers by the same draws, once: the actor wins exactly half of the time until it differs.
+    Every batch is sampled from a fixed random stream, so numbers are comparable during the whole run. The reference
+    samples from the same stream, once: the actor wins exactly half of the comparisons until it differs.
     """
 
-    checkpoint_reference: bool  # a callback moves it
-    _means: dict[str, MeanMetric]  # by what they are logged as
-    _reference_judged: dict[str, tuple[list[str], dict[str, Tensor]]]  # stream -> prompts, scores by each judge
+    def __init__(self) -> None:
+        self._means: dict[str, MeanMetric] = {}
+        self._reference: dict[str, tuple[list[str], Scores]] = {}  # stream -> prompts, scores
+        self.predictions: list[dict[str, Any]] = []
 
-    def validate_start(self) -> None:
-        """Run validation before the first update, where the trainer runs any; a resumed run has done so."""
-        trainer = self.trainer
-        if trainer.global_step == 0 and trainer.enable_validation:
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
-            trainer.training = True
+    def evaluate(
+        self,
+        name: str,
+        batch_idx: int,
+        rollout: Callable[..., Experience],
+        score: Callable[[Experience], Scores],
+        *,
+        has_reference: bool,
+        reference_moves: bool,
+    ) -> dict[str, MeanMetric]:
+        """Add one batch to the means.
 
-    def validation_step(self, prompts: Any, batch_idx: int) -> None:
-        """Log score, KL and length of one response to each prompt, and how often it beats the reference's."""
-        self._evaluate("val", prompts, batch_idx)
+        Args:
+            name: ``val`` or ``test``.
+            batch_idx: Number of the batch.
+            rollout: Samples one response per prompt of the batch, from the given ``stream`` and ``policy``.
+            score: Scores responses by every reward.
+            has_reference: Whether the actor is compared with a reference.
+            reference_moves: Whether the reference changes during the run.
 
-    def test_step(self, prompts: Any, batch_idx: int) -> None:
-        """As validation, under ``test/``."""
-        self._evaluate("test", prompts, batch_idx)
-
-    def _evaluate(self, name: str, prompts: Any, batch_idx: int) -> None:
+        Returns:
+            The means so far, by their logged names.
+        """
         stream = f"{name}/{batch_idx}"
-        with self.at_work("rollout"):
-            experience = self.rollout(prompts, samples_per_prompt=1, stream=stream)
-        scores = self._judged(experience)
-        metrics = {
-            **{f"score{judge}": values for judge, values in scores.items()},
+        experience = rollout(stream=stream)
+        scores = score(experience)
+        values: dict[str, Tensor] = {
+            **{_key("score", reward): x for reward, x in scores.items()},
             "kl": experience.kl.sum(1),
             "length": experience.response_mask.sum(1),
             "ended_fraction": experience.ended,
         }
-        if self.reference is not None:
-            theirs = self._reference_scores(prompts, stream, experience.prompts)
-            metrics |= {f"win_rate{judge}": wins(ours, theirs[judge]) for judge, ours in scores.items()}
-        for key, values in metrics.items():
-            mean = self._means.setdefault(f"{name}/{key}", MeanMetric(sync_on_compute=False)).to(self.device)
-            mean.update(values.float())  # the same on every rank: nothing to exchange
-            self.log(f"{name}/{key}", mean, metric_attribute=f"{name}/{key}")
+        if has_reference:
+            known = None if reference_moves else self._reference.get(stream)
+            if known is None or known[0] != experience.prompts:
+                theirs = score(rollout(stream=stream, policy="reference", logprobs=False))
+                known = self._reference[stream] = experience.prompts, theirs
+            values |= {_key("win_rate", reward): wins(x, known[1][reward]) for reward, x in scores.items()}
+        return {f"{name}/{key}": self._update(f"{name}/{key}", x) for key, x in values.items()}
 
-    def _judged(self, experience: Experience) -> dict[str, Tensor]:
-        """Scores by the training reward, under the empty name, and by whatever else has one."""
-        with self.at_work("score"):
-            named = self.scores_by(self.rewards, experience)
-            if self.eval_rewards is not None:
-                judged = self.scores_by(self.eval_rewards, experience)
-                named |= {name: judged[name] for name in source_names(self.eval_rewards)}
-        return {f"/{name}" if name else "": scores for name, scores in named.items()}
+    def _update(self, name: str, values: Tensor) -> MeanMetric:
+        # every rank holds the same values, so there is nothing to exchange
+        mean = self._means.setdefault(name, MeanMetric(sync_on_compute=False)).to(values.device)
+        mean.update(values.float())
+        return mean
 
-    def _reference_scores(self, prompts: Any, stream: str, texts: list[str]) -> dict[str, Tensor]:
-        """The same of the reference's own responses to the same prompts; sampled once, unless the reference moves."""
-        known = None if self.checkpoint_reference else self._reference_judged.get(stream)
-        if known is None or known[0] != texts:
-            with self.at_work("rollout"):
-                theirs = self.rollout(prompts, samples_per_prompt=1, policy="reference", logprobs=False, stream=stream)
-            known = self._reference_judged[stream] = texts, self._judged(theirs)
-        return known[1]
 
-    def on_predict_start(self) -> None:
-        """Begin a list of rows."""
-        self._predictions: list[dict[str, Any]] = []
+def _key(metric: str, reward: str) -> str:
+    return f"{metric}/{reward}" if reward else metric
 
-    def predict_step(self, prompts: Any, batch_idx: int) -> list[dict[str, Any]]:
-        """Prompts, responses and scores of ``samples_per_prompt`` responses to each prompt; each source's by name."""
-        experience = self.rollout(prompts, logprobs=False, stream=f"predict/{batch_idx}")
-        columns = {"prompt": experience.prompts, "response": experience.responses}
-        columns["score"] = self.score(experience).tolist()
-        columns.update({f"score/{source}": experience.extras[source].tolist() for source in self.source_names})
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        self._predictions += rows
-        return rows
 
-    def on_predict_end(self) -> None:
-        """Write all rows as JSON lines into the run folder."""
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
-        if rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            lines = [_line(json.dumps(row, ensure_ascii=False)) for row in self._predictions]
-            (folder / PREDICTIONS).write_text("".join(lines), encoding="utf-8")
-        rank_zero_info(f"{len(self._predictions)} predictions: {folder / PREDICTIONS}")
+def validate_before_training(trainer: Any) -> None:
+    """Run validation before the first update, if the trainer validates at all; a resumed run has done so."""
+    if trainer.global_step == 0 and trainer.enable_validation:
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+
+
+def validation_step(module: Any, prompts: Any, batch_idx: int) -> None:
+    """Log score, KL and length of one response per prompt, and how often it beats the reference's."""
+    _evaluate(module, "val", prompts, batch_idx)
+
+
+def test_step(module: Any, prompts: Any, batch_idx: int) -> None:
+    """As :func:`validation_step`, under ``test/``."""
+    _evaluate(module, "test", prompts, batch_idx)
+
+
+def _evaluate(module: Any, name: str, prompts: Any, batch_idx: int) -> None:
+    def rollout(**kwargs: Any) -> Experience:
+        with module.progress.working("rollout"):
+            experience: Experience = module.rollout(prompts, samples_per_prompt=1, **kwargs)
+            return experience
+
+    def score_all(experience: Experience) -> Scores:
+        with module.progress.working("score"):
+            scores = score(module.rewards, experience, timeout=module.reward_timeout)
+            if module.eval_rewards is not None:
+                by_eval = score(module.eval_rewards, experience, timeout=module.reward_timeout)
+                scores |= {reward: x for reward, x in by_eval.items() if reward}
+            return scores
+
+    means = module.evaluator.evaluate(
+        name, batch_idx, rollout, score_all,
+        has_reference=module.reference is not None, reference_moves=module.checkpoint_reference,
+    )  # fmt: skip
+    for key, mean in means.items():
+        module.log(key, mean, metric_attribute=key)
+
+
+def predict_step(module: Any, prompts: Any, batch_idx: int) -> list[dict[str, Any]]:
+    """Prompts, responses and scores of ``samples_per_prompt`` responses per prompt; several rewards by name."""
+    experience = module.rollout(prompts, logprobs=False, stream=f"predict/{batch_idx}")
+    scores = score(module.rewards, experience, timeout=module.reward_timeout)
+    columns: dict[str, list[Any]] = {"prompt": experience.prompts, "response": experience.responses}
+    columns |= {_key("score", reward): x.tolist() for reward, x in scores.items()}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    module.evaluator.predictions += rows
+    return rows
+
+
+def on_predict_start(module: Any) -> None:
+    """Start an empty list of predictions."""
+    module.evaluator.predictions.clear()
+
+
+def on_predict_end(module: Any) -> None:
+    """Write all predictions as JSON lines into the run folder."""
+    path = Path(module.trainer.log_dir or module.trainer.default_root_dir) / PREDICTIONS
+    rows = module.evaluator.predictions
+    if rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(_line(json.dumps(row, ensure_ascii=False)) for row in rows), encoding="utf-8")
+    rank_zero_info(f"{len(rows)} predictions: {path}")
 
 
 def _line(text: str) -> str:
-    """JSON as one line by anybody's count, in which neither a terminal nor an editor finds anything to obey."""
+    """JSON on one line, with escapes for all characters that a terminal or an editor might interpret."""
     return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text) + "\n"

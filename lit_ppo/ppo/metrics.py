@@ -1,9 +1,15 @@
 """What an update reports, under stable names."""
 
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import monotonic, perf_counter
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
 from lit_ppo.experience import Experience, Minibatch
 from lit_ppo.functional import explained_variance, kl_estimate, masked_mean
@@ -12,9 +18,6 @@ try:
     import resource
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
-
-if TYPE_CHECKING:
-    from lit_ppo.ppo.optimize import OptimizerSteps
 
 LOSS_NAMES = {"policy": "policy_loss", "value": "value_loss"}
 SKIPPED = "optimizer/skipped_fraction"
@@ -33,30 +36,99 @@ TAGS = {
 }
 
 
+ON_THE_BAR = ("objective/score", "objective/kl", "response/length", "throughput/tokens_per_second")
+
+
+@dataclass
+class Progress:
+    """The phase at work, for progress bars, and the seconds of each phase of the current update."""
+
+    phase: str = ""  # rollout, score or update; empty between them
+    detail: str = ""  # such as "token 12/64"
+    since: float | None = None  # start of the phase, by time.monotonic
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def working(self, phase: str) -> Iterator[None]:
+        """Inside this, the phase is at work."""
+        before = self.phase, self.since
+        self.phase, self.since = phase, monotonic()
+        try:
+            yield
+        finally:
+            (self.phase, self.since), self.detail = before, ""
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """As :meth:`working`; its seconds are added to those of the update."""
+        start = perf_counter()
+        try:
+            with self.working(phase):
+                yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - start
+
+
 def log_policy(micro: Minibatch, clip_range: float | None) -> None:
-    """How far the policy has moved from the one that sampled: KL(old || new) by k3, ratio, share of clipped tokens."""
+    """Log how far the policy is from the one that sampled: KL(old || new) by k3, ratio, share of clipped tokens."""
     ratio = torch.exp(micro.new_logprobs - micro.logprobs)
-    micro.log("approx_kl", kl_estimate(micro.logprobs, micro.new_logprobs, "k3"))
-    micro.log("ratio", ratio)
-    micro.log_extremes("ratio", ratio)
-    micro.log("clip_fraction", ((ratio - 1).abs() > (clip_range or float("inf"))).float())
-    micro.log("entropy", micro.new_entropy)
+    means = {
+        "approx_kl": kl_estimate(micro.logprobs, micro.new_logprobs, "k3"),
+        "ratio": ratio,
+        "clip_fraction": ((ratio - 1).abs() > (clip_range or float("inf"))).float(),
+        "entropy": micro.new_entropy,
+    }
+    micro.log_all(means, extremes={"ratio": ratio})
 
 
-def in_force(module: "OptimizerSteps") -> dict[str, float]:
-    """Coefficients and rates that an update works with."""
-    rates = {"policy/lr": module.actor_optimizer.param_groups[0]["lr"]}
-    if module.critic is not None:
-        rates["value/lr"] = module.critic_optimizer.param_groups[0]["lr"]
-    return {"objective/kl_coef": module.kl_coef, **rates}
+def current_coefficients(kl_coef: float, optimizers: dict[str, Optimizer]) -> dict[str, float]:
+    """KL coefficient and learning rates at the start of an update."""
+    names = {"actor": "policy/lr", "critic": "value/lr"}
+    return {
+        "objective/kl_coef": kl_coef,
+        **{names[name]: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()},
+    }
+
+
+def log_update(
+    module: Any, experience: Experience, coefficients: dict[str, float], steps: list[dict[str, float]]
+) -> None:
+    """Log the metrics of one update.
+
+    Args:
+        module: The LitPPO.
+        experience: The update's.
+        coefficients: From :func:`current_coefficients`.
+        steps: Metrics of each optimizer step; they are averaged.
+    """
+    seconds: dict[str, float] = module.progress.seconds
+    total = sum(seconds.values())
+    metrics = {
+        **coefficients,
+        **of_experience(experience, coefficients["objective/kl_coef"]),
+        **of_steps(steps),
+        **{f"time/{phase}": value for phase, value in seconds.items()},
+        **{f"time/share/{phase}": value / total for phase, value in seconds.items()},
+        "throughput/tokens_per_second": int(experience.response_mask.sum()) / total,
+    }
+    peak = peak_memory(module.device)
+    if peak is not None:
+        metrics["memory/peak_gib"] = peak / 2**30
+    if module.sampling_difference is not None:
+        metrics["rollout/sampling_logprob_difference"] = module.sampling_difference
+    for name in getattr(module.rewards, "sources", ()):
+        metrics[f"objective/score/{name}"] = float(experience.extras[name].mean())
+    for name, value in metrics.items():
+        module.log(name, value, prog_bar=name in ON_THE_BAR, batch_size=1)
+    seconds.clear()
 
 
 def of_experience(experience: Experience, kl_coef: float) -> dict[str, float]:
-    """Scores, KL and lengths; scores are the source's own, whatever tricks have made of them since.
+    """Scores, KL and lengths. Scores are those of the reward, before any callback changed them.
 
     Args:
-        experience: A finished update's.
-        kl_coef: The coefficient that was in force.
+        experience: Of a finished update.
+        kl_coef: The coefficient that the update used.
     """
     mask, kl = experience.response_mask, experience.kl.sum(1)
     metrics = {
@@ -76,7 +148,7 @@ def of_experience(experience: Experience, kl_coef: float) -> dict[str, float]:
 
 
 def of_steps(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Means over an update's optimizer steps, and extremes; skipped ones, not finite, are counted apart."""
+    """Means and extremes over the optimizer steps of an update; skipped steps are only counted."""
     taken = [step for step in steps if not step.get(SKIPPED)]
     means: dict[str, float] = {}
     for name in sorted({name for step in taken for name in step} | ({SKIPPED} if steps else set())):
@@ -86,18 +158,15 @@ def of_steps(steps: list[dict[str, float]]) -> dict[str, float]:
         else:
             means[TAGS.get(name, name)] = sum(values) / len(values) if values else 0.0
     if "value/loss" in means:
-        means.setdefault("value/clip_fraction", 0.0)  # nobody clips values
+        means.setdefault("value/clip_fraction", 0.0)  # values are clipped only by ValueClipping
     return means
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes that this process has needed at most so far: on a GPU of the GPU's memory, else of the machine's.
-
-    Args:
-        device: The process's.
+    """Peak memory of this process in bytes: of the GPU, or of the host where there is none.
 
     Returns:
-        None where the system does not say, as Windows.
+        None where the system does not report it, as on Windows.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -108,24 +177,23 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def forget_last_update(trainer: Any) -> None:
-    """Drop what ``training_step`` has logged: Lightning would log it again with every later update of the epoch.
-
-    Args:
-        trainer: Between two updates.
-    """
+    """Drop what ``training_step`` has logged; Lightning would log it again in every later update of the epoch."""
     for logged in trainer._results.result_metrics:
         if logged.meta.fx == "training_step" and not logged.meta.on_epoch:
             logged.reset()
 
 
-def failure_facts(module: "OptimizerSteps", losses: dict[str, float], experience: Experience) -> str:
-    """What a person needs to know about a batch whose loss or gradient is not finite."""
-    numbers: dict[str, Any] = {"scores": experience.scores, "KL": experience.kl, "advantages": experience.advantages}
+def describe_failure(metrics: dict[str, float], experience: Experience) -> str:
+    """What a person needs to know about a batch whose loss or gradient is not finite.
+
+    Args:
+        metrics: Losses and gradient norms of the step.
+        experience: The update's.
+    """
+    numbers: dict[str, Tensor] = {
+        "scores": experience.scores, "KL": experience.kl, "advantages": experience.advantages
+    }  # fmt: skip
     ranges = ", ".join(f"{name} {float(x.min()):.3g} to {float(x.max()):.3g}" for name, x in numbers.items())
-    values = ", ".join(f"{name}={value:.3g}" for name, value in losses.items())
-    return (
-        f"update {module.rollouts}: {values} is not finite, {module.skipped_steps} optimizer steps in a row "
-        f"(max_skipped_steps={module.max_skipped_steps}); {len(experience)} responses of up to "
-        f"{int(experience.response_mask.sum(1).max())} tokens, {ranges}; the last checkpoint is unharmed: lower the "
-        "learning rate or max_grad_norm, or check the reward"
-    )
+    values = ", ".join(f"{name}={value:.3g}" for name, value in metrics.items())
+    longest = int(experience.response_mask.sum(1).max())
+    return f"{values} is not finite; {len(experience)} responses of up to {longest} tokens, {ranges}"

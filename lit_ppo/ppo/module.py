@@ -1,92 +1,88 @@
 """LitPPO: proximal policy optimization of a language model, from a reward."""
 
-import math
 import os
-import warnings
-from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
+import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch.optim import Optimizer
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from lit_ppo.advantages import GAE, AdvantageEstimator
+from lit_ppo.advantages import GAE, AdvantageEstimator, check_estimator
 from lit_ppo.callbacks.base import fire
 from lit_ppo.experience import Experience, LossReduction, Minibatch
-from lit_ppo.functional import KLEstimator, policy_loss, token_rewards, value_loss
-from lit_ppo.parallel.checkpoint_io import use_atomic_checkpoints
-from lit_ppo.parallel.sharding import shards
-from lit_ppo.parallel.strategies import refuse_fsdp1
-from lit_ppo.ppo.build import Assembly
-from lit_ppo.ppo.checks import ReferenceDtype, check_arguments, check_estimator
-from lit_ppo.ppo.evaluate import Evaluation
-from lit_ppo.ppo.metrics import forget_last_update, in_force, log_policy
-from lit_ppo.ppo.optimize import OptimizerSteps
-from lit_ppo.ppo.preflight import check_batch, preflight
+from lit_ppo.functional import KLEstimator, token_rewards
+from lit_ppo.models.actor_critic import Actor, Critic, Reference
+from lit_ppo.models.lora import WithoutAdapter
+from lit_ppo.ppo import build, evaluate, optimize, preflight, saved, text_loss
+from lit_ppo.ppo.collect import Policy, RandomStream, add_logprobs, check_length, exact_kl, sample_responses, score
+from lit_ppo.ppo.metrics import Progress, current_coefficients, log_update
+from lit_ppo.ppo.prompts import as_batch
+from lit_ppo.ppo.settings import Models, ModelSettings, ReferenceDtype
 from lit_ppo.rewards import Rewards, ScoreSource, as_source, eval_sources
+from lit_ppo.validate import integer, non_negative, one_of, positive, positive_or_none
 
 
-class LitPPO(Assembly, Evaluation, OptimizerSteps):
-    """Trains a causal language model to raise a score, by PPO.
+class LitPPO(L.LightningModule):
+    """Trains a causal language model with PPO to raise a score.
 
     ``training_step`` is one update: sample responses, score them, turn scores into token rewards and advantages,
-    then take ``ppo_epochs`` passes of optimizer steps over them. ``collect`` and ``update`` fire the hooks of
+    then take ``ppo_epochs`` passes of optimizer steps over them. ``collect`` and ``update`` call the hooks of
     ``lit_ppo.callbacks``; override ``collect`` or ``training_step`` for another loop. One global step is one update.
 
     Args:
         actor: Folder or hub name of the causal LM to train.
         tokenizer: Folder or hub name; by default the actor's own.
-        critic: ``"actor"`` or ``"reward"`` (start from that model's weights), a path, or None with an estimator
-            that needs no values.
-        reference: ``"actor"`` (a frozen copy of where the run starts from), a path, or None: no KL term.
-        reference_dtype: ``"bfloat16"`` halves the reference's memory and rounds its log-probs; the KL starts near 0
-            then, not at 0.
-        actor_lora: Fields of ``peft.LoraConfig``, such as ``{r: 16, target_modules: all-linear}``: an adapter is
-            trained in place of the whole actor, and without it the actor is its own reference: no second copy.
-            Checkpoints hold the adapter alone. Its rate is usually ten times that of whole models.
-        critic_lora: The same for the critic; its value head is trained as a whole.
+        critic: ``"actor"`` or ``"reward"`` (start from that model's weights), a path, or None (no critic).
+        reference: ``"actor"`` (a frozen copy of the model that the run starts from), a path, or None: no KL term.
+        reference_dtype: ``"bfloat16"`` halves the reference's memory and rounds its log-probs: the KL starts near 0.
+        actor_lora: Fields of ``peft.LoraConfig``, such as ``{r: 16, target_modules: all-linear}``. Trains an adapter
+            instead of the full actor, which without its adapter is the reference. Checkpoints hold only the adapter.
+            The learning rate is usually ten times that of a full model.
+        critic_lora: The same for the critic; its value head is always trained in full.
         rewards: A ``RewardModel``, a ``RewardFunction``, any callable ``(prompts, responses, **columns)``, or a dict
-            of those by name, each plain or as ``{source: ..., weight: ...}``.
-        eval_rewards: Score sources by name that judge in validation and test alone, each by a mean score and by how
-            often it prefers the actor's response to the reference's.
+            of these by name, each plain or as ``{source: ..., weight: ...}``.
+        eval_rewards: Score sources by name for validation and test only. Each logs its mean score and how often it
+            prefers the actor's response to the reference's.
         advantages: Estimator; of those in ``lit_ppo.advantages`` only ``GAE`` takes a critic.
-        generation: Fields of ``transformers.GenerationConfig``; ``max_new_tokens`` is needed.
+        generation: Fields of ``transformers.GenerationConfig``; ``max_new_tokens`` is required.
         temperature: Of sampling and of all log-probs.
-        samples_per_prompt: Responses to each prompt; several where the estimator compares them.
+        samples_per_prompt: Responses per prompt; several where the estimator compares them.
         kl_coef: Weight of the KL to the reference in the token rewards.
         kl_estimator: ``"k1"``, ``"k2"`` or ``"k3"``.
-        clip_range: Of the probability ratio; None is no clipping.
+        clip_range: Of the probability ratio; None: no clipping.
         ppo_epochs: Passes over the experience.
-        minibatch_size: Responses in an optimizer step, over all ranks.
-        micro_batch_size: Most responses in one forward of one rank (sampling takes a rank's whole share at once).
-        micro_batch_tokens: Instead: most tokens in one forward, padding included.
-        sampling_logprobs_tolerance: None: log-probs of a rollout are computed again by the training pass. A number:
-            those of the sampling pass are kept where the training pass gives the same to within it on one micro-batch
-            a rank, logged as ``rollout/sampling_logprob_difference``; saves about 3% of an update.
+        minibatch_size: Responses per optimizer step, over all ranks.
+        micro_batch_size: Maximum number of responses in one forward of one rank. Sampling is not split.
+        micro_batch_tokens: Instead: maximum number of tokens in one forward, padding included.
+        sampling_logprobs_tolerance: Keep the log-probs of sampling if the training pass agrees within this on one
+            micro-batch per rank (``rollout/sampling_logprob_difference``); saves about 3% of an update. None: never.
         loss_reduction: ``"token_mean"``, or ``"sequence_mean"``: over each response's tokens, then over responses.
-        actor_optimizer: From parameters to optimizer. Its rate is usually a tenth of the cold start's.
-        critic_optimizer: The same; its rate is usually about twice the actor's.
-        actor_scheduler: From optimizer to schedule, one step an update.
-        critic_scheduler: The same.
-        max_grad_norm: Of actor and critic each; None is no clipping.
-        max_skipped_steps: Optimizer steps in a row that may be skipped because loss or gradient is not finite; one
-            more ends the run.
-        activation_checkpointing: Keep only what goes into each block of actor and critic for the backward, and
-            compute the rest again: far less memory, a third more time.
-        compile_blocks: ``torch.compile`` the blocks of actor, reference and critic, for all but sampling; the first
-            update then takes a minute longer.
-        reward_timeout: Seconds that a rank's share of the scores may take; then the run ends with an error instead of
-            waiting. None: no limit, but of several ranks the others give up after the process group's ``timeout``
-            (an argument of the strategy).
-        model_kwargs: For ``from_pretrained`` of actor, critic and reference, such as ``attn_implementation``. Code that
-            comes with a model runs only with ``trust_remote_code: true``.
+        actor_optimizer: From parameters to optimizer. The rate is usually a tenth of that of fine-tuning (SFT).
+        critic_optimizer: From parameters to optimizer. The rate is usually about twice the actor's.
+        actor_scheduler: From optimizer to learning-rate schedule, one step per update.
+        critic_scheduler: From optimizer to learning-rate schedule, one step per update.
+        max_grad_norm: Of actor and critic each; None: no clipping.
+        max_skipped_steps: Consecutive steps that may be skipped because a loss or gradient is not finite.
+        activation_checkpointing: Recompute activations of actor and critic: less memory, about a third more time.
+        compile_blocks: ``torch.compile`` the models, except for sampling; the first update takes a minute longer.
+        reward_timeout: Seconds that scoring a rank's responses may take before the run ends with an error. None: no
+            limit; with several ranks the others then give up after the ``timeout`` of the strategy.
+        model_kwargs: For ``from_pretrained`` of actor, critic and reference, such as ``attn_implementation``. Code
+            that comes with a model runs only with ``trust_remote_code: true``.
         seed: Of sampling and of minibatches; by default that of ``seed_everything``.
 
     Raises:
-        ValueError: An argument, named with its value and what to do.
+        ValueError: Names the argument, its value and what to do.
     """
+
+    actor: Actor
+    critic: Critic | None
+    reference: Reference | WithoutAdapter | None
+    generation: GenerationConfig
 
     def __init__(
         self,
@@ -113,12 +109,8 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         micro_batch_tokens: int | None = None,
         sampling_logprobs_tolerance: float | None = None,
         loss_reduction: LossReduction = "token_mean",
-        actor_optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
-            params, lr=1e-6, weight_decay=0.0, fused=True
-        ),
-        critic_optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
-            params, lr=2e-6, weight_decay=0.0, fused=True
-        ),
+        actor_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.0, fused=True),
+        critic_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-6, weight_decay=0.0, fused=True),
         actor_scheduler: LRSchedulerCallable | None = None,
         critic_scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
@@ -130,41 +122,50 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        check_arguments(type(self).__name__, given)
-        self.save_hyperparameters(ignore=[name for name, value in given.items() if not _is_plain(value)])
+        self.save_hyperparameters(
+            ignore=saved.not_plain(
+                rewards=rewards, eval_rewards=eval_rewards, advantages=advantages, generation=generation,
+                actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, model_kwargs=model_kwargs,
+                actor_scheduler=actor_scheduler, critic_scheduler=critic_scheduler,
+            )
+        )  # fmt: skip
         self.automatic_optimization = False
         self.strict_loading = False  # frozen weights stay out of checkpoints; on_load_checkpoint checks the rest
-        self.paths = {"actor": actor, "tokenizer": tokenizer or actor, "critic": critic, "reference": reference}
-        self.reference_dtype = reference_dtype
-        self.lora = {"actor": actor_lora, "critic": critic_lora}
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+        self.seed = integer(self, "seed", seed, at_least=0)
+        self.temperature = positive(self, "temperature", temperature)
+        self.model_settings = ModelSettings(
+            owner=type(self).__name__, actor=actor, tokenizer=tokenizer, critic=critic, reference=reference,
+            reference_dtype=reference_dtype, actor_lora=actor_lora, critic_lora=critic_lora,
+            activation_checkpointing=activation_checkpointing, compile_blocks=compile_blocks,
+            generation=dict(generation), temperature=self.temperature, model_kwargs=dict(model_kwargs or {}),
+            seed=self.seed,
+        )  # fmt: skip
         self.rewards = as_source(rewards)
         self.eval_rewards = None if eval_rewards is None else eval_sources(self, self.rewards, eval_rewards)
         self.advantages = advantages
-        self.generation_fields = dict(generation)
-        self.temperature, self.samples_per_prompt = temperature, samples_per_prompt
-        self.kl_coef, self.kl_estimator, self.clip_range = kl_coef, kl_estimator, clip_range
-        self.ppo_epochs, self.minibatch_size = ppo_epochs, minibatch_size
-        self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
-        self.sampling_logprobs_tolerance = sampling_logprobs_tolerance
+        self.samples_per_prompt = integer(self, "samples_per_prompt", samples_per_prompt)
+        self.kl_coef = non_negative(self, "kl_coef", kl_coef)
+        self.kl_estimator = one_of(self, "kl_estimator", kl_estimator, get_args(KLEstimator))
+        self.clip_range = positive_or_none(self, "clip_range", clip_range)
+        self.ppo_epochs = integer(self, "ppo_epochs", ppo_epochs)
+        self.minibatch_size = integer(self, "minibatch_size", minibatch_size)
+        self.limits = optimize.micro_batch_limits(self, micro_batch_size, micro_batch_tokens)
+        tolerance = sampling_logprobs_tolerance
+        self.tolerance = None if tolerance is None else non_negative(self, "sampling_logprobs_tolerance", tolerance)
+        self.loss_reduction = one_of(self, "loss_reduction", loss_reduction, get_args(LossReduction))
+        self.reward_timeout = positive_or_none(self, "reward_timeout", reward_timeout)
+        self.optimization = optimize.Optimization(self, max_grad_norm, max_skipped_steps)
+        self.factories = {"actor": (actor_optimizer, actor_scheduler), "critic": (critic_optimizer, critic_scheduler)}
+        build.check_critic(self, critic, advantages)
+        check_estimator(self, advantages, samples_per_prompt, kl_coef)
+        self.evaluator = evaluate.Evaluator()
+        self.progress = Progress()
+        self.rollouts = 0  # training rollouts so far: the number of the update in every random draw
+        self.actor_frozen = self.checkpoint_reference = False  # set by callbacks
         self.sampling_difference: float | None = None
-        self.loss_reduction = loss_reduction
-        self.factories: dict[str, tuple[OptimizerCallable, LRSchedulerCallable | None]] = {
-            "actor": (actor_optimizer, actor_scheduler),
-            "critic": (critic_optimizer, critic_scheduler),
-        }
-        self.max_grad_norm, self.max_skipped_steps = max_grad_norm, max_skipped_steps
-        self.activation_checkpointing, self.compile_blocks = activation_checkpointing, compile_blocks
-        self.reward_timeout = reward_timeout
-        self.model_kwargs = dict(model_kwargs or {})
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
-        self.rollouts = self.skipped_steps = 0
-        self.actor_frozen = self._actor_rests = self.checkpoint_reference = False
-        self.phase, self.phase_since, self.phase_detail, self.seconds = "", None, "", {}
-        self._means, self._reference_judged = {}, {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._built = False
-        self._optimizers_built, self._resumed = {}, None
 
     # The arrow: prompts -> rollout -> scores -> token rewards -> advantages -> minibatch losses -> optimizer steps
 
@@ -173,155 +174,168 @@ class LitPPO(Assembly, Evaluation, OptimizerSteps):
         self.update(self.collect(prompts))
 
     def collect(self, prompts: Any) -> Experience:
-        """Sample responses to the prompts and score them; fires the hooks.
-
-        Args:
-            prompts: What :meth:`rollout` takes.
-        """
-        with self.timed("rollout"):
+        """Sample responses to the prompts and score them; calls the hooks."""
+        with self.progress.timed("rollout"):
             fire(self, "on_rollout_start", prompts)
-            check_estimator(type(self).__name__, self.advantages, self.samples_per_prompt, self.kl_coef)
+            check_estimator(self, self.advantages, self.samples_per_prompt, self.kl_coef)
             experience = self.rollout(prompts)
             fire(self, "on_rollout_end", experience)
-        if not len(experience):
-            raise ValueError("collect: callbacks have kept none of the rows; on_rollout_end must leave at least one")
-        with self.timed("score"):
+        if not experience.responses:
+            raise ValueError("collect: callbacks removed all rows; on_rollout_end must leave at least one")
+        with self.progress.timed("score"):
             experience.raw_scores = experience.scores = self.score(experience)
             fire(self, "on_scores", experience)
         return experience
 
     def update(self, experience: Experience) -> None:
-        """Learn from scored experience; fires the hooks.
-
-        Args:
-            experience: What :meth:`collect` returned.
-        """
-        coefficients = in_force(self)
+        """Learn from scored experience, as :meth:`collect` returns it; calls the hooks."""
+        coefficients = current_coefficients(self.kl_coef, optimize.optimizers_of(self))
         steps: list[dict[str, float]] = []
-        with self.timed("update"):
-            experience.rewards = self.token_rewards(experience)
+        with self.progress.timed("update"):
+            experience.rewards = token_rewards(experience.scores, experience.kl, experience.response_mask, self.kl_coef)
             fire(self, "on_rewards", experience)
             experience.advantages, experience.returns = self.advantages(experience)
             fire(self, "on_advantages", experience)
-            self._actor_rests = self.actor_frozen  # a callback may lift it at the end of this update
-            for minibatch in self.minibatches(experience):
+            self.optimization.train_actor = not self.actor_frozen  # for all of this update
+            for minibatch in experience.minibatches(
+                self.minibatch_size,
+                epochs=self.ppo_epochs,
+                seed=(self.seed, self.rollouts),
+                reduction=self.loss_reduction,
+            ):
                 if experience.exhausted:
                     break
-                self.phase_detail = f"step {len(steps) + 1}/{self._n_steps(experience)}"
+                self.progress.detail = f"step {len(steps) + 1}"
                 metrics = self.backward_minibatch(minibatch)
                 fire(self, "on_minibatch_end", experience, metrics)
                 if not experience.exhausted:
                     self.step_optimizers(metrics, experience)
                 steps.append(metrics)
             fire(self, "on_update_end", experience)
-            self.end_update()
-        self.log_update(experience, coefficients, steps)
-
-    def minibatches(self, experience: Experience) -> Iterator[Minibatch]:
-        """``ppo_epochs`` permutations of all rows, cut into minibatches."""
-        return experience.minibatches(
-            self.minibatch_size, epochs=self.ppo_epochs, seed=(self.seed, self.rollouts), reduction=self.loss_reduction
-        )
-
-    def _n_steps(self, experience: Experience) -> int:
-        return self.ppo_epochs * max(1, math.ceil(len(experience) / self.minibatch_size))
-
-    def token_rewards(self, experience: Experience) -> Tensor:
-        """The score at each response's last token, less ``kl_coef`` times the KL at every token.
-
-        Shapes:
-            -> (B, T).
-        """
-        return token_rewards(experience.scores, experience.kl, experience.response_mask, self.kl_coef)
+            self.optimization.end_update(self)
+        log_update(self, experience, coefficients, steps)
 
     def backward_minibatch(self, minibatch: Minibatch) -> dict[str, float]:
-        """Gradients of one optimizer step, accumulated over micro-batches and clipped.
+        """Gradients of one optimizer step, clipped; returns the step's metrics over all ranks."""
+        return optimize.backward_minibatch(self, minibatch, clip_range=self.clip_range)
 
-        Returns:
-            The step's metrics over all ranks, of what ran.
+    def step_optimizers(self, metrics: dict[str, float], experience: Experience) -> None:
+        """Step the optimizers that have gradients, or skip the step where a loss or gradient is not finite."""
+        self.optimization.step(self, metrics, experience)
+
+    # What callbacks call; no hooks
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def rollout(
+        self,
+        prompts: Any,
+        *,
+        samples_per_prompt: int | None = None,
+        do_sample: bool = True,
+        policy: Policy = "actor",
+        logprobs: bool = True,
+        stream: str | None = None,
+    ) -> Experience:
+        """Sample responses, the same on every rank.
+
+        Args:
+            prompts: Strings, lists of chat messages, a ``PromptBatch``, or an ``Experience`` (one row per group).
+            samples_per_prompt: By default the module's.
+            do_sample: False: greedy.
+            policy: Which model samples.
+            logprobs: Also compute log-probs, reference log-probs, KL and values.
+            stream: None: the random stream of training, which advances with each rollout; a name: a fixed stream.
+
+        Raises:
+            ValueError: No prompts, or prompt plus new tokens exceed a model's token limit.
         """
-        self.zero_gradients()
-        fire(self, "on_minibatch_start", minibatch)
-        for micro in self.accumulated(self.micro_batches(minibatch)):
-            if not self._actor_rests:
-                self.backward_actor(micro)
-            if self.critic is not None:
-                self.backward_critic(micro)
-        return self.gather_metrics(minibatch)
+        if not self._built:  # without a Trainer
+            self.configure_model()
+        batch = as_batch(prompts, self.tokenizer)
+        check_length(self.models, max(map(len, batch.prompt_ids)))
+        n_samples = self.samples_per_prompt if samples_per_prompt is None else samples_per_prompt
+        random = RandomStream(self.seed, stream or "train", self.rollouts if stream is None else 0)
+        experience = sample_responses(
+            self.models, batch, n_samples, random if do_sample else None, policy=policy, device=self.device,
+            sampling_logprobs=policy == "actor" and self.tolerance is not None, progress=self.progress,
+        )  # fmt: skip
+        self.rollouts += stream is None
+        if logprobs:
+            self.progress.detail = "log-probs"
+            self.sampling_difference = add_logprobs(
+                self.models, experience, temperature=self.temperature, kl_estimator=self.kl_estimator,
+                limits=self.limits, tolerance=self.tolerance,
+            )  # fmt: skip
+        self.progress.detail = ""
+        return experience
 
-    def backward_actor(self, micro: Minibatch) -> None:
-        """The actor's losses on one micro-batch, and their backward."""
-        micro.new_logprobs, micro.new_entropy = self.actor_forward(self.actor, micro)
-        log_policy(micro, self.clip_range)
-        loss = policy_loss(micro.new_logprobs, micro.logprobs, micro.advantages, self.clip_range)
-        losses = {"policy": micro.mean(loss)}
-        fire(self, "on_actor_loss", micro, losses)
-        self.backward_losses("actor", micro, losses)
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def score(self, experience: Experience) -> Tensor:
+        """Scores of the responses, (B,) float32; those of several rewards are also in ``extras`` by name."""
+        if not self._built:
+            self.configure_model()
+        scores = score(self.rewards, experience, timeout=self.reward_timeout)
+        experience.extras |= {name: values for name, values in scores.items() if name}
+        return scores[""]
 
-    def backward_critic(self, micro: Minibatch) -> None:
-        """The critic's losses on one micro-batch, and their backward."""
-        assert self.critic is not None
-        if micro.returns is None:
-            raise ValueError(f"LitPPO(advantages={self.advantages!r}): gives no returns for the critic to learn")
-        micro.new_values = self.critic_forward(self.critic, micro)
-        losses = {"value": micro.mean(value_loss(micro.new_values, micro.returns))}
-        fire(self, "on_critic_loss", micro, losses)
-        self.backward_losses("critic", micro, losses)
+    def exact_kl(self, minibatch: Experience) -> Tensor:
+        """KL to the reference over the whole vocabulary, per token, (B, T) and differentiable."""
+        return exact_kl(self, minibatch)
 
-    # Before the first update
+    def backward_on_text(self, batch: dict[str, Tensor], coef: float) -> tuple[float, float]:
+        """Add the gradient of ``coef`` times the next-token loss on a text batch; returns loss and gradient norm."""
+        return text_loss.backward_on_text(self, batch, coef)
 
-    def setup(self, stage: str) -> None:
-        """Check what the trainer was asked for; callbacks have checked theirs just before."""
-        # models are in eval mode for good: dropout is off in rollouts and updates alike
-        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
-        use_atomic_checkpoints(self.trainer)
-        strategy = self.trainer.strategy
-        # it comes where every step of the first update was skipped
-        warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
-        precision = self.trainer.precision
-        if precision not in ("32-true", "64-true", "bf16-mixed"):
-            raise ValueError(f"Trainer(precision={precision!r}): weights are kept in float32; use 'bf16-mixed'")
-        if precision == "64-true" and self.reference_dtype != "float32":
-            raise ValueError(
-                f"LitPPO(reference_dtype={self.reference_dtype!r}): Trainer(precision='64-true') makes every model "
-                "float64; use 'float32' or another precision"
-            )
-        refuse_fsdp1(strategy)
-        if shards(strategy) and precision == "64-true":
-            raise ValueError(f"Trainer(precision={precision!r}): models are sharded in float32; use '32-true'")
-        if isinstance(strategy, DDPStrategy):
-            # the actor's backward leaves the critic's parameters without gradients, and the other way round
-            strategy._ddp_kwargs["find_unused_parameters"] = True
+    def loss_on_text(self, batch: dict[str, Tensor]) -> tuple[float, int]:
+        """Next-token loss on a text batch, without gradients, and the number of tokens."""
+        return text_loss.loss_on_text(self, batch)
+
+    def save_pretrained(self, dirpath: str | Path, *, adapter: bool = False) -> None:
+        """Write the actor, or only its adapter, in Hugging Face format; to be called on every rank."""
+        saved.save_pretrained(self, dirpath, adapter=adapter)
+
+    # What is built, and Lightning's hooks around the updates
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The actor's tokenizer, loaded on first use: a data module may have written it only just before."""
+        if self._tokenizer is None:
+            self._tokenizer = self.model_settings.load_tokenizer()
+        return self._tokenizer
+
+    @property
+    def models(self) -> Models:
+        """Everything that samples and learns."""
+        return Models(self.actor, self.critic, self.reference, self.tokenizer, self.generation)
+
+    @property
+    def actor_optimizer(self) -> Optimizer:
+        """The actor's optimizer."""
+        return optimize.optimizers_of(self)["actor"]
 
     def train(self, mode: bool = True) -> "LitPPO":
-        """Frozen score sources stay in eval mode, as all our models do."""
+        """Score sources stay in eval mode, as all our models do."""
         super().train(mode)
         for source in (self.rewards, self.eval_rewards):
             if isinstance(source, nn.Module):
                 source.train(False)
         return self
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Forget what the last update logged; check the first batch's size, where no data module told it before."""
-        forget_last_update(self.trainer)
-        if self.trainer.global_step == 0:
-            check_batch(self, len(batch))
-
-    def on_fit_start(self) -> None:
-        """Try what would fail later, before the first rollout."""
-        with self.trainer.precision_plugin.forward_context():  # as steps run in, and Lightning's hooks do not
-            preflight(self)
-
-    def on_train_start(self) -> None:
-        """Measure what training starts from."""
-        super().on_train_start()
-        self.validate_start()
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value can go into a checkpoint's hyperparameters."""
-    if isinstance(value, dict):
-        return all(_is_plain(entry) for entry in value.values())
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, str | int | float | bool)
+    # Each hook is a function of the file named.
+    configure_model = build.configure_model
+    configure_optimizers = build.configure_optimizers
+    setup = preflight.setup
+    on_fit_start = preflight.on_fit_start
+    on_train_start = preflight.on_train_start
+    on_train_batch_start = preflight.on_train_batch_start
+    validation_step = evaluate.validation_step
+    test_step = evaluate.test_step
+    predict_step = evaluate.predict_step
+    on_predict_start = evaluate.on_predict_start
+    on_predict_end = evaluate.on_predict_end
+    state_dict = saved.state_dict  # type: ignore[assignment]
+    only_actor = saved.only_actor
+    on_save_checkpoint = saved.on_save_checkpoint
+    on_load_checkpoint = saved.on_load_checkpoint

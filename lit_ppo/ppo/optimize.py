@@ -2,87 +2,66 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from contextlib import nullcontext
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lit_ppo.experience import Experience, Minibatch, model_inputs
-from lit_ppo.parallel.ranks import n_ranks, rank, sum_over_ranks
-from lit_ppo.parallel.sharding import clip_gradients, total_norm, without_gradient_sync
-from lit_ppo.ppo.collect import Policy
-from lit_ppo.ppo.metrics import LOSS_NAMES, SKIPPED, failure_facts, of_experience, of_steps, peak_memory
+from lit_ppo.callbacks.base import fire
+from lit_ppo.experience import Experience, Minibatch
+from lit_ppo.functional import policy_loss, value_loss
+from lit_ppo.optim.settings import BuiltOptimizer
+from lit_ppo.parallel.ranks import my_micro_batches, n_ranks, sum_over_ranks
+from lit_ppo.parallel.sharding import without_gradient_sync
+from lit_ppo.ppo.collect import Limits, actor_forward, critic_forward
+from lit_ppo.ppo.metrics import LOSS_NAMES, SKIPPED, describe_failure, log_policy
+from lit_ppo.validate import integer, positive_or_none, refuse
 
 T = TypeVar("T")
-_GROUPS = {"actor": "policy", "critic": "value"}
-ON_THE_BAR = ("objective/score", "objective/kl", "response/length", "throughput/tokens_per_second")
-_POSITIONS = "max_position_embeddings"
 
 
 class NonFiniteError(RuntimeError):
     """Losses or gradients stopped being finite."""
 
 
-class OptimizerSteps(Policy):
-    """What LitPPO's update needs of optimizers, between a minibatch and the next."""
+class Optimization:
+    """Gradients and optimizer steps of actor and critic, and what a resume needs of them.
 
-    actor_frozen: bool
-    _actor_rests: bool  # in this update
-    max_grad_norm: float | None
-    max_skipped_steps: int
-    skipped_steps: int  # in a row
+    Args:
+        owner: The LitPPO, for messages.
+        max_grad_norm: Of actor and critic each; None: no clipping.
+        max_skipped_steps: Consecutive steps that may be skipped because a loss or gradient is not finite.
+    """
 
-    @property
-    def actor_optimizer(self) -> Optimizer:
-        """The actor's."""
-        return self._optimizers()["actor"]
+    def __init__(self, owner: object, max_grad_norm: float | None, max_skipped_steps: int) -> None:
+        self.max_grad_norm = positive_or_none(owner, "max_grad_norm", max_grad_norm)
+        self.max_skipped_steps = integer(owner, "max_skipped_steps", max_skipped_steps, at_least=0)
+        self.skipped_steps = 0  # in a row
+        self.train_actor = True  # in the current update
+        self.with_gradients: set[str] = set()  # in the current step
+        self.built: dict[str, BuiltOptimizer] = {}
+        self.resumed: tuple[dict[str, Any], list[Any]] | None = None  # settings and states, until training starts
 
-    @property
-    def critic_optimizer(self) -> Optimizer:
-        """The critic's."""
-        return self._optimizers()["critic"]
-
-    def _optimizers(self) -> dict[str, Optimizer]:
-        optimizers = self.optimizers(use_pl_optimizer=False)
-        listed = optimizers if isinstance(optimizers, list) else [optimizers]
-        return dict(zip(("actor", "critic"), listed, strict=False))
-
-    def zero_gradients(self) -> None:
-        """Forget the gradients, and who has any."""
-        self._with_gradients: set[str] = set()
-        for optimizer in self._optimizers().values():
+    def zero_gradients(self, module: Any) -> None:
+        """Start a step without gradients."""
+        self.with_gradients.clear()
+        for optimizer in optimizers_of(module).values():
             optimizer.zero_grad(set_to_none=True)
 
-    def micro_batches(self, minibatch: Minibatch) -> Iterator[Minibatch]:
-        """This rank's micro-batches of the global minibatch."""
-        plan = self.plan([sum(both) for both in minibatch.lengths])
-        return minibatch.micro_batches(plan[rank()], n_ranks())
+    def clip(self, module: Any, minibatch: Minibatch) -> dict[str, float]:
+        """Clip the gradients once they are complete.
 
-    def accumulated(self, batches: Iterable[T]) -> Iterator[T]:
-        """One after the other; only in the backwards of the last do ranks exchange gradients."""
-        iterator = iter(batches)
-        batch = next(iterator)
-        for following in iterator:
-            with without_gradient_sync(self.trainer.strategy):
-                yield batch
-            batch = following
-        yield batch
-
-    def backward_losses(self, model: str, micro: Minibatch, losses: dict[str, Tensor]) -> None:
-        """Backward of the sum; no losses, no backward and no step."""
-        for name, loss in losses.items():
-            micro.log_part(LOSS_NAMES.get(name, f"{_GROUPS[model]}/{name}_loss"), loss)
-        if losses:
-            self.manual_backward(torch.stack(list(losses.values())).sum())
-            self._with_gradients.add(model)
-
-    def gather_metrics(self, minibatch: Minibatch) -> dict[str, float]:
-        """The step's metrics over all ranks, and the gradient norms (before clipping)."""
-        norms = {}
-        for name in sorted(self._with_gradients):
-            norms[f"{name}_grad_norm"] = clip_gradients(getattr(self, name), self.max_grad_norm)
-        # whether all are finite is asked of all ranks: one alone that skips, or steps, would part from the others
+        Returns:
+            The step's metrics over all ranks, with the gradient norms before clipping.
+        """
+        norms = {
+            f"{name}_grad_norm": clip_gradients(getattr(module, name), self.max_grad_norm)
+            for name in sorted(self.with_gradients)
+        }
+        # all ranks decide together whether the norms are finite: one that skips alone would diverge from the others
         broken = {f"{name} broken": ~norm.isfinite() for name, norm in norms.items()}
         metrics = sum_over_ranks(
             minibatch.metrics | broken, least=minibatch.least, greatest=minibatch.greatest, alike=norms
@@ -92,8 +71,13 @@ class OptimizerSteps(Policy):
                 metrics[name] = math.nan
         return metrics
 
-    def step_optimizers(self, metrics: dict[str, float], experience: Experience) -> None:
-        """Step whoever has gradients, or skip and count where a loss or gradient is not finite.
+    def step(self, module: Any, metrics: dict[str, float], experience: Experience) -> None:
+        """Step the optimizers that have gradients, or skip the step where a loss or gradient is not finite.
+
+        Args:
+            module: The LitPPO.
+            metrics: From :meth:`clip`; gets the share of skipped steps, 0 or 1.
+            experience: The update's, for the error.
 
         Raises:
             NonFiniteError: More than ``max_skipped_steps`` in a row were skipped.
@@ -104,148 +88,123 @@ class OptimizerSteps(Policy):
         if skipped:
             self.skipped_steps += 1
             if self.skipped_steps > self.max_skipped_steps:
-                raise NonFiniteError(failure_facts(self, checked, experience))
+                raise NonFiniteError(
+                    f"update {module.rollouts}: {describe_failure(checked, experience)}; {self.skipped_steps} "
+                    f"optimizer steps in a row (max_skipped_steps={self.max_skipped_steps}); the last "
+                    "checkpoint is unharmed: lower the learning rate or max_grad_norm, or check the reward"
+                )
             return
         self.skipped_steps = 0
-        for name, optimizer in self._optimizers().items():
-            if name in self._with_gradients:
-                # not through LightningOptimizer, which would count every one of them as a global step
-                self.trainer.strategy.optimizer_step(optimizer, closure=lambda: None)
+        for name, optimizer in optimizers_of(module).items():
+            if name in self.with_gradients:
+                # not through LightningOptimizer, which would count each step as a global step
+                module.trainer.strategy.optimizer_step(optimizer, closure=lambda: None)
 
-    def end_update(self) -> None:
-        """Step the schedules and count one global step: one update, whatever was stepped or skipped in it."""
-        schedulers = self.lr_schedulers() or []
-        frozen = self.actor_optimizer if self._actor_rests else None
+    def end_update(self, module: Any) -> None:
+        """Step the schedules and count one global step, whether or not optimizers were stepped."""
+        schedulers = module.lr_schedulers() or []
+        resting = None if self.train_actor else module.actor_optimizer
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-            if scheduler.optimizer is not frozen:
-                scheduler.step()  # type: ignore[call-arg]
-        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+            if scheduler.optimizer is not resting:
+                scheduler.step()
+        progress = module.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
         progress.increment_ready()
         progress.increment_completed()
 
-    def backward_on_text(self, batch: dict[str, Tensor], coef: float) -> tuple[float, float]:
-        """Add the gradient of ``coef`` times the next-token loss on a text batch, the same one on every rank.
 
-        The actor steps where PPO's own losses make it step. Called before them, it keeps no second set of gradients.
-
-        Args:
-            batch: ``input_ids``, ``attention_mask`` and ``labels`` (-100 where there is nothing to predict), (B, L).
-            coef: Weight of the loss.
-
-        Returns:
-            The loss, a mean over tokens, without ``coef``; and the norm of the gradient added, over all ranks.
-
-        Raises:
-            ValueError: The labels are not the ids of the same place, or a text is beyond the actor's positions.
-        """
-        batch, targets, n_tokens = self._text(batch)
-        before = {p: p.grad.clone() for p in self.actor.parameters() if p.grad is not None}
-        total = torch.zeros((), device=self.device)
-        for rows in self.accumulated(self.plan(batch["attention_mask"].sum(1).tolist())[rank()]):
-            loss = self._text_loss(batch, targets, rows) / n_tokens
-            self.manual_backward(coef * n_ranks() * loss)
-            total += loss.detach()
-        added = [p.grad - before[p] if p in before else p.grad for p in self.actor.parameters() if p.grad is not None]
-        return sum_over_ranks({"loss": total})["loss"], float(total_norm(added))
-
-    @torch.no_grad()
-    def loss_on_text(self, batch: dict[str, Tensor]) -> tuple[float, int]:
-        """The actor's next-token loss on a text batch, the same one on every rank; leaves no gradients.
-
-        Args:
-            batch: As :meth:`backward_on_text` takes it.
-
-        Returns:
-            The loss over all ranks, a mean over tokens, and their number.
-
-        Raises:
-            ValueError: As there.
-        """
-        batch, targets, n_tokens = self._text(batch)
-        parts = [
-            self._text_loss(batch, targets, rows) for rows in self.plan(batch["attention_mask"].sum(1).tolist())[rank()]
-        ]
-        return sum_over_ranks({"loss": torch.stack(parts).sum()})["loss"] / n_tokens, n_tokens
-
-    def _text(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, int]:
-        """The batch on the host, which tokens are predicted, and how many."""
-        batch = {name: tensor.cpu() for name, tensor in batch.items()}
-        targets = text_targets(batch, getattr(self.actor.model.config.get_text_config(), _POSITIONS, None))
-        return batch, targets, max(1, int(targets.sum()))
-
-    def _text_loss(self, batch: dict[str, Tensor], targets: Tensor, rows: list[int]) -> Tensor:
-        """Sum over the tokens of some rows; none of them is a row of no weight, so that every rank runs a forward."""
-        part = {name: tensor[rows or [0]] for name, tensor in batch.items()}
-        ids, target_mask = part["input_ids"].to(self.device), targets[rows or [0]]
-        logprobs: Tensor = self.actor(ids, part["attention_mask"].bool(), target_mask=target_mask)[0]
-        return -logprobs.sum() * bool(rows)
-
-    def exact_kl(self, minibatch: Minibatch) -> Tensor:
-        """KL to the reference over the whole vocabulary, per token and differentiable.
-
-        Shapes:
-            -> (B, T).
-        """
-        if self.reference is None:
-            raise ValueError("exact_kl: there is no reference; give LitPPO one")
-        ids, mask, target_mask = model_inputs(minibatch)
-        with torch.no_grad():
-            head = self.reference(ids, mask, target_mask=target_mask, head_inputs=True)
-        return self.actor_forward(self.actor, minibatch, kl_to=head)[1]
-
-    def log_update(self, experience: Experience, coefficients: dict[str, float], steps: list[dict[str, float]]) -> None:
-        """Log once an update; optimizer steps are averaged.
-
-        Args:
-            experience: The update's.
-            coefficients: What was in force.
-            steps: Metrics of each optimizer step.
-        """
-        seconds = sum(self.seconds.values())
-        metrics = {
-            **coefficients,
-            **of_experience(experience, coefficients["objective/kl_coef"]),
-            **of_steps(steps),
-            **{f"time/{phase}": value for phase, value in self.seconds.items()},
-            **{f"time/share/{phase}": value / seconds for phase, value in self.seconds.items()},
-            "throughput/tokens_per_second": int(experience.response_mask.sum()) / seconds,
-        }
-        peak = peak_memory(self.device)
-        if peak is not None:
-            metrics["memory/peak_gib"] = peak / 2**30
-        if self.sampling_difference is not None:
-            metrics["rollout/sampling_logprob_difference"] = self.sampling_difference
-        for name in self.source_names:
-            metrics[f"objective/score/{name}"] = float(experience.extras[name].mean())
-        for name, value in metrics.items():
-            self.log(name, value, prog_bar=name in ON_THE_BAR, batch_size=1)
-        self.seconds.clear()
-
-
-def text_targets(batch: dict[str, Tensor], limit: int | None) -> Tensor:
-    """Which tokens of a text batch are predicted: those with a label and another token before them.
+def backward_minibatch(module: Any, minibatch: Minibatch, *, clip_range: float | None) -> dict[str, float]:
+    """Gradients of one optimizer step, accumulated over micro-batches and clipped.
 
     Args:
-        batch: See :meth:`OptimizerSteps.backward_on_text`.
-        limit: Tokens that the model has positions for.
+        module: The LitPPO.
+        minibatch: The rows of all ranks.
+        clip_range: Of the probability ratio.
 
-    Raises:
-        ValueError: See there.
-
-    Shapes:
-        -> (B, L), boolean.
+    Returns:
+        The step's metrics over all ranks.
     """
-    real = batch["attention_mask"].bool()
-    longest = int(real.sum(1).max())
-    if limit is not None and longest > limit:
-        raise ValueError(
-            f"backward_on_text: a text of {longest} tokens is beyond the actor's {limit} positions; lower the data's "
-            "max_length"
-        )
-    targets = (batch["labels"] != -100) & real & (real.cumsum(1) > 1)
-    if (batch["labels"] != batch["input_ids"])[targets].any():
-        raise ValueError(
-            "backward_on_text: labels must be input_ids, or -100 where there is nothing to predict; they are not to "
-            "be shifted"
-        )
-    return targets
+    optimization: Optimization = module.optimization
+    optimization.zero_gradients(module)
+    fire(module, "on_minibatch_start", minibatch)
+    lengths = [n_prompt + n_response for n_prompt, n_response in minibatch.lengths]
+    micro_batches = minibatch.micro_batches(my_micro_batches(lengths, **module.limits), n_ranks())
+    for micro in accumulate(micro_batches, module.trainer.strategy):
+        if optimization.train_actor:
+            _backward_actor(module, micro, clip_range)
+        if module.critic is not None:
+            _backward_critic(module, micro)
+    return optimization.clip(module, minibatch)
+
+
+def _backward_actor(module: Any, micro: Minibatch, clip_range: float | None) -> None:
+    micro.new_logprobs, micro.new_entropy = actor_forward(module.actor, micro, module.temperature)
+    log_policy(micro, clip_range)
+    loss = policy_loss(micro.new_logprobs, micro.logprobs, micro.advantages, clip_range)
+    losses = {"policy": micro.mean(loss)}
+    fire(module, "on_actor_loss", micro, losses)
+    _backward(module, "actor", micro, losses)
+
+
+def _backward_critic(module: Any, micro: Minibatch) -> None:
+    if micro.returns is None:
+        raise ValueError(f"LitPPO(advantages={module.advantages!r}): gives no returns for the critic to learn")
+    micro.new_values = critic_forward(module.critic, micro)
+    losses = {"value": micro.mean(value_loss(micro.new_values, micro.returns))}
+    fire(module, "on_critic_loss", micro, losses)
+    _backward(module, "critic", micro, losses)
+
+
+def _backward(module: Any, name: str, micro: Minibatch, losses: dict[str, Tensor]) -> None:
+    """Log the losses and back-propagate their sum; without losses there is no backward and no step."""
+    group = {"actor": "policy", "critic": "value"}[name]
+    micro.log_parts({LOSS_NAMES.get(key, f"{group}/{key}_loss"): loss for key, loss in losses.items()})
+    if losses:
+        module.manual_backward(torch.stack(list(losses.values())).sum())
+        module.optimization.with_gradients.add(name)
+
+
+def optimizers_of(module: Any) -> dict[str, Optimizer]:
+    """The Trainer's optimizers of actor and critic."""
+    optimizers = module.optimizers(use_pl_optimizer=False)
+    return dict(zip(("actor", "critic"), optimizers if isinstance(optimizers, list) else [optimizers], strict=False))
+
+
+def micro_batch_limits(owner: object, size: int | None, tokens: int | None) -> Limits:
+    """The arguments that limit a micro-batch, checked; at most one is given."""
+    if size is not None and tokens is not None:
+        refuse(owner, "micro_batch_tokens", tokens, "give it or micro_batch_size, not both")
+    return {
+        "micro_batch_size": None if size is None else integer(owner, "micro_batch_size", size),
+        "micro_batch_tokens": None if tokens is None else integer(owner, "micro_batch_tokens", tokens),
+    }
+
+
+def accumulate(batches: Iterable[T], strategy: Any) -> Iterator[T]:
+    """One batch after the other; ranks exchange gradients only in the backwards of the last.
+
+    Args:
+        batches: At least one.
+        strategy: The Trainer's.
+    """
+    iterator = iter(batches)
+    batch = next(iterator)
+    for following in iterator:
+        with without_gradient_sync(strategy) if n_ranks() > 1 else nullcontext():
+            yield batch
+        batch = following
+    yield batch
+
+
+def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
+    """Scale a model's gradients down to a norm if they exceed it; returns the norm before, over all ranks."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def total_norm(tensors: list[Tensor]) -> Tensor:
+    """Norm over all ranks of a model's gradients, or of tensors sharded like them."""
+    norm = nn.utils.get_total_norm(tensors)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

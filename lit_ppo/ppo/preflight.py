@@ -1,69 +1,126 @@
 """Before the first update: try what would fail later."""
 
 import shutil
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import lightning as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
 
 from lit_ppo.experience import Experience, Minibatch
+from lit_ppo.generation.config import reshaping_fields
+from lit_ppo.models.lora import WithoutAdapter
+from lit_ppo.optim.settings import restore_settings
 from lit_ppo.parallel.bf16 import warn_if_slower
-from lit_ppo.ppo.checks import check_loggers, check_saved_reference, reshaping
+from lit_ppo.parallel.checkpoint_io import use_atomic_checkpoints
+from lit_ppo.parallel.sharding import shards
+from lit_ppo.parallel.strategies import refuse_fsdp1
+from lit_ppo.ppo.collect import actor_forward, check_length, critic_forward, score
+from lit_ppo.ppo.evaluate import validate_before_training
+from lit_ppo.ppo.metrics import forget_last_update
+from lit_ppo.ppo.settings import Models, ModelSettings
 from lit_ppo.rewards import source_names
+from lit_ppo.validate import refuse
 
-if TYPE_CHECKING:
-    from lit_ppo.ppo.module import LitPPO
-
-BYTES_A_PARAMETER = 4 * 3  # float32 weights and AdamW's two moments
+BYTES_PER_PARAMETER = 4 * 3  # float32 weights and the two moments of AdamW
 CHECKPOINTS_KEPT = 2
 
 
-def preflight(module: "LitPPO") -> None:
-    """Check the batch, the disk, the reward, the validation data and the memory of the longest forward and backward.
+def setup(module: Any, stage: str) -> None:
+    """Check the Trainer; Lightning's hook. Callbacks have checked theirs before."""
+    # all models are always in eval mode: dropout is off in rollouts and updates
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+    # this one appears when every step of the first update was skipped
+    warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
+    use_atomic_checkpoints(module.trainer)
+    strategy, precision = module.trainer.strategy, module.trainer.precision
+    refuse_fsdp1(strategy)
+    dtype = module.model_settings.reference_dtype
+    if precision not in ("32-true", "64-true", "bf16-mixed"):
+        refuse("Trainer", "precision", precision, "weights are kept in float32; use 'bf16-mixed'")
+    if precision == "64-true" and dtype != "float32":
+        problem = "Trainer(precision='64-true') makes every model float64; use 'float32' or another precision"
+        refuse(module, "reference_dtype", dtype, problem)
+    if precision == "64-true" and shards(strategy):
+        refuse("Trainer", "precision", precision, "models are sharded in float32; use '32-true'")
+    if isinstance(strategy, DDPStrategy):
+        # the actor's backward leaves the critic's parameters without gradients, and the other way round
+        strategy._ddp_kwargs["find_unused_parameters"] = True
 
-    Args:
-        module: Built, on its device, with a trainer.
 
-    Raises:
-        ValueError: Something that would have failed in mid-run.
-    """
-    data: Any = getattr(module.trainer, "datamodule", None)
-    check_batch(module, getattr(data, "batch_size", None))
-    check_disk(module)
-    check_saved_reference(module)
-    check_loggers(module.trainer.loggers, [*module.source_names, *source_names(module.eval_rewards)])
-    warn_if_slower(module.trainer.precision, module.device)
-    filters = reshaping(module.generation_fields)
+def on_fit_start(module: Any) -> None:
+    """Try what would fail later, before the first rollout; Lightning's hook."""
+    with module.trainer.precision_plugin.forward_context():  # steps run in it, Lightning's hooks do not
+        _preflight(module, module.trainer)
+
+
+def _preflight(module: Any, trainer: L.Trainer) -> None:
+    data: Any = getattr(trainer, "datamodule", None)
+    check_batch(module, module.minibatch_size, module.samples_per_prompt, getattr(data, "batch_size", None))
+    check_disk(trainer, module)
+    if module.checkpoint_reference:
+        check_moving_reference(module.model_settings, module.reference)
+    check_loggers(trainer.loggers, [*source_names(module.rewards), *source_names(module.eval_rewards)])
+    warn_if_slower(trainer.precision, module.device)
+    filters = reshaping_fields(module.model_settings.generation)
     if filters:
         rank_zero_warn(
-            f"LitPPO(generation): {', '.join(filters)} sample from another distribution than the one whose "
-            "log-probs PPO compares; leave them out unless you mean it"
+            f"LitPPO(generation): {', '.join(filters)} sample from another distribution than the one whose log-probs "
+            "PPO compares; leave them out unless you mean it"
         )
     for split in ("train", "val"):
         first = data.peek(split) if hasattr(data, "peek") else None
         if first is not None:
             try_prompts(module, split, first)
-    try_longest(module, getattr(data, "longest_prompt", None))
+    try_longest(module, getattr(data, "longest_prompt", None) or 1)
 
 
-def check_batch(module: "LitPPO", batch_size: int | None) -> None:
-    """Refuse a minibatch that no update can fill."""
-    rows = (batch_size or 0) * module.samples_per_prompt
-    if batch_size is not None and module.minibatch_size > rows:
-        raise ValueError(
-            f"LitPPO(minibatch_size={module.minibatch_size}): more than the {rows} responses of an update "
-            f"({batch_size} prompts x {module.samples_per_prompt}); lower it, or raise the data's batch_size"
-        )
+def on_train_start(module: Any) -> None:
+    """Apply the learning rates of the configuration to a resumed run, then measure where training starts."""
+    optimization, trainer = module.optimization, module.trainer
+    if optimization.resumed is not None:
+        settings, states = optimization.resumed
+        restore_settings(trainer, optimization.built, settings, states, trainer.global_step)
+        optimization.resumed = None
+    validate_before_training(trainer)
 
 
-def check_disk(module: "LitPPO") -> None:
-    """Say how large checkpoints are, and refuse a disk that cannot hold them; nothing where none are written."""
-    if not module.trainer.checkpoint_callbacks:
+def on_train_batch_start(module: Any, batch: Any, batch_idx: int) -> None:
+    """Drop what the last update logged; check the size of the first batch, which only some data modules tell before."""
+    forget_last_update(module.trainer)
+    if module.trainer.global_step == 0:
+        check_batch(module, module.minibatch_size, module.samples_per_prompt, len(batch))
+
+
+def check_batch(owner: object, minibatch_size: int, samples_per_prompt: int, batch_size: int | None) -> None:
+    """Refuse a minibatch that no update can fill.
+
+    Args:
+        owner: The module.
+        minibatch_size: Responses in a minibatch.
+        samples_per_prompt: Responses per prompt.
+        batch_size: Prompts per update; None: unknown.
+    """
+    rows = (batch_size or 0) * samples_per_prompt
+    if batch_size is not None and minibatch_size > rows:
+        refuse(
+            owner, "minibatch_size", minibatch_size,
+            f"more than the {rows} responses of an update ({batch_size} prompts x {samples_per_prompt}); lower it, or "
+            "raise the data's batch_size",
+        )  # fmt: skip
+
+
+def check_disk(trainer: L.Trainer, model: nn.Module) -> None:
+    """Report the size of checkpoints, and refuse a disk that cannot hold them."""
+    if not trainer.checkpoint_callbacks:
         return
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    size = trained * BYTES_A_PARAMETER
-    folder = Path(module.trainer.default_root_dir).absolute()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = trained * BYTES_PER_PARAMETER
+    folder = Path(trainer.default_root_dir).absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
@@ -71,42 +128,99 @@ def check_disk(module: "LitPPO") -> None:
         f"{trained:,} trained parameters; a checkpoint takes about {_gib(size)}, at most {CHECKPOINTS_KEPT} are kept, "
         f"{_gib(free)} are free"
     )
-    if free < (CHECKPOINTS_KEPT + 1) * size:  # the next one is written before the oldest goes
-        raise ValueError(
-            f"Trainer(default_root_dir={module.trainer.default_root_dir!r}): {_gib(free)} free, checkpoints need "
-            f"{_gib((CHECKPOINTS_KEPT + 1) * size)}; make room or choose another folder"
-        )
+    needed = (CHECKPOINTS_KEPT + 1) * size  # the next one is written before the oldest is removed
+    if free < needed:
+        refuse(
+            "Trainer", "default_root_dir", trainer.default_root_dir,
+            f"{_gib(free)} free, checkpoints need {_gib(needed)}; free some space or choose another folder",
+        )  # fmt: skip
 
 
-def try_prompts(module: "LitPPO", split: str, prompts: Any) -> None:
-    """Sample and score a response; says which data failed."""
+def check_loggers(loggers: list[Any], names: list[str]) -> None:
+    """Refuse a logger that would fail at the first update, or the first validation.
+
+    Args:
+        loggers: The Trainer's.
+        names: Names of several rewards. Each is logged as ``.../score/<name>``, beside ``.../score``.
+
+    Raises:
+        ValueError: Names the logger.
+    """
+    for logger in loggers:
+        uri = str(getattr(logger, "_tracking_uri", "sqlite:"))  # only MLFlowLogger has one
+        if names and (uri.startswith("file:") or ":" not in uri):
+            refuse(
+                logger, "tracking_uri", uri,
+                f"a file store, in which val/score cannot be both a metric and the folder of val/score/{names[0]}; "
+                "use a database, such as sqlite:///mlflow.db",
+            )  # fmt: skip
+
+
+def check_moving_reference(settings: ModelSettings, reference: Any) -> None:
+    """Check that a reference which callbacks move, and which checkpoints then hold, can take small moves.
+
+    Raises:
+        ValueError: It is the actor itself, or not in float32.
+    """
+    if isinstance(reference, WithoutAdapter):
+        refuse(
+            settings.owner, "actor_lora", settings.actor_lora,
+            "a callback moves the reference (checkpoint_reference=True), which is the actor without its adapter; "
+            "remove the callback, or train the full actor",
+        )  # fmt: skip
+    if settings.reference_dtype != "float32":
+        refuse(
+            settings.owner, "reference_dtype", settings.reference_dtype,
+            "a callback moves the reference (checkpoint_reference=True), and small moves round away in it; use "
+            "'float32'",
+        )  # fmt: skip
+
+
+def try_prompts(module: Any, split: str, prompts: Any) -> None:
+    """Sample and score one response per prompt.
+
+    Raises:
+        ValueError: This failed; says in which data.
+    """
     try:
         experience = module.rollout(prompts, samples_per_prompt=1, logprobs=False, stream="preflight")
         module.score(experience)
         if split == "val" and module.eval_rewards is not None:
-            module.scores_by(module.eval_rewards, experience)
+            score(module.eval_rewards, experience, timeout=module.reward_timeout)
     except Exception as error:
         raise ValueError(f"first {split} prompt: {error}") from error
 
 
-def try_longest(module: "LitPPO", longest_prompt: int | None) -> None:
-    """Run forward and backward of one micro-batch as long as any can get."""
-    n_new = int(module.generation.max_new_tokens)
-    n_prompt = longest_prompt or 1
-    module.check_length(n_prompt)
-    n_rows = module.micro_batch_size or module.minibatch_size
-    if module.micro_batch_tokens is not None:
-        n_rows = max(1, module.micro_batch_tokens // (n_prompt + n_new))
-    micro = _blank(min(n_rows, module.minibatch_size), n_prompt, n_new, module.device)
-    module.zero_gradients()
-    logprobs, entropy = module.actor_forward(module.actor, micro)
+def try_longest(module: Any, n_prompt: int) -> None:
+    """Run forward and backward of one micro-batch with as many tokens as any can have."""
+    check_length(module.models, n_prompt)
+    micro = longest_micro_batch(module.models, n_prompt, module.minibatch_size, **module.limits)
+    module.optimization.zero_gradients(module)
+    logprobs, entropy = actor_forward(module.actor, micro, module.temperature)
     module.manual_backward(micro.mean(logprobs + entropy))
     if module.critic is not None:
-        module.manual_backward(micro.mean(module.critic_forward(module.critic, micro)))
-    module.zero_gradients()
+        module.manual_backward(micro.mean(critic_forward(module.critic, micro)))
+    module.optimization.zero_gradients(module)
 
 
-def _blank(n_rows: int, n_prompt: int, n_new: int, device: torch.device) -> Minibatch:
+def longest_micro_batch(
+    models: Models, n_prompt: int, minibatch_size: int, micro_batch_size: int | None, micro_batch_tokens: int | None
+) -> Minibatch:
+    """A micro-batch of zeros with as many tokens as any can have.
+
+    Args:
+        models: The actor gives the device, the generation settings the longest response.
+        n_prompt: Tokens of the longest prompt.
+        minibatch_size: Most rows.
+        micro_batch_size: Most rows in a micro-batch, or None.
+        micro_batch_tokens: Most tokens in a micro-batch, or None.
+    """
+    n_new = int(models.generation.max_new_tokens)
+    n_rows = micro_batch_size or minibatch_size
+    if micro_batch_tokens is not None:
+        n_rows = max(1, micro_batch_tokens // (n_prompt + n_new))
+    n_rows = min(n_rows, minibatch_size)
+    device = models.actor.model.device
     prompt = torch.zeros(n_rows, n_prompt, dtype=torch.long, device=device)
     response = torch.zeros(n_rows, n_new, dtype=torch.long, device=device)
     numbers = torch.arange(n_rows, device=device)

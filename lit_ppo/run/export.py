@@ -6,10 +6,10 @@ from typing import Any
 
 import lightning as L
 
+from lit_ppo.models.lora import check_has_adapter
 from lit_ppo.parallel.checkpoint_io import PARTIAL, atomic_path
 from lit_ppo.parallel.ranks import rank
 from lit_ppo.parallel.sharding import is_sharded
-from lit_ppo.ppo.checks import check_has_adapter
 
 
 class ExportModel(L.Callback):

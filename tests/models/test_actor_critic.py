@@ -156,10 +156,10 @@ def test_actor_and_critic_share_nothing(tiny_lm):
 
 
 def test_a_path_that_holds_nothing_names_the_argument(tmp_path):
-    with pytest.raises(ValueError, match=r"LitPPO\(actor\)='.*': the folder holds no complete model"):
-        load_causal_lm("LitPPO(actor)", str(tmp_path), {})
-    with pytest.raises(ValueError, match=r"LitPPO\(actor\)='nowhere/to-be-found': no such folder"):
-        load_causal_lm("LitPPO(actor)", "nowhere/to-be-found", {})
+    with pytest.raises(ValueError, match=r"LitPPO\(actor='.*'\): the folder holds no complete model"):
+        load_causal_lm("LitPPO(actor", str(tmp_path), {})
+    with pytest.raises(ValueError, match=r"LitPPO\(actor='nowhere/to-be-found'\): no such folder"):
+        load_causal_lm("LitPPO(actor", "nowhere/to-be-found", {})
 
 
 def test_a_tokenizer_without_pad_token_pads_with_its_stop_token(tmp_path):

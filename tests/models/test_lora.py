@@ -220,7 +220,7 @@ def test_a_merged_export_goes_on_as_an_actor_and_an_adapter_does_not(tmp_path: P
     module.save_pretrained(tmp_path / "merged")
     module.save_pretrained(tmp_path / "adapter", adapter=True)
     assert make(tmp_path / "merged").rollout(PROMPTS).kl.abs().max() == 0
-    with pytest.raises(ValueError, match=r"LitPPO\(actor\)=.*: holds an adapter, not a whole model; export it merged"):
+    with pytest.raises(ValueError, match=r"LitPPO\(actor=.*\): holds an adapter, not a full model; export it merged"):
         make(tmp_path / "adapter").configure_model()
 
 

@@ -95,7 +95,7 @@ def test_a_critic_from_rewards_that_are_no_model_is_refused(tiny_lm):
 
 
 def test_an_actor_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"LitPPO\(actor\)='missing': no such folder"):
+    with pytest.raises(ValueError, match=r"LitPPO\(actor='missing'\): no such folder"):
         make_trainer(tmp_path).fit(make_module("missing"), make_data(tmp_path))
 
 

@@ -1,0 +1,51 @@
+"""The interface of what samples responses."""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+from transformers import GenerationConfig
+
+
+class Responses(NamedTuple):
+    """Sampled responses, one list per row."""
+
+    ids: list[list[int]]  # each up to and including its first stop token
+    logprobs: list[list[float]]  # of the sampled tokens; empty lists where nobody asked for them
+
+
+class Progress(Protocol):
+    """Where an engine reports how far it is, for the progress bar."""
+
+    detail: str
+
+
+class Engine(Protocol):
+    """Samples responses to a batch of prompts on one rank.
+
+    The actor itself is the default engine: it runs :func:`lit_ppo.generation.transformers.generate`.
+    """
+
+    def generate(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        config: GenerationConfig,
+        draws: Tensor | None,
+        *,
+        logprobs: bool = False,
+        progress: Progress | None = None,
+    ) -> Responses:
+        """Sample one response per row.
+
+        Args:
+            prompt_ids: Left-padded.
+            prompt_mask: True at prompt tokens.
+            config: From :func:`lit_ppo.generation.config.generation_config`.
+            draws: Uniform random numbers, one per token; None: greedy.
+            logprobs: Also return the log-probs of the sampled tokens, at the sampling temperature.
+            progress: Told how many tokens the longest response has.
+
+        Shapes:
+            prompt_ids, prompt_mask (B, P), draws (B, max_new_tokens).
+        """
+        ...

@@ -1,0 +1,64 @@
+"""Checks that a model family can be used as actor or critic."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from lit_ppo.models.head import HeadInputs
+
+
+def check_head(model: PreTrainedModel, head_inputs: Callable[[Tensor, Tensor, Tensor], HeadInputs]) -> None:
+    """Compare states and head applied by hand with the stock model's logits on a few tokens.
+
+    A hook makes the head's output 100 times larger for the comparison, so that soft-capping or scaling after the head
+    shows even where the logits are small.
+
+    Args:
+        model: Causal LM.
+        head_inputs: From ids, mask and target mask to the states and the head.
+
+    Raises:
+        ValueError: They differ, or the model has no linear head.
+    """
+    linear_head = model.get_output_embeddings()
+    if not isinstance(linear_head, nn.Linear):
+        raise ValueError(f"{type(model).__name__}: not supported, it has no linear language-model head")
+    ids = torch.arange(6, device=model.device).reshape(2, 3) % linear_head.out_features
+    mask = torch.tensor([[False, True, True], [True, True, True]], device=model.device)  # the first row is padded
+    target_mask = torch.tensor([[False, True], [True, True]], device=model.device)
+    handle = linear_head.register_forward_hook(lambda module, inputs, output: output * 100.0)
+    try:
+        with torch.no_grad():
+            states, weight, bias = head_inputs(ids, mask, target_mask)
+            ours = linear(states, weight, bias) * 100.0
+            alone = [
+                model(input_ids=row, attention_mask=torch.ones_like(row)).logits[0] for row in (ids[:1, 1:], ids[1:])
+            ]
+            stock = torch.cat([alone[0][:1], alone[1][:2]])
+    finally:
+        handle.remove()
+    difference = float((ours.float() - stock.float()).abs().max() / stock.float().abs().max().clamp(min=1e-6))
+    if not difference < (1e-4 if weight.dtype == torch.float32 else 5e-2):
+        raise ValueError(
+            f"{type(model).__name__}: not supported, its logits are not its head's output "
+            f"(relative difference {difference:.1e}); use a family like GPT-2, Llama or Qwen2"
+        )
+
+
+def check_causal(backbone: PreTrainedModel) -> None:
+    """Check that changing the last token does not change earlier states.
+
+    Raises:
+        ValueError: They change: values would depend on tokens that come later.
+    """
+    ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=backbone.device)
+    with torch.no_grad():
+        states = backbone(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, :3].float()
+    if not torch.allclose(states[0], states[1], rtol=1e-4, atol=1e-4):
+        raise ValueError(
+            f"{type(backbone).__name__} reads later tokens (its attention is not causal): it cannot be a critic; "
+            "use critic='actor' or the path of a causal model"
+        )

@@ -1,0 +1,78 @@
+"""The arguments of LitPPO that say which models to build, and what is built of them."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_ppo.generation.config import check_generation
+from lit_ppo.models.actor_critic import Actor, Critic, Reference
+from lit_ppo.models.load import load_causal_lm, load_tokenizer
+from lit_ppo.models.lora import WithoutAdapter, check_lora
+from lit_ppo.validate import one_of, refuse
+
+ReferenceDtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(kw_only=True)
+class ModelSettings:
+    """Arguments of ``LitPPO``; their meaning is described there.
+
+    Raises:
+        ValueError: They do not fit together. Names class, argument and value, and says what to do.
+    """
+
+    owner: str  # name of the class, for messages
+    actor: str
+    tokenizer: str | None
+    critic: str | None
+    reference: str | None
+    reference_dtype: ReferenceDtype
+    actor_lora: dict[str, Any] | None
+    critic_lora: dict[str, Any] | None
+    activation_checkpointing: bool
+    compile_blocks: bool
+    generation: dict[str, Any]
+    temperature: float
+    model_kwargs: dict[str, Any]
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Check the arguments against each other, before anything is loaded."""
+        dtype = one_of(self.owner, "reference_dtype", self.reference_dtype, get_args(ReferenceDtype))
+        if dtype != "float32" and self.reference is None:
+            refuse(self.owner, "reference_dtype", dtype, "there is no reference; leave it out, or give a reference")
+        if dtype != "float32" and self.reference == "actor" and self.actor_lora is not None:
+            problem = "the reference is the actor without its adapter (actor_lora); leave reference_dtype out"
+            refuse(self.owner, "reference_dtype", dtype, problem)
+        for argument, fields in (("actor_lora", self.actor_lora), ("critic_lora", self.critic_lora)):
+            if fields is not None:
+                check_lora(f"{self.owner}({argument}", fields)
+        if self.critic is None and self.critic_lora is not None:
+            refuse(self.owner, "critic_lora", self.critic_lora, "there is no critic; leave it out")
+        if {"dtype", "torch_dtype"} & self.model_kwargs.keys():
+            problem = "trained weights are kept in float32; give the Trainer a precision instead"
+            refuse(self.owner, "model_kwargs", self.model_kwargs, problem)
+        check_generation(self.generation)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The actor's tokenizer."""
+        argument = "actor" if self.tokenizer is None else "tokenizer"
+        trust = bool(self.model_kwargs.get("trust_remote_code"))
+        return load_tokenizer(f"{self.owner}({argument}", self.tokenizer or self.actor, trust_remote_code=trust)
+
+    def load_actor(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """The causal LM that the actor starts from."""
+        return load_causal_lm(f"{self.owner}(actor", self.actor, self.model_kwargs, dtype)
+
+
+@dataclass
+class Models:
+    """Everything that samples and learns."""
+
+    actor: Actor
+    critic: Critic | None
+    reference: Reference | WithoutAdapter | None
+    tokenizer: PreTrainedTokenizerBase
+    generation: GenerationConfig
