@@ -1,4 +1,7 @@
-"""Learning rates, other options and schedules given to a resumed run: Lightning would keep the checkpoint's."""
+"""Apply the current configuration's learning rates, options and schedules to a resumed run.
+
+Lightning alone restores those of the checkpoint.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -11,12 +14,12 @@ from torch.optim import Optimizer
 
 @dataclass
 class BuiltOptimizer:
-    """An optimizer as the configuration in force makes it, before its first step.
+    """An optimizer and its schedule as the current configuration creates them.
 
     Args:
-        where: Class and argument that it was given as, such as ``LitPPO(actor_optimizer``, for messages.
-        optimizer: Just made.
-        make_schedule: Makes its schedule; None: the rate stays.
+        where: Class and argument of the optimizer, such as ``LitPPO(actor_optimizer``, for messages.
+        optimizer: The optimizer before its first step.
+        make_schedule: From optimizer to schedule; None: a constant learning rate.
     """
 
     where: str
@@ -24,7 +27,7 @@ class BuiltOptimizer:
     make_schedule: Callable[[Optimizer], Any] | None
 
     def __post_init__(self) -> None:
-        self.options = [_options(group) for group in self.optimizer.param_groups]  # a schedule changes them
+        self.options = [_options(group) for group in self.optimizer.param_groups]  # before a schedule changes them
         self.schedule: Any = None if self.make_schedule is None else self.make_schedule(self.optimizer)
         self.settings = {
             "class": _name(self.optimizer),
@@ -34,34 +37,34 @@ class BuiltOptimizer:
         }
 
     def take_effect(self, trainer: L.Trainer, saved: dict[str, Any], steps: int) -> None:
-        """Put these settings in force where they are not those that the checkpoint was written under.
+        """Apply these settings if they differ from the checkpoint's.
 
-        Rate and schedule are then what they would be had the run been started with them.
+        Learning rate and schedule are then as if the run had started with these settings.
 
         Args:
-            trainer: Its states are restored.
-            saved: The settings in the checkpoint.
+            trainer: A trainer that has restored its states.
+            saved: The checkpoint's settings.
             steps: Steps that the schedule has done.
 
         Raises:
-            ValueError: The optimizer is of another class, to which the saved states mean nothing.
+            ValueError: The optimizer's class has changed, so the saved states do not fit.
         """
         if saved == self.settings:
             return
         if saved["class"] != self.settings["class"]:
             raise ValueError(
-                f"{self.where}={self.settings['class']}): the checkpoint holds the states of {saved['class']}; restore "
-                "that, or start a new run from the exported model"
+                f"{self.where}={self.settings['class']}): the checkpoint holds the states of {saved['class']}; use "
+                f"{saved['class']}, or start a new run from the exported model"
             )
         for group, options in zip(self.optimizer.param_groups, self.options, strict=True):
             for name in group.keys() - options.keys() - {"params"}:
-                del group[name]  # such as initial_lr: a schedule's own
+                del group[name]  # such as initial_lr, which a schedule adds
             group.update(options)
         if self.make_schedule is None:
             return
         (place,) = [config for config in trainer.lr_scheduler_configs if config.scheduler is self.schedule]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of steps without optimizer steps between them
+            warnings.simplefilter("ignore")  # scheduler steps without optimizer steps
             place.scheduler = self.schedule = self.make_schedule(self.optimizer)
             for _ in range(steps):
                 self.schedule.step()
@@ -70,13 +73,13 @@ class BuiltOptimizer:
 def restore_settings(
     trainer: L.Trainer, built: dict[str, BuiltOptimizer], saved: dict[str, Any], states: list[Any], steps: int
 ) -> None:
-    """After a resume: have the configuration's optimizers and schedules take effect.
+    """Apply the current optimizers and schedules after a resume.
 
     Args:
-        trainer: Its optimizers' and schedules' states are restored.
-        built: By name.
-        saved: Settings by name, from the checkpoint.
-        states: Of the schedules, from the checkpoint, in the order of ``saved``.
+        trainer: A trainer that has restored its states.
+        built: The current optimizers by name.
+        saved: The checkpoint's settings by name.
+        states: The checkpoint's schedule states, in the order of ``saved``.
         steps: Steps done, for a schedule that the saved run did not have.
     """
     remaining = iter(states)
@@ -84,7 +87,8 @@ def restore_settings(
     for name, optimizer in built.items():
         state = by_name.get(name)
         if state is not None and saved[name]["schedule"] == optimizer.settings["schedule"]:
-            optimizer.schedule.load_state_dict(state)  # Lightning goes by position, and one may have come or gone
+            # Lightning matches by position, which shifts if a schedule is added or removed
+            optimizer.schedule.load_state_dict(state)
         if name in saved:
             optimizer.take_effect(trainer, saved[name], steps if state is None else int(state["last_epoch"]))
 
@@ -94,7 +98,7 @@ def _options(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(state: Any) -> Any:
-    """What of a schedule's state can be saved and compared."""
+    """The plain values in a schedule's state, which can be saved and compared; None for others."""
     if isinstance(state, dict):
         return {str(name): _plain(value) for name, value in state.items()}
     if isinstance(state, list | tuple):

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -151,18 +151,6 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         load_full_optimizer_states(self.optimizers, checkpoint["optimizer_states"])
-
-
-def refuse_fsdp1(strategy: Any) -> None:
-    """Refuse Lightning's ``FSDPStrategy``, the first version of FSDP.
-
-    Raises:
-        ValueError: Names the strategy to use.
-    """
-    if isinstance(strategy, FSDPStrategy):
-        raise ValueError(
-            "Trainer(strategy=FSDPStrategy): the first version of FSDP is not supported; use strategy='fsdp2'"
-        )
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description=str(FSDP2Strategy.__doc__).splitlines()[0], override=True)

@@ -15,10 +15,9 @@ from lit_ppo.experience import Experience, Minibatch
 from lit_ppo.generation.config import reshaping_fields
 from lit_ppo.models.lora import WithoutAdapter
 from lit_ppo.optim.settings import restore_settings
-from lit_ppo.parallel.bf16 import warn_if_slower
 from lit_ppo.parallel.checkpoint_io import use_atomic_checkpoints
 from lit_ppo.parallel.sharding import shards
-from lit_ppo.parallel.strategies import refuse_fsdp1
+from lit_ppo.parallel.trainer import check_trainer
 from lit_ppo.ppo.collect import actor_forward, check_length, critic_forward, score
 from lit_ppo.ppo.evaluate import validate_before_training
 from lit_ppo.ppo.metrics import forget_last_update
@@ -38,7 +37,7 @@ def setup(module: Any, stage: str) -> None:
     warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
     use_atomic_checkpoints(module.trainer)
     strategy, precision = module.trainer.strategy, module.trainer.precision
-    refuse_fsdp1(strategy)
+    check_trainer(module.trainer)
     dtype = module.model_settings.reference_dtype
     if precision not in ("32-true", "64-true", "bf16-mixed"):
         refuse("Trainer", "precision", precision, "weights are kept in float32; use 'bf16-mixed'")
@@ -65,7 +64,6 @@ def _preflight(module: Any, trainer: L.Trainer) -> None:
     if module.checkpoint_reference:
         check_moving_reference(module.model_settings, module.reference)
     check_loggers(trainer.loggers, [*source_names(module.rewards), *source_names(module.eval_rewards)])
-    warn_if_slower(trainer.precision, module.device)
     filters = reshaping_fields(module.model_settings.generation)
     if filters:
         rank_zero_warn(

@@ -52,8 +52,8 @@ def test_resumed_schedule_goes_on() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"warmup_steps": -1}, r"warmup_steps=-1\): must be 0 or more"),
-        ({"final_fraction": 1.5}, r"final_fraction=1.5\): must lie between 0 and 1"),
+        ({"warmup_steps": -1}, r"warmup_steps=-1\): must be an integer, at least 0"),
+        ({"final_fraction": 1.5}, r"final_fraction=1.5\): must be between 0 and 1"),
         ({"warmup_steps": 5, "total_steps": 5}, r"total_steps=5\): must be above warmup_steps=5"),
     ],
 )
@@ -74,5 +74,5 @@ def test_a_run_shorter_than_its_warmup_is_told_so_and_goes_on() -> None:
 
 
 def test_steps_without_a_length_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"WarmupCosine\(total_steps=None\): nothing has set the run's length"):
+    with pytest.raises(ValueError, match=r"WarmupCosine\(total_steps=None\): nothing has set the length of the run"):
         rates(2)

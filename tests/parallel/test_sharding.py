@@ -446,7 +446,7 @@ def test_float64_is_refused(folder, tmp_path):
 
 
 @HOW_TESTS_USE_LIGHTNING
-def test_the_cold_start_on_ranks(folder, tmp_path):
+def test_sft_on_ranks(folder, tmp_path):
     """Both ranks are given the same batch here, so that one process does the same."""
     module = LitSFT(str(folder / "llama"), optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
     batches = [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}] * 2

@@ -1,17 +1,12 @@
 """Every overlay of ``configs/strategy`` through the command, on two processes started as torchrun starts them."""
 
-from types import SimpleNamespace
-
 import pytest
 import yaml
-from lightning.pytorch.strategies import FSDPStrategy
 from transformers import AutoModelForCausalLM
 
-from lit_ppo import LitSFT
 from tests.helpers.command import REPOSITORY, Running, run_command
 from tests.helpers.ppo_command import ppo_arguments
 from tests.helpers.ranks import open_store, rank_environment
-from tests.helpers.toys import make_module
 
 STRATEGIES = {
     "ddp": [],
@@ -50,11 +45,3 @@ def test_the_command_takes_fsdp_for_fsdp2(tmp_path, tiny_lm, tiny_reward):
     assert yaml.safe_load((tmp_path / "runs/ppo/version_0/config.yaml").read_text())["trainer"]["strategy"] == "fsdp2"
     arguments.append("--trainer.strategy.class_path=FSDPStrategy")
     run_command("fit", *arguments, cwd=tmp_path).refused("FSDPStrategy", "use fsdp2")
-
-
-@pytest.mark.parametrize("make", [make_module, lambda lm: LitSFT(str(lm))], ids=["ppo", "supervised"])
-def test_lightnings_own_fsdp_is_refused_before_models_are_loaded(tmp_path, tiny_lm, make):
-    module = make(tiny_lm)
-    module._trainer = SimpleNamespace(strategy=FSDPStrategy(), precision="32-true")
-    with pytest.raises(ValueError, match=r"FSDPStrategy\): .* use strategy='fsdp2'"):
-        module.setup("fit")

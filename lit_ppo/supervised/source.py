@@ -1,0 +1,96 @@
+"""Load a Hugging Face model and its tokenizer, or build the model from scratch."""
+
+import os
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_ppo.data.tokenization import loads_the_same
+from lit_ppo.validate import refuse
+
+
+class ModelSource:
+    """Where a supervised module gets its model and tokenizer. Nothing is loaded before the first use.
+
+    Args:
+        owner: The module's class, for messages.
+        auto_class: Class of transformers that loads or builds the model.
+        model: Folder or hub name of a checkpoint, or the settings of a new model.
+        tokenizer: Folder or hub name; None uses the model's.
+        model_kwargs: More arguments of ``from_pretrained`` or ``from_config``.
+        **config: Settings that override those of the checkpoint or the new model.
+
+    Raises:
+        ValueError: A new model has no ``model_type`` or no tokenizer.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        auto_class: Any,
+        model: str | dict[str, Any],
+        tokenizer: str | None,
+        model_kwargs: dict[str, Any] | None,
+        **config: Any,
+    ) -> None:
+        if isinstance(model, dict) and "model_type" not in model:
+            refuse(owner, "model", model, "no model_type; name one, such as 'llama' or 'gpt2'")
+        if isinstance(model, dict) and tokenizer is None:
+            refuse(owner, "tokenizer", None, "a model from scratch has no tokenizer; name a tokenizer's folder")
+        self.owner, self.auto_class, self.model, self.config = owner, auto_class, model, config
+        self.tokenizer_path = tokenizer if tokenizer is not None else str(model)
+        self.model_kwargs = {"dtype": torch.float32} | dict(model_kwargs or {})
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer; if it has no pad token, it pads with its end-of-sequence token."""
+        if self._tokenizer is None:
+            trust = bool(self.model_kwargs.get("trust_remote_code"))
+            tokenizer = self.load("tokenizer", AutoTokenizer, self.tokenizer_path, trust_remote_code=trust)
+            if tokenizer.pad_token is None and tokenizer.eos_token is None:
+                problem = "it has no pad token and no end-of-sequence token; set pad_token and save it again"
+                refuse(self.owner, "tokenizer", self.tokenizer_path, problem)
+            if tokenizer.pad_token is None:
+                tokenizer.pad_token = tokenizer.eos_token
+            self._tokenizer = tokenizer
+        return self._tokenizer
+
+    def load(self, argument: str, auto_class: Any, path: str, **kwargs: Any) -> Any:
+        """``from_pretrained``, with an error that names the module's argument."""
+        try:
+            return auto_class.from_pretrained(path, **{"trust_remote_code": False, **kwargs})
+        except OSError as error:  # transformers raises it for a missing folder, a missing file and an unknown hub name
+            raise ValueError(
+                f"{self.owner}({argument}={path!r}): cannot be loaded from a folder or from the hub "
+                f"({str(error).splitlines()[0]}); check the path or name"
+            ) from error
+
+    def make(self) -> PreTrainedModel:
+        """The model in training mode; new weights depend only on the seed that Lightning was given."""
+        with torch.random.fork_rng():
+            torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", 0)))
+            if isinstance(self.model, dict):
+                model = self._from_scratch(self.model)
+            else:
+                model = self.load("model", self.auto_class, self.model, **self.config, **self.model_kwargs)
+        embedded = len(model.get_input_embeddings().weight)
+        if len(self.tokenizer) > embedded:
+            problem = f"{len(self.tokenizer)} tokens, but the model embeds {embedded}; use the model's own tokenizer"
+            refuse(self.owner, "tokenizer", self.tokenizer_path, problem)
+        model.config.pad_token_id = self.tokenizer.pad_token_id  # a classifier needs it to find a text's last token
+        model.train()  # loaded models are in evaluation mode, and Lightning does not change that
+        return model  # type: ignore[no-any-return]
+
+    def _from_scratch(self, settings: dict[str, Any]) -> Any:
+        tokenizer = self.tokenizer
+        special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
+        config = AutoConfig.for_model(**{"vocab_size": len(tokenizer)} | special | settings | self.config)
+        if not loads_the_same(tokenizer, config):
+            problem = (
+                f"transformers loads a {config.model_type} checkpoint with a tokenizer class of its own, which splits "
+                f"text differently from {self.tokenizer_path!r}; use another model_type, such as llama"
+            )
+            refuse(self.owner, "model", settings, problem)
+        return self.auto_class.from_config(config, **self.model_kwargs)
