@@ -8,14 +8,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 
 def scalars(folder: Path, tag: str = "train/loss") -> dict[int, float]:
-    """Step -> value, and a failure if a step was told twice."""
+    """Step -> value, and a failure if a step was logged twice."""
     events = EventAccumulator(str(folder)).Reload().Scalars(tag)
     assert len({event.step for event in events}) == len(events)
     return {event.step: event.value for event in events}
 
 
 def metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """All that was logged, times aside; a step told twice is a failure."""
+    """All that was logged, times aside; a step events twice is a failure."""
     events = EventAccumulator(str(folder)).Reload()
     tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith(("time/", "throughput/", "memory/", "epoch"))]
     found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
@@ -37,6 +37,6 @@ def close(one: dict[str, list[tuple[int, float]]], other: dict[str, list[tuple[i
 
 def shown(folder: Path) -> dict[str, list[int]]:
     """The steps of every curve, picture and text as TensorBoard reads them."""
-    told = plugin_event_accumulator.EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
-    tags = [tag for tag in told.Tags()["tensors"] if not tag.startswith(("_hparams_", "custom_scalars", "epoch"))]
-    return {tag: [event.step for event in told.Tensors(tag)] for tag in tags}
+    events = plugin_event_accumulator.EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
+    tags = [tag for tag in events.Tags()["tensors"] if not tag.startswith(("_hparams_", "custom_scalars", "epoch"))]
+    return {tag: [event.step for event in events.Tensors(tag)] for tag in tags}

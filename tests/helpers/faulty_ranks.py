@@ -74,7 +74,7 @@ class BreakGradient(PPOCallback):
 
 
 class Sigterm(PPOCallback):
-    """The node of rank 1 alone is told to go, in the middle of update 1."""
+    """Rank 1 alone receives SIGTERM, in the middle of update 1."""
 
     def on_actor_loss(self, trainer: Any, pl_module: Any, minibatch: Any, losses: Any) -> None:
         if pl_module.rollouts == 2 and dist.get_rank() == 1:
@@ -128,9 +128,9 @@ def main(folder: Path, actor: Path) -> None:
         "gradient": attempt(folder, actor, BreakGradient(), max_skipped_steps=1),
     }
     seen["sigterm"] = attempt(folder, actor, Sigterm(), StepCheckpoint(dirpath=str(folder / "stopped")))
-    whole = torch.save
+    save = torch.save
     seen["disk"] = attempt(folder, actor, FullDisk(every_n_train_steps=1, dirpath=str(folder / "checkpoints")))
-    torch.save = whole
+    torch.save = save
     (folder / f"rank{rank}.json").write_text(json.dumps(seen))
 
 

@@ -47,7 +47,7 @@ _seen: Counter[str] = Counter()
 
 
 def event(name: str) -> None:
-    """One more moment of the run; the chosen one is its last."""
+    """Record a moment of the run, and kill the process if it is the chosen one."""
     _seen[name] += 1
     with open(os.environ[EVENTS], "a") as file:
         file.write(name + "\n")
@@ -62,11 +62,11 @@ def reward(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 class Moments(PPOCallback):
-    """Makes an event of every hook, and of the steps by which a checkpoint comes to be."""
+    """Records every hook, and every step of writing a checkpoint."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         for name in ("fsync", "replace", "remove"):
-            setattr(os, name, _told(f"os.{name}", getattr(os, name)))
+            setattr(os, name, _with_events(f"os.{name}", getattr(os, name)))
         torch.save = _in_two_halves
 
     def on_rollout_start(self, trainer: Any, pl_module: Any, prompts: Any) -> None:
@@ -119,23 +119,23 @@ class Moments(PPOCallback):
         event("train end")
 
 
-def _told(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    def told(*args: Any, **kwargs: Any) -> Any:
+def _with_events(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
         event(f"before {name}")
         result = function(*args, **kwargs)
         event(f"after {name}")
         return result
 
-    return told
+    return wrapped
 
 
 _save = torch.save
 
 
 def _in_two_halves(checkpoint: Any, file: Any) -> None:
-    whole = io.BytesIO()
-    _save(checkpoint, whole)
-    data = whole.getvalue()
+    complete = io.BytesIO()
+    _save(checkpoint, complete)
+    data = complete.getvalue()
     file.write(data[: len(data) // 2])
     file.flush()
     event("half written")

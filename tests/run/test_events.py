@@ -89,7 +89,7 @@ def test_a_resumed_run_shows_every_histogram_picture_and_text_once(tmp_path: Pat
     for tag in ("histogram/scores", "histogram/lengths", "objective/score", "policy/loss"):
         assert steps[tag] == [0, 1, 2, 3], tag
     assert steps["figure/scores"][-3:] == [1, 2, 3]
-    assert all(len({*told}) == len(told) for told in steps.values())
+    assert all(len({*found}) == len(found) for found in steps.values())
 
 
 def test_what_a_checkpoint_covers_is_on_the_disk_before_it(tmp_path: Path, tiny_lm: Path, monkeypatch: Any):

@@ -118,7 +118,7 @@ def test_which_loggers_leave_the_run_without_a_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("save_dir", [None, "elsewhere"])
 def test_the_commands_run_folder_is_its_own_with_any_logger(tmp_path: Path, save_dir: str | None) -> None:
-    """And ``last`` finds it and goes on in it."""
+    """``last`` finds it, and the resumed run stays in it."""
     config = {**CONFIG, "trainer": {**CONFIG["trainer"], "logger": {"class_path": "tests.helpers.loggers.WandbLike"}}}
     config["trainer"]["logger"]["init_args"] = {"save_dir": save_dir}
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(config))

@@ -1,4 +1,4 @@
-"""A run that stops after any update and goes on from its checkpoint ends where the uninterrupted one does."""
+"""A run that is resumed after any update ends as the uninterrupted run."""
 
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ def fit(
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
     actor = make_causal_lm(folder / "lm", scale=4.0)
     module, rows = fit(folder, actor)
     assert len(rows) == UPDATES
@@ -50,8 +50,8 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stop", range(1, UPDATES))
-def test_going_on_after_any_update_changes_nothing(tmp_path, whole, stop):
-    folder, actor, weights, rows = whole
+def test_resuming_after_any_update_changes_nothing(tmp_path, uninterrupted, stop):
+    folder, actor, weights, rows = uninterrupted
     module, resumed = fit(tmp_path, actor, folder / "checkpoints" / f"step-{stop:06d}.ckpt")
     assert len(resumed) == UPDATES - stop
     for expected, row in zip(rows[stop:], resumed, strict=True):
@@ -62,9 +62,9 @@ def test_going_on_after_any_update_changes_nothing(tmp_path, whole, stop):
         assert value.equal(weights[name]), name
 
 
-def test_a_run_that_ended_goes_on_where_more_updates_are_asked_for(tmp_path, whole):
-    """In the middle of an epoch, which Lightning counts as done by the end of training: it was saved before."""
-    _, actor, weights, rows = whole
+def test_a_finished_run_resumes_with_more_updates(tmp_path, uninterrupted):
+    """It ends in the middle of an epoch, which Lightning counts as finished at the end of training."""
+    _, actor, weights, rows = uninterrupted
     saving = {"every_n_train_steps": 50}
     fit(tmp_path, actor, updates=3, **saving)
     module, resumed = fit(tmp_path, actor, tmp_path / "checkpoints" / "step-000003.ckpt", **saving)
@@ -72,21 +72,21 @@ def test_a_run_that_ended_goes_on_where_more_updates_are_asked_for(tmp_path, who
     assert all(value.equal(weights[name]) for name, value in module.state_dict().items())
 
 
-def test_a_checkpoint_tells_again_only_what_its_step_logs(tmp_path, whole):
+def test_a_checkpoint_holds_only_the_metrics_that_its_step_logs(tmp_path, uninterrupted):
     """Every other update is logged: of updates 0 to 3 those that are 1 and 3, after steps 2 and 4."""
     saving = StepCheckpoint(every_n_train_steps=1, keep=9, dirpath=str(tmp_path / "checkpoints"))
     options = {"max_steps": 4, "enable_checkpointing": True, "log_every_n_steps": 2}
     trainer = make_trainer(tmp_path, callbacks=[saving], **options)
-    trainer.fit(make_module(whole[1]), make_data(tmp_path))
-    told = [torch.load(path, weights_only=True)[RUN] for path in find_checkpoints(tmp_path)]
-    assert [run["steps_logged"] for run in told] == [1, 1, 3, 3]
-    assert [run["logged"].get("objective/score") for run in told[::2]] == [None, None]
+    trainer.fit(make_module(uninterrupted[1]), make_data(tmp_path))
+    runs = [torch.load(path, weights_only=True)[RUN] for path in find_checkpoints(tmp_path)]
+    assert [run["steps_logged"] for run in runs] == [1, 1, 3, 3]
+    assert [run["logged"].get("objective/score") for run in runs[::2]] == [None, None]
     scores = [row["objective/score"] for row in logged(trainer)]
-    assert [run["logged"]["objective/score"] for run in told[1::2]] == scores
+    assert [run["logged"]["objective/score"] for run in runs[1::2]] == scores
 
 
-def test_the_reference_after_resume_is_what_the_run_started_from(tmp_path, whole):
-    folder, actor, _, _ = whole
+def test_the_reference_after_resume_is_what_the_run_started_from(tmp_path, uninterrupted):
+    folder, actor, _, _ = uninterrupted
     module, _ = fit(tmp_path, actor, folder / "checkpoints" / "step-000004.ckpt")
     start = make_module(actor)
     start.configure_model()
@@ -94,15 +94,15 @@ def test_the_reference_after_resume_is_what_the_run_started_from(tmp_path, whole
         assert value.equal(start.reference.state_dict()[name])
 
 
-def test_checkpoints_hold_no_frozen_weights(whole):
-    checkpoint = torch.load(whole[0] / "checkpoints" / "step-000005.ckpt", weights_only=True)
+def test_checkpoints_hold_no_frozen_weights(uninterrupted):
+    checkpoint = torch.load(uninterrupted[0] / "checkpoints" / "step-000005.ckpt", weights_only=True)
     assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"actor", "critic"}
     assert checkpoint["lit_ppo"]["rollouts"] == UPDATES
 
 
-def test_a_moved_reference_is_saved_and_restored(tmp_path, whole):
-    """A callback that moves it says so by ``checkpoint_reference``."""
-    _, actor, _, _ = whole
+def test_a_moved_reference_is_saved_and_restored(tmp_path, uninterrupted):
+    """A callback that moves it sets ``checkpoint_reference``."""
+    _, actor, _, _ = uninterrupted
 
     def moved() -> Any:
         module = make_module(actor)
@@ -123,16 +123,16 @@ def test_a_moved_reference_is_saved_and_restored(tmp_path, whole):
         assert value.equal(again.reference.state_dict()[name])
 
 
-def test_a_checkpoint_of_other_models_is_refused(tmp_path, whole):
-    folder, _, _, _ = whole
+def test_a_checkpoint_of_other_models_is_refused(tmp_path, uninterrupted):
+    folder, _, _, _ = uninterrupted
     other = make_causal_lm(tmp_path / "lm", n_layer=3)
     with pytest.raises(ValueError, match=r"the checkpoint is none of LitPPO with these models: it lacks actor.model"):
         fit(tmp_path, other, folder / "checkpoints" / "step-000001.ckpt")
 
 
-def test_fitting_twice_in_a_notebook_goes_on(tmp_path, whole):
+def test_fitting_twice_in_a_notebook_continues(tmp_path, uninterrupted):
     """The fit cell run again: the same module and data, a new trainer."""
-    _, actor, _, _ = whole
+    _, actor, _, _ = uninterrupted
     module, data = make_module(actor), make_data(tmp_path)
     make_trainer(tmp_path).fit(module, data)
     first = {name: value.clone() for name, value in module.state_dict().items()}
@@ -142,9 +142,9 @@ def test_fitting_twice_in_a_notebook_goes_on(tmp_path, whole):
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.Adafactor, torch.optim.RMSprop, torch.optim.NAdam])
-def test_other_optimizers_go_on(tmp_path, whole, optimizer):
+def test_other_optimizers_resume(tmp_path, uninterrupted, optimizer):
     """Their states have other shapes: factors of rows and columns, numbers that are not tensors."""
-    _, actor, *_ = whole
+    _, actor, *_ = uninterrupted
 
     def fit(updates: int, start: str | None = None) -> dict[str, torch.Tensor]:
         arguments = {

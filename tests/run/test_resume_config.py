@@ -1,4 +1,4 @@
-"""Resuming with another configuration: what changed takes effect, and is said as old -> new; or it is refused."""
+"""Resuming with another configuration: a change takes effect and is reported as old -> new, or it is refused."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def exponential(gamma: float) -> Any:
 
 
 def halved_by_number(optimizer: Any) -> Any:
-    """Its rates hang on its count of steps alone."""
+    """Its rates depend on its count of steps alone."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
 
 
@@ -95,7 +95,7 @@ def test_a_changed_value_takes_effect(
     assert [row[tag] for row in rows] == pytest.approx(values, rel=1e-6)
 
 
-def test_updates_in_which_the_actor_rested_are_no_steps_of_its_schedule(tmp_path: Path, actor: Path) -> None:
+def test_updates_that_skipped_the_actor_are_no_steps_of_its_schedule(tmp_path: Path, actor: Path) -> None:
     """One of the two updates before: the new schedule has done one step, 0.008 x 0.5."""
     schedule = {"actor_scheduler": exponential(0.5)}
     fit(tmp_path, actor, CriticWarmup(updates=1), updates=2, **schedule)
@@ -128,7 +128,7 @@ def test_another_optimizer_is_refused(tmp_path: Path, actor: Path) -> None:
         fit(tmp_path, actor, updates=2, start=1, actor_optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
 
 
-def test_a_changed_kl_coef_is_what_the_controller_goes_on_from(tmp_path: Path, actor: Path) -> None:
+def test_the_controller_starts_from_a_changed_kl_coef(tmp_path: Path, actor: Path) -> None:
     """The KL is far below its target: the error is clipped to -0.2, and 7 of 70 episodes make it a factor of 0.98."""
     controller = {"target": 1e6, "horizon": 70}
     fit(tmp_path, actor, AdaptiveKL(**controller), updates=1, kl_coef=0.1)
@@ -185,12 +185,12 @@ def test_callbacks_are_compared_by_class_not_by_place() -> None:
     assert twice["trainer.callbacks.AdaptiveKL+.target"] == (ABSENT, 3.0)
 
 
-def test_types_are_told_apart() -> None:
+def test_types_are_compared() -> None:
     assert changes({"a": 1, "b": 0}, {"a": 1.0, "b": False}) == {"a": (1, 1.0), "b": (0, False)}
     assert not changes({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]})
 
 
-def test_what_says_nothing_of_the_run_is_ignored_at_the_top_alone() -> None:
+def test_names_are_ignored_at_the_top_level_only() -> None:
     assert not changes({"config": "a", "stages": ["a"], "ckpt_path": None}, {"config": "b", "weights_only": True})
     assert changes({"model": {"config": "a"}}, {"model": {"config": "b"}}) == {"model.config": ("a", "b")}
 
@@ -201,9 +201,11 @@ NOT_MODELS = ["seed_everything", "model.class_path", "data.class_path", "report.
 
 @pytest.mark.parametrize("name", [*NOT_MODELS, *(f"model.init_args.{name}" for name in MODELS)])
 def test_what_cannot_change_is_refused(name: str) -> None:
-    with pytest.raises(CommandError, match=rf"x.ckpt: {name} was 'a', now 'b', and cannot change within a run") as told:
+    with pytest.raises(
+        CommandError, match=rf"x.ckpt: {name} was 'a', now 'b', and cannot change within a run"
+    ) as refused:
         check_changes("x.ckpt", {"trainer.max_steps": (1, 2), name: ("a", "b")})
-    assert told.value.exit_code == 2
+    assert refused.value.exit_code == 2
     check_changes("x.ckpt", {"trainer.max_steps": (1, 2), "model.init_args.critic_optimizer.init_args.lr": (1, 2)})
 
 

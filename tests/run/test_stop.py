@@ -1,4 +1,4 @@
-"""SIGTERM, SLURM's requeue signal and a time limit: the update at work ends, is saved, and the run leaves."""
+"""SIGTERM, SLURM's requeue signal and a time limit: the current update ends, is saved, and the run ends."""
 
 import os
 import queue
@@ -55,20 +55,20 @@ def fit(folder: Path, actor: Path, *callbacks: Any, ckpt_path: Path | None = Non
     return module, made
 
 
-def resumed_as_whole(folder: Path, actor: Path, step: int) -> None:
-    """From what the interrupted run has left to the weights of one that was never interrupted."""
+def resumes_as_uninterrupted(folder: Path, actor: Path, step: int) -> None:
+    """Resume the interrupted run: its weights are those of a run that was never interrupted."""
     (newest,) = find_checkpoints(folder / "saved")
     assert newest.name == f"step-{step:06d}.ckpt"
     module, made = fit(folder, actor, ckpt_path=newest)
     assert len(logged(made)) == 4 - step
-    whole, _ = fit(folder / "whole", actor)
-    for name, value in whole.state_dict().items():
+    uninterrupted, _ = fit(folder / "uninterrupted", actor)
+    for name, value in uninterrupted.state_dict().items():
         assert module.state_dict()[name].equal(value), name
 
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path: Path) -> None:
-    (tmp_path / "whole").mkdir()
+    (tmp_path / "uninterrupted").mkdir()
 
 
 @pytest.mark.parametrize("update", [1, 2])  # inside the first epoch, and at its end
@@ -77,14 +77,14 @@ def test_sigterm_saves_the_update_that_it_came_in(tmp_path: Path, actor: Path, u
     with pytest.raises(SIGTERMException):
         fit(tmp_path, actor, Send(signal.SIGTERM, update))
     assert signal.getsignal(signal.SIGTERM) is before
-    resumed_as_whole(tmp_path, actor, update)
+    resumes_as_uninterrupted(tmp_path, actor, update)
 
 
 def test_slurm_requeues_after_the_update(tmp_path: Path, actor: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``scontrol`` is told the job, and the checkpoint is of a whole update."""
+    """``scontrol`` gets the job, and the checkpoint is of a complete update."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/told\n')
+    (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/scontrol.txt\n')
     (tools / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     job = {
@@ -100,12 +100,12 @@ def test_slurm_requeues_after_the_update(tmp_path: Path, actor: Path, monkeypatc
         monkeypatch.setenv(f"SLURM_{name}", value)
     with pytest.raises(SIGTERMException):
         fit(tmp_path, actor, Send(signal.SIGUSR1, 1), plugins=[SLURMEnvironment()])
-    assert (tmp_path / "told").read_text() == "requeue 17\n"
+    assert (tmp_path / "scontrol.txt").read_text() == "requeue 17\n"
     hpc = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)
     assert hpc["lit_ppo"]["rollouts"] == hpc["global_step"] == 1
     for name in job:
         monkeypatch.delenv(f"SLURM_{name}")
-    resumed_as_whole(tmp_path, actor, 1)
+    resumes_as_uninterrupted(tmp_path, actor, 1)
 
 
 class TakesLong(PPOCallback):
@@ -114,10 +114,10 @@ class TakesLong(PPOCallback):
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the timer is gone
-def test_a_time_limit_saves_what_goes_on_exactly(tmp_path: Path, actor: Path) -> None:
+def test_a_run_resumes_exactly_after_a_time_limit(tmp_path: Path, actor: Path) -> None:
     """The limit is reached in update 0, which is in the middle of an epoch."""
     fit(tmp_path, actor, TakesLong(), max_time={"milliseconds": 500})
-    resumed_as_whole(tmp_path, actor, 1)
+    resumes_as_uninterrupted(tmp_path, actor, 1)
 
 
 def test_a_second_signal_ends_the_run_at_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +140,7 @@ def test_a_second_signal_ends_the_run_at_once(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(
-    ("environment", "taken"),
+    ("environment", "handled"),
     [
         (SLURMEnvironment(), {signal.SIGTERM, signal.SIGUSR1}),
         (SLURMEnvironment(requeue_signal=signal.SIGUSR2), {signal.SIGTERM, signal.SIGUSR2}),
@@ -148,21 +148,21 @@ def test_a_second_signal_ends_the_run_at_once(capsys: pytest.CaptureFixture[str]
         (None, {signal.SIGTERM}),
     ],
 )
-def test_the_signals_that_are_taken_over(environment: Any, taken: set[signal.Signals]) -> None:
+def test_the_signals_that_are_handled(environment: Any, handled: set[signal.Signals]) -> None:
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.getsignal(number) for number in numbers}
     request = stop.StopRequest()
     connector = SimpleNamespace(cluster_environment=environment)
     request.listen(SimpleNamespace(_accelerator_connector=connector))
     try:
-        assert {number for number in numbers if signal.getsignal(number) is not before[number]} == taken
+        assert {number for number in numbers if signal.getsignal(number) is not before[number]} == handled
     finally:
         request.close()
     assert {number: signal.getsignal(number) for number in numbers} == before
 
 
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "RANK", "SLURM_PROCID"])
-def test_of_launched_processes_the_first_one_speaks(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_is_first_process(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     for other in ("LOCAL_RANK", "RANK", "SLURM_PROCID"):
         monkeypatch.delenv(other, raising=False)
     assert stop.is_first_process()
@@ -194,10 +194,7 @@ def test_the_command_loses_no_step_to_sigterm(tmp_path: Path) -> None:
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(config))
     words = ["fit", "--config", "toy.yaml", "--trainer.max_epochs=2", "--ckpt_path=auto"]  # there is none yet
     command = Running(*words, "--model.sleep=0.5", cwd=tmp_path)
-    end = time.monotonic() + 60
-    while "loss" not in command.out:
-        assert time.monotonic() < end, command.out + command.err
-        time.sleep(0.05)
+    command.wait_for("loss")
     result = command.stop(signal.SIGTERM, within=30)
     assert result.code == 143
     assert "continue with: lit-ppo fit" in result.last
