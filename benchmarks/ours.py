@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from transformers import LogitsProcessorList
 
+import lit_ppo.ppo.module
+import lit_ppo.ppo.optimize
 from benchmarks import files
 from benchmarks.jobs import Job, response_length
 from benchmarks.measure import Clock, matmul_peak, memory, touch, update_flops
 from benchmarks.scripted import Script, Scripted
-from lit_ppo import LitPPO
+from lit_ppo import LitPPO, PromptDataModule, RewardModel
 from lit_ppo.callbacks import AdvantageNormalization, PPOCallback, ValueClipping
-from lit_ppo.data.prompts import PromptDataModule
-from lit_ppo.rewards import RewardModel
 
 DEFAULTS = {"micro_batch_tokens": 4096, "attention": "sdpa", "reward_batch": 32, "environment": {}}
 LEARNING_RATE = 3e-6
@@ -31,12 +31,12 @@ class Laps(L.Callback):
         self.clock = clock
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Models are loaded; nothing has run."""
+        """Note the memory of the loaded models."""
         touch(pl_module)
         self.loaded = memory()[0]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Forget what came before the first update."""
+        """Drop the time before the first update."""
         self.clock.lap()
         self.clock.laps.clear()
 
@@ -100,14 +100,14 @@ def follow_script(module: LitPPO, script: Script) -> None:
 
 
 def time_phases(module: LitPPO, clock: Clock) -> dict[str, int]:
-    """Wrap what makes up an update; returns a count of optimizer steps, which goes on counting."""
-    clock.around(module, "_sample", "rollout")
-    clock.around(module, "_add_statistics", "scoring")
+    """Time the parts of an update; returns a count of optimizer steps, which the run increases."""
+    clock.around(lit_ppo.ppo.module, "sample_responses", "rollout")
+    clock.around(lit_ppo.ppo.module, "add_logprobs", "scoring")
     clock.around(module, "score", "scoring")
     for name in ("actor_forward", "critic_forward"):  # up to backward: the loss belongs to it
-        clock.around(module, name, "forward", after="forward", when=torch.is_grad_enabled)
+        clock.around(lit_ppo.ppo.optimize, name, "forward", after="forward", when=torch.is_grad_enabled)
     clock.around(module, "manual_backward", "backward")
-    clock.around(module, "gather_metrics", "optimizer")
+    clock.around(module.optimization, "clip", "optimizer")
     clock.around(module, "step_optimizers", "optimizer")
     count, step = {"steps": 0}, module.step_optimizers
 
