@@ -1,4 +1,4 @@
-"""The tricks, one callback a file, imported as ``lit_ppo.callbacks``."""
+"""The callbacks, one trick per file, imported as ``lit_ppo.callbacks``."""
 
 import importlib
 import inspect
@@ -12,7 +12,7 @@ from lit_ppo.callbacks.base import PPOCallback, fire
 
 __all__ = ["PPOCallback", "fire"]
 
-# A trick is in its file and nowhere else: whoever adds one edits no list.
+# Every callback class of every file here is exported: a new file needs no entry in a list.
 for _file in pkgutil.iter_modules(__path__, f"{__name__}."):
     for _name, _class in vars(importlib.import_module(_file.name)).items():
         if inspect.isclass(_class) and issubclass(_class, PPOCallback) and _class.__module__ == _file.name:
@@ -21,5 +21,5 @@ for _file in pkgutil.iter_modules(__path__, f"{__name__}."):
 __all__ = sorted({*__all__})
 
 
-def __getattr__(name: str) -> Any:  # tells type checkers that there is more than they see
+def __getattr__(name: str) -> Any:  # tells type checkers that names are added at run time
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}; the tricks are {', '.join(__all__)}")

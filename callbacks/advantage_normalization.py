@@ -1,4 +1,4 @@
-"""Bring advantages to zero mean and unit variance."""
+"""Normalise advantages to zero mean and unit variance."""
 
 from typing import Literal
 
@@ -12,16 +12,16 @@ from lit_ppo.validate import one_of, positive_or_none
 class AdvantageNormalization(PPOCallback):
     """Shifts and scales ``advantages`` to zero mean and unit variance over response tokens, then clips them.
 
-    Use it nearly always: the size of the policy's step then no longer hangs on the scale of the scores. With few
-    responses a batch, prefer ``scope="batch"``; a small minibatch's moments are noisy. Costs nothing.
+    Use it nearly always: the step size of the policy then does not depend on the scale of the scores. With few
+    responses per batch, prefer ``scope="batch"``, since the moments of a small minibatch are noisy. Costs nothing.
 
     Args:
-        scope: What the moments are taken over: the whole ``"batch"``, once an update, or each ``"minibatch"``.
-        clip: Bound on the size of a normalised advantage; None for no bound.
+        scope: Compute the moments over the full ``"batch"``, once per update, or over each ``"minibatch"``.
+        clip: Maximum absolute value of a normalised advantage; None for no bound.
 
     Reads and writes ``experience.advantages`` (``"batch"``) or ``minibatch.advantages`` (``"minibatch"``).
     Source: Ziegler et al. 2019, arXiv:1909.08593, its code (per batch); Schulman et al. 2017's code (baselines
-    ``ppo2``, per minibatch); Andrychowicz et al. 2020, arXiv:2006.05990, compare.
+    ``ppo2``, per minibatch); compared by Andrychowicz et al. 2020, arXiv:2006.05990.
     """
 
     def __init__(self, scope: Literal["batch", "minibatch"] = "batch", clip: float | None = None) -> None:
@@ -29,12 +29,10 @@ class AdvantageNormalization(PPOCallback):
         self.clip = positive_or_none(self, "clip", clip)
 
     def on_advantages(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
-        """Normalise over the update."""
         if self.scope == "batch":
             self._normalize(experience)
 
     def on_minibatch_start(self, trainer: L.Trainer, pl_module: PPOModule, minibatch: MinibatchLike) -> None:
-        """Normalise over one optimizer step."""
         if self.scope == "minibatch":
             self._normalize(minibatch)
 

@@ -1,4 +1,4 @@
-"""What tricks check of their arguments, of the module and of each other; messages name class, argument and value."""
+"""Checks of the module, the trainer and other callbacks; messages name what is missing and what to do."""
 
 from typing import Any
 
@@ -6,12 +6,14 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
+from lit_ppo.validate import refuse
+
 
 def require(callback: L.Callback, pl_module: Any, *names: str) -> None:
-    """Check that the module offers what the callback needs.
+    """Check that the module has the attributes that the callback needs.
 
     Raises:
-        TypeError: Naming both, and what is missing.
+        TypeError: One is missing.
     """
     missing = [name for name in names if not hasattr(pl_module, name)]
     if missing:
@@ -21,17 +23,28 @@ def require(callback: L.Callback, pl_module: Any, *names: str) -> None:
         )
 
 
+def require_data_module(callback: L.Callback, data: Any) -> L.LightningDataModule:
+    """Check the argument ``data`` of a callback.
+
+    Raises:
+        ValueError: It is not a LightningDataModule.
+    """
+    if not isinstance(data, L.LightningDataModule):
+        refuse(callback, "data", data, "must be a LightningDataModule, such as a TextDataModule")
+    return data
+
+
 def require_model(callback: L.Callback, pl_module: Any, name: str) -> None:
     """Check, once models are built, that the module has one of them.
 
     Args:
-        callback: Who needs it.
+        callback: The callback that needs it.
         pl_module: The module.
         name: ``critic`` or ``reference``.
 
     Raises:
-        TypeError: The module knows nothing of it.
-        ValueError: It is None. Both name callback and module.
+        TypeError: The module has no such attribute.
+        ValueError: The attribute is None.
     """
     require(callback, pl_module, name)
     if getattr(pl_module, name) is None:
@@ -41,26 +54,31 @@ def require_model(callback: L.Callback, pl_module: Any, name: str) -> None:
         )
 
 
+def reward_names(pl_module: Any) -> list[str] | None:
+    """Names of the module's rewards, none if there is only one; None if the module has no ``rewards``."""
+    return list(getattr(pl_module.rewards, "sources", [])) if hasattr(pl_module, "rewards") else None
+
+
 def require_token_rewards(callback: L.Callback, pl_module: Any) -> None:
-    """Check that the module's estimator, where it has one, reads the token rewards that the callback writes.
+    """Check that the module's advantage estimator, if it has one, reads the token rewards that the callback writes.
 
     Raises:
-        ValueError: It does not. Names both.
+        ValueError: It does not.
     """
     estimator = getattr(pl_module, "advantages", None)
     if not getattr(estimator, "needs_rewards", True):
         raise ValueError(
             f"{type(callback).__name__} changes token rewards, which "
-            f"{type(pl_module).__name__}(advantages={type(estimator).__name__}) does not read: it takes the scores as "
-            "they are; remove the callback, put the KL into the loss with KLLoss, or use another estimator"
+            f"{type(pl_module).__name__}(advantages={type(estimator).__name__}) does not read: it uses the "
+            "scores; remove the callback, put the KL into the loss with KLLoss, or use another estimator"
         )
 
 
 def require_weighted_rows(callback: L.Callback, trainer: L.Trainer, pl_module: Any) -> Any:
-    """The data module, once it is set up, if it can draw rows by weight.
+    """The data module, after its setup, if it can draw rows by weight.
 
     Raises:
-        TypeError: It cannot, or there is none. Names callback, module and data module.
+        TypeError: It cannot, or there is none.
     """
     data = getattr(trainer, "datamodule", None)
     missing = [name for name in ("columns", "set_weights") if not hasattr(data, name)]
@@ -76,71 +94,55 @@ def require_weighted_rows(callback: L.Callback, trainer: L.Trainer, pl_module: A
 
 
 def require_prompts(callback: L.Callback, trainer: L.Trainer, pl_module: Any) -> None:
-    """Check that the data module lets one look at its prompts.
+    """Check that the data module has ``peek``, which returns some of its prompts.
 
     Raises:
-        TypeError: It does not, or there is none. Names callback, module and data module.
+        TypeError: It does not, or there is none.
     """
     data = getattr(trainer, "datamodule", None)
     if not hasattr(data, "peek"):
-        lacks = "without a data module" if data is None else f"on {type(data).__name__}, which has no peek to do so"
+        lacks = "without a data module" if data is None else f"on {type(data).__name__}, which lacks peek"
         raise TypeError(
-            f"{type(callback).__name__} looks at held-out prompts, but {type(pl_module).__name__} is trained {lacks}; "
+            f"{type(callback).__name__} reads held-out prompts, but {type(pl_module).__name__} is trained {lacks}; "
             "train it on a PromptDataModule, or remove the callback"
         )
 
 
 def warn_of_gaps(callback: L.Callback, trainer: L.Trainer) -> None:
-    """Warn where the trainer's loggers do not get every update's numbers: those of what is measured get lost."""
+    """Warn if loggers do not get the numbers of every update, since measured ones could get lost."""
     if trainer.loggers and trainer.log_every_n_steps != 1:  # type: ignore[attr-defined]
         rank_zero_warn(
-            f"{type(callback).__name__}: Trainer(log_every_n_steps={trainer.log_every_n_steps}) logs other updates "  # type: ignore[attr-defined]
-            "than those that are measured; use log_every_n_steps=1"
+            f"{type(callback).__name__}: Trainer(log_every_n_steps={trainer.log_every_n_steps}) can skip the "  # type: ignore[attr-defined]
+            "updates that are measured; use log_every_n_steps=1"
         )
 
 
 def loader_over_rows(callback: L.Callback, data: L.LightningDataModule, name: str) -> DataLoader[Any]:
-    """The data module's loader, if its rows can be drawn in an order of the callback's own.
+    """The loader of a data module, if the callback can choose the order of its rows.
 
     Args:
-        callback: Who draws.
+        callback: The callback.
         data: The data module.
-        name: The method that gives the loader.
+        name: The method that returns the loader.
 
     Raises:
-        ValueError: It is no ``DataLoader`` over a data set with a length. Names both.
+        ValueError: It is not a ``DataLoader`` over a data set with a length.
     """
     loader = getattr(data, name)()
     batched = isinstance(loader, DataLoader) and (loader.batch_size is not None or loader.batch_sampler is None)
     if not batched or isinstance(loader.dataset, IterableDataset) or not len(loader.dataset):
         raise ValueError(
-            f"{type(callback).__name__}(data={type(data).__name__}): {name}() gives no DataLoader over rows that can "
-            "be drawn in an order of ours; use a data set with a length over 0, and no batch_sampler"
+            f"{type(callback).__name__}(data={type(data).__name__}): {name}() must return a DataLoader over a "
+            "map-style dataset; use a data set with a length above 0, and no batch_sampler"
         )
     return loader  # type: ignore[no-any-return]
 
 
-def levels(callback: object, name: str, value: Any, above: float) -> tuple[float, float]:
-    """``value`` if it is two finite numbers over ``above``, the first not over the second.
-
-    Raises:
-        ValueError: Naming class, argument and value.
-    """
-    given = value if isinstance(value, list | tuple) else ()
-    numbers = [x for x in given if isinstance(x, int | float) and not isinstance(x, bool)]
-    if len(numbers) != 2 or len(given) != 2 or not above < numbers[0] <= numbers[1] < float("inf"):
-        raise ValueError(
-            f"{type(callback).__name__}({name}={value!r}): must be two numbers over {above:g}, the level of a warning "
-            "and that of an alarm, the first not over the second; None switches the rule off"
-        )
-    return numbers[0], numbers[1]
-
-
 def refuse_beside(callback: L.Callback, trainer: L.Trainer, *others: type[L.Callback], why: str) -> None:
-    """Refuse another callback that cannot work beside this one; the class itself may be among ``others``.
+    """Refuse other callbacks that cannot be combined with this one; a class can refuse a second instance of itself.
 
     Raises:
-        ValueError: Naming both, and why.
+        ValueError: There is one.
     """
     for other in trainer.callbacks:  # type: ignore[attr-defined]
         if other is not callback and isinstance(other, others):
@@ -148,23 +150,23 @@ def refuse_beside(callback: L.Callback, trainer: L.Trainer, *others: type[L.Call
 
 
 def refuse_behind(callback: L.Callback, trainer: L.Trainer, *others: type[L.Callback], why: str) -> None:
-    """Refuse to stand behind another callback in the list.
+    """Refuse a position after another callback in the list.
 
     Raises:
-        ValueError: Naming both, and why.
+        ValueError: The callback comes later.
     """
     for other in trainer.callbacks:  # type: ignore[attr-defined]
         if other is callback:
             return
         if isinstance(other, others):
-            name, ahead = type(callback).__name__, type(other).__name__
-            raise ValueError(f"{name} stands behind {ahead}: {why}; put {name} ahead of {ahead}")
+            name, earlier = type(callback).__name__, type(other).__name__
+            raise ValueError(f"{name} comes after {earlier} in the list of callbacks: {why}; put {name} first")
 
 
 def refuse_same_loss(callback: L.Callback, trainer: L.Trainer, *others: type[L.Callback]) -> None:
     """Refuse a second callback that replaces the same loss term.
 
     Raises:
-        ValueError: Naming both.
+        ValueError: There is one.
     """
     refuse_beside(callback, trainer, *others, why="both replace the same loss term")

@@ -1,4 +1,4 @@
-"""Watch for collapse, and say so early."""
+"""Detect a collapsing policy early."""
 
 from typing import Any
 
@@ -8,57 +8,57 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import levels, refuse_beside
+from lit_ppo.callbacks.checks import refuse_beside
 from lit_ppo.functional import distinct_ngrams, duplicate_fraction, largest_opening, masked_mean
-from lit_ppo.validate import integer
+from lit_ppo.validate import ascending, boolean, integer
 
 Levels = tuple[float, float] | None
 LEVELS = ("warning", "alarm")
 FACTORS = ("length", "perplexity", "entropy", "distinct")  # rules whose distance is a factor, 1 at the start
-TRENDS = ("kl", "perplexity", "entropy")  # means over all tokens; what is of responses jumps too much to extrapolate
-# What each rule says: statistic now, at the start, distance from the start, {opening}, {ngram}.
+TRENDS = ("kl", "perplexity", "entropy")  # means over all tokens; statistics of responses are too noisy to extrapolate
+# Message of each rule: statistic now and at the start, and the two token counts.
 WORDS = {
-    "kl": "the policy has left the reference: {now:.3g} nats a token",
-    "length": "length runs away: {now:.3g} tokens a response, {start:.3g} at the start",
-    "perplexity": "the reference finds the responses ever stranger: perplexity {now:.3g}, {start:.3g} at the start",
-    "entropy": "the policy has made up its mind: {now:.3g} nats a token, {start:.3g} at the start",
-    "distinct": "the same {ngram} tokens come again and again: {now:.1%} are distinct, {start:.1%} at the start",
-    "duplicates": "whole responses repeat: {now:.1%}, {start:.1%} at the start",
-    "opening": "one opening takes over: the same {opening} tokens begin {now:.1%} of the responses, "
+    "kl": "the policy is far from the reference: {now:.3g} nats per token",
+    "length": "length runs away: {now:.3g} tokens per response, {start:.3g} at the start",
+    "perplexity": "responses are unlikely under the reference: perplexity {now:.3g}, {start:.3g} at the start",
+    "entropy": "the policy is nearly deterministic: {now:.3g} nats per token, {start:.3g} at the start",
+    "distinct": "the same {ngram} tokens occur again and again: {now:.1%} are distinct, {start:.1%} at the start",
+    "duplicates": "many responses are equal: {now:.1%}, {start:.1%} at the start",
+    "opening": "one opening dominates: the same {opening} tokens begin {now:.1%} of the responses, "
     "the most frequent ones began {start:.1%} at the start",
-    "score_tail": "some responses get much worse: the lowest twentieth of the scores lies under {now:.3g}, under "
-    "{start:.3g} at the start",
+    "score_tail": "some responses get much worse: the 5% quantile of the scores is {now:.3g}, {start:.3g} at the start",
 }
 
 
 class CollapseMonitor(PPOCallback):
-    """Warns when the policy collapses, before the score shows it: by eight rules, each with two levels.
+    """Warns when the policy collapses, before the score shows it: eight rules with two levels each.
 
-    Use it in every run: a collapsing policy keeps its score, or raises it, while KL, diversity or length already tell.
-    The start is the first update's responses, which the untrained policy wrote. Each rule measures a distance from
-    there; from the first level on it warns, from the second on it raises the alarm, each once, in words and with the
-    numbers. KL, perplexity and entropy also warn half way to the first level where they would pass it within
-    ``lookahead`` updates, growing on as in the last two. It changes nothing in training, and costs a few
-    milliseconds an update. A few dozen responses an update make its shares meaningful.
+    Use it in every run: the score of a collapsing policy does not fall, or even rises, while KL, diversity or length
+    already change. The start is the first update, whose responses the untrained policy wrote. Each rule measures a
+    distance from the start; at the first level it warns, at the second it raises an alarm, once each, with numbers.
+    KL, perplexity and entropy also warn halfway to the first level if at the rate of the last two updates they would
+    reach it within ``lookahead`` updates. It does not change training, and costs a few milliseconds per update. Its
+    fractions need a few dozen responses per update.
 
     Args:
         kl: Levels of the KL to the reference, nats per response token, from 0. None switches a rule off.
         length: Levels of the factor by which the mean length has grown or shrunk.
         perplexity: Levels of the factor by which the perplexity of the responses under the reference has grown.
-        entropy: Levels of the factor by which the entropy has fallen: minus the log-prob of the sampled tokens, mean.
-        distinct: Levels of the factor by which the share of distinct n-grams in the update's responses has fallen.
-        duplicates: Levels of the share of repeated responses, of those that were none at the start.
-        opening: Levels of the share of responses that begin with the most frequent opening, of those that did not
-            at the start.
+        entropy: Levels of the factor by which the entropy has fallen: minus the mean log-prob of sampled tokens.
+        distinct: Levels of the factor by which the fraction of distinct n-grams in the responses has fallen.
+        duplicates: Levels of the fraction of repeated responses, relative to those not repeated at the start.
+        opening: Levels of the fraction of responses with the most frequent opening, relative to those without at the
+            start.
         score_tail: Levels of the fall of the 5% quantile of the scores, in standard deviations of scores at the start.
-        ngram: Tokens in an n-gram.
-        opening_tokens: Tokens in an opening.
-        lookahead: Updates that a trend is followed into the future; 0 follows none.
+        ngram: Tokens per n-gram.
+        opening_tokens: Tokens per opening.
+        lookahead: Updates for which a trend is extrapolated; 0 for none.
         stop: Whether an alarm ends the run, after its update.
 
     Reads ``experience.response_ids``, ``response_mask``, ``logprobs``, ``ref_logprobs``, ``kl``, ``raw_scores``;
-    writes ``trainer.should_stop`` if asked to. Without a reference two rules rest. Logs ``collapse/level``: 0 healthy,
-    1 warning, 2 alarm, of the rule that is worst off; and each statistic, as ``collapse/kl``, ``collapse/length``, ...
+    writes ``trainer.should_stop`` with ``stop``. Without a reference two rules are off. Logs ``collapse/level``: 0
+    healthy, 1 warning, 2 alarm, the maximum over all rules; and each statistic, as ``collapse/kl``,
+    ``collapse/length``, ...
     Source: Zheng et al. 2023, arXiv:2307.04964, section 5.2 (KL, length, perplexity, tail of the rewards); Li et al.
     2016, arXiv:1510.03055 (distinct n-grams).
     """
@@ -89,30 +89,28 @@ class CollapseMonitor(PPOCallback):
             "score_tail": score_tail,
         }
         self.levels = {
-            name: value if value is None else levels(self, name, value, above=1.0 if name in FACTORS else 0.0)
+            name: None if value is None else ascending(self, name, value, above=float(name in FACTORS), equal=True)
             for name, value in given.items()
         }
         self.ngram = integer(self, "ngram", ngram)
         self.opening_tokens = integer(self, "opening_tokens", opening_tokens)
         self.lookahead = integer(self, "lookahead", lookahead, at_least=0)
-        self.stop = stop
+        self.stop = boolean(self, "stop", stop)
         self._updates = 0
         self._start: dict[str, float] = {}  # the first update's statistics
-        self._before: list[dict[str, float]] = []  # distances of up to two updates, the last one last
-        self._said: dict[str, int] = {}  # each rule's highest level so far
+        self._before: list[dict[str, float]] = []  # distances of the last two updates
+        self._said: dict[str, int] = {}  # highest level of each rule so far
         self._told: list[str] = []
 
     @property
     def told(self) -> list[str]:
-        """Every warning of the run in few words, for its summary."""
+        """Every warning so far in a few words, for the summary of the run."""
         return self._told
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse a second one."""
         refuse_beside(self, trainer, CollapseMonitor, why="both would log collapse/level")
 
     def on_update_end(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
-        """Measure, log, judge."""
         self._updates += 1
         now = self._statistics(experience)
         if not self._start:
@@ -147,7 +145,7 @@ class CollapseMonitor(PPOCallback):
         return {name: float(value) for name, value in statistics.items()}
 
     def _distance(self, name: str, now: float) -> float:
-        """How far from the start; larger is worse."""
+        """Distance from the start; larger is worse."""
         start, small = self._start[name], 1e-8
         if name == "kl":
             return now
@@ -159,28 +157,27 @@ class CollapseMonitor(PPOCallback):
         return {"perplexity": growth, "length": max(growth, 1.0 / growth)}.get(name, 1.0 / growth)
 
     def _level(self, name: str, distance: float) -> int:
-        """0, 1 or 2: passed now, or the first to be passed soon."""
+        """0, 1 or 2: the level that is reached, or 1 if it will be soon."""
         bounds = self.levels[name]
         if bounds is None:
             return 0
         level = sum(distance >= bound for bound in bounds)
         if name not in TRENDS:
             return level
-        half_way = 0.5 * (bounds[0] + (1.0 if name in FACTORS else 0.0))
+        halfway = 0.5 * (bounds[0] + (1.0 if name in FACTORS else 0.0))
         growth = (distance - self._before[0].get(name, distance)) / len(self._before) if self._before else 0.0
-        return max(level, int(distance >= half_way and distance + self.lookahead * growth >= bounds[0]))
+        return max(level, int(distance >= halfway and distance + self.lookahead * growth >= bounds[0]))
 
     def _message(self, name: str, level: int, now: float, distance: float) -> str:
         warns, alarms = self.levels[name] or (0.0, 0.0)
         words = WORDS[name].format(now=now, start=self._start[name], opening=self.opening_tokens, ngram=self.ngram)
-        pace = "" if distance >= warns else f" and would pass that within {self.lookahead} updates"
+        trend = "" if distance >= warns else f", which it would reach within {self.lookahead} updates"
         return (
             f"CollapseMonitor: {LEVELS[level - 1]} at update {self._updates}: {words} ({name} is at "
-            f"{distance:.3g}; it warns from {warns:g}{pace}, and alarms from {alarms:g})"
+            f"{distance:.3g}; warning from {warns:g}{trend}, alarm from {alarms:g})"
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The start, where it stands, and what it has said."""
         return {
             "updates": self._updates,
             "start": dict(self._start),
@@ -190,7 +187,6 @@ class CollapseMonitor(PPOCallback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them up again."""
         self._updates, self._before = state_dict["updates"], [dict(distances) for distances in state_dict["before"]]
         self._start, self._said = dict(state_dict["start"]), dict(state_dict["said"])
         self._told = list(state_dict["told"])

@@ -1,4 +1,4 @@
-"""Easy prompts first."""
+"""Start with easy prompts."""
 
 from typing import Any
 
@@ -12,20 +12,20 @@ from lit_ppo.validate import fraction, integer
 
 
 class CurriculumSampling(PPOCallback):
-    """Draws prompts from the easiest share of the data set, which grows to all of it.
+    """Draws prompts from the easiest part of the data set, which grows until it is the full data set.
 
     Use it when most prompts are too hard at first to earn any reward, and the data set says how hard each one is.
-    Afterwards every prompt is seen once an epoch again. An update has fewer prompts as long as fewer than a batch may
-    be drawn. Costs nothing. Needs a ``PromptDataModule``.
+    Afterwards every prompt is seen once per epoch again. An update has fewer prompts while fewer than one batch are
+    available. Costs nothing. Needs a ``PromptDataModule``.
 
     Args:
-        column: Column of the data set with each prompt's difficulty: finite numbers, smaller is easier, of which only
-            the order matters. Of equally hard prompts the earlier in the file comes first.
-        updates: Updates over which the share grows, by the same amount after each.
-        start: Share of the prompts that the first update draws from.
+        column: Column with the difficulty of each prompt: finite numbers, smaller is easier; only their order matters.
+            Of equally hard prompts, the earlier one in the file is taken as easier.
+        updates: Updates in which the part grows to the full data set, linearly.
+        start: Fraction of the prompts available to the first update.
 
     Reads ``trainer.datamodule.columns``; writes ``trainer.datamodule.set_weights``. Logs ``data/drawable_fraction``,
-    the share that the update was drawn from.
+    the fraction available to the update.
     Source: Bengio et al. 2009, "Curriculum learning", ICML; Platanios et al. 2019, arXiv:1903.09848
     (linear competence).
     """
@@ -38,7 +38,6 @@ class CurriculumSampling(PPOCallback):
         self._easy_first: list[int] = []
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse data without a difficulty, and a second curriculum."""
         refuse_beside(self, trainer, CurriculumSampling, why="both would set the sampling weights")
         if stage == "fit":
             difficulty = self._difficulty(require_weighted_rows(self, trainer, pl_module).columns)
@@ -51,11 +50,9 @@ class CurriculumSampling(PPOCallback):
         return [_number(where, known, row, value) for row, value in enumerate(columns[self.column])]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Before the first batch is drawn."""
         self._set_weights(trainer)
 
     def on_update_end(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
-        """Let the next update draw from more."""
         pl_module.log("data/drawable_fraction", self._share())
         self._done += 1
         self._set_weights(trainer)
@@ -64,21 +61,19 @@ class CurriculumSampling(PPOCallback):
         return linear_schedule(self.start, 1.0, self._done, self.updates)
 
     def _set_weights(self, trainer: Any) -> None:
-        if self._done > self.updates:  # the weights may be another callback's by now
+        if self._done > self.updates:  # later, another callback may set the weights
             return
         weights = None
         if self._done < self.updates:
             weights = torch.zeros(len(self._easy_first))
-            n_drawable = int(len(weights) * self._share() + 1.0 - 1e-6)  # rounded up, unless by a rounding error
+            n_drawable = int(len(weights) * self._share() + 1.0 - 1e-6)  # rounded up, except for rounding errors
             weights[self._easy_first[:n_drawable]] = 1.0
         trainer.datamodule.set_weights(weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """Updates done."""
         return {"done": self._done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the count up again."""
         self._done = state_dict["done"]
 
 

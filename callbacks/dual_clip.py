@@ -1,4 +1,4 @@
-"""Bound what a token with a negative advantage can weigh."""
+"""Bound the weight of tokens with a negative advantage."""
 
 from typing import Any
 
@@ -8,38 +8,34 @@ from torch import Tensor
 from lit_ppo.callbacks.base import MinibatchLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_same_loss, require
 from lit_ppo.functional import dual_clip_policy_loss, policy_loss
-from lit_ppo.validate import positive
+from lit_ppo.validate import number
 
 
 class DualClip(PPOCallback):
-    """Bounds the policy's objective at ``c`` times the advantage where that is negative.
+    """Bounds the policy objective from below by ``c`` times the advantage, where the advantage is negative.
 
-    Use it where the policy moves far from the one that sampled (many passes, large rates, old samples): the clipped
-    objective has no lower bound, and a token that became ten times as likely though it was bad has ten times the
-    weight of any other. Costs nothing.
+    Use it when the policy moves far from the policy that sampled (many epochs, large learning rates, old samples): the
+    clipped objective has no lower bound, so a bad token that became ten times as likely has ten times the weight of
+    any other. Costs nothing.
 
     Args:
-        c: Ratio of probabilities from which on such a token gets no gradient; over 1.
+        c: Probability ratio above which such a token gets no gradient; above 1. The paper uses 3.
 
     Reads ``minibatch.new_logprobs``, ``logprobs``, ``advantages``, and ``clip_range``; writes ``losses["policy"]``.
-    Logs ``policy/dual_clip_fraction``: the share of response tokens on which the bound acts.
+    Logs ``policy/dual_clip_fraction``: the fraction of response tokens where the bound is active.
     Source: Ye et al. 2020, arXiv:1912.09729, its section on dual-clip PPO.
     """
 
     def __init__(self, c: float = 3.0) -> None:
-        if not positive(self, "c", c) > 1:
-            raise ValueError(f"DualClip(c={c!r}): must be over 1, the ratio of an unchanged policy; the paper has 3")
-        self.c = c
+        self.c = number(self, "c", c, above=1)
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse a module whose clip range is unknown, and a second callback that replaces the policy loss."""
         require(self, pl_module, "clip_range")
         refuse_same_loss(self, trainer, DualClip)
 
     def on_actor_loss(
         self, trainer: L.Trainer, pl_module: PPOModule, minibatch: MinibatchLike, losses: dict[str, Tensor]
     ) -> None:
-        """Replace the policy loss."""
         ours = minibatch.new_logprobs, minibatch.logprobs, minibatch.advantages, pl_module.clip_range
         loss = dual_clip_policy_loss(*ours, c=self.c)
         losses["policy"] = minibatch.mean(loss)

@@ -1,4 +1,4 @@
-"""Pay the policy for staying undecided."""
+"""Reward the policy for high entropy."""
 
 from typing import Any
 
@@ -11,15 +11,15 @@ from lit_ppo.validate import positive, positive_or_none
 
 
 class EntropyBonus(PPOCallback):
-    """Adds ``-coef`` times the mean entropy of the tempered distribution to the actor's loss.
+    """Adds ``-coef`` times the mean entropy of the sampling distribution to the actor's loss.
 
-    Use it when responses become alike early and the score stops rising. The KL to the reference already holds
-    entropy up where there is one, so start small. Costs nothing: the entropy is there anyway.
+    Use it when responses become similar early and the score stops rising. A KL penalty to the reference already keeps
+    entropy up, so start small. Costs nothing: the entropy is computed anyway.
 
     Args:
         coef: Weight of the entropy, in units of loss per nat.
-        target: Entropy in nats per token above which the bonus is off, judged by the optimizer step before; None
-            keeps it on.
+        target: Entropy in nats per token, as of the previous optimizer step, above which the bonus is off; None keeps
+            it on.
 
     Reads ``minibatch.new_entropy``, ``metrics["entropy"]``; adds ``losses["entropy"]``.
     Source: Mnih et al. 2016, arXiv:1602.01783, section 4; Schulman et al. 2017, arXiv:1707.06347, equation 9.
@@ -28,29 +28,24 @@ class EntropyBonus(PPOCallback):
     def __init__(self, coef: float = 0.01, target: float | None = None) -> None:
         self.coef = positive(self, "coef", coef)
         self.target = positive_or_none(self, "target", target)
-        self._entropy: float | None = None  # of the step before; None until the actor has made one
+        self._entropy: float | None = None  # of the previous step of the actor; None before the first
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse a second bonus."""
-        refuse_beside(self, trainer, EntropyBonus, why="two bonuses are one whose coef is their sum")
+        refuse_beside(self, trainer, EntropyBonus, why="both would set losses['entropy']")
 
     def on_actor_loss(
         self, trainer: L.Trainer, pl_module: PPOModule, minibatch: MinibatchLike, losses: dict[str, Tensor]
     ) -> None:
-        """Add the bonus to the loss."""
         if self.target is None or self._entropy is None or self._entropy <= self.target:
             losses["entropy"] = -self.coef * minibatch.mean(minibatch.new_entropy)
 
     def on_minibatch_end(
         self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike, metrics: dict[str, float]
     ) -> None:
-        """Remember the entropy; steps in which the actor rested have none."""
-        self._entropy = metrics.get("entropy", self._entropy)
+        self._entropy = metrics.get("entropy", self._entropy)  # missing while the actor is frozen
 
     def state_dict(self) -> dict[str, Any]:
-        """Entropy of the last step."""
         return {"entropy": self._entropy}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it up again."""
         self._entropy = state_dict["entropy"]

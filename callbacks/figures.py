@@ -1,4 +1,4 @@
-"""Pictures of a run; what draws them is loaded with the first one."""
+"""Figures of a run; matplotlib is loaded with the first one."""
 
 from collections.abc import Sequence
 from math import isfinite
@@ -19,14 +19,14 @@ LEGEND: dict[str, Any] = {
 
 
 def score_against_kl(kl: Sequence[float], scores: Sequence[float], best_of: Sequence[float]) -> "Figure":
-    """What the run has gained for its distance from the reference, beside mere choice among samples of its start.
+    """Mean score of each update against its KL to the reference, compared with best-of-n sampling at the start.
 
     Args:
-        kl: To the reference, of each update, nats a response.
+        kl: KL to the reference of each update, nats per response.
         scores: Mean score of each update.
-        best_of: Mean score of the best of 1, 2, 3, ... samples of the starting policy; empty: no line.
+        best_of: Mean score of the best of 1, 2, 3, ... samples of the starting policy; empty for no line.
     """
-    figure, axes = _axes("KL to the reference, nats a response", "mean score")
+    figure, axes = _axes("KL to the reference, nats per response", "mean score")
     if best_of:
         distances = [best_of_n_kl(n) for n in range(1, len(best_of) + 1)]
         label = f"starting policy, best of 1 to {len(best_of)}"
@@ -42,14 +42,14 @@ def score_against_kl(kl: Sequence[float], scores: Sequence[float], best_of: Sequ
 
 
 def score_distributions(now: Sequence[float], start: Sequence[float], update: int) -> "Figure":
-    """The scores of single responses, now and at the start, by the same bins.
+    """Histograms of the scores of single responses, now and at the start, with the same bins.
 
     Args:
-        now: Of one update.
-        start: Of the first one.
-        update: Its number, counted from 0.
+        now: Scores of one update.
+        start: Scores of the first update.
+        update: Number of the update, counted from 0.
     """
-    figure, axes = _axes("score", "share of the responses")
+    figure, axes = _axes("score", "fraction of the responses")
     low, high = min(*now, *start), max(*now, *start)
     edges = [low + (high - low or 1.0) * i / BINS for i in range(BINS + 1)]
     for values, color, label in ((start, GREY, "at the start"), (now, BLUE, f"now, update {update}")):
@@ -62,7 +62,7 @@ def score_distributions(now: Sequence[float], start: Sequence[float], update: in
 
 
 def _axes(across: str, up: str) -> tuple["Figure", "Axes"]:
-    """An empty figure without pyplot, which would keep it and choose a backend for the whole process."""
+    """An empty figure, made without pyplot, which would keep a reference and choose a backend for the process."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.8, 3.4), dpi=120)  # TensorBoard shows it at about two thirds of its size

@@ -1,4 +1,4 @@
-"""Hold the policy by a KL term in the actor's loss."""
+"""Add a KL term to the actor's loss."""
 
 from typing import Any, Literal
 
@@ -8,27 +8,28 @@ from torch import Tensor
 from lit_ppo.callbacks.base import MinibatchLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside, require, require_model
 from lit_ppo.functional import KLEstimator, kl_estimate
-from lit_ppo.validate import one_of, positive
+from lit_ppo.validate import one_of, positive, refuse
 
 
 class KLLoss(PPOCallback):
     """Adds ``coef`` times the mean KL of response tokens to the actor's loss.
 
-    Use it in place of, or beside, the KL in the token rewards (``kl_coef``; set that to 0 to have this one alone): it
-    pulls on every token by itself, whatever advantages and their normalisation make of the rewards. ``to="old"`` is
-    PPO's other form, a penalty in place of clipping (``clip_range=None`` on the module): then the policy that sampled
-    is what it holds on to. Costs nothing, except ``"exact"``: one more forward of the actor and one of the reference
-    a micro-batch, and the memory of that forward.
+    Use it instead of, or together with, the KL in the token rewards (with ``kl_coef=0`` this is the only one): it acts
+    on every token directly, whatever the advantages and their normalisation make of the rewards. ``to="old"`` is PPO's
+    other form, a penalty on the KL to the policy that sampled instead of clipping (``clip_range=None`` on the module).
+    Costs nothing, except ``"exact"``: one more forward of the actor and one of the reference per micro-batch, and the
+    memory of that forward.
 
     Args:
         coef: Weight of the KL, in units of loss per nat.
-        kind: ``"k2"`` follows the gradient of KL(policy || reference) on average, as long as the policy still is the
-            one that sampled; ``"k3"`` that of KL(reference || policy); ``"exact"`` sums over the vocabulary, which
-            takes the noise of the sampled token away. To the old policy k3 is unbiased, and k2 nearly so.
-        to: ``"reference"``: KL(policy || reference). ``"old"``: KL(old || policy), old the policy that sampled.
+        kind: ``"k2"`` has the expected gradient of KL(policy || reference) while the policy is the one that sampled;
+            ``"k3"`` that of KL(reference || policy); ``"exact"`` sums over the vocabulary, which removes the noise
+            of the sampled token. For the old policy k3 is unbiased, and k2 nearly so.
+        to: ``"reference"``: KL(policy || reference). ``"old"``: KL(old || policy), where old is the policy that
+            sampled.
 
     Reads ``minibatch.new_logprobs`` and ``ref_logprobs`` or ``logprobs``; adds ``losses["kl"]``. Logs
-    ``policy/kl_loss``, ``coef`` included. Needs a reference, except ``to="old"``.
+    ``policy/kl_loss``, including ``coef``. Needs a reference, except for ``to="old"``.
     Source: Schulman et al. 2017, arXiv:1707.06347, section 4 (``"old"``); Schulman 2020, "Approximating KL
     divergence", http://joschu.net/blog/kl-approx.html (k2, k3); Shao et al. 2024, arXiv:2402.03300, section 4.1 (a KL
     to the reference in the loss).
@@ -42,33 +43,26 @@ class KLLoss(PPOCallback):
     ) -> None:
         self.coef = positive(self, "coef", coef)
         if kind == "k1":
-            raise ValueError(
-                "KLLoss(kind='k1'): its expected gradient is zero where the policy is the one that sampled, whatever "
-                "the KL: as a loss it is noise; use 'k2', 'k3' or 'exact'"
-            )
+            problem = "its expected gradient is zero until the policy changes, so as a loss it is noise; "
+            refuse(self, "kind", kind, problem + "use 'k2', 'k3' or 'exact'")
         self.kind = one_of(self, "kind", kind, ("k2", "k3", "exact"))
         self.to = one_of(self, "to", to, ("reference", "old"))
         if kind == "exact" and to == "old":
-            raise ValueError(
-                "KLLoss(kind='exact', to='old'): of the policy that sampled only the log-probs of its tokens are left; "
-                "use 'k2' or 'k3'"
-            )
+            problem = "with to='old' only the log-probs of the sampled tokens are available; use 'k2' or 'k3'"
+            refuse(self, "kind", kind, problem)
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse a module that cannot compute it, and a second one."""
         if self.kind == "exact":
             require(self, pl_module, "exact_kl")
         refuse_beside(self, trainer, KLLoss, why="both would set losses['kl']")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Refuse a module without a reference."""
         if self.to == "reference":
             require_model(self, pl_module, "reference")
 
     def on_actor_loss(
         self, trainer: L.Trainer, pl_module: PPOModule, minibatch: MinibatchLike, losses: dict[str, Tensor]
     ) -> None:
-        """Add the term to the loss."""
         losses["kl"] = self.coef * minibatch.mean(self._kl(pl_module, minibatch))
 
     def _kl(self, pl_module: PPOModule, minibatch: MinibatchLike) -> Tensor:

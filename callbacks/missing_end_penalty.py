@@ -1,4 +1,4 @@
-"""Make responses come to an end."""
+"""Penalise responses without an end."""
 
 from typing import Any
 
@@ -7,42 +7,34 @@ import torch
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside
-from lit_ppo.validate import positive_or_none
+from lit_ppo.validate import exactly_one, number, positive_or_none
 
 
 class MissingEndPenalty(PPOCallback):
-    """Lowers or replaces the score of a response that did not end in a stop token; ``raw_scores`` stay.
+    """Lowers or replaces the score of a response without a stop token; ``raw_scores`` do not change.
 
-    Use it when responses run into the length limit, or where the score of half a response means nothing: most reward
-    models were trained on whole ones. ``score`` sets a fixed value, below what ended responses get; ``penalty`` keeps
-    what the score says. Give exactly one of them. Its unit is that of the scores as the callbacks before it in the
-    list have left them. Costs nothing.
+    Use it when responses reach the length limit, or when the score of half a response is meaningless: most reward
+    models were trained on complete ones. ``score`` sets a fixed value, below the scores of complete responses;
+    ``penalty`` keeps the information in the score. Give exactly one of them, in the unit of the scores after earlier
+    callbacks in the list. Costs nothing.
 
     Args:
-        penalty: What is taken off.
-        score: What is put in place.
+        penalty: Subtracted from the score.
+        score: Replaces the score.
 
-    Reads ``experience.ended``; reads and writes ``experience.scores``. ``response/ended_fraction`` is logged anyway.
+    Reads ``experience.ended``; reads and writes ``experience.scores``. The module logs ``response/ended_fraction``.
     Source: Huang et al. 2024, arXiv:2403.17031, the "EOS trick" (a score of -1); TRL's ``missing_eos_penalty``.
     """
 
     def __init__(self, penalty: float | None = None, score: float | None = None) -> None:
-        if (penalty is None) == (score is None):
-            raise ValueError(
-                f"MissingEndPenalty(penalty={penalty!r}, score={score!r}): give one of them, penalty to take it off "
-                "the score or score to put it in its place"
-            )
-        if score is not None and not -float("inf") < score < float("inf"):
-            raise ValueError(f"MissingEndPenalty(score={score!r}): must be a finite number")
+        exactly_one(self, penalty=penalty, score=score)
         self.penalty = positive_or_none(self, "penalty", penalty)
-        self.score = score
+        self.score = None if score is None else number(self, "score", score)
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse a second penalty."""
-        refuse_beside(self, trainer, MissingEndPenalty, why="both would judge the same responses")
+        refuse_beside(self, trainer, MissingEndPenalty, why="both would change the same scores")
 
     def on_scores(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
-        """Lower or replace the scores."""
         scores = experience.scores
         lowered = scores.new_tensor(self.score) if self.penalty is None else scores - self.penalty
         experience.scores = torch.where(experience.ended, scores, lowered)

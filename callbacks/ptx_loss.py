@@ -1,4 +1,4 @@
-"""Go on learning from text while PPO learns from scores."""
+"""Train on text and scores at the same time."""
 
 from typing import Any
 
@@ -8,49 +8,47 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
 from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule, batch_of, make_ready
-from lit_ppo.callbacks.checks import loader_over_rows, refuse_beside, require
+from lit_ppo.callbacks.checks import loader_over_rows, refuse_beside, require, require_data_module
 from lit_ppo.validate import positive
 
 
 class PTXLoss(PPOCallback):
     """Adds ``coef`` times the next-token loss on a batch of text to the actor's loss in every optimizer step.
 
-    Use it when PPO unlearns what the model could do before: with pretraining text it keeps its general abilities,
-    with the text of the cold start its form. It rests while the actor is frozen, and no text is used up then. Costs
-    a forward and backward of the actor on a text batch for each optimizer step; memory is that of PPO's own
-    micro-batches where texts are as long. Log-probs are of temperature 1.
+    Use it when PPO unlearns abilities of the model: pretraining text keeps its general abilities, the text of
+    supervised fine-tuning (SFT) keeps its style. It pauses while the actor is frozen and then uses no text. Costs a
+    forward and backward of the actor on a text batch per optimizer step; it needs no more memory than PPO's own
+    micro-batches if texts are as long. Log-probs are at temperature 1.
 
-    The order of the texts is the callback's own, since every rank needs the same batch: ``train_dataloader()`` must
-    be a ``DataLoader`` over a data set with a length, and its data set, batch size and collation are used, by epochs
-    without end. Where the loader shuffles, each epoch is a new permutation from ``data.seed`` (else the module's) and
-    the epoch's number; where it does not, rows come as they are. A resumed run goes on with the next batch.
+    The callback chooses the order of the texts, since every rank needs the same batch. ``train_dataloader()`` must
+    return a ``DataLoader`` over a map-style dataset; its data set, batch size and collation are used.
+    If the loader shuffles, each epoch is a permutation that depends on ``data.seed`` (or the module's seed) and the
+    number of the epoch; if not, rows keep their order. A resumed run continues with the next batch.
 
     Args:
-        data: The text, a ``TextDataModule`` or another LightningDataModule with batches that the module's
-            ``backward_on_text`` takes. Without a tokenizer of its own it uses the module's. Its ``batch_size`` is that
+        data: The text, a ``TextDataModule`` or another LightningDataModule whose batches the module's
+            ``backward_on_text`` accepts. Without its own tokenizer it uses the module's. Its ``batch_size`` is that
             of an optimizer step, over all ranks.
-        coef: Weight of the loss, which is a mean over the batch's tokens. 27.8 in InstructGPT; in others' experience
-            useful ones are below 1. ``ptx/grad_norm_share`` tells: near 1 the text alone steers the actor.
+        coef: Weight of the loss, which is a mean over the tokens of the batch. InstructGPT used 27.8; others report
+            useful values below 1. See ``ptx/grad_norm_share``: near 1, the text dominates the actor's gradient.
 
-    Calls ``pl_module.backward_on_text``, which adds ``coef`` times the text's gradient to the actor's. Logs
-    ``ptx/loss`` (without ``coef``), ``ptx/grad_norm`` (with it) and ``ptx/grad_norm_share``: the latter over
-    ``metrics["actor_grad_norm"]``, the norm of the actor's whole gradient; above 1 where the two pull apart.
+    Calls ``pl_module.backward_on_text``, which adds ``coef`` times the gradient on text to the actor's. Logs
+    ``ptx/loss`` (without ``coef``), ``ptx/grad_norm`` (with ``coef``) and ``ptx/grad_norm_share``: its ratio to
+    ``metrics["actor_grad_norm"]``, the norm of the actor's total gradient; above 1 if the two point in opposite
+    directions.
     Source: Ouyang et al. 2022, arXiv:2203.02155, section 3.5 (PPO-ptx).
     """
 
     def __init__(self, data: L.LightningDataModule, coef: float) -> None:
-        if not isinstance(data, L.LightningDataModule):
-            raise ValueError(f"PTXLoss(data={data!r}): must be a LightningDataModule, such as a TextDataModule")
-        self.data = data
+        self.data = require_data_module(self, data)
         self.coef = positive(self, "coef", coef)
-        self._drawn = 0  # batches, in all epochs
+        self._drawn = 0  # batches over all epochs
         self._loader: DataLoader[Any] | None = None
         self._seed = 0
-        self._permutation: tuple[int, Tensor] = (-1, torch.empty(0))  # of which epoch
-        self._step: tuple[float, float] | None = None  # loss and gradient norm, None where the actor rests
+        self._permutation: tuple[int, Tensor] = (-1, torch.empty(0))  # epoch and its order
+        self._step: tuple[float, float] | None = None  # loss and gradient norm; None while the actor is frozen
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse a module that cannot learn from text and a second one of these, and read the text."""
         require(self, pl_module, "backward_on_text")
         refuse_beside(self, trainer, PTXLoss, why="both add text to the actor's loss")
         if stage != "fit":
@@ -59,10 +57,9 @@ class PTXLoss(PPOCallback):
         self._loader = loader_over_rows(self, self.data, "train_dataloader")
         seeds = [getattr(owner, "seed", None) for owner in (self.data, pl_module)]
         self._seed = next((seed for seed in seeds if isinstance(seed, int)), 0)
-        self._permutation = (-1, torch.empty(0))  # of another run
+        self._permutation = (-1, torch.empty(0))  # drop that of another run
 
     def on_minibatch_start(self, trainer: L.Trainer, pl_module: PPOModule, minibatch: MinibatchLike) -> None:
-        """Back-propagate the next text batch, once an optimizer step."""
         self._step = None
         if not getattr(pl_module, "actor_frozen", False):
             self._step = pl_module.backward_on_text(self._next_batch(), self.coef)
@@ -71,7 +68,7 @@ class PTXLoss(PPOCallback):
         loader = self._loader
         assert loader is not None
         dataset: Any = loader.dataset
-        size = loader.batch_size or 1  # None: the data set's rows are batches
+        size = loader.batch_size or 1  # None: the rows of the data set are batches
         epoch, batch = divmod(self._drawn, -(-len(dataset) // size))
         self._drawn += 1
         return batch_of(loader, self._order(epoch)[batch * size : (batch + 1) * size].tolist())
@@ -87,26 +84,22 @@ class PTXLoss(PPOCallback):
     def on_minibatch_end(
         self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike, metrics: dict[str, float]
     ) -> None:
-        """Report the text's loss and its part of the gradient."""
         if self._step is None:
             return
         metrics["ptx/loss"], metrics["ptx/grad_norm"] = self._step
-        whole = metrics.get("actor_grad_norm")
-        if whole:
-            metrics["ptx/grad_norm_share"] = metrics["ptx/grad_norm"] / whole
+        total = metrics.get("actor_grad_norm")
+        if total:
+            metrics["ptx/grad_norm_share"] = metrics["ptx/grad_norm"] / total
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Let go of the trainer."""
         if stage == "fit":
             self.data.teardown(stage)
             self.data.trainer = self._loader = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Batches drawn, and what the data module itself keeps."""
         return {"drawn": self._drawn, "data": self.data.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on behind them."""
         self._drawn = state_dict["drawn"]
         if state_dict["data"]:
             self.data.load_state_dict(state_dict["data"])

@@ -8,23 +8,23 @@ import torch
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside, require, require_model
 from lit_ppo.functional import moving_average
-from lit_ppo.validate import exactly_one, fraction, integer
+from lit_ppo.validate import exactly_one, fraction_or_none, integer
 
 
 class ReferenceUpdate(PPOCallback):
-    """Moves the reference to where the actor is, every few updates at once or after each update by a part of the way.
+    """Moves the reference to the actor, completely every few updates or partly after each update.
 
-    Use it when the KL to the start keeps the policy from going where the reward still grows: the penalty then is on
-    how fast the policy moves, no longer on how far it has come. Costs one pass over the weights each time, and the
-    reference's size in each checkpoint. Needs a reference that is built as the actor is, in float32.
+    Use it when the KL to the start keeps the policy from states where the reward still grows: the penalty then limits
+    how fast the policy moves, not how far. Costs one pass over the weights each time, and the size of the reference in
+    each checkpoint. Needs a reference with the same architecture as the actor, in float32.
 
     Args:
-        every: Copy the actor after every so many updates; the KL starts at 0 again. Give this or ``decay``.
-        decay: Moving average after each update: what is left of the reference, the rest being the actor. 0.99 follows
-            about 100 updates behind.
+        every: Copy the actor every so many updates; the KL starts at 0 again. Give this or ``decay``.
+        decay: Moving average after each update: the weight of the reference; the rest is the weight of the actor.
+            With 0.99 the reference is about 100 updates behind.
 
-    Reads ``pl_module.actor``; writes ``pl_module.reference``, and ``pl_module.checkpoint_reference``, so that it is
-    saved. The module logs the KL to the moved reference as ``objective/kl``.
+    Reads ``pl_module.actor``; writes ``pl_module.reference``, and ``pl_module.checkpoint_reference`` so that
+    checkpoints contain it. The module logs the KL to the moved reference as ``objective/kl``.
     Source: Gorbatovski et al. 2024, arXiv:2404.09656 (hard and soft update); Ramé et al. 2024,
     arXiv:2406.16768 (moving average as the anchor).
     """
@@ -32,25 +32,24 @@ class ReferenceUpdate(PPOCallback):
     def __init__(self, every: int | None = None, decay: float | None = None) -> None:
         exactly_one(self, every=every, decay=decay)
         self.every = None if every is None else integer(self, "every", every)
-        self.decay = None if decay is None else fraction(self, "decay", decay)
+        self.decay = fraction_or_none(self, "decay", decay)
         self._done = 0
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Have the reference saved; refuse a second mover."""
         refuse_beside(self, trainer, ReferenceUpdate, why="both would move the reference")
         pl_module.checkpoint_reference = True
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Refuse a reference that cannot follow the actor."""
         require(self, pl_module, "actor")
         require_model(self, pl_module, "reference")
         wrong = _unlike(_parameters(pl_module.actor), _parameters(pl_module.reference))
         if wrong is not None:
-            raise ValueError(f"ReferenceUpdate moves the reference of {type(pl_module).__name__} to its actor: {wrong}")
+            raise ValueError(
+                f"ReferenceUpdate cannot move {type(pl_module).__name__}'s reference to its actor: {wrong}"
+            )
 
     @torch.no_grad()
     def on_update_end(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
-        """Move the reference."""
         self._done += 1
         if self.every is not None and self._done % self.every:
             return
@@ -60,32 +59,28 @@ class ReferenceUpdate(PPOCallback):
             reference.copy_(new if self.decay is None else moving_average(reference, new, self.decay))
 
     def state_dict(self) -> dict[str, Any]:
-        """Updates done."""
         return {"done": self._done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the count up again."""
         self._done = state_dict["done"]
 
 
 def _parameters(model: Any) -> dict[str, torch.nn.Parameter]:
-    """By name; tied ones once. Buffers are constants in a language model."""
+    """Parameters by name, tied ones once. Buffers of language models are constants."""
     return dict(model.named_parameters()) if hasattr(model, "named_parameters") else {}
 
 
 def _unlike(actor: dict[str, torch.nn.Parameter], reference: dict[str, torch.nn.Parameter]) -> str | None:
-    """Why the reference cannot take the actor's weights."""
+    """The reason why the reference cannot take the weights of the actor, or None."""
     shared = [name for name, parameter in actor.items() if any(parameter is other for other in reference.values())]
     if shared:
-        return f"they share {shared[0]}, so that there is no second copy to move; train whole models"
+        return f"they share {shared[0]}, so there is no second copy to move; train the full actor, without an adapter"
     shapes = [{name: tuple(parameter.shape) for name, parameter in model.items()} for model in (actor, reference)]
     for name in {**shapes[0], **shapes[1]}:
         ours, theirs = (shape.get(name, "missing") for shape in shapes)
         if ours != theirs:
-            return (
-                f"they are built differently, {name} is {ours} in the actor, {theirs} in the reference; use alike ones"
-            )
+            return f"{name} is {ours} in the actor, {theirs} in the reference; use the same architecture"
     low = {parameter.dtype for parameter in reference.values()} - {torch.float32, torch.float64}
     if low:
-        return f"the reference is in {low.pop()}, where small moves round away; use reference_dtype='float32'"
+        return f"the reference is in {low.pop()}, which rounds small changes away; use reference_dtype='float32'"
     return None

@@ -1,4 +1,4 @@
-"""Bound the scores."""
+"""Clip the scores."""
 
 from typing import Any
 
@@ -10,17 +10,17 @@ from lit_ppo.validate import positive
 
 
 class RewardClipping(PPOCallback):
-    """Clips ``scores`` to between ``-limit`` and ``limit``; ``raw_scores`` stay.
+    """Clips ``scores`` to between ``-limit`` and ``limit``; ``raw_scores`` do not change.
 
-    Use it where a few extreme scores rule an update, such as those of a reward model far from what it was trained on.
+    Use it when a few extreme scores dominate an update, such as those of a reward model far from its training data.
     After ``RewardNormalization`` or ``RewardScaling`` in the list of callbacks, ``limit`` is in standard deviations.
     Costs nothing.
 
     Args:
-        limit: Largest size of a score.
+        limit: Maximum absolute value of a score.
 
-    Reads and writes ``experience.scores``. Logs ``reward/clipped_fraction``: the share of responses whose score was
-    beyond the limit.
+    Reads and writes ``experience.scores``. Logs ``reward/clipped_fraction``: the fraction of responses whose score was
+    clipped.
     Source: Mnih et al. 2015, doi:10.1038/nature14236, methods (to 1); Zheng et al. 2023, arXiv:2307.04964,
     section 5.3 (after normalisation).
     """
@@ -29,11 +29,9 @@ class RewardClipping(PPOCallback):
         self.limit = positive(self, "limit", limit)
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse a second limit."""
-        refuse_beside(self, trainer, RewardClipping, why="only the smaller limit would count")
+        refuse_beside(self, trainer, RewardClipping, why="only the smaller limit would have an effect")
 
     def on_scores(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
-        """Clip the scores."""
         is_beyond = experience.scores.abs() > self.limit
         experience.scores = experience.scores.clamp(-self.limit, self.limit)
         pl_module.log("reward/clipped_fraction", float(is_beyond.float().mean()))

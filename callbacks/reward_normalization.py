@@ -1,4 +1,4 @@
-"""Bring scores to zero mean and unit variance."""
+"""Normalise scores to zero mean and unit variance."""
 
 from typing import Any, Literal
 
@@ -8,20 +8,20 @@ from torch import Tensor
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside
 from lit_ppo.functional import merge_moments
-from lit_ppo.validate import one_of, positive, positive_or_none
+from lit_ppo.validate import number, one_of, positive_or_none
 
 
 class RewardNormalization(PPOCallback):
-    """Replaces ``scores`` by their z-scores, then clips them; ``raw_scores`` stay.
+    """Replaces ``scores`` by their z-scores, then clips them; ``raw_scores`` do not change.
 
     Use it when the scale of the reward is unknown or differs between reward models: ``kl_coef`` and the critic's
-    learning rate then mean the same everywhere. ``"batch"`` forgets how good the batch is as a whole, ``"running"``
-    keeps that and follows slowly, ``"given"`` fixes both moments. Costs nothing.
+    learning rate then have the same meaning for all. ``"batch"`` removes the mean of each batch, ``"running"`` keeps
+    differences between batches and follows slowly, ``"given"`` fixes both moments. Costs nothing.
 
     Args:
-        clip: Bound on the size of a z-score; None for no bound.
-        statistics: Where mean and standard deviation come from: this update's scores (``"batch"``), all training
-            scores seen, this update's included (``"running"``; saved and restored), or ``mean`` and ``std``
+        clip: Maximum absolute value of a z-score; None for no bound.
+        statistics: Source of mean and standard deviation: the scores of this update (``"batch"``), all training
+            scores so far, including this update (``"running"``; saved and restored), or ``mean`` and ``std``
             (``"given"``), for example those of a data set.
         mean: The mean, with ``"given"``.
         std: The standard deviation, with ``"given"``.
@@ -42,18 +42,17 @@ class RewardNormalization(PPOCallback):
         for name, value in {"mean": mean, "std": std}.items():
             if (statistics == "given") != (value is not None):
                 raise ValueError(
-                    f"RewardNormalization(statistics={statistics!r}, {name}={value!r}): mean and std go with "
-                    "statistics='given', and with it alone"
+                    f"RewardNormalization(statistics={statistics!r}, {name}={value!r}): give mean and std with "
+                    "statistics='given', and only then"
                 )
-        self.mean, self.std = mean, None if std is None else positive(self, "std", std)
-        self._moments: tuple[float, float, float] = (0, 0.0, 0.0)  # count, mean, sum of squared deviations; all seen
+        self.mean = None if mean is None else number(self, "mean", mean)
+        self.std = positive_or_none(self, "std", std)
+        self._moments: tuple[float, float, float] = (0, 0.0, 0.0)  # count, mean, sum of squared deviations
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse a second normalisation."""
-        refuse_beside(self, trainer, RewardNormalization, why="the scores would be z-scores already")
+        refuse_beside(self, trainer, RewardNormalization, why="the scores would already be z-scores")
 
     def on_scores(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
-        """Normalise the scores."""
         mean, std = self._mean_and_std(experience.scores)
         scores = (experience.scores - mean) / std
         experience.scores = scores if self.clip is None else scores.clamp(-self.clip, self.clip)
@@ -64,12 +63,10 @@ class RewardNormalization(PPOCallback):
         count, mean, m2 = merge_moments(*self._moments, scores)
         if self.statistics == "running":
             self._moments = count, mean, m2
-        return mean, (m2 / max(count - 1, 1) + 1e-8) ** 0.5  # scores that are all alike become 0
+        return mean, (m2 / max(count - 1, 1) + 1e-8) ** 0.5  # equal scores become 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments of everything seen."""
         return {"moments": self._moments}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them up again."""
         self._moments = state_dict["moments"]

@@ -1,4 +1,4 @@
-"""The same prompts answered again and again: before and after, side by side."""
+"""Show responses to the same prompts before and after training."""
 
 import json
 from math import inf
@@ -13,31 +13,31 @@ from lit_ppo.callbacks.showing import html_table, pieces
 from lit_ppo.validate import integer
 
 FILE = "samples.jsonl"
-SQUARES = ((2.0, "🟥"), (0.5, "🟧"), (0.1, "🟨"))  # nats, from which on a token gets which
+SQUARES = ((2.0, "🟥"), (0.5, "🟧"), (0.1, "🟨"))  # smallest KL of a token with this colour, nats
 LESS_LIKELY = "🟦"
 NUMBERS = ("score", "KL")  # columns
-LEGEND = "KL of the token that follows, nats: " + ", ".join(
+LEGEND = "KL of the next token, nats: " + ", ".join(
     [f"{colour} from {least:g}" for least, colour in reversed(SQUARES)]
     + [f"{LESS_LIKELY} from {-SQUARES[-1][0]:g} down"]
 )
 
 
 class SampleLogger(PPOCallback):
-    """Shows what the policy answers to the same prompts before the first update and every so many updates since.
+    """Logs the policy's responses to the same prompts before the first update and every few updates afterwards.
 
-    Use it always: a collapse, or a reward that is being gamed, is seen in the text long before it is seen in a curve.
-    Held-out prompts where the data module has some, else the first training prompts. The draws are the same every
-    time, so that what differs is the policy. Costs a rollout of ``prompts`` responses each time. Needs a data module
-    that lets one ``peek`` at its prompts, such as a ``PromptDataModule``.
+    Use it always: a collapse, or a gamed reward, shows in the text long before it shows in a curve. It uses held-out
+    prompts if the data module has some, else the first training prompts. The random numbers are the same every time,
+    so only the policy differs. Costs a rollout of ``prompts`` responses each time. Needs a data module with ``peek``,
+    such as a ``PromptDataModule``.
 
-    A table in TensorBoard, or any logger whose experiment has ``add_text``: before and after with scores and KL, and
-    ahead of a token a square by its KL: 🟨 from 0.1 nats, 🟧 from 0.5, 🟥 from 2, 🟦 from -0.1 down, where the
-    reference likes the token better than the policy does. With every logger, and without one, JSON lines in the run
+    TensorBoard, and any logger whose experiment has ``add_text``, gets a table: before and after with scores and KL,
+    and before each token a square by its KL: 🟨 from 0.1 nats, 🟧 from 0.5, 🟥 from 2, 🟦 from -0.1 down, where the
+    reference prefers the token more than the policy does. With any logger, and without one, JSON lines in the run
     folder. Text is escaped: a tag, a table row or a control sequence in a response shows as text.
 
     Args:
-        every: Updates from one time to the next; once more at the end of the run.
-        prompts: Prompts to answer.
+        every: Updates between samples; the last ones are at the end of the run.
+        prompts: Number of prompts.
 
     Reads ``pl_module.rollout(..., stream="samples")`` and ``score``; writes ``samples.jsonl``. Logs ``samples`` as
     text; step n is the policy after n updates.
@@ -48,36 +48,32 @@ class SampleLogger(PPOCallback):
         self.every = integer(self, "every", every)
         self.prompts = integer(self, "prompts", prompts)
         self._updates = 0
-        self._before: list[dict[str, Any]] | None = None  # None until the first update or a checkpoint
-        self._shown = 0  # after how many updates
+        self._before: list[dict[str, Any]] | None = None  # None until sampled or restored
+        self._shown = 0  # updates done at the last sample
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse a second one, which would write into the same file."""
         require(self, pl_module, "rollout", "score", "tokenizer")
         refuse_beside(self, trainer, SampleLogger, why="both would write the same samples")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Refuse data without prompts to look at."""
         require_prompts(self, trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Answer for the first time; forget what was written after the checkpoint that the run goes on from."""
+        """Sample before the first update; when resuming, remove lines of updates after the checkpoint."""
         _cut(_file(trainer), trainer, self._updates)
         if not self._updates:
             self._show(trainer, pl_module)
 
     def on_update_end(self, trainer: L.Trainer, pl_module: PPOModule, experience: Any) -> None:
-        """Count."""
         self._updates += 1
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Answer again, if it is time; here, as the update's own time is being taken until now."""
+        """Sample here, since the timing of the update has ended."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._updates % self.every == 0:
             self._show(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Answer for the last time."""
         if self._shown != self._updates:
             self._show(trainer, pl_module)
 
@@ -92,7 +88,7 @@ class SampleLogger(PPOCallback):
         if trainer.is_global_zero and not trainer.fast_dev_run:
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("a", encoding="utf-8") as lines:
-                # in ASCII: a terminal on which the file is printed obeys nothing in it
+                # ASCII, so that control sequences have no effect in a terminal
                 lines.writelines(json.dumps({"update": self._updates, **sample}) + "\n" for sample in samples)
 
     def _samples(self, trainer: Any, pl_module: Any) -> list[dict[str, Any]]:
@@ -119,26 +115,24 @@ class SampleLogger(PPOCallback):
         for i, sample in enumerate(samples):
             known = self._before is not None and i < len(self._before)
             before = self._before[i] if known else {}  # type: ignore[index]
-            if before.get("prompt") != sample["prompt"]:  # resumed on others
-                before = {"response": "(not asked)", "score": float("nan")}
+            if before.get("prompt") != sample["prompt"]:  # resumed with other prompts
+                before = {"response": "(not sampled)", "score": float("nan")}
             coloured = "".join(square(kl) + text for text, kl in sample["tokens"])
             numbers = [f"{before['score']:+.2f}", coloured, f"{sample['score']:+.2f}", f"{sample['kl']:+.2f}"]
             rows.append([sample["prompt"], before["response"], *numbers])
         table = html_table(["prompt", "before the first update", "score", after, "score", "KL"], rows, NUMBERS)
-        return f"{LEGEND}\n\n{table}"  # below it nobody would see it: TensorBoard shows a part of the table
+        return f"{LEGEND}\n\n{table}"  # above the table, of which TensorBoard shows only a part
 
     def state_dict(self) -> dict[str, Any]:
-        """What the run started from, and how far it is."""
         return {"updates": self._updates, "before": self._before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare with the whole run's start."""
         self._updates, self._before = state_dict["updates"], state_dict["before"]
         self._shown = self._updates
 
 
 def square(kl: float) -> str:
-    """The colour of a token's KL; none where it is small.
+    """The colour of a token's KL; none if it is small.
 
     >>> [square(kl) for kl in (0.0, 0.1, 0.6, 3.0, -0.2)]
     ['', '🟨', '🟧', '🟥', '🟦']
@@ -149,23 +143,23 @@ def square(kl: float) -> str:
 
 
 def _file(trainer: L.Trainer) -> Path:
-    folder = trainer.log_dir  # asked on every rank: Lightning has them agree
+    folder = trainer.log_dir  # collective: Lightning broadcasts it
     logger: Any = trainer.logger
     if folder is not None and folder == getattr(logger, "save_dir", None) and isinstance(logger.version, str):
-        # of all runs: W&B and MLflow name theirs, and Lightning's checkpoints go by these names as well
+        # a folder of several runs: W&B and MLflow name each run, and Lightning's checkpoints use the same names
         return Path(folder, str(logger.name), logger.version, FILE)
     return Path(folder or trainer.default_root_dir, FILE)
 
 
 def _cut(file: Path, trainer: L.Trainer, updates: int) -> None:
-    """Leave out the lines of later updates than ``updates``: they are written again. A new run starts a new file."""
+    """Remove the lines of updates after ``updates``, which are written again. A new run starts a new file."""
     if trainer.is_global_zero and not trainer.fast_dev_run and file.exists():  # type: ignore[attr-defined]
         lines = [f"{line}\n" for line in file.read_text(encoding="utf-8").splitlines()] if updates else []
         file.write_text("".join(line for line in lines if _written_after(line) <= updates), encoding="utf-8")
 
 
 def _written_after(line: str) -> float:
-    """How many updates; more than any for what a run that was killed has written of a line."""
+    """The update of a line; infinity for an incomplete line of a killed run."""
     try:
         after: float = json.loads(line)["update"]
     except (ValueError, TypeError, KeyError):

@@ -1,4 +1,4 @@
-"""Keep the critic from moving far in one update."""
+"""Limit how far the critic moves in one update."""
 
 from typing import Any
 
@@ -12,16 +12,17 @@ from lit_ppo.validate import positive
 
 
 class ValueClipping(PPOCallback):
-    """Replaces the critic's squared error by the larger of it and that of the value clipped to near its old self.
+    """Replaces the critic's squared error by the larger of it and that of the value clipped to near its old value.
 
-    Use it where the value loss jumps within an update; it is part of most PPO recipes for language models, though
+    Use it when the value loss jumps within an update; most PPO recipes for language models include it, although
     studies on control tasks found no gain. Costs nothing. Needs a critic.
 
     Args:
-        clip_range: How far a value may move from the one at rollout, in units of the returns.
+        clip_range: Maximum change of a value since the rollout, in units of the returns.
 
     Reads ``minibatch.new_values``, ``values``, ``returns``; writes ``losses["value"]``. Logs
-    ``value/clip_fraction``: the share of response tokens whose clipped error is the larger, which get no gradient.
+    ``value/clip_fraction``: the fraction of response tokens whose clipped error is the larger one; they get no
+    gradient.
     Source: Schulman et al. 2017's code (baselines ``ppo2``); Ziegler et al. 2019, arXiv:1909.08593, its code.
     """
 
@@ -29,17 +30,14 @@ class ValueClipping(PPOCallback):
         self.clip_range = positive(self, "clip_range", clip_range)
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse a second callback that replaces the value loss."""
         refuse_same_loss(self, trainer, ValueClipping)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Refuse a module without a critic."""
         require_model(self, pl_module, "critic")
 
     def on_critic_loss(
         self, trainer: L.Trainer, pl_module: PPOModule, minibatch: MinibatchLike, losses: dict[str, Tensor]
     ) -> None:
-        """Replace the value loss."""
         assert minibatch.values is not None  # there is a critic
         assert minibatch.returns is not None
         loss = clipped_value_loss(minibatch.new_values, minibatch.values, minibatch.returns, self.clip_range)

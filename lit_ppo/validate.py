@@ -76,6 +76,11 @@ def fraction(owner: object, name: str, value: Any) -> float:
     return number(owner, name, value, above=0, below=1)
 
 
+def fraction_or_none(owner: object, name: str, value: Any) -> float | None:
+    """A number above 0 and below 1, or None."""
+    return None if value is None else fraction(owner, name, value)
+
+
 def boolean(owner: object, name: str, value: Any) -> bool:
     """True or False."""
     if not isinstance(value, bool):
@@ -90,13 +95,46 @@ def one_of(owner: object, name: str, value: Any, choices: Sequence[str]) -> Any:
     return value
 
 
-def exactly_one(owner: object, **arguments: Any) -> None:
-    """Check that one argument was given and the others are None.
+def ascending(
+    owner: object, name: str, value: Any, *, above: float | None = None, equal: bool = False
+) -> tuple[float, float]:
+    """Two finite numbers in ascending order.
 
-    Raises:
-        ValueError: None, or more than one, was given.
+    Args:
+        owner: See above.
+        name: Argument.
+        value: What was given.
+        above: Lower bound, excluded.
+        equal: Accept two equal numbers.
     """
+    numbers = tuple(value) if isinstance(value, list | tuple) else ()
+    finite = [x for x in numbers if isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)]
+    valid = len(numbers) == len(finite) == 2 and (above is None or above < finite[0])
+    if not valid or finite[0] > finite[1] or (finite[0] == finite[1] and not equal):
+        bound = "" if above is None else f", above {above:g}"
+        refuse(owner, name, value, f"must be two finite numbers in ascending order{bound}")
+    return finite[0], finite[1]
+
+
+def exactly_one(owner: object, **arguments: Any) -> None:
+    """Check that one argument was given and the others are None."""
     if sum(value is not None for value in arguments.values()) != 1:
-        class_name = owner if isinstance(owner, str) else type(owner).__name__
-        shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-        raise ValueError(f"{class_name}({shown}): give exactly one of {' and '.join(arguments)}")
+        _refuse_together(owner, arguments, "give exactly one of")
+
+
+def at_most_one(owner: object, **arguments: Any) -> None:
+    """Check that all arguments except one are None."""
+    if sum(value is not None for value in arguments.values()) > 1:
+        _refuse_together(owner, arguments, "give at most one of")
+
+
+def all_or_none(owner: object, **arguments: Any) -> None:
+    """Check that all arguments were given, or that all are None."""
+    if len({value is None for value in arguments.values()}) > 1:
+        _refuse_together(owner, arguments, "give all or none of")
+
+
+def _refuse_together(owner: object, arguments: dict[str, Any], problem: str) -> NoReturn:
+    class_name = owner if isinstance(owner, str) else type(owner).__name__
+    shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    raise ValueError(f"{class_name}({shown}): {problem} {' and '.join(arguments)}")

@@ -23,6 +23,9 @@ ACCEPTED: list[tuple[Callable[..., Any], dict[str, Any], list[Any]]] = [
     (validate.positive_or_none, {}, [None, 0.5]),
     (validate.non_negative, {}, [0, 0.0, 2.5]),
     (validate.fraction, {}, [0.01, 0.99]),
+    (validate.fraction_or_none, {}, [None, 0.5]),
+    (validate.ascending, {}, [(-1, 2.5)]),
+    (validate.ascending, {"above": 1, "equal": True}, [(1.5, 1.5)]),
     (validate.boolean, {}, [True, False]),
     (validate.one_of, {"choices": ("a", "b")}, ["a", "b"]),
 ]
@@ -36,7 +39,20 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], list[Any], str]] = [
     (validate.positive_or_none, {}, [0, False], "must be a finite number, above 0"),
     (validate.non_negative, {}, [-0.1, math.nan], "must be a finite number, at least 0"),
     (validate.fraction, {}, [0, 1, 0.0, 1.0], "must be a finite number, above 0 and below 1"),
+    (validate.fraction_or_none, {}, [0, 1], "must be a finite number, above 0 and below 1"),
     (validate.boolean, {}, [0, 1, None, "true"], "must be True or False"),
+    (
+        validate.ascending,
+        {},
+        [(1, 1), (2, 1), (1,), (1, 2, 3), (1, math.inf), (True, 2), ("1", 2), 1, None],
+        "must be two finite numbers in ascending order",
+    ),
+    (
+        validate.ascending,
+        {"above": 1, "equal": True},
+        [(1, 2), (3, 2)],
+        "must be two finite numbers in ascending order, above 1",
+    ),
     (validate.one_of, {"choices": ("a", "b")}, ["c", None, "A"], "must be one of 'a', 'b'"),
 ]
 
@@ -65,8 +81,19 @@ def test_a_class_name_stands_for_an_object() -> None:
         validate.non_negative("LitPPO", "kl_coef", -1)
 
 
-def test_exactly_one() -> None:
-    validate.exactly_one(Trick(), size=1, share=None)
-    for given in ({"size": None, "share": None}, {"size": 1, "share": 0.5}):
-        with pytest.raises(ValueError, match=r"^Trick\(size=.*, share=.*\): give exactly one of size and share$"):
-            validate.exactly_one(Trick(), **given)
+@pytest.mark.parametrize(
+    ("check", "accepted", "refused", "problem"),
+    [
+        (validate.exactly_one, [(1, None)], [(None, None), (1, 0.5)], "give exactly one of"),
+        (validate.at_most_one, [(1, None), (None, None)], [(1, 0.5)], "give at most one of"),
+        (validate.all_or_none, [(1, 0.5), (None, None)], [(1, None), (None, 0.5)], "give all or none of"),
+    ],
+)
+def test_arguments_that_depend_on_each_other(
+    check: Callable[..., None], accepted: list[Any], refused: list[Any], problem: str
+) -> None:
+    for size, share in accepted:
+        check(Trick(), size=size, share=share)
+    for size, share in refused:
+        with pytest.raises(ValueError, match=rf"^Trick\(size={size}, share={share}\): {problem} size and share$"):
+            check(Trick(), size=size, share=share)

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_ppo.data.encoding import pad_right, padding_id, render_chats, tokenize, truncate_left
 from lit_ppo.data.module import RowDataModule
 from lit_ppo.data.table import Table
-from lit_ppo.validate import integer, refuse
+from lit_ppo.validate import all_or_none, integer, refuse
 
 
 class PreferenceDataModule(RowDataModule):
@@ -66,9 +66,7 @@ class PreferenceDataModule(RowDataModule):
         self.chosen_column, self.rejected_column, self.prompt_column = chosen_column, rejected_column, prompt_column
         self.text_column, self.label_column = text_column, label_column
         self.max_length = integer(self, "max_length", max_length, at_least=2)
-        if (text_column is None) != (label_column is None):
-            problem = f"label_column={label_column!r}; give both for labelled texts, neither for pairs"
-            refuse(self, "text_column", text_column, problem)
+        all_or_none(self, text_column=text_column, label_column=label_column)
         self.text_columns = [text_column] if isinstance(text_column, str) else list(text_column or [])
         if text_column is not None and not self.text_columns:
             refuse(self, "text_column", text_column, "names no column; name at least one")

@@ -11,7 +11,7 @@ from lit_ppo.data.encoding import pad_right, padding_id, tokenize
 from lit_ppo.data.module import RowDataModule
 from lit_ppo.data.table import Table
 from lit_ppo.data.tokenization import train_tokenizer_once
-from lit_ppo.validate import boolean, integer, refuse
+from lit_ppo.validate import all_or_none, at_most_one, boolean, integer, refuse
 
 
 class TextDataModule(RowDataModule):
@@ -70,10 +70,8 @@ class TextDataModule(RowDataModule):
         self.packing, self.append_eos = boolean(self, "packing", packing), boolean(self, "append_eos", append_eos)
         self.max_length = integer(self, "max_length", max_length, at_least=2)
         self.tokenizer_path, self.tokenizer_vocab_size = tokenizer_path, tokenizer_vocab_size
-        if (tokenizer_path is None) != (tokenizer_vocab_size is None):
-            refuse(self, "tokenizer_path", tokenizer_path, "give tokenizer_path and tokenizer_vocab_size together")
-        if tokenizer_path is not None and tokenizer is not None:
-            refuse(self, "tokenizer_path", tokenizer_path, "tokenizer is given too; leave one of them out")
+        all_or_none(self, tokenizer_path=tokenizer_path, tokenizer_vocab_size=tokenizer_vocab_size)
+        at_most_one(self, tokenizer=tokenizer, tokenizer_path=tokenizer_path)
 
     def prepare_data(self) -> None:
         """Train the tokenizer on the training text, if there is a ``tokenizer_path``."""

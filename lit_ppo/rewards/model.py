@@ -12,7 +12,7 @@ from lit_ppo.functional import masked_mean
 from lit_ppo.parallel.ranks import deal
 from lit_ppo.parallel.sharding import build, shard
 from lit_ppo.rewards.loading import find_label, load_classifier, load_tokenizer, max_tokens
-from lit_ppo.validate import integer, one_of
+from lit_ppo.validate import at_most_one, integer, one_of
 
 BATCH_SIZE = 32
 
@@ -51,8 +51,7 @@ class RewardModel(nn.Module):
         super().__init__()
         self.path, self.tokenizer_path = str(model), str(tokenizer or model)
         self.aggregation, self.label = one_of(self, "aggregation", aggregation, ("last", "mean")), label
-        if batch_size is not None and batch_tokens is not None:
-            raise ValueError(f"RewardModel(batch_tokens={batch_tokens}): give it or batch_size, not both")
+        at_most_one(self, batch_size=batch_size, batch_tokens=batch_tokens)
         self.batch_size = BATCH_SIZE if batch_size is None else integer(self, "batch_size", batch_size)
         self.batch_tokens = None if batch_tokens is None else integer(self, "batch_tokens", batch_tokens)
         self.model_kwargs = {"dtype": torch.float32} | (model_kwargs or {})

@@ -73,7 +73,7 @@ def test_a_moving_target_waits_while_the_actor_is_frozen():
 
 @pytest.mark.parametrize("arguments", [{"final_target": 3.0}, {"decay_updates": 5}])
 def test_a_final_target_needs_its_updates_and_the_other_way_round(arguments: dict[str, Any]):
-    with pytest.raises(ValueError, match=r"AdaptiveKL\(final_target=.*, decay_updates=.*\): give both or neither"):
+    with pytest.raises(ValueError, match=r"AdaptiveKL\(final_target=.*, decay_updates=.*\): give all or none of"):
         AdaptiveKL(**arguments)
 
 
@@ -137,7 +137,7 @@ def test_rests_while_the_actor_is_frozen(warmup_first: bool):
 
 
 def test_coefficient_of_zero_is_refused():
-    with pytest.raises(ValueError, match=r"AdaptiveKL multiplies kl_coef, and Toy\(kl_coef=0.0\) would stay"):
+    with pytest.raises(ValueError, match=r"AdaptiveKL multiplies kl_coef, which has no effect on Toy\(kl_coef=0.0\)"):
         run_updates(AdaptiveKL(), kl_coef=0.0)
 
 

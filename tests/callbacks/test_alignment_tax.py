@@ -139,7 +139,9 @@ def test_the_data_is_set_up_with_the_trainer_and_let_go():
 def test_other_loaders_are_refused_before_the_first_rollout():
     data, module = ToyTexts(), Toy()
     data.train_dataloader = lambda: [1, 2]
-    with pytest.raises(ValueError, match=r"AlignmentTax\(data=ToyTexts\): train_dataloader\(\) gives no DataLoader"):
+    with pytest.raises(
+        ValueError, match=r"AlignmentTax\(data=ToyTexts\): train_dataloader\(\) must return a DataLoader"
+    ):
         watch(1, data=data, module=module)
     assert module.experiences == []
 
@@ -150,7 +152,7 @@ def test_loggers_that_do_not_get_every_update_are_warned_of(tmp_path: Path, ever
     monitor = AlignmentTax(ToyTexts())
     trainer = trainer_of([monitor], 2, Recorder(tmp_path) if logs else None)
     trainer.log_every_n_steps = every
-    words = r"AlignmentTax: Trainer\(log_every_n_steps=50\) logs other updates than those that are measured; use"
+    words = r"AlignmentTax: Trainer\(log_every_n_steps=50\) can skip the updates that are measured; use"
     with pytest.warns(UserWarning, match=words) if logs and every > 1 else nullcontext():
         monitor.setup(trainer, Toy(), "fit")
 

@@ -225,10 +225,10 @@ def test_every_chart_finds_its_curves_and_no_curve_is_in_two(events: EventAccumu
     shown = [name for names in found.values() for name in names]
     assert sorted(shown) == sorted(set(shown))
     assert found["score"] == ["val/score", "objective/score"]
-    assert sorted(found["share of an update's time"]) == [f"time/share/{n}" for n in ("rollout", "score", "update")]
-    assert sorted(found["seconds an update"]) == ["time/rollout", "time/score", "time/update"]
+    assert sorted(found["fraction of an update's time"]) == [f"time/share/{n}" for n in ("rollout", "score", "update")]
+    assert sorted(found["seconds per update"]) == ["time/rollout", "time/score", "time/update"]
     wins = ["", "/good", "/letters", "/more"]
-    assert sorted(found["wins over the reference"]) == [f"val/win_rate{name}" for name in wins]
+    assert sorted(found["win rate against the reference"]) == [f"val/win_rate{name}" for name in wins]
     left = {"epoch", "hp_metric", "objective/entropy", "policy/loss", "hacking/best_update",
             "tax/loss_increase", "collapse/entropy", "collapse/kl", "collapse/length"}  # fmt: skip
     assert {name for name in logged if not name.startswith("final/")} - {*shown} <= left
@@ -271,14 +271,14 @@ def test_charts_that_nobody_can_tell_of_are_there(tmp_path: Path):
     assert layout_of(tmp_path, []) == titles.keys() - others
     collapse = layout_of(tmp_path, [CollapseMonitor()])
     assert collapse - layout_of(tmp_path, [CollapseMonitor()], reference=None) == {
-        "perplexity under the reference", "wins over the reference"
+        "perplexity under the reference", "win rate against the reference"
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(("rewards", "judges", "there"), [([], None, 0), (["good"], None, 1), ([], "judges", 1)])
 def test_one_reward_needs_no_chart_of_each_but_a_judge_does(tmp_path: Path, rewards: Any, judges: Any, there: int):
-    titles = layout_of(tmp_path, [], source_names=rewards, eval_rewards=judges)
-    assert ("each reward and judge" in titles) == there
+    titles = layout_of(tmp_path, [], rewards=SimpleNamespace(sources=rewards), eval_rewards=judges)
+    assert ("each reward" in titles) == there
     assert "score" in titles
 
 
@@ -294,7 +294,7 @@ def test_the_page_names_what_is_logged(events: EventAccumulator):
     charts = {title: tags for question in LAYOUT.values() for title, tags in question.items()}
     silent = {title for title, tags in charts.items() if not any(matches(tags, name) for name in named)}
     assert silent == {
-        "each reward and judge", "tokens whose value is clipped", "probability ratio, mean", "learning rates"
+        "each reward", "fraction of tokens with a clipped value", "probability ratio, mean", "learning rates"
     }  # fmt: skip
     figures = {*re.findall(r"`(figure/\w+)`", page)}
     assert figures == {*events.Tags()["images"]}

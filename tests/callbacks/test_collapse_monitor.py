@@ -131,7 +131,7 @@ def test_levels_of_each_rule(rule: str, factors: tuple[float, float], level: flo
     assert not stop
     if said:
         assert f"CollapseMonitor: {('warning', 'alarm')[int(level) - 1]} at update 2: " in said[0]
-        assert f"({rule} is at {distance:.3g}; it warns from {bounds[0]:g}, and alarms from {bounds[1]:g})" in said[0]
+        assert f"({rule} is at {distance:.3g}; warning from {bounds[0]:g}, alarm from {bounds[1]:g})" in said[0]
 
 
 def test_levels_count_from_where_they_are() -> None:
@@ -164,7 +164,7 @@ def test_a_state_taken_is_not_changed_by_the_run_that_goes_on() -> None:
 @pytest.mark.parametrize("levels", [0.5, True, (0.5, "1"), (0.1, 0.2, 0.3)])
 def test_levels_that_are_not_two_numbers_are_refused_in_words(levels: Any) -> None:
     with pytest.raises(
-        ValueError, match=r"CollapseMonitor\(kl=.*\): must be two numbers over 0, the level of a warning"
+        ValueError, match=r"CollapseMonitor\(kl=.*\): must be two finite numbers in ascending order, ab"
     ):
         CollapseMonitor(kl=levels)
 
@@ -174,7 +174,7 @@ def test_a_length_that_grows_counts_as_one_that_shrinks() -> None:
     monitor = CollapseMonitor(**{**NO_RULES, "length": (1.999, 2.001), "lookahead": 0})
     logs, said, _ = watch(monitor, rows(lengths=[2] * 10), rows())
     assert [log["collapse/level"] for log in logs] == [0.0, 1.0]
-    assert "4 tokens a response, 2 at the start" in said[0]
+    assert "4 tokens per response, 2 at the start" in said[0]
 
 
 def test_what_was_so_from_the_start_is_no_collapse() -> None:
@@ -196,10 +196,10 @@ def test_words_with_the_numbers_once_a_level() -> None:
     assert [log["collapse/level"] for log in logs] == [0.0, 1.0, 0.0, 1.0, 2.0, 2.0, 0.0, 1.0]
     assert monitor.told == ["warning at update 2 (kl)", "alarm at update 5 (kl)"]  # in the run's summary
     assert said == [
-        "CollapseMonitor: warning at update 2: the policy has left the reference: 0.4 nats a token (kl is at 0.4; it "
-        "warns from 0.3, and alarms from 0.6)",
-        "CollapseMonitor: alarm at update 5: the policy has left the reference: 0.7 nats a token (kl is at 0.7; it "
-        "warns from 0.3, and alarms from 0.6)",
+        "CollapseMonitor: warning at update 2: the policy is far from the reference: 0.4 nats per token (kl is at "
+        "0.4; warning from 0.3, alarm from 0.6)",
+        "CollapseMonitor: alarm at update 5: the policy is far from the reference: 0.7 nats per token (kl is at 0.7; "
+        "warning from 0.3, alarm from 0.6)",
     ]
 
 
@@ -218,7 +218,7 @@ def test_a_trend_is_followed_into_the_future(kls: tuple[float, ...], lookahead: 
     monitor = CollapseMonitor(**{**NO_RULES, "kl": (0.3, 0.6), "lookahead": lookahead})
     logs, said, _ = watch(monitor, *experiences)
     assert [log["collapse/level"] for log in logs] == levels
-    assert all(f"it warns from 0.3 and would pass that within {lookahead} updates" in words for words in said)
+    assert all(f"warning from 0.3, which it would reach within {lookahead} updates" in words for words in said)
 
 
 def test_half_way_of_a_factor_is_between_it_and_one() -> None:
@@ -271,7 +271,7 @@ def test_a_resumed_monitor_measures_from_the_old_start() -> None:
     second.load_state_dict(first.state_dict())
     logs, said, _ = watch(second, rows(logprobs=-0.4, ref_logprobs=-0.4))
     assert logs[0]["collapse/level"] == 1.0
-    assert "0.4 nats a token, 1 at the start" in said[0]
+    assert "0.4 nats per token, 1 at the start" in said[0]
 
 
 @pytest.fixture(scope="module")

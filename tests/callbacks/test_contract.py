@@ -249,9 +249,9 @@ def test_imports_only_what_a_trick_may(path: Path):
     """A trick knows tensors, Lightning, its base and the mathematics: nothing of processes, files or our module."""
     allowed = {"torch", "lightning", "typing", "collections", "contextlib", "math"}
     allowed |= {"lit_ppo.functional", "lit_ppo.validate", "lit_ppo.callbacks", "lit_ppo.rewards.function"}
-    allowed |= {"showing": {"html"}, "figures": {"matplotlib"}, "ratings": {"pathlib", "lit_ppo.data.files"}}.get(
-        path.stem, set()
-    )
+    extra = {"showing": {"html"}, "figures": {"matplotlib"}, "best_checkpoint": {"pathlib"}}
+    extra["ratings"] = {"pathlib", "lit_ppo.data.files"}
+    allowed |= extra.get(path.stem, set())
     if any(snake_case(name) == path.stem for name in MONITORS):  # they write what they see, and read of it
         allowed |= {"json", "pathlib"}
     tree = ast.parse(path.read_text())

@@ -84,9 +84,9 @@ def test_leaves_the_switch_alone_afterwards():
     assert moves(module, START) == [False, True, True, False, True]
 
 
-@pytest.mark.parametrize("updates", [-1, 1.5, "2", None])
+@pytest.mark.parametrize("updates", [-1, 1.5, "2"])
 def test_only_whole_numbers_of_updates(updates):
-    with pytest.raises(ValueError, match=rf"CriticWarmup\(updates={updates!r}\): must be a whole number"):
+    with pytest.raises(ValueError, match=rf"CriticWarmup\(updates={updates!r}\): must be an integer, at least 1"):
         CriticWarmup(updates)
 
 
@@ -218,7 +218,7 @@ def test_two_updates_of_one_rollout_both_have_more_passes():
 
 
 def test_something_must_end_it():
-    with pytest.raises(ValueError, match="unless value_loss or explained_variance says when the warm-up ends"):
+    with pytest.raises(ValueError, match="give updates, value_loss or explained_variance to end the warm-up"):
         CriticWarmup(ppo_epochs=2)
 
 

@@ -102,7 +102,7 @@ def test_a_start_out_of_bounds_is_refused_with_both_named():
 
 
 def test_bounds_in_the_wrong_order_are_refused():
-    with pytest.raises(ValueError, match=r"Adaptation\(minimum=0.1, maximum=0.1\): minimum must be under maximum"):
+    with pytest.raises(ValueError, match=r"Adaptation\(minimum=0.1\): must be a finite number, above 0 and below 0.1"):
         LearningRateAdaptation(0.01, minimum=0.1, maximum=0.1)
 
 

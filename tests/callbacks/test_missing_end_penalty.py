@@ -58,7 +58,7 @@ def test_returns_of_litppo_are_those_of_the_lowered_scores(tmp_path: Path, tiny_
 
 @pytest.mark.parametrize("arguments", [{}, {"penalty": 1.0, "score": -1.0}])
 def test_exactly_one_of_the_two_is_given(arguments: dict[str, float]):
-    with pytest.raises(ValueError, match=r"MissingEndPenalty\(penalty=.*, score=.*\): give one of them"):
+    with pytest.raises(ValueError, match=r"MissingEndPenalty\(penalty=.*, score=.*\): give exactly one of"):
         MissingEndPenalty(**arguments)
 
 

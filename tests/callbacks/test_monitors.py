@@ -96,7 +96,7 @@ def test_one_opening_takes_over_and_it_warns_before_a_reader_tires(tmp_path: Pat
     """A reward that pays for the first word alone, and hardly any KL: the rest stays as it was."""
     course = run(tmp_path, actor, turns, 3e-3, rewards=first_letter, kl_coef=0.05, seed=5)
     assert course.reached(1) < course.fallen() < UPDATES
-    assert any("one opening takes over" in line for line in course.collapse)
+    assert any("one opening dominates" in line for line in course.collapse)
     assert course.watch.gold[0] > 0.9
     assert course.watch.gold[-1] < 0.5
 

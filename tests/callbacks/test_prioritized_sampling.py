@@ -100,7 +100,8 @@ def test_data_without_a_number_of_rows_is_refused():
     trick, data = PrioritizedSampling(threshold=1.0), ToyData(3)
     data.columns = {}
     with pytest.raises(
-        TypeError, match="PrioritizedSampling weighs every row, and ToyData has neither columns nor n_r"
+        TypeError,
+        match="PrioritizedSampling needs the number of training rows, but ToyData has neither columns nor n_r",
     ):
         trick.setup(SimpleNamespace(callbacks=[trick], datamodule=data), Toy(), "fit")
 

@@ -214,7 +214,7 @@ class Stream(IterableDataset[Any]):
 def test_other_loaders_are_refused_before_the_first_rollout(loader: Any):
     data, module = ToyTexts(), Toy()
     data.train_dataloader = lambda: loader
-    with pytest.raises(ValueError, match=r"PTXLoss\(data=ToyTexts\): train_dataloader\(\) gives no DataLoader"):
+    with pytest.raises(ValueError, match=r"PTXLoss\(data=ToyTexts\): train_dataloader\(\) must return a DataLoader"):
         run_updates(PTXLoss(data, 0.5), module=module)
     assert module.experiences == []
 

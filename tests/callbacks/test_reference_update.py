@@ -73,19 +73,22 @@ class WithoutAdapter(nn.Module):
 @pytest.mark.parametrize(
     ("reference", "why"),
     [
-        (lambda module: WithoutAdapter(module.actor), "they share weight, so that there is no second copy to move"),
-        (lambda module: nn.Linear(3, 7), r"they are built differently, weight is \(5, 3\) in the actor, \(7, 3\) in"),
+        (lambda module: WithoutAdapter(module.actor), "they share weight, so there is no second copy to move"),
+        (lambda module: nn.Linear(3, 7), r"weight is \(5, 3\) in the actor, \(7, 3\) in"),
         (lambda module: nn.Linear(3, 5, bias=False), r"bias is \(5,\) in the actor, missing in the reference"),
         (lambda module: nn.ModuleDict({"base": nn.Linear(3, 5)}), "weight is .* in the actor, missing in"),
         (lambda module: object(), "missing in the reference"),
-        (lambda module: nn.Linear(3, 5).bfloat16(), "the reference is in torch.bfloat16, where small moves round away"),
+        (
+            lambda module: nn.Linear(3, 5).bfloat16(),
+            "the reference is in torch.bfloat16, which rounds small changes away",
+        ),
     ],
 )
 def test_a_reference_that_cannot_follow_is_refused_before_the_first_rollout(reference: Any, why: str):
     module = Toy()
     del module.reference
     module.reference = reference(module)
-    with pytest.raises(ValueError, match=f"ReferenceUpdate moves the reference of Toy to its actor: .*{why}"):
+    with pytest.raises(ValueError, match=f"ReferenceUpdate cannot move Toy's reference to its actor: .*{why}"):
         run_updates(ReferenceUpdate(every=1), module=module)
     assert module.experiences == []
 
@@ -139,14 +142,12 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path, lm: Path, arguments: 
 
 def test_a_reference_in_bfloat16_is_refused_with_what_to_do(tmp_path: Path, lm: Path):
     seen = Spy("on_rollout_start", lambda module, prompts: None)
-    with pytest.raises(ValueError, match=r"ReferenceUpdate moves .* of LitPPO .* use reference_dtype='float32'"):
+    with pytest.raises(ValueError, match=r"ReferenceUpdate cannot move LitPPO's .* use reference_dtype='float32'"):
         fit(tmp_path, lm, ReferenceUpdate(every=1), seen, reference_dtype="bfloat16")
     assert seen.seen == []
 
 
 def test_a_reference_of_another_size_is_refused(tmp_path: Path, lm: Path):
     other = make_causal_lm(tmp_path / "other", n_embd=8)
-    with pytest.raises(
-        ValueError, match=r"of LitPPO to its actor: they are built differently, model\..* is \(.*, 16\)"
-    ):
+    with pytest.raises(ValueError, match=r"LitPPO's reference to its actor: model\..* is \(.*, 16\)"):
         fit(tmp_path, lm, ReferenceUpdate(decay=0.9), reference=str(other))

@@ -149,7 +149,7 @@ def test_rests_while_the_actor_is_frozen_also_after_a_resume(turn: int, tmp_path
 def test_estimators_that_compare_samples_are_refused_before_the_first_rollout():
     module = Toy()
     module.advantages = type("Ranks", (), {"needs_groups": True})()
-    with pytest.raises(ValueError, match="RejectionSampling and Ranks: one keeps a single sample of each prompt"):
+    with pytest.raises(ValueError, match="RejectionSampling and Ranks: the first keeps one sample per prompt"):
         run_updates(RejectionSampling(2), module=module)
     assert module.experiences == []
     module.advantages.needs_groups = False

@@ -201,6 +201,6 @@ def test_the_reference_is_needed_only_where_it_responds():
 @pytest.mark.parametrize("rescaling", [RewardNormalization(), RewardScaling(), RewardClipping(3.0)])
 def test_it_stands_ahead_of_what_changes_the_unit(rescaling: L.Callback):
     name = type(rescaling).__name__
-    with pytest.raises(ValueError, match=f"RewardBaseline stands behind {name}: .* put RewardBaseline ahead of {name}"):
+    with pytest.raises(ValueError, match=f"RewardBaseline comes after {name} in the list.*; put RewardBaseline first"):
         run_updates([rescaling, RewardBaseline()])
     assert len(run_updates([RewardBaseline(), rescaling]).experiences) == 1

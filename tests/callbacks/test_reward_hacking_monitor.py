@@ -72,7 +72,7 @@ def test_one_falls_while_others_rise(falling: list[float], rising: list[list[flo
 class Given:
     """A module whose held-out and gold scores are given: two responses, the mean plus and minus 1."""
 
-    source_names = ("judge",)
+    rewards = SimpleNamespace(sources=("judge",))
     _fires_hooks = True
 
     def __init__(self, held_out: list[float], gold: list[float]) -> None:
@@ -147,8 +147,8 @@ def test_train_and_held_out_up_and_gold_down_is_reward_hacking() -> None:
     assert [log["hacking/best_update"] for log in logs] == [0, 1, 1, 1, 1]
     assert said == [
         "RewardHackingMonitor: reward hacking at update 3: since update 1, where gold was best, the training score "
-        "rose from 0.5 to 2.12 and the held-out score from 0.5 to 2.12, while gold scores fell from 0.5 to 0.225, over "
-        "0.25 times their standard deviation of 1; go back there, raise kl_coef, or mend the reward"
+        "rose from 0.5 to 2.12 and the held-out score from 0.5 to 2.12, while gold scores fell from 0.5 to 0.225, more "
+        "than 0.25 times their standard deviation of 1; resume from there, raise kl_coef, or correct the reward"
     ]
     assert not stop
 
@@ -161,8 +161,8 @@ def test_train_up_and_held_out_down_is_overfitting_with_or_without_gold() -> Non
         assert [log["hacking/best_update"] for log in logs] == [0, 1, 1, 1, 1]
         assert said == [
             "RewardHackingMonitor: overfitting at update 3: since update 1, where the held-out score was best, the "
-            "training score rose from 0.5 to 2.12, while held-out scores fell from 0.5 to 0.225, over 0.25 times their "
-            "standard deviation of 1; go back there, bring more prompts, or take fewer passes"
+            "training score rose from 0.5 to 2.12, while held-out scores fell from 0.5 to 0.225, more than 0.25 times "
+            "their standard deviation of 1; resume from there, use more prompts, or fewer epochs"
         ]
 
 
@@ -225,7 +225,7 @@ def test_falls_are_in_deviations_the_largest_so_far() -> None:
         monitor.load_state_dict({**state, "spread": dict.fromkeys(state["spread"], 4.0)})
         logs, said, _, _ = watch(monitor, [1.0, 2.0], up[2:] if gold else down[1:], down[1:])
         assert [log["hacking/verdict"] for log in logs] == [0, 2 if gold else 1]
-        assert "over 0.25 times their standard deviation of 4;" in said[0]
+        assert "more than 0.25 times their standard deviation of 4;" in said[0]
 
 
 @pytest.mark.parametrize("then", ["warn", "stop"])
@@ -239,7 +239,7 @@ def test_without_a_checkpoint_there_is_no_going_back_and_another_fit_has_nothing
     monitor = by_hand(then="go_back")
     _, said, stop, _ = watch(monitor, [0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 0.0, 0.0])
     assert stop
-    assert said[1:] == ["RewardHackingMonitor: no checkpoint of update 0 (None); the weights stay as they are"]
+    assert said[1:] == ["RewardHackingMonitor: no checkpoint of update 0 (None); the weights do not change"]
     assert watch(monitor, [], [], [])[1] == []
 
 
@@ -285,8 +285,8 @@ def test_ratings_of_people_are_gold_as_they_come_in(tmp_path: Path) -> None:
     assert [log["hacking/verdict"] for log in logs] == [0, 0, 0, 0, 2]
     assert said == [
         "RewardHackingMonitor: reward hacking at update 4: since update 1, where gold was best, the training score "
-        "rose from 0.5 to 2.12 and the held-out score from 0.5 to 2.12, while gold scores fell from 2 to 1, over "
-        "0.25 times their standard deviation of 1.48; go back there, raise kl_coef, or mend the reward"
+        "rose from 0.5 to 2.12 and the held-out score from 0.5 to 2.12, while gold scores fell from 2 to 1, more than "
+        "0.25 times their standard deviation of 1.48; resume from there, raise kl_coef, or correct the reward"
     ]
 
 
@@ -322,16 +322,16 @@ def test_while_ratings_cannot_be_read_those_of_before_count(tmp_path: Path) -> N
     assert [log.get("hacking/gold") for log in logs] == [None, 1.0, 1.0, 2.0]
     assert len(said) == 1
     assert f"RewardHackingMonitor(gold={str(file)!r}): {file}, line 2: not JSON" in said[0]
-    assert said[0].endswith("; until then the ratings of before count")
+    assert said[0].endswith("; until then the previous ratings count")
 
 
 def test_what_ratings_cannot_be(tmp_path: Path) -> None:
     """Another run's; and there is no going back by them, as they come too late. A resumed run has its own."""
     file = tmp_path / "ratings.csv"
     file.write_text("update,rating\n0,1\n")
-    with pytest.raises(ValueError, match=r"ratings.csv'\): there are ratings already, of another run"):
+    with pytest.raises(ValueError, match=r"ratings.csv'\): has ratings before this run has started"):
         watch(by_hand(gold=str(file)), UP, UP, UP)
-    with pytest.raises(ValueError, match=r"gold='a.jsonl', then='go_back'\): ratings come when their update has gone"):
+    with pytest.raises(ValueError, match=r"\(then='go_back'\): does not work with ratings, which come after"):
         by_hand(gold="a.jsonl", then="go_back")
     first, second = by_hand(gold=str(file)), by_hand(gold=str(file))
     file.unlink()
@@ -398,7 +398,7 @@ def test_the_first_process_asks_for_all() -> None:
 def test_unknown_names_and_data_without_prompts_are_refused() -> None:
     with pytest.raises(ValueError, match=r"RewardHackingMonitor\(gold='nobody'\): Given has no reward .* it has judge"):
         by_hand(gold="nobody").on_fit_start(SimpleNamespace(datamodule=SimpleNamespace(peek=Prompts)), Given([], []))
-    with pytest.raises(TypeError, match="RewardHackingMonitor looks at held-out prompts, but Given is trained without"):
+    with pytest.raises(TypeError, match="RewardHackingMonitor reads held-out prompts, but Given is trained without"):
         by_hand().on_fit_start(SimpleNamespace(), Given([], []))
 
 

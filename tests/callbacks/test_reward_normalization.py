@@ -117,7 +117,9 @@ def test_long_runs_lose_no_precision():
     ],
 )
 def test_moments_go_with_given_alone(options):
-    with pytest.raises(ValueError, match=r"RewardNormalization\(statistics=.*mean and std go with statistics='given'"):
+    with pytest.raises(
+        ValueError, match=r"RewardNormalization\(statistics=.*give mean and std with statistics='given'"
+    ):
         RewardNormalization(**options)
 
 

@@ -142,9 +142,9 @@ def test_tokens_are_coloured_by_their_kl():
     sampler._updates, sampler._before = 1, []
     tokens = [["a", 0.05], ["b", 0.1], ["c", 0.5], ["d", 2.0], ["e", -0.09], ["f", -0.1]]
     table = sampler._table([{"prompt": "p", "response": "abcdef", "score": 0.0, "kl": 2.46, "tokens": tokens}])
-    assert shown(table).rows[1] == ["p", "(not asked)", "+nan", "a🟨b🟧c🟥de🟦f", "+0.00", "+2.46"]
+    assert shown(table).rows[1] == ["p", "(not sampled)", "+nan", "a🟨b🟧c🟥de🟦f", "+0.00", "+2.46"]
     assert shown(table).rows[0][3] == "after one update"
-    legend = "KL of the token that follows, nats: 🟨 from 0.1, 🟧 from 0.5, 🟥 from 2, 🟦 from -0.1 down"
+    legend = "KL of the next token, nats: 🟨 from 0.1, 🟧 from 0.5, 🟥 from 2, 🟦 from -0.1 down"
     assert shown(table).beside == legend
 
 
@@ -162,14 +162,14 @@ def test_held_out_prompts_come_first_then_the_training_ones(tmp_path: Path, monk
 
 def test_data_without_prompts_to_look_at_is_refused_before_the_first_rollout():
     module = Toy()
-    with pytest.raises(TypeError, match="SampleLogger looks at held-out prompts, but Toy is trained without a data"):
+    with pytest.raises(TypeError, match="SampleLogger reads held-out prompts, but Toy is trained without a data"):
         trainer_of([SampleLogger()], 1).fit(module, ToyData(8).train_dataloader())
     assert module.experiences == []
 
     class Closed(ToyData):
         peek = property()
 
-    with pytest.raises(TypeError, match="but Toy is trained on Closed, which has no peek"):
+    with pytest.raises(TypeError, match="but Toy is trained on Closed, which lacks peek"):
         trainer_of([SampleLogger()], 1).fit(module, datamodule=Closed(8))
 
 

@@ -137,7 +137,9 @@ def test_resumed_statistics_go_on(tmp_path: Path):
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.5, 2, float("nan"), "0.9"])
 def test_decay_lies_between_zero_and_one(decay: Any):
-    with pytest.raises(ValueError, match=rf"ValueNormalization\(decay={decay!r}\): must be over 0 and under 1"):
+    with pytest.raises(
+        ValueError, match=rf"ValueNormalization\(decay={decay!r}\): must be a finite number, above 0 and below 1"
+    ):
         ValueNormalization(decay)
 
 

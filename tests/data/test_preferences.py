@@ -176,8 +176,8 @@ def test_seed_and_batch_size_change_the_batches(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"text_column": "t"}, r"\(text_column='t'\): label_column=None; give both"),
-        ({"label_column": "y"}, r"\(text_column=None\): label_column='y'; give both"),
+        ({"text_column": "t"}, r"\(text_column='t', label_column=None\): give all or none of"),
+        ({"label_column": "y"}, r"\(text_column=None, label_column='y'\): give all or none of"),
         ({"text_column": [], "label_column": "y"}, r"\(text_column=\[\]\): names no column"),
         ({**EDGES, "prompt_column": "prompt"}, r"\(prompt_column='prompt'\): text_column is given"),
         ({**EDGES, "chosen_column": "a"}, r"\(chosen_column='a'\): text_column is given"),

@@ -391,5 +391,7 @@ def test_reward_model_arguments(argument: str, value: Any):
 
 
 def test_batch_size_and_batch_tokens_exclude_each_other():
-    with pytest.raises(ValueError, match=re.escape("RewardModel(batch_tokens=64): give it or batch_size, not both")):
+    with pytest.raises(
+        ValueError, match=re.escape("RewardModel(batch_size=32, batch_tokens=64): give at most one of batch_size")
+    ):
         RewardModel("model", batch_size=32, batch_tokens=64)
