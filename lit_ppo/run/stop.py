@@ -62,10 +62,10 @@ class Interrupts:
 
     def __exit__(self, *_: object) -> None:
         self.end_children()
-        self._done.set()
         if self._before:
             signal.set_wakeup_fd(self._wakeup)
             _restore(self._before)
+            self._done.set()
             self._writer.shutdown(socket.SHUT_RDWR)  # ends the thread
             self._writer.close()
 
@@ -82,17 +82,15 @@ class Interrupts:
         raise KeyboardInterrupt
 
     def _watch(self, reader: socket.socket) -> None:
-        with reader:
+        with reader:  # kept open to the end: each signal writes to its other end
             while received := reader.recv(1):
                 number = received[0]
                 if number not in STOP_SIGNALS:
                     continue
                 saves_first = number == signal.SIGTERM and self.received is None and self.will_stop()
                 self.received = self.received or number
-                if not saves_first:
-                    break
-        if received and not self._done.wait(GRACE):
-            self._exit_now()
+                if not saves_first and not self._done.wait(GRACE):
+                    self._exit_now()
 
     def _exit_now(self) -> None:
         self.last_words()

@@ -3,6 +3,8 @@
 import os
 import queue
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,7 @@ from lit_ppo.callbacks.base import PPOCallback
 from lit_ppo.run import stop
 from lit_ppo.run.checkpoint import StepCheckpoint, find_checkpoints
 from tests.helpers.cli_toys import CONFIG
-from tests.helpers.command import Running, run_command
+from tests.helpers.command import REPOSITORY, Running, run_command
 from tests.helpers.event_files import scalars
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toys import logged, make_data, make_module, make_trainer
@@ -170,6 +172,23 @@ def test_is_first_process(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert stop.is_first_process()
     monkeypatch.setenv(name, "1")
     assert not stop.is_first_process()
+
+
+def test_a_second_interrupt_ends_the_process_at_once() -> None:
+    """With the code of the first, its last words, and nothing else."""
+    script = (
+        "import signal, time\n"
+        "from lit_ppo.run.stop import Interrupts\n"
+        "with Interrupts(lambda: print('last words')):\n"
+        "    try:\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "    except KeyboardInterrupt:\n"
+        "        time.sleep(0.5)\n"
+        "        signal.raise_signal(signal.SIGTERM)\n"
+        "        print('still there')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "last words\n", "")
 
 
 @pytest.mark.parametrize("saves_first", [True, False])
