@@ -125,6 +125,10 @@ class Experience:
         target_mask = torch.arange(t) < n_response
         return ModelInputs(ids, torch.cat([torch.arange(p) >= p - n_prompt, target_mask], dim=1), target_mask)
 
+    def micro_batch(self, rows: Sequence[int]) -> ModelInputs:
+        """What the models read of some rows; see :func:`rows_or_stand_in` for no rows."""
+        return self.select(rows_or_stand_in(rows)).model_inputs()
+
     def minibatches(
         self, size: int, *, epochs: int, seed: Sequence[int], reduction: LossReduction
     ) -> Iterator["Minibatch"]:

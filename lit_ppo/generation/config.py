@@ -76,9 +76,3 @@ def generation_config(
     stop = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
     ids = {"eos_token_id": stop, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     return GenerationConfig(**{**NEUTRAL, **ids, **generation, "do_sample": True, "temperature": temperature})
-
-
-def stop_ids(config: GenerationConfig) -> list[int]:
-    """The tokens that end a response."""
-    ids = config.eos_token_id
-    return [int(i) for i in (ids if isinstance(ids, list | tuple) else [ids]) if i is not None]

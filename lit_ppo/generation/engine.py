@@ -1,5 +1,6 @@
 """The interface of what samples responses."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -7,10 +8,15 @@ from transformers import GenerationConfig
 
 
 class Responses(NamedTuple):
-    """Sampled responses, one list per row."""
+    """Sampled responses, one entry per row."""
 
     ids: list[list[int]]  # each up to and including its first stop token
-    logprobs: list[list[float]]  # of the sampled tokens; empty lists where nobody asked for them
+    logprobs: list[list[float]]  # of the sampled tokens; empty lists where they were not asked for
+    ended: list[bool]  # False where max_new_tokens cut the response
+
+
+Seed = tuple[int, ...]
+"""Names the random numbers of one row: the run's seed, stream, update, prompt and sample number."""
 
 
 class Progress(Protocol):
@@ -30,7 +36,7 @@ class Engine(Protocol):
         prompt_ids: Tensor,
         prompt_mask: Tensor,
         config: GenerationConfig,
-        draws: Tensor | None,
+        seeds: Sequence[Seed] | None,
         *,
         logprobs: bool = False,
         progress: Progress | None = None,
@@ -41,11 +47,11 @@ class Engine(Protocol):
             prompt_ids: Left-padded.
             prompt_mask: True at prompt tokens.
             config: From :func:`lit_ppo.generation.config.generation_config`.
-            draws: Uniform random numbers, one per token; None: greedy.
+            seeds: One per row; a row's sample depends on nothing else. None: greedy.
             logprobs: Also return the log-probs of the sampled tokens, at the sampling temperature.
             progress: Told how many tokens the longest response has.
 
         Shapes:
-            prompt_ids, prompt_mask (B, P), draws (B, max_new_tokens).
+            prompt_ids, prompt_mask (B, P).
         """
         ...

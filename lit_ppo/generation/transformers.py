@@ -3,7 +3,6 @@
 A sample depends on (seed, update, row, sample number) alone, not on how rows are batched or spread over ranks.
 """
 
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,31 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel
 
 from lit_ppo.functional import token_logprobs
-from lit_ppo.generation.config import stop_ids
-from lit_ppo.generation.engine import Progress, Responses
-
-
-def uniforms(seed: int, stream: str, update: int, rows: Sequence[int], samples: Sequence[int], n: int) -> Tensor:
-    """One uniform random number per token, computed from counters alone.
-
-    Args:
-        seed: The run's.
-        stream: Name of an independent stream, such as "train".
-        update: Count of training rollouts so far.
-        rows: Each row's prompt number in the global batch.
-        samples: Each row's sample number for that prompt.
-        n: Numbers a row.
-
-    Shapes:
-        -> (B, n) float64 in [0, 1).
-    """
-    key = [seed, zlib.crc32(stream.encode()), update]
-    drawn = [np.random.default_rng([*key, row, number]).random(n) for row, number in zip(rows, samples, strict=True)]
-    return torch.from_numpy(np.stack(drawn)) if drawn else torch.zeros(0, n, dtype=torch.float64)
+from lit_ppo.generation.engine import Progress, Responses, Seed
 
 
 def generate(
@@ -43,7 +21,7 @@ def generate(
     prompt_ids: Tensor,
     prompt_mask: Tensor,
     config: GenerationConfig,
-    draws: Tensor | None,
+    seeds: Sequence[Seed] | None,
     *,
     logprobs: bool = False,
     progress: Progress | None = None,
@@ -55,14 +33,15 @@ def generate(
         prompt_ids: Left-padded.
         prompt_mask: True at prompt tokens.
         config: From :func:`lit_ppo.generation.config.generation_config`.
-        draws: Uniform random numbers, one per token; None: greedy.
+        seeds: One per row; None: greedy.
         logprobs: Also return the tokens' log-probs, at the temperature but before any other logits processor.
         progress: Told how many tokens the longest response has.
 
     Shapes:
-        prompt_ids, prompt_mask (B, P), draws (B, max_new_tokens).
+        prompt_ids, prompt_mask (B, P).
     """
-    responses = Responses([[] for _ in prompt_ids], [[] for _ in prompt_ids])
+    responses = Responses([[] for _ in prompt_ids], [[] for _ in prompt_ids], [])
+    draws = None if seeds is None else uniforms(seeds, int(config.max_new_tokens))
 
     def decode(
         model: Any,
@@ -81,7 +60,25 @@ def generate(
             generation_config=GenerationConfig(**{**config.to_dict(), "do_sample": draws is not None}),
             custom_generate=decode,
         )
+    stops = stop_ids(config)
+    responses.ended.extend(row[-1] in stops for row in responses.ids)
     return responses
+
+
+def uniforms(seeds: Sequence[Seed], n: int) -> Tensor:
+    """One uniform random number per token, computed from the row's seed alone.
+
+    Shapes:
+        -> (B, n) float64 in [0, 1).
+    """
+    drawn = [np.random.default_rng(seed).random(n) for seed in seeds]
+    return torch.from_numpy(np.stack(drawn)) if drawn else torch.zeros(0, n, dtype=torch.float64)
+
+
+def stop_ids(config: GenerationConfig) -> list[int]:
+    """The tokens that end a response."""
+    ids = config.eos_token_id
+    return [int(i) for i in (ids if isinstance(ids, list | tuple) else [ids]) if i is not None]
 
 
 @contextmanager
@@ -173,33 +170,3 @@ def _keep_rows(state: dict[str, Any], going: Tensor) -> dict[str, Any]:
         name: value[going] if isinstance(value, Tensor) and value.ndim and len(value) == len(going) else value
         for name, value in state.items()
     }
-
-
-def pad_ids(rows: Sequence[Sequence[int]], *, left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids padded with 0, and the mask that tells tokens from padding.
-
-    Shapes:
-        -> (B, L), (B, L).
-    """
-    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-    ones = [torch.ones_like(row, dtype=torch.bool) for row in tensors]
-    side = "left" if left else "right"
-    ids = pad_sequence(tensors, batch_first=True, padding_side=side)
-    return ids.to(device), pad_sequence(ones, batch_first=True, padding_side=side).to(device)
-
-
-def continuations(
-    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[list[int]], response_ids: list[list[int]]
-) -> list[str]:
-    """Responses as they continue their prompts: decoded alone, many tokenizers drop the leading space."""
-
-    def decode(rows: list[list[int]]) -> list[str]:
-        texts: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return texts
-
-    prompts = decode(prompt_ids)
-    conversations = decode([prompt + response for prompt, response in zip(prompt_ids, response_ids, strict=True)])
-    return [
-        text[len(prompt) :] if text.startswith(prompt) else alone
-        for text, prompt, alone in zip(conversations, prompts, decode(response_ids), strict=True)
-    ]

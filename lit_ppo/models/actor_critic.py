@@ -6,15 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
+from lit_ppo.experience import ModelInputs
 from lit_ppo.generation.engine import Responses
 from lit_ppo.generation.transformers import generate
 from lit_ppo.models.family import check_causal, check_head
 from lit_ppo.models.head import HeadInputs, token_statistics
-from lit_ppo.models.packing import read_tokens, use_packing
+from lit_ppo.models.packing import read_tokens, stock_attention, use_packing
 from lit_ppo.parallel.sharding import blocks
 
 
@@ -85,7 +87,8 @@ class Actor(_AlwaysEval):
     def generate(self, *args: Any, **kwargs: Any) -> Responses:
         """Sample responses; see :class:`lit_ppo.generation.engine.Engine`."""
         # shapes and cache change with every token: compiled code would be compiled again and again
-        with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
+        eager = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+        with stock_attention(self.model), eager:
             return generate(self.model, *args, **kwargs)
 
     def _head_inputs(self, input_ids: Tensor, attention_mask: Tensor, target_mask: Tensor) -> HeadInputs:
@@ -144,6 +147,36 @@ class Critic(_AlwaysEval):
         """Turn every value V into ``factor * V + shift``. The change is elementwise, so it also works on shards."""
         self.value_head.weight.mul_(factor)
         self.value_head.bias.mul_(factor).add_(shift)
+
+
+def actor_forward(
+    model: Any, inputs: ModelInputs, n_columns: int, temperature: float, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropy (or exact KL) of the response tokens.
+
+    Args:
+        model: The actor, or the reference.
+        inputs: Of some rows.
+        n_columns: T, the columns of the result.
+        temperature: Divides the logits.
+        **kwargs: Further arguments of :meth:`Actor.forward`.
+
+    Shapes:
+        -> (b, T), (b, T), 0 where masked.
+    """
+    ids, mask, target_mask = inputs
+    first, second = model(ids, mask, target_mask=target_mask, temperature=temperature, **kwargs)
+    return _widen(first, n_columns), _widen(second, n_columns)
+
+
+def critic_forward(critic: Critic, inputs: ModelInputs, n_columns: int) -> Tensor:
+    """Values of the response tokens, (b, T); the arguments are those of :func:`actor_forward`."""
+    ids, mask, target_mask = inputs
+    return _widen(critic(ids, mask, target_mask=target_mask), n_columns)
+
+
+def _widen(x: Tensor, n_columns: int) -> Tensor:
+    return pad(x, (0, n_columns - x.shape[1]))
 
 
 def states_before(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor, target_mask: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Rows packed end to end: no layer works on padding, save attention, which sees the rows side by side."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +59,7 @@ def packed_attention(
 
 
 AttentionInterface.register(NAME, packed_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)  # for sampling, which is not packed
+AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,18 @@ def use_packing(model: PreTrainedModel) -> None:
     model.set_attn_implementation(NAME)
     if not _packs_faithfully(model):
         model.set_attn_implementation("sdpa")
+
+
+@contextmanager
+def stock_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Sample without packing: inside this the model attends as it does outside of this package."""
+    before = model.config._attn_implementation
+    if before == NAME:
+        model.config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
 
 
 def _takes_packing(model: PreTrainedModel) -> bool:

@@ -1,38 +1,111 @@
 """Prompts to scored responses: the same experience on every rank, each rank doing its share of the work."""
 
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from lit_ppo.data.batch import PromptBatch
-from lit_ppo.experience import Experience, ModelInputs, rows_or_stand_in
+from lit_ppo.experience import Experience, ModelInputs
 from lit_ppo.functional import KLEstimator, kl_estimate
-from lit_ppo.generation.config import stop_ids
-from lit_ppo.generation.engine import Engine, Progress
-from lit_ppo.generation.transformers import continuations, pad_ids, uniforms
-from lit_ppo.models.actor_critic import Actor, Critic
+from lit_ppo.generation.engine import Engine, Progress, Responses, Seed
+from lit_ppo.models.actor_critic import actor_forward, critic_forward
 from lit_ppo.models.lora import WithoutAdapter
 from lit_ppo.parallel.ranks import deal, map_rows, n_ranks
 from lit_ppo.parallel.sharding import gathered
 from lit_ppo.ppo.settings import Models
-from lit_ppo.rewards import scores_of, source_names
+from lit_ppo.rewards.function import scores_of, source_names
 from lit_ppo.rewards.time_limit import time_limit
 
 Policy = Literal["actor", "reference"]
 Limits = dict[str, int | None]  # micro_batch_size, micro_batch_tokens
 
 
-class RandomStream(NamedTuple):
-    """Names the random numbers of a rollout."""
+def sample_responses(
+    models: Models,
+    batch: PromptBatch,
+    samples_per_prompt: int,
+    stream: tuple[int, str, int] | None,
+    *,
+    policy: Policy = "actor",
+    sampling_logprobs: bool = False,
+    progress: Progress | None = None,
+    device: torch.device,
+) -> tuple[Experience, Tensor | None]:
+    """Sample ``samples_per_prompt`` responses to each prompt; every rank must be given the same prompts.
 
-    seed: int
-    name: str
-    update: int  # training rollouts so far; 0 in a fixed stream
+    Args:
+        models: The policy, its tokenizer and its generation settings.
+        batch: Prompts of all ranks.
+        samples_per_prompt: Responses to each.
+        stream: Seed, name of the random stream and number of the update; None: greedy.
+        policy: Which model samples.
+        sampling_logprobs: Also return the log-probs of the decode loop.
+        progress: For the progress bar.
+        device: Of the experience.
+
+    Returns:
+        The experience, and the log-probs (B, T) if they were asked for.
+
+    Raises:
+        ValueError: A prompt is too long, there is no reference to sample from, or ranks were given different prompts.
+    """
+    check_length(models, max(map(len, batch.prompt_ids)))
+    model = models.actor if policy == "actor" else models.reference
+    if model is None:
+        raise ValueError("rollout(policy='reference'): there is no reference; give LitPPO one")
+    engine: Engine = model
+    row_prompts = [prompt for prompt in range(len(batch.prompts)) for _ in range(samples_per_prompt)]
+    seeds = None if stream is None else _seeds(stream, len(batch.prompts), samples_per_prompt)
+    row_ids = [batch.prompt_ids[prompt] for prompt in row_prompts]
+    prompt_ids, prompt_mask = _pad_ids(row_ids, left=True, device=device)
+
+    def generate(rows: list[int]) -> tuple[list[list[int]], Responses]:
+        if not rows:
+            return batch.prompt_ids, Responses([], [], [])
+        width = max(len(row_ids[row]) for row in rows)
+        responses = engine.generate(
+            prompt_ids[rows, -width:], prompt_mask[rows, -width:], models.generation,
+            None if seeds is None else [seeds[row] for row in rows], logprobs=sampling_logprobs, progress=progress,
+        )  # fmt: skip
+        return batch.prompt_ids, responses
+
+    module = model.actor if isinstance(model, WithoutAdapter) else model
+    with gathered(module) if module.sharded else nullcontext():
+        shares = map_rows([len(ids) for ids in row_ids], generate)
+    if any(prompts != batch.prompt_ids for _, (prompts, _) in shares):
+        raise ValueError(
+            "rollout(prompts): ranks were given different prompts, and every rank needs the whole batch; use "
+            "PromptDataModule, or Trainer(use_distributed_sampler=False)"
+        )
+    by_row = {
+        row: response
+        for rows, (_, responses) in shares
+        for row, response in zip(rows, zip(*responses, strict=True), strict=True)
+    }
+    ids, logprobs, ended = zip(*(by_row[row] for row in range(len(row_prompts))), strict=True)
+    response_ids, response_mask = _pad_ids(ids, left=False, device=device)
+    group = torch.tensor(row_prompts, device=device)
+    experience = Experience(
+        prompts=[batch.prompts[prompt] for prompt in row_prompts],
+        responses=_continuations(models.tokenizer, row_ids, ids),
+        columns={name: [values[prompt] for prompt in row_prompts] for name, values in batch.columns.items()},
+        prompt_index=batch.prompt_index.to(device)[group],
+        group=group,
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        response_ids=response_ids,
+        response_mask=response_mask,
+        ended=torch.tensor(ended, device=device),
+    )
+    if not sampling_logprobs:
+        return experience, None
+    return experience, pad_sequence([torch.tensor(row) for row in logprobs], batch_first=True).to(device)
 
 
 def check_length(models: Models, longest_prompt: int) -> None:
@@ -56,93 +129,10 @@ def check_length(models: Models, longest_prompt: int) -> None:
             )
 
 
-def sample_responses(
-    models: Models,
-    batch: PromptBatch,
-    samples_per_prompt: int,
-    stream: RandomStream | None,
-    *,
-    policy: Policy = "actor",
-    sampling_logprobs: bool = False,
-    progress: Progress | None = None,
-    device: torch.device,
-) -> Experience:
-    """Sample ``samples_per_prompt`` responses to each prompt; every rank must be given the same prompts.
-
-    Args:
-        models: The policy, its tokenizer and its generation settings.
-        batch: Prompts of all ranks.
-        samples_per_prompt: Responses to each.
-        stream: Where random numbers come from; None: greedy.
-        policy: Which model samples.
-        sampling_logprobs: Keep the log-probs of the decode loop as ``logprobs``.
-        progress: For the progress bar.
-        device: Of the experience.
-
-    Raises:
-        ValueError: There is no reference to sample from, or ranks were given different prompts.
-    """
-    model = models.actor if policy == "actor" else models.reference
-    if model is None:
-        raise ValueError("rollout(policy='reference'): there is no reference; give LitPPO one")
-    engine: Engine = model
-    n_prompts = len(batch.prompts)
-    prompt_of_row = [prompt for prompt in range(n_prompts) for _ in range(samples_per_prompt)]
-    ids_of_row = [batch.prompt_ids[prompt] for prompt in prompt_of_row]
-    prompt_ids, prompt_mask = pad_ids(ids_of_row, left=True, device=device)
-    lengths = prompt_mask.sum(1).tolist()
-    draws: Tensor | None = None
-    if stream is not None:
-        sample_numbers = list(range(samples_per_prompt)) * n_prompts
-        draws = uniforms(*stream, prompt_of_row, sample_numbers, int(models.generation.max_new_tokens))
-
-    def generate(rows: list[int]) -> tuple[list[list[int]], list[list[int]], list[list[float]]]:
-        if not rows:
-            return batch.prompt_ids, [], []
-        width = max(lengths[row] for row in rows)
-        responses = engine.generate(
-            prompt_ids[rows, -width:], prompt_mask[rows, -width:], models.generation,
-            None if draws is None else draws[rows], logprobs=sampling_logprobs, progress=progress,
-        )  # fmt: skip
-        return batch.prompt_ids, responses.ids, responses.logprobs
-
-    module = model.actor if isinstance(model, WithoutAdapter) else model
-    with gathered(module) if module.sharded else nullcontext():
-        shares = map_rows(lengths, generate)
-    if any(prompts != batch.prompt_ids for _, (prompts, _, _) in shares):
-        raise ValueError(
-            "rollout(prompts): ranks were given different prompts, and every rank needs the whole batch; use "
-            "PromptDataModule, or Trainer(use_distributed_sampler=False)"
-        )
-    ids: list[list[int]] = [[] for _ in prompt_of_row]
-    logprobs: list[list[float]] = [[] for _ in prompt_of_row]
-    for rows, (_, some_ids, some_logprobs) in shares:
-        for row, row_ids, row_logprobs in zip(rows, some_ids, some_logprobs, strict=True):
-            ids[row], logprobs[row] = row_ids, row_logprobs
-    response_ids, response_mask = pad_ids(ids, left=False, device=device)
-    stops = stop_ids(models.generation)
-    group = torch.tensor(prompt_of_row, device=device)
-    experience = Experience(
-        prompts=[batch.prompts[prompt] for prompt in prompt_of_row],
-        responses=continuations(models.tokenizer, ids_of_row, ids),
-        columns={name: [values[prompt] for prompt in prompt_of_row] for name, values in batch.columns.items()},
-        prompt_index=batch.prompt_index.to(device)[group],
-        group=group,
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
-        response_ids=response_ids,
-        response_mask=response_mask,
-        ended=torch.tensor([row[-1] in stops for row in ids], device=device),
-    )
-    if sampling_logprobs:
-        padded = pad_sequence([torch.tensor(row) for row in logprobs], batch_first=True)
-        experience.logprobs = padded.to(device)
-    return experience
-
-
 def add_logprobs(
     models: Models,
     experience: Experience,
+    sampled: Tensor | None = None,
     *,
     temperature: float,
     kl_estimator: KLEstimator,
@@ -154,59 +144,44 @@ def add_logprobs(
     Args:
         models: Actor, reference and critic.
         experience: Sampled by the actor.
+        sampled: Log-probs of sampling, (B, T), kept if they differ from the training pass by at most ``tolerance``
+            on one micro-batch per rank; None: always run the training pass.
         temperature: Of the log-probs.
         kl_estimator: Of the KL to the reference.
         limits: Size of a micro-batch.
-        tolerance: Keep the log-probs of sampling if they differ from the training pass by at most this much on one
-            micro-batch per rank; None: always run the training pass.
+        tolerance: See ``sampled``.
 
     Returns:
         The difference, where it was measured.
     """
-    sampled: Tensor | None = getattr(experience, "logprobs", None)
-    difference = None
-    if sampled is not None and tolerance is not None:
-        difference = _sampling_difference(models, experience, sampled, temperature, limits)
-    reuse = difference is not None and tolerance is not None and difference <= tolerance
+    n_columns = experience.response_ids.shape[1]
 
-    def compute(rows: Experience) -> dict[str, Tensor]:
-        inputs, computed = rows.model_inputs(), {}
-        if not reuse:
-            computed["logprobs"] = actor_forward(models.actor, rows, temperature, inputs)[0]
+    def train(inputs: ModelInputs) -> dict[str, Tensor]:
+        return {"logprobs": actor_forward(models.actor, inputs, n_columns, temperature)[0]}
+
+    difference, lengths = None, [n_prompt + n_response for n_prompt, n_response in experience.lengths]
+    if sampled is not None and tolerance is not None:
+        first = [row for micro_batches in deal(lengths, n_ranks(), **limits) for row in micro_batches[0]]
+        trained = _map_forwards(train, experience.select(first), [lengths[row] for row in first], limits)["logprobs"]
+        difference = float((trained - sampled[first]).abs().max())
+        sampled = sampled if difference <= tolerance else None
+
+    def compute(inputs: ModelInputs) -> dict[str, Tensor]:
+        computed = train(inputs) if sampled is None else {}
         if models.reference is not None:
-            computed["ref_logprobs"] = actor_forward(models.reference, rows, temperature, inputs)[0]
+            computed["ref_logprobs"] = actor_forward(models.reference, inputs, n_columns, temperature)[0]
         if models.critic is not None:
-            computed["values"] = critic_forward(models.critic, rows, inputs)
+            computed["values"] = critic_forward(models.critic, inputs, n_columns)
         return computed
 
-    computed = _map_forwards(compute, experience, limits)
-    experience.logprobs = sampled if reuse and sampled is not None else computed["logprobs"]
-    experience.ref_logprobs = computed.get("ref_logprobs")
-    experience.values = computed.get("values")
+    computed = _map_forwards(compute, experience, lengths, limits)
+    experience.logprobs = computed["logprobs"] if sampled is None else sampled
+    experience.ref_logprobs, experience.values = computed.get("ref_logprobs"), computed.get("values")
     if experience.ref_logprobs is None:
         experience.kl = torch.zeros_like(experience.logprobs)
     else:
         experience.kl = kl_estimate(experience.logprobs, experience.ref_logprobs, kl_estimator)
     return difference
-
-
-def actor_forward(
-    model: Actor | WithoutAdapter,
-    rows: Experience,
-    temperature: float,
-    inputs: ModelInputs | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """The one training forward: log-probs and entropy (or exact KL) of some rows, (b, T)."""
-    ids, mask, target_mask = inputs or rows.model_inputs()
-    first, second = model(ids, mask, target_mask=target_mask, temperature=temperature, **kwargs)
-    return _widen(first, rows), _widen(second, rows)
-
-
-def critic_forward(critic: Critic, rows: Experience, inputs: ModelInputs | None = None) -> Tensor:
-    """Values of some rows, (b, T)."""
-    ids, mask, target_mask = inputs or rows.model_inputs()
-    return _widen(critic(ids, mask, target_mask=target_mask), rows)
 
 
 def exact_kl(module: Any, minibatch: Experience) -> Tensor:
@@ -225,10 +200,11 @@ def exact_kl(module: Any, minibatch: Experience) -> Tensor:
     if module.reference is None:
         raise ValueError("exact_kl: there is no reference; give LitPPO one")
     inputs = minibatch.model_inputs()
+    ids, mask, target_mask = inputs
     with torch.no_grad():
-        ids, mask, target_mask = inputs
         head = module.reference(ids, mask, target_mask=target_mask, head_inputs=True)
-    return actor_forward(module.actor, minibatch, module.temperature, inputs, kl_to=head)[1]
+    n_columns = minibatch.response_ids.shape[1]
+    return actor_forward(module.actor, inputs, n_columns, module.temperature, kl_to=head)[1]
 
 
 def score(source: Any, experience: Experience, *, timeout: float | None = None) -> dict[str, Tensor]:
@@ -263,41 +239,51 @@ def score(source: Any, experience: Experience, *, timeout: float | None = None) 
     return gathered_scores
 
 
-def _sampling_difference(
-    models: Models, experience: Experience, sampled: Tensor, temperature: float, limits: Limits
-) -> float:
-    """Largest difference between the log-probs of sampling and training, on the first micro-batch of each rank."""
-    plan = deal(_lengths(experience), n_ranks(), **limits)
-    rows = [row for micro_batches in plan for row in micro_batches[0]]
-
-    def train(some: Experience) -> dict[str, Tensor]:
-        return {"logprobs": actor_forward(models.actor, some, temperature)[0]}
-
-    trained = _map_forwards(train, experience.select(rows), limits)["logprobs"]
-    return float((trained - sampled[rows]).abs().max())
-
-
 def _map_forwards(
-    function: Callable[[Experience], dict[str, Tensor]], experience: Experience, limits: Limits
+    function: Callable[[ModelInputs], dict[str, Tensor]], experience: Experience, lengths: list[int], limits: Limits
 ) -> dict[str, Tensor]:
-    """Run a function on this rank's micro-batches and put the rows of all ranks together, (B, T) each."""
+    """Run a function on the micro-batches of this rank and put the rows of all ranks together, (B, T) each."""
 
     def run(rows: list[int]) -> dict[str, Tensor]:
-        results = function(experience.select(rows_or_stand_in(rows)))
-        return {name: value.float().cpu() for name, value in results.items()}
+        return {name: value.float().cpu() for name, value in function(experience.micro_batch(rows)).items()}
 
     together: dict[str, Tensor] = {}
-    for rows, results in map_rows(_lengths(experience), run, **limits):
+    for rows, results in map_rows(lengths, run, **limits):
         for name, value in results.items():
             all_rows = together.setdefault(name, value.new_zeros(experience.response_ids.shape))
             all_rows[rows] = value[: len(rows)]
     return {name: value.to(experience.response_ids.device) for name, value in together.items()}
 
 
-def _lengths(experience: Experience) -> list[int]:
-    return [n_prompt + n_response for n_prompt, n_response in experience.lengths]
+def _seeds(stream: tuple[int, str, int], n_prompts: int, samples_per_prompt: int) -> list[Seed]:
+    """The seeds of all rows: a sample depends on them alone, not on how rows are batched or spread over ranks."""
+    seed, name, update = stream
+    key = (seed, zlib.crc32(name.encode()), update)
+    return [(*key, prompt, sample) for prompt in range(n_prompts) for sample in range(samples_per_prompt)]
 
 
-def _widen(x: Tensor, rows: Experience) -> Tensor:
-    """Back to the experience's T columns."""
-    return pad(x, (0, rows.response_ids.shape[1] - x.shape[1]))
+def _pad_ids(rows: Sequence[Sequence[int]], *, left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids padded with 0, and the mask that tells tokens from padding, (B, L) each."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ones = [torch.ones_like(row, dtype=torch.bool) for row in tensors]
+    side = "left" if left else "right"
+    ids = pad_sequence(tensors, batch_first=True, padding_side=side)
+    return ids.to(device), pad_sequence(ones, batch_first=True, padding_side=side).to(device)
+
+
+def _continuations(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[list[int]], response_ids: Sequence[list[int]]
+) -> list[str]:
+    """Responses as they continue their prompts: decoded alone, many tokenizers drop the leading space."""
+
+    def decode(rows: Sequence[list[int]]) -> list[str]:
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        texts: list[str] = tokenizer.batch_decode(list(rows), **options)
+        return texts
+
+    prompts = decode(prompt_ids)
+    conversations = decode([prompt + response for prompt, response in zip(prompt_ids, response_ids, strict=True)])
+    return [
+        text[len(prompt) :] if text.startswith(prompt) else alone
+        for text, prompt, alone in zip(conversations, prompts, decode(response_ids), strict=True)
+    ]

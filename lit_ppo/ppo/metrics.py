@@ -116,7 +116,7 @@ def log_update(
         metrics["memory/peak_gib"] = peak / 2**30
     if module.sampling_difference is not None:
         metrics["rollout/sampling_logprob_difference"] = module.sampling_difference
-    for name in getattr(module.rewards, "sources", ()):
+    for name in module.source_names:
         metrics[f"objective/score/{name}"] = float(experience.extras[name].mean())
     for name, value in metrics.items():
         module.log(name, value, prog_bar=name in ON_THE_BAR, batch_size=1)

@@ -13,16 +13,17 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lit_ppo.advantages import GAE, AdvantageEstimator, check_estimator
 from lit_ppo.callbacks.base import fire
+from lit_ppo.data.batch import PromptBatch
 from lit_ppo.experience import Experience, LossReduction, Minibatch
 from lit_ppo.functional import KLEstimator, token_rewards
 from lit_ppo.models.actor_critic import Actor, Critic, Reference
 from lit_ppo.models.lora import WithoutAdapter
 from lit_ppo.ppo import build, evaluate, optimize, preflight, saved, text_loss
-from lit_ppo.ppo.collect import Policy, RandomStream, add_logprobs, check_length, exact_kl, sample_responses, score
+from lit_ppo.ppo.collect import Policy, add_logprobs, exact_kl, sample_responses, score
 from lit_ppo.ppo.metrics import Progress, current_coefficients, log_update
 from lit_ppo.ppo.prompts import as_batch
 from lit_ppo.ppo.settings import Models, ModelSettings, ReferenceDtype
-from lit_ppo.rewards import Rewards, ScoreSource, as_source, eval_sources
+from lit_ppo.rewards import Rewards, ScoreSource, as_source, eval_sources, source_names
 from lit_ppo.validate import integer, non_negative, one_of, positive, positive_or_none
 
 
@@ -142,6 +143,7 @@ class LitPPO(L.LightningModule):
             seed=self.seed,
         )  # fmt: skip
         self.rewards = as_source(rewards)
+        self.source_names = source_names(self.rewards)  # several rewards: each one's scores are in ``extras``
         self.eval_rewards = None if eval_rewards is None else eval_sources(self, self.rewards, eval_rewards)
         self.advantages = advantages
         self.samples_per_prompt = integer(self, "samples_per_prompt", samples_per_prompt)
@@ -252,19 +254,18 @@ class LitPPO(L.LightningModule):
         """
         if not self._built:  # without a Trainer
             self.configure_model()
-        batch = as_batch(prompts, self.tokenizer)
-        check_length(self.models, max(map(len, batch.prompt_ids)))
-        n_samples = self.samples_per_prompt if samples_per_prompt is None else samples_per_prompt
-        random = RandomStream(self.seed, stream or "train", self.rollouts if stream is None else 0)
-        experience = sample_responses(
-            self.models, batch, n_samples, random if do_sample else None, policy=policy, device=self.device,
-            sampling_logprobs=policy == "actor" and self.tolerance is not None, progress=self.progress,
+        batch = prompts if isinstance(prompts, PromptBatch) else as_batch(prompts, self.tokenizer)
+        random = (self.seed, stream or "train", self.rollouts if stream is None else 0)
+        experience, sampled = sample_responses(
+            self.models, batch, samples_per_prompt or self.samples_per_prompt, random if do_sample else None,
+            policy=policy, sampling_logprobs=policy == "actor" and self.tolerance is not None,
+            progress=self.progress, device=self.device,
         )  # fmt: skip
         self.rollouts += stream is None
         if logprobs:
             self.progress.detail = "log-probs"
             self.sampling_difference = add_logprobs(
-                self.models, experience, temperature=self.temperature, kl_estimator=self.kl_estimator,
+                self.models, experience, sampled, temperature=self.temperature, kl_estimator=self.kl_estimator,
                 limits=self.limits, tolerance=self.tolerance,
             )  # fmt: skip
         self.progress.detail = ""

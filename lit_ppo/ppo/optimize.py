@@ -11,12 +11,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_ppo.callbacks.base import fire
-from lit_ppo.experience import Experience, Minibatch
+from lit_ppo.experience import Experience, Minibatch, ModelInputs
 from lit_ppo.functional import policy_loss, value_loss
+from lit_ppo.models.actor_critic import actor_forward, critic_forward
 from lit_ppo.optim.settings import BuiltOptimizer
 from lit_ppo.parallel.ranks import my_micro_batches, n_ranks, sum_over_ranks
 from lit_ppo.parallel.sharding import without_gradient_sync
-from lit_ppo.ppo.collect import Limits, actor_forward, critic_forward
+from lit_ppo.ppo.collect import Limits
 from lit_ppo.ppo.metrics import LOSS_NAMES, SKIPPED, describe_failure, log_policy
 from lit_ppo.validate import integer, positive_or_none, refuse
 
@@ -129,15 +130,17 @@ def backward_minibatch(module: Any, minibatch: Minibatch, *, clip_range: float |
     lengths = [n_prompt + n_response for n_prompt, n_response in minibatch.lengths]
     micro_batches = minibatch.micro_batches(my_micro_batches(lengths, **module.limits), n_ranks())
     for micro in accumulate(micro_batches, module.trainer.strategy):
+        inputs = micro.model_inputs()
         if optimization.train_actor:
-            _backward_actor(module, micro, clip_range)
+            _backward_actor(module, micro, inputs, clip_range)
         if module.critic is not None:
-            _backward_critic(module, micro)
+            _backward_critic(module, micro, inputs)
     return optimization.clip(module, minibatch)
 
 
-def _backward_actor(module: Any, micro: Minibatch, clip_range: float | None) -> None:
-    micro.new_logprobs, micro.new_entropy = actor_forward(module.actor, micro, module.temperature)
+def _backward_actor(module: Any, micro: Minibatch, inputs: ModelInputs, clip_range: float | None) -> None:
+    n_columns = micro.response_ids.shape[1]
+    micro.new_logprobs, micro.new_entropy = actor_forward(module.actor, inputs, n_columns, module.temperature)
     log_policy(micro, clip_range)
     loss = policy_loss(micro.new_logprobs, micro.logprobs, micro.advantages, clip_range)
     losses = {"policy": micro.mean(loss)}
@@ -145,10 +148,10 @@ def _backward_actor(module: Any, micro: Minibatch, clip_range: float | None) -> 
     _backward(module, "actor", micro, losses)
 
 
-def _backward_critic(module: Any, micro: Minibatch) -> None:
+def _backward_critic(module: Any, micro: Minibatch, inputs: ModelInputs) -> None:
     if micro.returns is None:
         raise ValueError(f"LitPPO(advantages={module.advantages!r}): gives no returns for the critic to learn")
-    micro.new_values = critic_forward(module.critic, micro)
+    micro.new_values = critic_forward(module.critic, inputs, micro.response_ids.shape[1])
     losses = {"value": micro.mean(value_loss(micro.new_values, micro.returns))}
     fire(module, "on_critic_loss", micro, losses)
     _backward(module, "critic", micro, losses)

@@ -17,8 +17,9 @@ from lit_ppo.models.lora import WithoutAdapter
 from lit_ppo.optim.settings import restore_settings
 from lit_ppo.parallel.checkpoint_io import use_atomic_checkpoints
 from lit_ppo.parallel.sharding import shards
+from lit_ppo.models.actor_critic import actor_forward, critic_forward
 from lit_ppo.parallel.trainer import check_trainer
-from lit_ppo.ppo.collect import actor_forward, check_length, critic_forward, score
+from lit_ppo.ppo.collect import check_length, score
 from lit_ppo.ppo.evaluate import validate_before_training
 from lit_ppo.ppo.metrics import forget_last_update
 from lit_ppo.ppo.settings import Models, ModelSettings
@@ -63,7 +64,7 @@ def _preflight(module: Any, trainer: L.Trainer) -> None:
     check_disk(trainer, module)
     if module.checkpoint_reference:
         check_moving_reference(module.model_settings, module.reference)
-    check_loggers(trainer.loggers, [*source_names(module.rewards), *source_names(module.eval_rewards)])
+    check_loggers(trainer.loggers, [*module.source_names, *source_names(module.eval_rewards)])
     filters = reshaping_fields(module.model_settings.generation)
     if filters:
         rank_zero_warn(
@@ -194,10 +195,11 @@ def try_longest(module: Any, n_prompt: int) -> None:
     check_length(module.models, n_prompt)
     micro = longest_micro_batch(module.models, n_prompt, module.minibatch_size, **module.limits)
     module.optimization.zero_gradients(module)
-    logprobs, entropy = actor_forward(module.actor, micro, module.temperature)
+    inputs, n_columns = micro.model_inputs(), micro.response_ids.shape[1]
+    logprobs, entropy = actor_forward(module.actor, inputs, n_columns, module.temperature)
     module.manual_backward(micro.mean(logprobs + entropy))
     if module.critic is not None:
-        module.manual_backward(micro.mean(critic_forward(module.critic, micro)))
+        module.manual_backward(micro.mean(critic_forward(module.critic, inputs, n_columns)))
     module.optimization.zero_gradients(module)
 
 

@@ -14,15 +14,13 @@ def as_batch(prompts: Any, tokenizer: PreTrainedTokenizerBase) -> PromptBatch:
     """A batch of encoded prompts.
 
     Args:
-        prompts: Strings, lists of chat messages, a ``PromptBatch``, or an ``Experience`` (the first row of each group).
+        prompts: Strings, lists of chat messages, or an ``Experience`` (the first row of each group).
         tokenizer: The actor's.
 
     Raises:
         ValueError: No prompts, or a single one outside a list.
     """
-    if isinstance(prompts, PromptBatch):
-        batch = prompts
-    elif isinstance(prompts, Experience):
+    if isinstance(prompts, Experience):
         first_of_group = {group: row for row, group in reversed(list(enumerate(prompts.group.tolist())))}
         first = prompts.select(sorted(first_of_group.values()))
         ids = [row[mask].tolist() for row, mask in zip(first.prompt_ids, first.prompt_mask, strict=True)]

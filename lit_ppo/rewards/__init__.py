@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypedDict
 import torch
 from torch import Tensor, nn
 
-from lit_ppo.rewards.function import RewardFunction, check_scores, takes_experience
+from lit_ppo.rewards.function import RewardFunction, scores_of, source_names, takes_experience
 from lit_ppo.rewards.model import RewardModel
 from lit_ppo.validate import number, refuse
 
@@ -94,25 +94,6 @@ class WeightedRewards(nn.Module):
         return torch.stack([self.weights[name] * s.to(device) for name, s in scores.items()]).sum(0)
 
 
-def scores_of(source: Any, experience: Any, name: str = "rewards") -> Tensor:
-    """Call a score source and check its result, as the only place where results of sources are checked.
-
-    Args:
-        source: See :func:`as_source`.
-        experience: Rows to score.
-        name: What to call a custom source in an error.
-
-    Raises:
-        TypeError: The result is not numbers.
-        ValueError: It has a wrong shape, or a value that is not finite.
-
-    Shapes:
-        -> (B,), float32.
-    """
-    shown = str(source) if isinstance(source, RewardModel | RewardFunction) else name
-    return check_scores(source(experience), len(experience.responses), shown, experience.responses)
-
-
 def as_source(rewards: Any) -> ScoreSource:
     """Make a score source of the value of ``LitPPO(rewards=...)``.
 
@@ -160,11 +141,6 @@ def eval_sources(owner: object, rewards: Any, eval_rewards: Any) -> WeightedRewa
         problem = "a training reward has this name, and both would be logged under it; rename one of them"
         refuse(owner, "eval_rewards", ", ".join(taken), problem)
     return WeightedRewards(eval_rewards)
-
-
-def source_names(source: Any) -> list[str]:
-    """Names of the sources that a weighted sum consists of; empty for any other source."""
-    return list(getattr(source, "sources", {}))
 
 
 def reward_models(source: Any) -> list[RewardModel]:

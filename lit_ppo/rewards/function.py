@@ -131,6 +131,30 @@ def _imported(path: str) -> Callable[..., Any]:
     return function
 
 
+def source_names(source: Any) -> list[str]:
+    """Names of the sources that a weighted sum consists of; empty for any other source."""
+    return list(getattr(source, "sources", {}))
+
+
+def scores_of(source: Any, experience: Any, name: str = "rewards") -> Tensor:
+    """Call a score source and check its result, as the only place where results of sources are checked.
+
+    Args:
+        source: See :func:`lit_ppo.rewards.as_source`.
+        experience: Rows to score.
+        name: Shown in an error for a source without a ``__str__`` of its own.
+
+    Raises:
+        TypeError: The result is not numbers.
+        ValueError: It has a wrong shape, or a value that is not finite.
+
+    Shapes:
+        -> (B,), float32.
+    """
+    shown = name if type(source).__str__ is object.__str__ else str(source)
+    return check_scores(source(experience), len(experience.responses), shown, experience.responses)
+
+
 def check_scores(scores: Any, count: int, source: str, responses: Sequence[str] | None = None) -> Tensor:
     """The scores as a float32 tensor, if they are one finite number a response.
 
