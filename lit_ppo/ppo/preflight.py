@@ -13,11 +13,11 @@ from torch import nn
 
 from lit_ppo.experience import Experience, Minibatch
 from lit_ppo.generation.config import reshaping_fields
+from lit_ppo.models.actor_critic import actor_forward, critic_forward
 from lit_ppo.models.lora import WithoutAdapter
 from lit_ppo.optim.settings import restore_settings
 from lit_ppo.parallel.checkpoint_io import use_atomic_checkpoints
 from lit_ppo.parallel.sharding import shards
-from lit_ppo.models.actor_critic import actor_forward, critic_forward
 from lit_ppo.parallel.trainer import check_trainer
 from lit_ppo.ppo.collect import check_length, score
 from lit_ppo.ppo.evaluate import validate_before_training

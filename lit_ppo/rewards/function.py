@@ -151,7 +151,8 @@ def scores_of(source: Any, experience: Any, name: str = "rewards") -> Tensor:
     Shapes:
         -> (B,), float32.
     """
-    shown = name if type(source).__str__ is object.__str__ else str(source)
+    has_name = type(source).__str__ != object.__str__
+    shown = str(source) if has_name else name
     return check_scores(source(experience), len(experience.responses), shown, experience.responses)
 
 
