@@ -101,22 +101,23 @@ def test_step(module: Any, prompts: Any, batch_idx: int) -> None:
 
 def _evaluate(module: Any, name: str, prompts: Any, batch_idx: int) -> None:
     def rollout(**kwargs: Any) -> Experience:
-        with module.progress.working("rollout"):
-            experience: Experience = module.rollout(prompts, samples_per_prompt=1, **kwargs)
-            return experience
+        module.progress.start("rollout")
+        experience: Experience = module.rollout(prompts, samples_per_prompt=1, **kwargs)
+        return experience
 
     def score_all(experience: Experience) -> Scores:
-        with module.progress.working("score"):
-            scores = score(module.rewards, experience, timeout=module.reward_timeout)
-            if module.eval_rewards is not None:
-                by_eval = score(module.eval_rewards, experience, timeout=module.reward_timeout)
-                scores |= {reward: x for reward, x in by_eval.items() if reward}
-            return scores
+        module.progress.start("score")
+        scores = score(module.rewards, experience, timeout=module.reward_timeout)
+        if module.eval_rewards is not None:
+            by_eval = score(module.eval_rewards, experience, timeout=module.reward_timeout)
+            scores |= {reward: x for reward, x in by_eval.items() if reward}
+        return scores
 
     means = module.evaluator.evaluate(
         name, batch_idx, rollout, score_all,
         has_reference=module.reference is not None, reference_moves=module.checkpoint_reference,
     )  # fmt: skip
+    module.progress.stop()
     for key, mean in means.items():
         module.log(key, mean, metric_attribute=key)
 

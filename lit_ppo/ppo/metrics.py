@@ -1,10 +1,8 @@
 """What an update reports, under stable names."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from time import monotonic, perf_counter
+from time import monotonic
 from typing import Any
 
 import torch
@@ -41,32 +39,29 @@ ON_THE_BAR = ("objective/score", "objective/kl", "response/length", "throughput/
 
 @dataclass
 class Progress:
-    """The phase at work, for progress bars, and the seconds of each phase of the current update."""
+    """The phase at work, for progress bars, and the seconds of each phase."""
 
     phase: str = ""  # rollout, score or update; empty between them
     detail: str = ""  # such as "token 12/64"
     since: float | None = None  # start of the phase, by time.monotonic
     seconds: dict[str, float] = field(default_factory=dict)
 
-    @contextmanager
-    def working(self, phase: str) -> Iterator[None]:
-        """Inside this, the phase is at work."""
-        before = self.phase, self.since
-        self.phase, self.since = phase, monotonic()
-        try:
-            yield
-        finally:
-            (self.phase, self.since), self.detail = before, ""
+    def start(self, phase: str) -> None:
+        """Stop the phase at work and start another."""
+        now = monotonic()
+        if self.since is not None:
+            self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self.since
+        self.phase, self.since, self.detail = phase, now, ""
 
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """As :meth:`working`; its seconds are added to those of the update."""
-        start = perf_counter()
-        try:
-            with self.working(phase):
-                yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - start
+    def stop(self) -> dict[str, float]:
+        """Stop the phase at work.
+
+        Returns:
+            The seconds of each phase since the last stop.
+        """
+        self.start("")
+        seconds, self.seconds, self.since = self.seconds, {}, None
+        return seconds
 
 
 def log_policy(micro: Minibatch, clip_range: float | None) -> None:
@@ -81,13 +76,15 @@ def log_policy(micro: Minibatch, clip_range: float | None) -> None:
     micro.log_all(means, extremes={"ratio": ratio})
 
 
-def current_coefficients(kl_coef: float, optimizers: dict[str, Optimizer]) -> dict[str, float]:
-    """KL coefficient and learning rates at the start of an update."""
-    names = {"actor": "policy/lr", "critic": "value/lr"}
-    return {
-        "objective/kl_coef": kl_coef,
-        **{names[name]: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()},
-    }
+def current_coefficients(kl_coef: float, optimizers: list[Optimizer]) -> dict[str, float]:
+    """KL coefficient and learning rates at the start of an update.
+
+    Args:
+        kl_coef: Coefficient of the KL to the reference.
+        optimizers: The actor's and, if there is one, the critic's.
+    """
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    return {"objective/kl_coef": kl_coef, **dict(zip(("policy/lr", "value/lr"), rates, strict=False))}
 
 
 def log_update(
@@ -101,7 +98,7 @@ def log_update(
         coefficients: From :func:`current_coefficients`.
         steps: Metrics of each optimizer step; they are averaged.
     """
-    seconds: dict[str, float] = module.progress.seconds
+    seconds: dict[str, float] = module.progress.stop()
     total = sum(seconds.values())
     metrics = {
         **coefficients,
@@ -120,7 +117,6 @@ def log_update(
         metrics[f"objective/score/{name}"] = float(experience.extras[name].mean())
     for name, value in metrics.items():
         module.log(name, value, prog_bar=name in ON_THE_BAR, batch_size=1)
-    seconds.clear()
 
 
 def of_experience(experience: Experience, kl_coef: float) -> dict[str, float]:

@@ -177,44 +177,42 @@ class LitPPO(L.LightningModule):
 
     def collect(self, prompts: Any) -> Experience:
         """Sample responses to the prompts and score them; calls the hooks."""
-        with self.progress.timed("rollout"):
-            fire(self, "on_rollout_start", prompts)
-            check_estimator(self, self.advantages, self.samples_per_prompt, self.kl_coef)
-            experience = self.rollout(prompts)
-            fire(self, "on_rollout_end", experience)
+        self.progress.start("rollout")
+        fire(self, "on_rollout_start", prompts)
+        check_estimator(self, self.advantages, self.samples_per_prompt, self.kl_coef)
+        experience = self.rollout(prompts)
+        fire(self, "on_rollout_end", experience)
         if not experience.responses:
             raise ValueError("collect: callbacks removed all rows; on_rollout_end must leave at least one")
-        with self.progress.timed("score"):
-            experience.raw_scores = experience.scores = self.score(experience)
-            fire(self, "on_scores", experience)
+        self.progress.start("score")
+        experience.raw_scores = experience.scores = self.score(experience)
+        fire(self, "on_scores", experience)
         return experience
 
     def update(self, experience: Experience) -> None:
         """Learn from scored experience, as :meth:`collect` returns it; calls the hooks."""
-        coefficients = current_coefficients(self.kl_coef, optimize.optimizers_of(self))
+        coefficients = current_coefficients(self.kl_coef, self.trainer.optimizers)
+        self.progress.start("update")
+        experience.rewards = token_rewards(experience.scores, experience.kl, experience.response_mask, self.kl_coef)
+        fire(self, "on_rewards", experience)
+        experience.advantages, experience.returns = self.advantages(experience)
+        fire(self, "on_advantages", experience)
+        self.optimization.train_actor = not self.actor_frozen  # for all of this update
         steps: list[dict[str, float]] = []
-        with self.progress.timed("update"):
-            experience.rewards = token_rewards(experience.scores, experience.kl, experience.response_mask, self.kl_coef)
-            fire(self, "on_rewards", experience)
-            experience.advantages, experience.returns = self.advantages(experience)
-            fire(self, "on_advantages", experience)
-            self.optimization.train_actor = not self.actor_frozen  # for all of this update
-            for minibatch in experience.minibatches(
-                self.minibatch_size,
-                epochs=self.ppo_epochs,
-                seed=(self.seed, self.rollouts),
-                reduction=self.loss_reduction,
-            ):
-                if experience.exhausted:
-                    break
-                self.progress.detail = f"step {len(steps) + 1}"
-                metrics = self.backward_minibatch(minibatch)
-                fire(self, "on_minibatch_end", experience, metrics)
-                if not experience.exhausted:
-                    self.step_optimizers(metrics, experience)
-                steps.append(metrics)
-            fire(self, "on_update_end", experience)
-            self.optimization.end_update(self)
+        minibatches = experience.minibatches(
+            self.minibatch_size, epochs=self.ppo_epochs, seed=(self.seed, self.rollouts), reduction=self.loss_reduction
+        )
+        for minibatch in minibatches:
+            if experience.exhausted:
+                break
+            self.progress.detail = f"step {len(steps) + 1}"
+            metrics = self.backward_minibatch(minibatch)
+            fire(self, "on_minibatch_end", experience, metrics)
+            if not experience.exhausted:
+                self.step_optimizers(metrics, experience)
+            steps.append(metrics)
+        fire(self, "on_update_end", experience)
+        self.optimization.end_update(self)
         log_update(self, experience, coefficients, steps)
 
     def backward_minibatch(self, minibatch: Minibatch) -> dict[str, float]:

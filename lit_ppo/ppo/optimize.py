@@ -128,7 +128,7 @@ def backward_minibatch(module: Any, minibatch: Minibatch, *, clip_range: float |
     optimization.zero_gradients(module)
     fire(module, "on_minibatch_start", minibatch)
     lengths = [n_prompt + n_response for n_prompt, n_response in minibatch.lengths]
-    micro_batches = minibatch.micro_batches(my_micro_batches(lengths, **module.limits), n_ranks())
+    micro_batches = minibatch.micro_batches(my_micro_batches(lengths, **module.limits), module.trainer.world_size)
     for micro in accumulate(micro_batches, module.trainer.strategy):
         inputs = micro.model_inputs()
         if optimization.train_actor:

@@ -151,8 +151,7 @@ def scores_of(source: Any, experience: Any, name: str = "rewards") -> Tensor:
     Shapes:
         -> (B,), float32.
     """
-    has_name = type(source).__str__ != object.__str__
-    shown = str(source) if has_name else name
+    shown = str(source) if isinstance(source, RewardFunction) or hasattr(source, "score_texts") else name
     return check_scores(source(experience), len(experience.responses), shown, experience.responses)
 
 
