@@ -126,7 +126,7 @@ class RewardHackingMonitor(PPOCallback):
         self._add("train", experience.raw_scores)
         if self._rated:
             self._take_ratings(trainer)
-        verdict = self._judge()
+        verdict = self._verdict()
         for name, course in self._courses.items():
             if course:
                 pl_module.log(f"hacking/{name}", list(course.values())[-1])
@@ -198,7 +198,7 @@ class RewardHackingMonitor(PPOCallback):
         self._courses["gold"] = course
         self._spread["gold"] = _deviation([rating for update in known for rating in self._ratings[update]])
 
-    def _judge(self) -> int:
+    def _verdict(self) -> int:
         """The verdict; warns if it is new."""
         for verdict, down, up in ((OVERFITTING, "held_out", ["train"]), (HACKING, "gold", ["train", "held_out"])):
             falling = self._courses.get(down)

@@ -1,8 +1,8 @@
 """A grammar of short reviews, its generator and its parser.
 
-A review is a neutral opening (what was seen, read, eaten, by whom, when) and one of the `PATTERNS`, which says
-what came of it. Templates name slots in braces; ``{^slot}`` begins with a capital. The generator fills the slots and
-the parser turns the same templates into regular expressions, so neither knows anything that the other does not.
+A review is a neutral opening (what was seen, read or eaten, by whom, when) and one of the `PATTERNS`, which expresses
+an opinion. Templates name slots in braces; ``{^slot}`` begins with a capital. The generator fills the slots, and the
+parser turns the same templates into regular expressions.
 """
 
 import random
@@ -39,20 +39,20 @@ PATTERNS: Mapping[str, str] = {
 }
 
 SHARES: Mapping[str, float] = {"positive": 0.3, "negative": 0.35, "neutral": 0.35}
-DISSENT = 0.2  # share of opinionated lists in which one of the three words speaks against the other two
+DISSENT = 0.2  # fraction of lists with an opinion in which one of the three words contradicts the other two
 
 _SLOT = re.compile(r"\{(\^?)(\w+)\}")
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """What the parser found in a review.
+    """A parsed review.
 
     Args:
         subject: What is reviewed: film, book, meal, ...
         pattern: Name of the sentence pattern.
-        polarity: Of more positive than negative words "positive", of fewer "negative", otherwise "neutral".
-        opening: The neutral opening, without the punctuation that follows.
+        polarity: "positive" with more positive than negative words, "negative" with fewer, otherwise "neutral".
+        opening: The neutral opening, without the punctuation after it.
     """
 
     subject: str
@@ -66,12 +66,12 @@ def _capital(text: str) -> str:
 
 
 def _choose(rng: random.Random, options: tuple[str, ...]) -> str:
-    """One option; of all draws only ``random()`` is promised to repeat in every Python version."""
+    """One option; only ``random()`` is guaranteed to give the same numbers in every Python version."""
     return options[int(rng.random() * len(options))]
 
 
 def _fill(rng: random.Random, template: str, subject: str, polarities: list[str]) -> str:
-    """Fill the template's slots; its opinions take the polarities in turn, no other word comes twice."""
+    """Fill the slots of a template, the opinions with these polarities in order; no word is used twice."""
     used: set[str] = set()
     opinions = iter(polarities)
 
@@ -90,7 +90,7 @@ def _plain(subject: str, slot: str) -> tuple[str, ...]:
 
 
 def _polarities(rng: random.Random, pattern: str, polarity: str) -> list[str]:
-    """The polarity of each opinion of a sentence that as a whole has ``polarity``."""
+    """The polarity of each opinion in a sentence with this polarity."""
     words = [polarity] * (3 if pattern == "list" else 1)
     if pattern == "list" and polarity != "neutral" and rng.random() < DISSENT:
         words[int(rng.random() * 3)] = "negative" if polarity == "positive" else "positive"
@@ -107,9 +107,9 @@ def generate(rng: random.Random, polarity: str | None = None, pattern: str | Non
     """One review.
 
     Args:
-        rng: Source of the draws; the same state gives the same review.
-        polarity: "positive", "negative" or "neutral"; None draws it by `SHARES`.
-        pattern: A key of `PATTERNS`; None draws one, all equally likely.
+        rng: Random generator; the same state gives the same review.
+        polarity: "positive", "negative" or "neutral"; None draws it with the probabilities `SHARES`.
+        pattern: A key of `PATTERNS`; None draws one uniformly.
 
     >>> generate(random.Random(1), "positive", "both")
     'After the parade we saw a documentary, and both the editing and the camera work were wonderful.'
@@ -122,7 +122,7 @@ def generate(rng: random.Random, polarity: str | None = None, pattern: str | Non
 
 
 def _expression(template: str, subject: str) -> str:
-    """The template as a regular expression; opinions are its groups."""
+    """The template as a regular expression with a group per opinion."""
     pieces, end = [], 0
     for match in _SLOT.finditer(template):
         capital, slot = match.groups()
@@ -147,7 +147,7 @@ _POLARITY = {word: polarity for slot in OPINIONS.values() for polarity, words in
 
 
 def parse(sentence: str) -> Parsed | None:
-    """Read a review; None for whatever the grammar cannot have written.
+    """Parse a review; None for a text that the grammar cannot generate.
 
     Args:
         sentence: Any text; white space around it is ignored.
@@ -156,7 +156,7 @@ def parse(sentence: str) -> Parsed | None:
     True
     """
     text = sentence.strip()
-    opening = re.split(r"[.,;]", text, maxsplit=1)[0]  # no opening has punctuation
+    opening = re.split(r"[.,;]", text, maxsplit=1)[0]  # openings have no punctuation
     subject = next((name for name in SUBJECTS if _opening_expression(name).fullmatch(opening)), None)
     if subject is None:
         return None

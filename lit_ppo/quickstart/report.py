@@ -1,4 +1,4 @@
-"""What a set of written reviews is like, by the grammar's own parser."""
+"""Statistics of generated reviews, by the parser of the grammar."""
 
 import re
 from collections import Counter
@@ -11,15 +11,15 @@ from lit_ppo.quickstart.grammar import parse
 
 @dataclass(frozen=True)
 class Report:
-    """Figures of a set of reviews.
+    """Statistics of a set of reviews.
 
     Args:
-        number: Reviews.
-        parsed: Share that the grammar can have written.
-        positive: Share of all that is positive; what does not parse is not.
-        distinct_bigrams: Different pairs of neighbouring words and punctuation marks in the responses.
-        largest_pattern: Share of all that is of the most frequent sentence pattern.
-        patterns: How often each pattern occurs.
+        number: Number of reviews.
+        parsed: Fraction that the grammar can generate.
+        positive: Fraction of all that is positive; reviews that do not parse are not.
+        distinct_bigrams: Number of distinct pairs of adjacent words or punctuation marks in the responses.
+        largest_pattern: Fraction of all with the most frequent sentence pattern.
+        patterns: Count of each pattern.
     """
 
     number: int
@@ -41,16 +41,18 @@ def report(prompts: Sequence[str], responses: Sequence[str]) -> Report:
 
     Args:
         prompts: Neutral openings.
-        responses: What was written behind each.
+        responses: One response to each.
 
     Raises:
-        ValueError: There are none, or not equally many.
+        ValueError: There are none, or their numbers differ.
 
     >>> str(report(["We read a novel in bed"] * 2, [". The plot was.", ", and I loved every page of it."]))
     '2 reviews: 50.0% positive, 50.0% in the grammar, 12 distinct bigrams, largest pattern 50.0%'
     """
     if not prompts or len(prompts) != len(responses):
-        raise ValueError(f"report(prompts, responses): {len(prompts)} and {len(responses)}; give a response to each")
+        raise ValueError(
+            f"report(prompts, responses): {len(prompts)} and {len(responses)}; give one response per prompt"
+        )
     number = len(prompts)
     found = [parse(prompt + response) for prompt, response in zip(prompts, responses, strict=True)]
     patterns = Counter(review.pattern for review in found if review is not None)

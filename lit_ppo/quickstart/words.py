@@ -1,7 +1,7 @@
 """The words of the quickstart's reviews: five subjects, and opinions in three polarities.
 
-Commas separate entries; an entry may be several words. An opinion stands in one polarity only, so that the polarity
-of a sentence can be counted from its words.
+Commas separate entries; an entry can have several words. Each opinion has only one polarity, so that the polarity of a
+sentence follows from its words.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ def _list(text: str) -> tuple[str, ...]:
     return tuple(" ".join(entry.split()) for entry in text.split(","))
 
 
-# What is reviewed, where, and which sides of it there are to judge; a `noun` takes "was".
+# Subjects with places and aspects; a `noun` is followed by "was".
 SUBJECTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "film": {
         "took": _list("watched, saw, caught, streamed"),
@@ -71,7 +71,7 @@ PLAIN: Mapping[str, tuple[str, ...]] = {
     "modest": _list("modern, local, recent, brief, narrow, compact, foreign, formal"),
 }
 
-# Words of opinion by slot. Every slot has all three polarities, so a change of mind needs no other pattern.
+# Opinions by slot. Every slot has all three polarities, so any pattern can express any of them.
 OPINIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "quality": {
         "positive": _list("""superb, wonderful, brilliant, lovely, excellent, delightful, fantastic, terrific,

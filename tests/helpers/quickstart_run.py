@@ -49,7 +49,7 @@ class Judged:
 
 
 def judge(folder: Path, seed: int = 0, number: int = 256, result: Path | None = None) -> Judged:
-    """Sample at temperature 1 on held-out prompts from the cold start and from the newest PPO result."""
+    """Sample at temperature 1 on held-out prompts from the SFT model and from the newest PPO result."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "sft/model", padding_side="left")
     result = result or max(folder.glob("ppo/version_*/model"), key=lambda path: path.stat().st_mtime)
     before, after = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (folder / "sft/model", result))

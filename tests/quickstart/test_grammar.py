@@ -205,7 +205,7 @@ def test_report_counts() -> None:
 
 @pytest.mark.parametrize(("prompts", "responses"), [([], []), (["We read a novel"], [])])
 def test_report_refuses_uneven_lists(prompts: list[str], responses: list[str]) -> None:
-    with pytest.raises(ValueError, match="give a response to each"):
+    with pytest.raises(ValueError, match="give one response per prompt"):
         report(prompts, responses)
 
 
