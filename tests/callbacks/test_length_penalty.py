@@ -59,9 +59,3 @@ def test_returns_of_litppo_are_those_of_the_lowered_scores(tmp_path: Path, tiny_
     assert row["reward/length_penalty"] == pytest.approx(sum(taken) / 7, rel=1e-5)
     assert row["value/return_mean"] == pytest.approx(return_mean(experience, lowered), rel=1e-5)
     assert row["value/return_mean"] < before["value/return_mean"] - 0.1
-
-
-@pytest.mark.parametrize("budget", [1.5, True, -3])
-def test_budget_is_a_whole_number(budget: float):
-    with pytest.raises(ValueError, match=r"LengthPenalty\(budget=.*\): must be an integer, at least 0"):
-        LengthPenalty(budget, coef=0.1)

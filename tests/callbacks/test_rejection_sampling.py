@@ -92,12 +92,6 @@ def test_the_other_updates_are_plain_ppo():
     assert ["policy" in losses for losses in mixed.losses[::2]] == [True, False, True]
 
 
-def test_a_resumed_run_keeps_the_turns(tmp_path: Path):
-    run_updates(RejectionSampling(2, every=3), 2, save=tmp_path / "last.ckpt")
-    resumed = rows_a_rollout(RejectionSampling(2, every=3), updates=6, resume=tmp_path / "last.ckpt")
-    assert resumed == [16, 8, 8, 16]
-
-
 @pytest.mark.parametrize("behind", [[], [ValueClipping(0.2)]], ids=["alone", "a value loss put back behind it"])
 def test_the_critic_does_not_step(behind: list[L.Callback]):
     module = run_updates([RejectionSampling(2), *behind], 3)
@@ -154,12 +148,6 @@ def test_estimators_that_compare_samples_are_refused_before_the_first_rollout():
     assert module.experiences == []
     module.advantages.needs_groups = False
     RejectionSampling(2).setup(SimpleNamespace(callbacks=[]), module, "fit")
-
-
-@pytest.mark.parametrize(("argument", "value"), [("k", 2.0), ("k", True), ("every", 1.5), ("every", -1)])
-def test_only_whole_numbers(argument: str, value: Any):
-    with pytest.raises(ValueError, match=rf"RejectionSampling\({argument}={value!r}\): must be an integer, at le"):
-        RejectionSampling(**{"k": 2, argument: value})
 
 
 # ---- on LitPPO

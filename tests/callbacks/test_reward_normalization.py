@@ -1,7 +1,6 @@
 """RewardNormalization against moments taken with the standard library."""
 
 import statistics
-from pathlib import Path
 
 import pytest
 import torch
@@ -77,12 +76,6 @@ def test_raw_scores_stay_and_rewards_follow():
     (experience,) = module.experiences
     assert experience.raw_scores.tolist() == SCORES[0]
     assert experience.rewards.sum(1).tolist() == pytest.approx(experience.scores.tolist())
-
-
-def test_resumed_statistics_go_on(tmp_path: Path):
-    whole = normalised(RewardNormalization())
-    normalised(RewardNormalization(), 2, save=tmp_path / "last.ckpt")
-    assert normalised(RewardNormalization(), 3, resume=tmp_path / "last.ckpt") == whole[2:]
 
 
 def test_single_score_becomes_zero():

@@ -92,13 +92,6 @@ def test_single_scores_are_scaled_once_there_were_several():
     assert [e.scores.item() for e in module.experiences] == pytest.approx([1.0, 5 / 8**0.5], rel=1e-6)
 
 
-def test_resumed_statistics_go_on(tmp_path: Path):
-    for decay in (None, 0.7):
-        whole = scaled(RewardScaling(decay=decay))
-        scaled(RewardScaling(decay=decay), 2, save=tmp_path / "last.ckpt")
-        assert scaled(RewardScaling(decay=decay), 3, resume=tmp_path / "last.ckpt") == whole[2:]
-
-
 def test_raw_scores_stay_and_rewards_follow():
     module = run_updates(RewardScaling(), episodes=4, kl_coef=0.0, scores=lambda update: SCORES[update])
     (experience,) = module.experiences

@@ -135,14 +135,6 @@ def test_resumed_statistics_go_on(tmp_path: Path):
     assert (weight, mean, math.sqrt(m2 / weight)) == pytest.approx((4 * 20, *expected), rel=1e-6)
 
 
-@pytest.mark.parametrize("decay", [0.0, 1.0, -0.5, 2, float("nan"), "0.9"])
-def test_decay_lies_between_zero_and_one(decay: Any):
-    with pytest.raises(
-        ValueError, match=rf"ValueNormalization\(decay={decay!r}\): must be a finite number, above 0 and below 1"
-    ):
-        ValueNormalization(decay)
-
-
 def test_a_critic_whose_head_is_out_of_reach_is_refused_before_the_first_rollout():
     module = Toy()
     module.critic = torch.nn.Linear(3, 1)

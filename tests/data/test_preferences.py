@@ -161,18 +161,6 @@ def test_validation_rows(tmp_path: Path) -> None:
     assert len(by_text.train_rows) + len(by_text.val_rows) == 160
 
 
-def test_seed_and_batch_size_change_the_batches(tmp_path: Path) -> None:
-    rows = [{"text": " ".join(["the"] * (n + 1)), "label": 0} for n in range(20)]
-    path = write(tmp_path / "p.jsonl", rows)
-
-    def lengths(**options: Any) -> list[list[int]]:
-        data = ready(path, text_column="text", label_column="label", **options)
-        return [batch["attention_mask"].sum(1).tolist() for batch in data.train_dataloader()]
-
-    assert [len(batch) for batch in lengths(batch_size=8)] == [8, 8, 4]
-    assert lengths(seed=1) == lengths(seed=1) != lengths(seed=2)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -183,7 +171,6 @@ def test_seed_and_batch_size_change_the_batches(tmp_path: Path) -> None:
         ({**EDGES, "chosen_column": "a"}, r"\(chosen_column='a'\): text_column is given"),
         ({**EDGES, "rejected_column": "b"}, r"\(rejected_column='b'\): text_column is given"),
         ({"max_length": 1}, r"\(max_length=1\): must be"),
-        ({"batch_size": -3}, r"\(batch_size=-3\): must be"),
     ],
 )
 def test_arguments_are_checked_in_the_constructor(options: dict[str, Any], message: str) -> None:

@@ -200,14 +200,12 @@ def test_a_tokenizer_of_another_origin_is_not_overwritten(tmp_path: Path) -> Non
     ("options", "message"),
     [
         ({"max_length": 1}, r"\(max_length=1\): must be an integer, at least 2"),
-        ({"batch_size": 0}, r"\(batch_size=0\): must be"),
         ({"tokenizer_path": "k"}, r"\(tokenizer_path='k', tokenizer_vocab_size=None\): give all or none of"),
         ({"tokenizer_vocab_size": 300}, r"\(tokenizer_path=None, tokenizer_vocab_size=300\): give all or none of"),
         (
             {"tokenizer_path": "k", "tokenizer_vocab_size": 9, "tokenizer": "t"},
             r"\(tokenizer='t', tokenizer_path='k'\): give at most one of",
         ),
-        ({"val_fraction": 2.0}, r"\(val_fraction=2.0\): must be"),
     ],
 )
 def test_arguments_are_checked_in_the_constructor(options: dict[str, Any], message: str) -> None:

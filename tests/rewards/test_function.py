@@ -4,7 +4,6 @@ import math
 import os
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,23 +11,13 @@ import pytest
 import torch
 
 from lit_ppo.rewards import RewardFunction, scores_of
-
-
-def experience(prompts: list[str], responses: list[str], **columns: list[Any]) -> SimpleNamespace:
-    return SimpleNamespace(prompts=prompts, responses=responses, columns=columns, extras={})
-
-
-def lengths(prompts: list[str], responses: list[str]) -> list[float]:
-    return [float(len(prompt) + 10 * len(response)) for prompt, response in zip(prompts, responses, strict=True)]
-
-
-TWO = {"prompts": ["a", "bb"], "responses": ["ccc", ""]}
+from tests.helpers.rewards import TWO, experience, lengths
 
 
 def test_function_by_import_path_and_as_it_is():
     rows = experience(**TWO)
     for function in (
-        "tests.rewards.test_function.lengths",
+        "tests.helpers.rewards.lengths",
         lengths,
         lambda prompts, responses: lengths(prompts, responses),
     ):
@@ -194,8 +183,8 @@ def test_column_that_is_not_there():
         ("lengths", ValueError, "write it as module.function"),
         ("no_such_module.lengths", ValueError, "no module named 'no_such_module'; modules are looked for in the wor"),
         ("tests.no_such_module.lengths", ValueError, "no module named 'tests.no_such_module'"),
-        ("tests.rewards.test_function.length", ValueError, "module 'tests.rewards.test_function' has no 'length'"),
-        ("tests.rewards.test_function.TWO", TypeError, "is not callable; expected is a function"),
+        ("tests.helpers.rewards.length", ValueError, "module 'tests.helpers.rewards' has no 'length'"),
+        ("tests.helpers.rewards.TWO", TypeError, "is not callable; expected is a function"),
         (3, TypeError, "is not callable; expected is a function"),
     ],
 )

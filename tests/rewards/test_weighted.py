@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,18 +10,8 @@ from jsonargparse import ArgumentParser
 from torch import nn
 
 from lit_ppo.rewards import RewardFunction, RewardModel, Rewards, WeightedRewards, as_source, scores_of
+from tests.helpers.rewards import TWO, experience, lengths
 from tests.helpers.tiny import make_reward_model
-
-
-def experience(prompts: list[str], responses: list[str], **columns: list[Any]) -> SimpleNamespace:
-    return SimpleNamespace(prompts=prompts, responses=responses, columns=columns, extras={})
-
-
-def lengths(prompts: list[str], responses: list[str]) -> list[float]:
-    return [float(len(prompt) + 10 * len(response)) for prompt, response in zip(prompts, responses, strict=True)]
-
-
-TWO = {"prompts": ["a", "bb"], "responses": ["ccc", ""]}
 
 
 def ones(responses: list[str]) -> list[float]:
