@@ -1,1 +1,1 @@
-"""Many processes: collectives, the plan that deals rows, sharded models, strategies."""
+"""Training on several ranks: who computes which rows, sharded models, and the strategy."""

@@ -1,6 +1,6 @@
-"""Ranks share the work: rows are dealt to them, and what each computes is gathered.
+"""Deal rows to ranks, and gather the results.
 
-All collectives of rollouts and updates are here; everything else reads as if there were one process.
+All collectives of rollouts and updates are here. The rest of the code reads as if there were one process.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,12 +15,12 @@ Plan = list[list[list[int]]]  # rank -> micro-batch -> rows
 
 
 def n_ranks() -> int:
-    """Processes that train together, 1 without a process group."""
+    """Number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number among them."""
+    """This process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -33,8 +33,8 @@ def deal(
 ) -> Plan:
     """Deal rows so that ranks get about as many tokens each and rows of similar length share a micro-batch.
 
-    Every rank computes the same plan. Every rank gets the same number of micro-batches, empty ones included: sharded
-    models must run as many forwards on each.
+    Every rank computes the same plan. Every rank gets the same number of micro-batches, some of them empty, because
+    sharded models must run the same number of forwards on all ranks.
 
     Args:
         lengths: Tokens of each row.
@@ -45,8 +45,8 @@ def deal(
     >>> deal([5, 1, 3, 2, 4], 2, micro_batch_size=2)
     [[[0, 3], [1]], [[4, 2], []]]
     """
-    longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])  # of one length: in their order
-    # there and back again (0 1 1 0 0 1 ...), so that no rank always gets the longer row of a pair
+    longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])  # equal lengths stay in order
+    # ranks take turns in the order 0 1 1 0 0 1 ..., so that no rank always gets the longer row of a pair
     shares = [[row for i, row in enumerate(longest_first) if _rank(i, n_ranks) == rank] for rank in range(n_ranks)]
     if micro_batch_tokens is None:
         size = micro_batch_size or max(len(lengths), 1)
@@ -63,15 +63,15 @@ def _rank(position: int, n_ranks: int) -> int:
 
 
 def _within(budget: int, share: Sequence[int], lengths: Sequence[int]) -> Iterable[list[int]]:
-    """Cut rows, longest first, into runs whose padded size keeps to the budget."""
-    run: list[int] = []
+    """Cut rows, longest first, into micro-batches whose padded size is within the budget."""
+    micro_batch: list[int] = []
     for row in share:
-        if run and (len(run) + 1) * lengths[run[0]] > budget:
-            yield run
-            run = []
-        run.append(row)
-    if run:
-        yield run
+        if micro_batch and (len(micro_batch) + 1) * lengths[micro_batch[0]] > budget:
+            yield micro_batch
+            micro_batch = []
+        micro_batch.append(row)
+    if micro_batch:
+        yield micro_batch
 
 
 def map_rows(
@@ -81,11 +81,11 @@ def map_rows(
 
     Args:
         lengths: Tokens of each row.
-        function: From row numbers, none for an empty micro-batch, to a picklable result.
+        function: From row numbers, which are empty for an empty micro-batch, to a picklable result.
         **limits: ``micro_batch_size`` or ``micro_batch_tokens``, as for :func:`deal`.
 
     Returns:
-        Rows and result of every micro-batch of all ranks.
+        Rows and result of each micro-batch of all ranks.
 
     Raises:
         RuntimeError: Another rank's share failed.
@@ -96,17 +96,17 @@ def map_rows(
 
 
 def my_micro_batches(lengths: Sequence[int], **limits: int | None) -> list[list[int]]:
-    """The rows of this rank's micro-batches; the arguments are those of :func:`deal`."""
+    """The rows of this rank's micro-batches; arguments as for :func:`deal`."""
     return deal(lengths, n_ranks(), **limits)[rank()]
 
 
 def gather_shares(share: Callable[[], T]) -> list[T]:
-    """Run ``share`` on every rank and hand all results to all ranks, in rank order.
+    """Run ``share`` on every rank and return the results of all ranks, in rank order.
 
-    An exception on one rank stops all of them with that rank's message, so that nobody waits in vain.
+    If it raises on one rank, the other ranks raise an error with that rank's message instead of waiting.
 
     Args:
-        share: This rank's part of the work; its result must be picklable where there is more than one rank.
+        share: This rank's part of the work. With more than one rank, its result must be picklable.
 
     Raises:
         RuntimeError: Another rank's share failed.
@@ -127,8 +127,8 @@ def gather_shares(share: Callable[[], T]) -> list[T]:
         if failure is not None:
             raise failure from None
         raise RuntimeError(
-            f"rank {rank()} waited in vain for the other ranks; one of them has ended, or hangs for longer than the "
-            f"process group's timeout; its own output says more ({str(error).splitlines()[0][:200]})"
+            f"rank {rank()} got no answer from the other ranks: one of them has exited, or hangs for longer than the "
+            f"process group's timeout; see that rank's own output ({str(error).splitlines()[0][:200]})"
         ) from error
     if failure is not None:
         raise failure
@@ -145,13 +145,13 @@ def sum_over_ranks(
     greatest: dict[str, Tensor] | None = None,
     alike: dict[str, Tensor] | None = None,
 ) -> dict[str, float]:
-    """Sum scalars over ranks, in one collective and one synchronisation with the device.
+    """Sum scalars over ranks, with one collective and one transfer from the device.
 
     Args:
         values: Scalars under the same names on every rank.
-        least: The same, of which the least over ranks comes back.
-        greatest: The same, of which the greatest does.
-        alike: Scalars that are the same on every rank: not summed, brought to the host on the same way.
+        least: As ``values``, but the smallest over ranks is returned instead of the sum.
+        greatest: As ``values``, but the largest over ranks is returned instead of the sum.
+        alike: Scalars that are equal on all ranks. They are not summed, only transferred with the others.
     """
     kinds = [dict(sorted((kind or {}).items())) for kind in (values, least, greatest)]
     named = {name: x for kind in (*kinds, alike or {}) for name, x in kind.items()}
@@ -171,7 +171,7 @@ def sum_over_ranks(
 
 
 def greatest(value: int) -> int:
-    """The greatest of all ranks' values; collective."""
+    """The largest value over all ranks. Collective."""
     if n_ranks() == 1:
         return value
     values = torch.tensor([value], device=_collective_device())
@@ -180,5 +180,5 @@ def greatest(value: int) -> int:
 
 
 def _collective_device() -> torch.device:
-    """NCCL reduces on the GPU only."""
+    """NCCL communicates between GPUs only."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

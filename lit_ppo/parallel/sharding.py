@@ -1,4 +1,4 @@
-"""Shard models over ranks, gather them, and take norms of sharded gradients.
+"""Shard models over ranks, and gather them.
 
 Without a strategy that shards, the functions here leave models as they are.
 """
@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from lit_ppo.parallel.ranks import rank
 
@@ -129,29 +128,6 @@ def without_gradient_sync(strategy: Any) -> AbstractContextManager[None]:
     """
     block: Callable[[], AbstractContextManager[None]] = getattr(strategy, "block_backward_sync", nullcontext)
     return block()
-
-
-def total_norm(tensors: list[Tensor]) -> Tensor:
-    """Norm over all ranks of a model's gradients, or of other tensors sharded like them."""
-    norm = nn.utils.get_total_norm(tensors)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
-    """Scale a model's gradients down to a norm if theirs is larger.
-
-    Args:
-        model: With gradients.
-        max_norm: None does not clip.
-
-    Returns:
-        The norm before clipping, over all ranks.
-    """
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = total_norm([p.grad for p in parameters if p.grad is not None])
-    if max_norm is not None:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
 
 
 def _without_weights(model: nn.Module) -> bytes:

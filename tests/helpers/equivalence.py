@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+import lit_ppo.ppo.build
 from lit_ppo import LitPPO, TextDataModule
 from lit_ppo.callbacks import (
     AdaptiveKL,
@@ -33,12 +34,14 @@ from lit_ppo.callbacks import (
     RewardNormalization,
     ValueNormalization,
 )
+from lit_ppo.models.lora import add_adapter
 from lit_ppo.parallel.full_state import full_weights
 from lit_ppo.parallel.ranks import n_ranks, rank
 from lit_ppo.rewards import RewardModel
 from tests.helpers.ranks import on_ranks
 from tests.helpers.tiny import WORDS, make_causal_lm, make_reward_model
 from tests.helpers.toys import logged, make_data, make_module, make_trainer
+from tests.helpers.two_ranks import TrainedRows
 
 # KL that the second update goes over, and not the first; by family, without and with adapters
 STOP_AT = {"gpt2": (0.0315, 0.0042), "llama": (0.008, 0.0064)}
@@ -71,20 +74,22 @@ class Case:
         return ", ".join([f"{self.strategy:5} {model}, micro-batches of {self.micro_batch_size}", *extra])
 
 
+def add_trained_adapter(argument: str, model: Any, *args: Any) -> None:
+    """Adapters as they are after some steps: a new one has zeros in one half, and the other has no gradient."""
+    add_adapter(argument, model, *args)
+    with torch.no_grad():
+        for number, (parameter, weight) in enumerate(model.named_parameters()):
+            if "lora_B" in parameter:
+                weight.copy_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)))
+
+
 class Spy(LitPPO):
-    """Notes which rows this rank's forwards saw, and the full gradients of each step before clipping."""
+    """Keeps the samples, and the full gradients of each step before clipping."""
 
-    def _adapt(self, name: str, model: Any) -> None:
-        """Adapters as they are after some steps: at first one half is zeros, and the other has no gradient."""
-        super()._adapt(name, model)
-        with torch.no_grad():
-            for number, (parameter, weight) in enumerate(model.named_parameters()):
-                if "lora_B" in parameter:
-                    weight.copy_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)))
-
-    def actor_forward(self, model: Any, rows: Any, **kwargs: Any) -> Any:
-        self.seen.update(rows.prompts)
-        return super().actor_forward(model, rows, **kwargs)
+    def configure_model(self) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lit_ppo.ppo.build, "add_adapter", add_trained_adapter)
+            super().configure_model()
 
     def rollout(self, *args: Any, **kwargs: Any) -> Any:
         experience = super().rollout(*args, **kwargs)
@@ -94,9 +99,7 @@ class Spy(LitPPO):
 
     def on_fit_start(self) -> None:
         self.samples, self.lengths, self.gradients = [], set(), []
-        self.seen: set[str] = set()
         super().on_fit_start()
-        self.seen.clear()
 
     def step_optimizers(self, *args: Any) -> None:
         self.gradients.append({**full_gradients("actor", self.actor), **full_gradients("critic", self.critic)})
@@ -176,7 +179,8 @@ def update(case: Case, folder: Path) -> dict[str, Any]:
     )
     module.__class__ = Spy
     updates = 2 if case.features else 1
-    callbacks = tricks(case, folder)
+    rows = TrainedRows()
+    callbacks = [*tricks(case, folder), rows]
     trainer = make_trainer(
         folder / "run", devices=n_ranks(), strategy=case.strategy, max_steps=updates, max_epochs=1, callbacks=callbacks
     )
@@ -184,7 +188,7 @@ def update(case: Case, folder: Path) -> dict[str, Any]:
         patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # others take minutes
         trainer.fit(module, make_data(folder))
     assert trainer.world_size == n_ranks()
-    return {"module": module, "logged": logged(trainer)}
+    return {"module": module, "logged": logged(trainer), "rows": rows}
 
 
 def result(case: Case, folder: Path) -> dict[str, Any]:
@@ -193,7 +197,7 @@ def result(case: Case, folder: Path) -> dict[str, Any]:
     module = run["module"]
     after = weights(module)
     if n_ranks() > 1:
-        check_ranks(case, module)
+        check_ranks(case, module, run["rows"])
     return {
         "samples": module.samples,
         "lengths": module.lengths,
@@ -203,12 +207,9 @@ def result(case: Case, folder: Path) -> dict[str, Any]:
     }
 
 
-def check_ranks(case: Case, module: Any) -> None:
+def check_ranks(case: Case, module: Any, rows: TrainedRows) -> None:
     """Each rank had work of its own, and under FSDP2 holds only its shards."""
-    assert dist.get_world_size() == n_ranks() > 1
-    shares: list[Any] = [None] * n_ranks()
-    dist.all_gather_object(shares, sorted(module.seen))
-    assert len({tuple(rows) for rows in shares}) == n_ranks(), "ranks did the same work"
+    rows.check_share()
     if case.strategy == "fsdp2":
         parameters = [
             p for model in (module.actor, module.critic, module.reference) for _, p in model.named_parameters()

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from lit_ppo import LitPPO
 from lit_ppo.advantages import GroupRelative
-from lit_ppo.experience import Experience
+from lit_ppo.callbacks.base import PPOCallback
 from tests.helpers.ranks import on_ranks
 from tests.helpers.toys import logged, make_data, make_module, make_trainer
 
@@ -25,16 +25,20 @@ JOBS: dict[str, dict[str, Any]] = {
 }
 
 
-class Spy(LitPPO):
-    """Notes which rows this rank's forwards saw."""
+class TrainedRows(PPOCallback):
+    """Keeps the prompts of the rows that this rank trains on, in order."""
 
-    def actor_forward(self, model: Any, rows: Experience, **kwargs: Any) -> Any:
-        self.seen.update(rows.prompts)
-        return super().actor_forward(model, rows, **kwargs)
+    def __init__(self) -> None:
+        self.prompts: list[str] = []
 
-    def on_fit_start(self) -> None:
-        self.seen: set[str] = set()
-        super().on_fit_start()
+    def on_actor_loss(self, trainer: Any, pl_module: Any, minibatch: Any, losses: Any) -> None:
+        self.prompts += minibatch.prompts
+
+    def check_share(self) -> None:
+        """Assert that no two ranks did the same work. Collective."""
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, tuple(self.prompts))
+        assert len(set(everyone)) == len(everyone) > 1, "ranks did the same work"
 
 
 def no_callbacks(folder: Path) -> list[Any]:
@@ -58,15 +62,11 @@ def train_on_two(
 
 
 def _train(folder: Path, actor: Path, job: str, callbacks: Callable[[Path], list[Any]]) -> None:
-    module = make_module(actor, **JOBS[job])
-    module.__class__ = Spy
-    trainer = make_trainer(folder / "two", devices=2, callbacks=callbacks(folder))
+    module, rows = make_module(actor, **JOBS[job]), TrainedRows()
+    trainer = make_trainer(folder / "two", devices=2, callbacks=[*callbacks(folder), rows])
     held_out = folder / "held_out.jsonl"
     trainer.fit(module, make_data(folder, **({"val_path": str(held_out)} if held_out.exists() else {})))
-    assert trainer.world_size == 2
-    shares: list[Any] = [None, None]
-    torch.distributed.all_gather_object(shares, sorted(module.seen))
-    assert shares[0] != shares[1], "both ranks did the same work"
+    rows.check_share()
     if trainer.global_rank == 0:
         validated = [row for row in trainer.logger.rows if "val/score" in row]
         torch.save(

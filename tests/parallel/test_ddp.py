@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from lit_ppo.parallel import ranks as distributed
-from lit_ppo.parallel.ranks import gather_shares
-from lit_ppo.ppo import sampling
+from lit_ppo.ppo import collect
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toys import make_data, make_module, make_trainer, run, write_prompts
 from tests.helpers.two_ranks import JOBS, train_on_two
@@ -41,38 +39,10 @@ def test_two_ranks_validate_as_one(tmp_path):
         assert other == pytest.approx(one, rel=1e-4, abs=1e-5)
 
 
-def test_one_ranks_failure_stops_all_with_its_message(monkeypatch):
-    """Rank 0 of two, as the other one reports an exception."""
-
-    def gather(everyone, mine):
-        everyone[:] = [mine, ("ValueError: reward is NaN", None)]
-
-    monkeypatch.setattr(distributed, "n_ranks", lambda: 2)
-    monkeypatch.setattr(distributed.dist, "all_gather_object", gather)
-    with pytest.raises(RuntimeError, match="rank 1 failed: ValueError: reward is NaN"):
-        gather_shares(lambda: 1)
-
-
-def test_a_failing_rank_tells_the_others_and_raises_its_own(monkeypatch):
-    told = []
-
-    def gather(everyone, mine):
-        told.append(mine)
-        everyone[:] = [mine, (None, 2)]
-
-    def fail():
-        raise KeyError("level")
-
-    monkeypatch.setattr(distributed, "n_ranks", lambda: 2)
-    monkeypatch.setattr(distributed.dist, "all_gather_object", gather)
-    with pytest.raises(KeyError, match="level"):
-        gather_shares(fail)
-    assert told == [("KeyError: 'level'", None)]
-
-
-def test_ranks_that_were_given_different_prompts_are_told(tiny_lm, monkeypatch):
+def test_different_prompts_on_ranks_are_refused(tiny_lm, monkeypatch):
     """As Lightning's sampler would deal them out for a plain DataLoader."""
     module = make_module(tiny_lm)
-    monkeypatch.setattr(sampling, "gather_shares", lambda share: [share(), ([[9, 9]], [])])
+    map_rows = collect.map_rows
+    monkeypatch.setattr(collect, "map_rows", lambda *args: [*map_rows(*args), ([], ([[9, 9]], [], []))])
     with pytest.raises(ValueError, match=r"ranks were given different prompts.*use PromptDataModule"):
         module.rollout(["the film", "a movie"])

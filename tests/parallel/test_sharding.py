@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 import lit_ppo.models.actor_critic
 from lit_ppo import FSDP2Strategy, LitPPO, LitSFT
 from lit_ppo.callbacks import CriticWarmup
-from lit_ppo.generation.transformers import sample
-from lit_ppo.models.actor_critic import Actor, load_causal_lm
+from lit_ppo.generation.transformers import generate
+from lit_ppo.models.actor_critic import Actor
+from lit_ppo.models.load import load_causal_lm
 from lit_ppo.parallel.full_state import full_weights
 from lit_ppo.parallel.ranks import n_ranks, rank
 from lit_ppo.parallel.sharding import build, gathered, shard
@@ -96,14 +97,14 @@ def load_families(folder: Path) -> None:
 def load(path: Path) -> tuple[Any, int]:
     """An actor in shares, and how many of its weights this rank ever held whole."""
     strategy = Strategy()
-    strategy.model = build(strategy, lambda: Actor(load_causal_lm("actor", str(path), {})))
+    strategy.model = build(strategy, lambda: Actor(load_causal_lm("LitPPO(actor", str(path), {})))
     assert all(p.is_meta for p in strategy.model.parameters()) == (rank() > 0)
     return shard(strategy, strategy.model), strategy.most
 
 
 def fail_on_the_first(folder: Path) -> None:
-    with pytest.raises((ValueError, RuntimeError), match=r"actor='nowhere': no such folder") as caught:
-        build(Strategy(), lambda: Actor(load_causal_lm("actor", "nowhere", {})))
+    with pytest.raises((ValueError, RuntimeError), match=r"actor='nowhere'\): no such folder") as caught:
+        build(Strategy(), lambda: Actor(load_causal_lm("LitPPO(actor", "nowhere", {})))
     assert ("rank 0 failed" in str(caught.value)) == (rank() > 0)
 
 
@@ -128,7 +129,7 @@ class Counted(LitPPO):
 
     def backward_minibatch(self, minibatch: Any) -> dict[str, float]:
         ids = torch.arange(3, 19).view(8, 2)
-        self.zero_gradients()
+        self.optimization.zero_gradients(self)
         with Counting() as counting:
             self.backward_on_text({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}, 1.0)
         self.of_text = counting.n
@@ -218,9 +219,9 @@ PRECISIONS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {  # of the 
 }
 
 
-def noting_draws(drawn: list[torch.dtype], *args: Any) -> Any:
+def noting_draws(drawn: list[torch.dtype], *args: Any, **options: Any) -> Any:
     drawn.append(args[4].dtype)
-    return sample(*args)
+    return generate(*args, **options)
 
 
 def precisions(folder: Path) -> None:
@@ -232,14 +233,15 @@ def precisions(folder: Path) -> None:
         strategy = FSDP2Strategy(**options)
         trainer = make_trainer(folder, devices=n_ranks(), strategy=strategy, precision=precision, max_steps=1)
         with pytest.MonkeyPatch.context() as patch, Counting() as counting:
-            patch.setattr(lit_ppo.models.actor_critic, "sample", partial(noting_draws, drawn))
+            patch.setattr(lit_ppo.models.actor_critic, "generate", partial(noting_draws, drawn))
             trainer.fit(module, make_data(folder))
         assert set(drawn) == {torch.float64}, "uniform numbers were rounded on their way"
         # the reward model and the reference: two blocks and the rest each
         assert len(strategy._offloaded) == (6 if name == "offloaded" else 0)
         trained = {p.dtype for model in (module.actor, module.critic) for p in model.parameters()}
         assert trained == {torch.float32}
-        assert {p.dtype for p in module.reference.parameters()} == {getattr(torch, module.reference_dtype)}
+        reference = getattr(torch, module.model_settings.reference_dtype)
+        assert {p.dtype for p in module.reference.parameters()} == {reference}
         found[name] = logged(trainer)[0], counting.dtypes
     if rank() == 0:
         torch.save(found, folder / "precisions.pt")
