@@ -1,5 +1,6 @@
 """Installing: the wheel, ``pip install .``, ``pip install -e .``, and a clone whose link is a text file."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -91,13 +92,30 @@ def test_the_link_is_tracked_as_a_link() -> None:
     assert entry.startswith("120000 ")
 
 
+def requirements(*, extras: bool) -> set[str]:
+    """Names of the packages that pyproject.toml asks for."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    more = [r for extra in project["optional-dependencies"].values() for r in extra] if extras else []
+    return {re.split(r"[\[<>=~; ]", requirement)[0].lower() for requirement in [*project["dependencies"], *more]}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
+def test_what_is_imported_is_declared_and_nothing_else() -> None:
+    trees = [ast.parse(path.read_text()) for path in (REPOSITORY / "lit_ppo").glob("**/*.py")]
+    trees += [ast.parse(path.read_text()) for path in (REPOSITORY / "callbacks").glob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    packages = {name.partition(".")[0] for name in imported} - {*sys.stdlib_module_names, "lit_ppo"}
+    distributions = {"yaml": "pyyaml"}
+    extras = {"peft"}
+    assert {distributions.get(name, name) for name in packages} - extras == requirements(extras=False)
+
+
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
 def test_pins_cover_the_dependencies_and_are_plain() -> None:
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
-    names = {re.split(r"[\[<>=~; ]", requirement)[0].lower() for requirement in wanted}
     lines = [line for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pinned = {line.split("==")[0].lower() for line in lines}
-    assert names - {"lit-ppo"} <= pinned  # an extra may hold another one
+    assert requirements(extras=True) <= pinned
     assert "torch==2.13.0" in lines
     assert not [line for line in lines if "+" in line.split(";")[0]]  # no local versions

@@ -10,9 +10,9 @@ import pytest
 import yaml
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
-from lit_ppo.ppo.checks import check_loggers
 
 from lit_ppo.callbacks import AlignmentTax, Cockpit, CollapseMonitor, RewardHackingMonitor, SampleLogger
+from lit_ppo.ppo.preflight import check_loggers
 from lit_ppo.run.folder import RunTrainer
 from tests.helpers.cli_toys import CONFIG
 from tests.helpers.command import run_command
