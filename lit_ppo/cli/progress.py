@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 from tqdm import tqdm  # type: ignore[import-untyped]
 from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
 
@@ -162,12 +163,12 @@ class ProgressLine(ProgressBar):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._run, self._metrics = stage, {}
+        self._run, self._metrics = TrainerFn(stage).value, {}
         self._durations: deque[float] = deque(maxlen=RECENT)  # of training batches
         self._since = self.clock()  # when the current batch began
         self._batches = 0  # of the current evaluation
         if self._heartbeat is not None:
-            self._heartbeat.begin(f"preparing to {stage}")
+            self._heartbeat.begin(f"preparing to {self._run}")
 
     def on_train_batch_start(self, *_: Any) -> None:
         if not self._durations:  # later ones begin where the one before ends

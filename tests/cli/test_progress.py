@@ -216,11 +216,16 @@ def test_a_run_without_an_end_has_no_total(tmp_path: Path, capsys: pytest.Captur
 def test_the_commands_heartbeat_shows_the_line_while_a_loop_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     heartbeat = Heartbeat(quiet=0.0, enabled=False)
 
+    class Waits(L.Callback):
+        def setup(self, *_: Any, **__: Any) -> None:
+            heartbeat.beat()
+            assert capsys.readouterr().out.startswith("preparing to fit ... ")
+
     def beats(_: Any) -> None:
         capsys.readouterr()
         heartbeat.beat()
 
-    run(tmp_path, progress_bar(heartbeat), [7], during=beats, limit_train_batches=1)
+    run(tmp_path, progress_bar(heartbeat), [7], Waits(), during=beats, limit_train_batches=1)
     assert capsys.readouterr().out.startswith("update 0/1  (rollout 7 s)\n")
     heartbeat.beat()
     assert capsys.readouterr().out.startswith("finishing fit ... ")
