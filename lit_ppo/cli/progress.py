@@ -75,7 +75,6 @@ class ProgressLine(ProgressBar):
         self.seconds = 0.1 if self.is_terminal else 5.0  # between two drawings, at least
         self._heartbeat = heartbeat
         self._console, self._is_open = ExitStack(), False  # open while a loop runs
-        self._shown = -math.inf  # when the line was shown last
 
     def enable(self) -> None:
         self.is_enabled = True
@@ -98,7 +97,7 @@ class ProgressLine(ProgressBar):
         bar, columns = self._bar, shutil.get_terminal_size().columns - 1  # the terminal would wrap a full line
         bar.ncols, (_, bar.n, bar.total), line = columns, self._position(), self.line(columns)
         has_bar = 0 < bar.total < math.inf and len(line) + BAR + 2 <= columns
-        bar.bar_format = f"{{bar:{BAR}}}  {{desc}}" if has_bar else "{desc}"
+        bar.bar_format = f"{{desc}}  {{bar:{BAR}}}" if has_bar else "{desc}"
         bar.set_description_str(line)
 
     def line(self, columns: int | None = None) -> str:
@@ -137,7 +136,7 @@ class ProgressLine(ProgressBar):
         mean = trainer.accumulate_grad_batches * sum(durations) / len(durations)
         return f"{duration(max(0.0, updates * mean - spent))} left"
 
-    def _open(self, *_: Any, **__: Any) -> None:
+    def _open(self) -> None:
         if not self._is_open and self.is_enabled:
             if self.is_terminal:
                 self._bar = self._console.enter_context(tqdm(file=sys.stdout, ncols=1, nrows=2, bar_format="{desc}"))
@@ -149,7 +148,6 @@ class ProgressLine(ProgressBar):
             heartbeat.tick = self.show
             self._console.callback(heartbeat.begin, f"finishing {self._run}")
             self._is_open = True
-        self.show(force=True)
 
     def _close(self, *_: Any, **__: Any) -> None:
         self._is_open = False
@@ -167,8 +165,13 @@ class ProgressLine(ProgressBar):
         self._durations: deque[float] = deque(maxlen=RECENT)  # of training batches
         self._since = self.clock()  # when the current batch began
         self._batches = 0  # of the current evaluation
+        self._shown = -math.inf  # when the line was shown last
         if self._heartbeat is not None:
             self._heartbeat.begin(f"preparing to {self._run}")
+
+    def on_train_start(self, *_: Any) -> None:
+        self._open()
+        self.show(force=True)
 
     def on_train_batch_start(self, *_: Any) -> None:
         if not self._durations:  # later ones begin where the one before ends
@@ -189,6 +192,7 @@ class ProgressLine(ProgressBar):
     def on_validation_start(self, *_: Any, **__: Any) -> None:
         self._batches, self._since = 0, self.clock()
         self._open()
+        self.show()
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
         self._batches, self._since = self._batches + 1, self.clock()
@@ -201,7 +205,7 @@ class ProgressLine(ProgressBar):
         if self._run != "fit":
             self._close()
 
-    on_train_start, teardown, on_exception = _open, _close, _close
+    teardown = on_exception = _close
     on_test_start = on_predict_start = on_validation_start
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
     on_test_end = on_predict_end = on_validation_end

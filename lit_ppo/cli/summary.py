@@ -23,6 +23,8 @@ class RunSummary(L.Callback):
     summary covers the full run. Only the first process prints, and only if the trainer has a progress bar.
     """
 
+    _done = _resumed_after = 0  # updates
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._timer = Timer()
         self._done = self._resumed_after = 0

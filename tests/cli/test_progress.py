@@ -286,9 +286,9 @@ def test_a_terminal_has_one_line_for_the_run(tmp_path: Path, terminal: Any):
     """Three of six updates fill half of the ten columns."""
     screen, bar = terminal(120)
     run(tmp_path, bar, [4, 8, 6, 6, 6, 6], max_epochs=2, limit_val_batches=2)
-    assert "█████       update 3/6  score 2  tok/s 1,234  18 s left" in screen.frames
-    assert "█████       validate 1/2  score 2  tok/s 1,234  18 s left" in screen.frames
-    assert "██████████  update 6/6  score 5  tok/s 1,234" in screen.frames
+    assert "update 3/6  score 2  tok/s 1,234  18 s left  █████" in screen.frames
+    assert "validate 1/2  score 2  tok/s 1,234  18 s left  █████" in screen.frames
+    assert "update 6/6  score 5  tok/s 1,234  ██████████" in screen.frames
     drawn = screen.getvalue()[screen.getvalue().index("update 0/6") :]
     assert drawn.split("`Trainer.fit` stopped")[0].count("\n") == 0
 
@@ -351,7 +351,7 @@ def test_the_line_ends_before_results_are_printed(tmp_path: Path, terminal: Any,
 
     trainer = L.Trainer(callbacks=[bar], logger=False, accelerator="cpu", default_root_dir=tmp_path)
     getattr(trainer, name)(Every(Clock(), []), DataLoader(torch.zeros(2, 1)))
-    assert f"██████████  {name} 2/2" in screen.frames
+    assert f"{name} 2/2  ██████████" in screen.frames
     assert ends == ["\n"]
 
 

@@ -115,12 +115,14 @@ def test_of_a_run_that_ends_early(
     assert lines[1] == "  score 0 -> 1"
 
 
-def test_nothing_of_a_run_that_never_began(tmp_path: Path, capsys: pytest.CaptureFixture[str], clock: Clock):
-    class Fails(Scripted):
-        def during(self, update: int) -> None:
-            raise RuntimeError("broken")
+@pytest.mark.parametrize("hook", ["setup", "on_train_batch_start"])
+def test_nothing_of_a_run_that_never_began(tmp_path: Path, capsys: pytest.CaptureFixture[str], clock: Clock, hook: str):
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("broken")
 
-    assert summary(tmp_path, capsys, Fails(clock, [10])) == []
+    broken = L.Callback()
+    setattr(broken, hook, fails)
+    assert summary(tmp_path, capsys, Scripted(clock, [10]), others=[broken]) == []
 
 
 def test_a_resumed_run_covers_the_full_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], clock: Clock):
