@@ -8,7 +8,6 @@ import sys
 import time
 from collections import deque
 from contextlib import ExitStack
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -76,6 +75,17 @@ class ProgressLine(ProgressBar):
         self._heartbeat = heartbeat
         self._console, self._is_open = ExitStack(), False  # open while a loop runs
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._run = TrainerFn(stage).value
+        self._metrics: dict[str, float] = {}
+        self._durations: deque[float] = deque(maxlen=RECENT)  # of training batches
+        self._since = self.clock()  # when the current batch began
+        self._batches = 0  # of the current evaluation
+        self._shown = -math.inf  # when the line was shown last
+        if self._heartbeat is not None:
+            self._heartbeat.begin(f"preparing to {self._run}")
+
     def enable(self) -> None:
         self.is_enabled = True
 
@@ -118,8 +128,8 @@ class ProgressLine(ProgressBar):
         return unit(trainer), updates_done(trainer), total_updates(trainer)
 
     def _phase(self) -> str:
-        """Phase, time in it and progress, as the module says; else the time in this batch."""
-        progress = _progress_of(self.trainer.lightning_module)
+        """Phase, time in it and details, as the module's ``progress`` says; else the time in this batch."""
+        progress = getattr(self.trainer.lightning_module, "progress", None)
         phase, since, detail = (getattr(progress, name, None) for name in ("phase", "since", "detail"))
         seconds = self.clock() - (self._since if since is None else since)
         phase = " ".join(word for word in (phase, duration(seconds) if seconds >= 1.0 else "") if word)
@@ -155,19 +165,7 @@ class ProgressLine(ProgressBar):
 
     def _take_metrics(self) -> None:
         """Read metrics in hooks only: the heartbeat's thread must not make Lightning compute any."""
-        self._metrics: dict[str, float] = {
-            name: float(value) for name, value in self.trainer.progress_bar_metrics.items()
-        }
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        self._run, self._metrics = TrainerFn(stage).value, {}
-        self._durations: deque[float] = deque(maxlen=RECENT)  # of training batches
-        self._since = self.clock()  # when the current batch began
-        self._batches = 0  # of the current evaluation
-        self._shown = -math.inf  # when the line was shown last
-        if self._heartbeat is not None:
-            self._heartbeat.begin(f"preparing to {self._run}")
+        self._metrics = {name: float(value) for name, value in self.trainer.progress_bar_metrics.items()}
 
     def on_train_start(self, *_: Any) -> None:
         self._open()
@@ -212,12 +210,6 @@ class ProgressLine(ProgressBar):
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_heartbeat": None, "_bar": None}  # thread and console stay in this process
-
-
-def _progress_of(module: Any) -> Any:
-    """What a module says it is doing: a :class:`lit_ppo.ppo.progress.Progress`, or anything else."""
-    phase, since, detail = (getattr(module, name, None) for name in ("phase", "phase_since", "phase_detail"))
-    return getattr(module, "progress", SimpleNamespace(phase=phase, since=since, detail=detail))
 
 
 progress_bar = ProgressLine  # the name in the documentation

@@ -7,8 +7,6 @@ import lightning as L
 from lit_ppo.callbacks.showing import printable
 from lit_ppo.validate import integer, refuse
 
-STREAM = "report"  # the same random draws before and after
-
 
 class RunReport(L.Callback):
     """Samples a few prompts before and after ``fit`` and prints both side by side.
@@ -49,7 +47,7 @@ class RunReport(L.Callback):
         if peek is None or not self.prompts or trainer.fast_dev_run or not hasattr(pl_module, "rollout"):
             return None
         batch = peek("val", self.prompts) or peek("train", self.prompts)
-        experience = pl_module.rollout(batch, samples_per_prompt=1, stream=STREAM)
+        experience = pl_module.rollout(batch, samples_per_prompt=1, stream="report")  # the same draws both times
         scores = pl_module.score(experience)
         return {
             "prompts": experience.prompts,

@@ -95,10 +95,9 @@ def _moved(values: list[float], n: int) -> str:
 
 def warned(callbacks: list[Any]) -> list[str]:
     """The warnings of monitors: callbacks that keep a list of them in ``told``."""
-    monitors = {type(callback).__name__: list(callback.told) for callback in callbacks if hasattr(callback, "told")}
     lines = []
-    for name, warnings in monitors.items():
-        more = f", and {len(warnings) - WARNINGS} more" if len(warnings) > WARNINGS else ""
-        lines += [f"{name}: {', '.join(warnings[:WARNINGS])}{more}."] if warnings else []
-    silent = [name for name, warnings in monitors.items() if not warnings]
-    return [*lines, f"{' and '.join(silent)}: no warnings."] if silent else lines
+    for callback in callbacks:
+        if (told := getattr(callback, "told", None)) is not None:
+            more = f", and {len(told) - WARNINGS} more" if len(told) > WARNINGS else ""
+            lines.append(f"{type(callback).__name__}: {', '.join(told[:WARNINGS]) or 'no warnings'}{more}.")
+    return lines
