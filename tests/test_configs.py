@@ -9,47 +9,50 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_ppo.data.tokenization import train_tokenizer
 from tests.helpers.command import REPOSITORY, run_command
-from tests.helpers.ppo_command import ppo_arguments
+from tests.helpers.ppo_command import RECIPES, ppo_arguments
 from tests.helpers.tiny import WORDS, make_causal_lm
+from tests.helpers.trick import tricks
 
 CONFIGS = REPOSITORY / "configs"
-TRICKS = sorted(f"{path.parent.name}/{path.stem}" for path in [*CONFIGS.glob("tricks/*"), *CONFIGS.glob("monitors/*")])
+TRICKS = {path.stem: path for path in sorted([*CONFIGS.glob("tricks/*"), *CONFIGS.glob("monitors/*")])}
+EXCLUSIVE = [("curriculum_sampling", "reward_normalization"), ("prioritized_sampling", "reward_scaling")]  # one of two
 ELSEWHERE = {  # which test runs the others
-    "sft.yaml": "test_supervised_configs",
-    "reward.yaml": "test_supervised_configs",
-    "sentiment": "test_supervised_configs",
-    "ppo.yaml": "test_cli_ppo",
-    "ppo_max.yaml": "test_recipes",
-    "instructgpt.yaml": "test_recipes",
-    "openai_2019.yaml": "test_recipes",
-    "llama2.yaml": "test_recipes",
-    "grpo.yaml": "test_recipes",
-    "rloo.yaml": "test_recipes",
-    "reinforce_pp.yaml": "test_recipes",
-    "quickstart": "test_quickstart_run",
-    "quickstart.yaml": "test_quickstart_run",
-    "tricks": "here",
-    "monitors": "here",
-    "strategy": "test_strategy_configs",
-    "sentiment.yaml": "here",
-    "lora.yaml": "here",
+    "supervised/test_configs.py": ("sft.yaml", "reward.yaml", "sentiment"),
+    "cli/test_ppo.py": ("ppo.yaml",),
+    "test_recipes.py": tuple(f"{name}.yaml" for name in RECIPES),
+    "quickstart/test_run.py": ("quickstart", "quickstart.yaml"),
+    "parallel/test_strategies.py": ("strategy",),
+    "test_configs.py": ("tricks", "monitors", "sentiment.yaml", "lora.yaml"),
 }
 
 
 def test_every_yaml_has_a_test():
-    assert {path.name for path in CONFIGS.iterdir()} == set(ELSEWHERE)
+    assert {path.name for path in CONFIGS.iterdir()} == {name for names in ELSEWHERE.values() for name in names}
+    assert all((REPOSITORY / "tests" / test).exists() for test in ELSEWHERE)
 
 
-@pytest.mark.parametrize("trick", TRICKS)
-def test_a_trick_is_switched_on_by_its_file(trick, tmp_path, tiny_lm, tiny_reward):
-    overlay = CONFIGS / f"{trick}.yaml"
-    (name,) = [entry["class_path"] for entry in yaml.safe_load(overlay.read_text())["trainer"]["callbacks+"]]
+def test_every_trick_has_a_file():
+    names = {
+        path: yaml.safe_load(path.read_text())["trainer"]["callbacks+"][0]["class_path"] for path in TRICKS.values()
+    }
+    assert sorted(names.values()) == sorted(tricks())
+    for path, name in names.items():
+        assert path.stem.replace("_", "") == name.lower()
+        assert path.parent.name == ("monitors" if tricks()[name].monitor else "tricks")
+
+
+@pytest.mark.parametrize("without", EXCLUSIVE)
+def test_tricks_are_switched_on_by_their_files(without, tmp_path, tiny_lm, tiny_reward):
+    """All at once, but for one of each two that exclude each other."""
+    overlays = [path for name, path in TRICKS.items() if name not in without]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"the {w} was good"}) + "\n" for w in WORDS))
     arguments = ppo_arguments(tmp_path, tiny_lm, tiny_reward)
-    arguments = [*arguments, "--trainer.callbacks=null", "--config", str(overlay), "--trainer.max_steps=2"]
+    arguments += ["--trainer.callbacks=null", "--trainer.max_steps=2"]
+    arguments += [part for path in overlays for part in ("--config", str(path))]
     run_command("fit", *arguments, cwd=tmp_path).ok()
     saved = yaml.safe_load((tmp_path / "runs/ppo/version_0/config.yaml").read_text())
-    assert [entry["class_path"].split(".")[-1] for entry in saved["trainer"]["callbacks"]] == [name]
+    found = [entry["class_path"].split(".")[-1].lower() for entry in saved["trainer"]["callbacks"]]
+    assert found == [path.stem.replace("_", "") for path in overlays]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

@@ -14,31 +14,6 @@ from tests.helpers.command import REPOSITORY, run_command
 from tests.helpers.tiny import WORDS
 
 FROM_TRL = (REPOSITORY / "docs/from_trl.md").read_text()
-# of TRL 1.12's PPOConfig, beside those of transformers' TrainingArguments
-PPO_CONFIG = """
-    dataset_num_proc num_mini_batches total_episodes local_rollout_forward_batch_size num_sample_generations
-    response_length stop_token stop_token_id temperature missing_eos_penalty sft_model_path world_size
-    num_total_batches micro_batch_size local_batch_size batch_size local_mini_batch_size mini_batch_size
-    reward_model_path model_adapter_name ref_adapter_name num_ppo_epochs whiten_rewards kl_coef kl_estimator cliprange
-    vf_coef cliprange_value gamma lam ds3_gather_for_generation
-"""
-METRICS = """
-    eps objective/kl objective/entropy objective/non_score_reward objective/rlhf_reward objective/scores
-    policy/approxkl_avg policy/clipfrac_avg loss/policy_avg loss/value_avg val/clipfrac_avg policy/entropy_avg
-    val/ratio val/ratio_var val/num_eos_tokens lr episode
-"""
-
-
-def told(heading: str) -> set[str]:
-    """Names in the first column of the table under a heading."""
-    table = FROM_TRL.split(f"## {heading}\n")[1].split("\n## ")[0]
-    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| ")][1:]
-    return {name for row in rows for name in re.findall(r"`([\w/]+)`", row)}
-
-
-def test_every_field_and_metric_of_trl_has_a_counterpart_or_is_said_to_have_none() -> None:
-    assert set(PPO_CONFIG.split()) <= told("PPOConfig")
-    assert set(METRICS.split()) == told("Metrics")
 
 
 def test_metrics_named_there_are_logged_here(tmp_path: Path, tiny_lm: Path, tiny_reward: Path) -> None:
