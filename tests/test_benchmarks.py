@@ -179,7 +179,7 @@ def test_a_tiny_job_runs_in_full_and_makes_its_tables(tmp_path):
     output = tmp_path / "tiny.json"
     command = [sys.executable, "benchmarks/speed.py", "--jobs", "tiny", "--pairs", "2", "--output", str(output)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(output.read_text())["jobs"]["tiny"]
     assert len(result["pairs"]) == 2

@@ -68,7 +68,7 @@ def test_each_trick_does_its_work_there(example: Any):
 def test_it_runs_as_a_script(tmp_path: Path):
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in the tests: workers share the cores
     done = subprocess.run(
-        [sys.executable, EXAMPLE], cwd=tmp_path, env=one_thread, capture_output=True, text=True, timeout=300
+        [sys.executable, EXAMPLE], cwd=tmp_path, env=one_thread, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert "kl_coef" in done.stdout + done.stderr

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tests.helpers.command import QUIET, REPOSITORY, run_command
+from tests.helpers.command import LIMIT, QUIET, REPOSITORY, run_command
 from tests.helpers.event_files import close, metrics
 from tests.helpers.ppo_command import ppo_arguments
 
@@ -54,7 +54,7 @@ def test_two_processes_give_the_numbers_of_one(arguments: list[str], tmp_path: P
     environment = os.environ | QUIET | {"PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "lit_ppo", "fit", *arguments, "--trainer.devices=2"]
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert not (tmp_path / "runs/ppo/version_2").exists()
@@ -76,13 +76,13 @@ def test_an_interrupt_ends_both_processes(arguments: list[str], tmp_path: Path) 
             stderr=stderr,
         )
     try:
-        end = time.monotonic() + 90
+        end = time.monotonic() + LIMIT
         while "update 2" not in out.read_text():
             assert process.poll() is None, err.read_text()
             assert time.monotonic() < end, out.read_text() + err.read_text()
             time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 130
+        assert process.wait(LIMIT) == 130
     finally:
         process.kill()
         process.wait()

@@ -6,12 +6,13 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
+LIMIT = 600.0  # seconds after which a run counts as hung: no test depends on the speed of the machine
 QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
@@ -57,13 +58,13 @@ class Running:
         self.process = context.Process(target=_child, args=(self.args, str(cwd), {**QUIET, **(env or {})}, calls))
         self.process.start()
 
-    def result(self, timeout: float) -> Result:
-        """How it ended; fails the test if it does not end in time."""
-        self.process.join(timeout)
+    def result(self) -> Result:
+        """How it ended; fails the test if it does not end."""
+        self.process.join(LIMIT)
         code = self.process.exitcode
         if code is None:
             self.process.kill()
-            raise AssertionError(f"lit-ppo {self.args} still ran after {timeout} s\n{self.out}\n{self.err}")
+            raise AssertionError(f"lit-ppo {self.args} still ran after {LIMIT} s\n{self.out}\n{self.err}")
         return Result(code, self.out, self.err)
 
     @property
@@ -76,34 +77,31 @@ class Running:
         """What it has printed so far to standard error."""
         return (self.cwd / ".stderr").read_text()
 
-    def wait_for(self, words: str, timeout: float = 60.0) -> None:
-        """Until it has printed the words."""
-        end = time.monotonic() + timeout
-        while words not in self.out:
+    def wait_for(self, sign: str | Callable[[], Any]) -> None:
+        """Until it has printed the words, or the condition holds."""
+        end = time.monotonic() + LIMIT
+        while not (sign in self.out if isinstance(sign, str) else sign()):
             assert self.process.is_alive(), self.out + self.err
             assert time.monotonic() < end, self.out + self.err
             time.sleep(0.05)
 
-    def stop(self, number: int, within: float = 10.0) -> Result:
+    def stop(self, number: int) -> Result:
         """Send a signal; how it ended."""
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
-        return self.result(within)
+        return self.result()
 
 
-def run_command(
-    *args: Any, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 120.0, calls: int = 1
-) -> Result:
+def run_command(*args: Any, cwd: Path, env: Mapping[str, str] | None = None, calls: int = 1) -> Result:
     """Run ``lit-ppo`` with these arguments and wait for its end.
 
     Args:
         *args: Arguments of the command.
         cwd: Working directory, made if need be.
         env: Further environment variables.
-        timeout: Seconds after which the test fails.
         calls: Number of times that ``main`` is called in that one process.
     """
-    return Running(*args, cwd=cwd, env=env, calls=calls).result(timeout)
+    return Running(*args, cwd=cwd, env=env, calls=calls).result()
 
 
 def _child(args: list[str], cwd: str, env: dict[str, str], calls: int) -> None:

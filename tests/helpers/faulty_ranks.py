@@ -19,6 +19,7 @@ from lit_ppo.callbacks.base import PPOCallback
 from lit_ppo.run.checkpoint import StepCheckpoint
 from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer
 
+OTHER_RANK = "LIT_PPO_TEST_OTHER_RANK"  # file that the waiting rank leaves at its end
 calls = 0
 
 
@@ -50,9 +51,16 @@ def sleeps(n: int) -> Any:
 
 
 def never_returns(n: int) -> Any:
-    """Nothing can interrupt it: the alarm is another thread's business."""
+    """Nothing can interrupt it: the alarm is another thread's business. The process ends once the other rank's has."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+    threading.Thread(target=_exit_after, args=[Path(os.environ[OTHER_RANK])]).start()
     threading.Event().wait()
+
+
+def _exit_after(file: Path) -> None:
+    while not file.exists():
+        time.sleep(0.05)
+    os._exit(0)
 
 
 class BreakGradient(PPOCallback):
@@ -104,7 +112,7 @@ def attempt(folder: Path, actor: Path, *callbacks: Any, timeout: float = 60.0, *
     trainer = make_trainer(
         folder, callbacks=list(callbacks), devices=2, strategy=strategy, max_steps=3, enable_checkpointing=True
     )
-    start, error = time.monotonic(), ""
+    error = ""
     try:
         trainer.fit(model, make_data(folder / str(os.environ["RANK"])))
     except (Exception, SystemExit) as raised:
@@ -114,7 +122,7 @@ def attempt(folder: Path, actor: Path, *callbacks: Any, timeout: float = 60.0, *
         {name: row.get(name) for name in ("optimizer/skipped_fraction", "objective/score")} for row in logged(trainer)
     ]
     digest = [float(p.detach().double().sum()) for p in (*model.actor.parameters(), *model.critic.parameters())]
-    return {"error": error, "seconds": time.monotonic() - start, "rows": rows, "digest": digest}
+    return {"error": error, "rows": rows, "digest": digest}
 
 
 def main(folder: Path, actor: Path) -> None:
@@ -138,8 +146,7 @@ def hang(folder: Path, actor: Path) -> None:
     """A rank that nothing can interrupt: the others wait as long as the process group does."""
     rank = os.environ["RANK"]
     (folder / rank).mkdir()
-    if rank == "1":
-        threading.Timer(8, os._exit, [0]).start()  # as the launcher would end it
-    seen = attempt(folder, actor, rewards=on_second_rank(never_returns), reward_timeout=1.0, timeout=3.0)
+    os.environ[OTHER_RANK] = str(folder / "rank0.json")
+    seen = attempt(folder, actor, rewards=on_second_rank(never_returns), reward_timeout=1.0, timeout=6.0)
     (folder / f"rank{rank}.json").write_text(json.dumps(seen))
     os._exit(0)

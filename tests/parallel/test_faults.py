@@ -36,7 +36,6 @@ def test_a_reward_that_fails_on_one_rank_stops_both_with_its_error(seen: Any, fa
     for word in words:
         assert word in failing["error"]
         assert word in waiting["error"]
-    assert waiting["seconds"] < 20
     assert len(waiting["rows"]) == 2  # updates 0 and 1 had been done
 
 
@@ -74,4 +73,3 @@ def test_a_rank_that_nothing_can_interrupt_is_given_up_on(tmp_path: Path) -> Non
     on_ranks(2, faulty_ranks.hang, tmp_path, actor, folder=tmp_path, connect=False)
     waiting = json.loads((tmp_path / "rank0.json").read_text())
     assert "rank 0 got no answer from the other ranks" in waiting["error"]
-    assert waiting["seconds"] < 20

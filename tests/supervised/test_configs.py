@@ -58,7 +58,7 @@ def test_two_ranks_validate_as_one(tmp_path: Path, tiny_llama: Path) -> None:
         taken.listen()
         environment["STANDALONE_PORT"] = str(taken.getsockname()[1])
         done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False
         )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "sync_dist" not in done.stderr  # Lightning's warning about values that differ between ranks
