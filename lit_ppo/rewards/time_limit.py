@@ -1,4 +1,4 @@
-"""An end to code that may never come back."""
+"""A time limit for code that may never return."""
 
 import signal
 import threading
@@ -8,22 +8,22 @@ from types import FrameType
 
 
 class _TimeIsUp(BaseException):
-    """No ``Exception``: the retries of whatever hangs must not swallow it."""
+    """Not an ``Exception``, so that retries in the code that hangs do not catch it."""
 
 
 @contextmanager
 def time_limit(seconds: float | None, what: str) -> Iterator[None]:
-    """Raise where the body takes longer: in its own frames, as an alarm of the system.
+    """Raise an error in the body of a ``with`` statement if it takes too long, by an alarm signal.
 
-    The main thread alone can be interrupted, and only while it runs Python or waits in a call that a signal ends.
-    On Windows there is no such alarm, and no limit.
+    It interrupts only the main thread, while that runs Python or waits in a call that a signal ends. Windows has no
+    alarm signal, and so no limit.
 
     Args:
-        seconds: The limit; None for none.
-        what: Opens the message.
+        seconds: The limit; None for no limit.
+        what: Start of the message.
 
     Raises:
-        TimeoutError: Time was up.
+        TimeoutError: The time is up.
     """
     if seconds is None or not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
