@@ -93,9 +93,11 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
+        """The number of batches yielded in this epoch."""
         return {"batches": self._batches}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue after these batches."""
         self._start = state_dict["batches"] % len(self)  # 0 after the last batch: the next epoch
 
 
@@ -103,7 +105,8 @@ class PromptLoader(DataLoader[Any]):
     """A loader that Lightning considers resumable; the data module saves its position."""
 
     def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        pass
+        """Do nothing."""
