@@ -4,12 +4,16 @@ Lightning alone restores those of the checkpoint.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import nn
 from torch.optim import Optimizer
+
+from lit_ppo.optim.schedules import per_step
 
 
 @dataclass
@@ -68,6 +72,31 @@ class BuiltOptimizer:
             place.scheduler = self.schedule = self.make_schedule(self.optimizer)
             for _ in range(steps):
                 self.schedule.step()
+
+
+def build_optimizer(
+    module: L.LightningModule,
+    prefix: str,
+    parameters: Iterable[nn.Parameter],
+    make: OptimizerCallable,
+    make_schedule: LRSchedulerCallable | None,
+) -> BuiltOptimizer:
+    """The optimizer and the schedule of one model.
+
+    Args:
+        module: The module that trains the model.
+        prefix: Of the module's arguments, such as ``actor_`` for ``actor_optimizer`` and ``actor_scheduler``.
+        parameters: To optimize.
+        make: From parameters to optimizer.
+        make_schedule: From optimizer to schedule; None: a constant learning rate.
+    """
+    where = f"{type(module).__name__}({prefix}"
+
+    def schedule(optimizer: Optimizer) -> Any:
+        assert make_schedule is not None
+        return per_step(f"{where}scheduler", make_schedule(optimizer), module)
+
+    return BuiltOptimizer(f"{where}optimizer", make(parameters), None if make_schedule is None else schedule)
 
 
 def restore_settings(

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,8 +12,7 @@ from lit_ppo.generation.config import generation_config
 from lit_ppo.models.actor_critic import Actor, Critic, Reference, checkpoint_activations, compile_blocks
 from lit_ppo.models.load import load_causal_lm, load_critic
 from lit_ppo.models.lora import WithoutAdapter, add_adapter
-from lit_ppo.optim.schedules import per_step
-from lit_ppo.optim.settings import BuiltOptimizer
+from lit_ppo.optim.settings import build_optimizer
 from lit_ppo.parallel.sharding import build, check_placed, shard
 from lit_ppo.ppo.settings import Models, ModelSettings
 from lit_ppo.rewards import RewardModel, place_reward_models
@@ -49,22 +47,10 @@ def configure_optimizers(module: Any) -> tuple[list[Optimizer], list[Any]]:
     for name, model in (("actor", module.actor), ("critic", module.critic)):
         if model is not None:
             make, make_schedule = module.factories[name]
-            built[name] = _build_optimizer(module, name, model, make, make_schedule)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            built[name] = build_optimizer(module, f"{name}_", trained, make, make_schedule)
     schedules = [entry.schedule for entry in built.values() if entry.schedule is not None]
     return [entry.optimizer for entry in built.values()], schedules
-
-
-def _build_optimizer(
-    module: Any, name: str, model: nn.Module, make: OptimizerCallable, make_schedule: LRSchedulerCallable | None
-) -> BuiltOptimizer:
-    where = f"{type(module).__name__}({name}"
-    optimizer = make([p for p in model.parameters() if p.requires_grad])
-
-    def schedule(optimizer: Optimizer) -> Any:
-        assert make_schedule is not None
-        return per_step(f"{where}_scheduler", make_schedule(optimizer), module)
-
-    return BuiltOptimizer(f"{where}_optimizer", optimizer, None if make_schedule is None else schedule)
 
 
 def build_models(

@@ -6,12 +6,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_ppo.data.tokenization import save_tokenizer
-from lit_ppo.optim.schedules import per_step
-from lit_ppo.optim.settings import BuiltOptimizer, restore_settings
+from lit_ppo.optim.settings import BuiltOptimizer, build_optimizer, restore_settings
 from lit_ppo.parallel.full_state import full_weights
 from lit_ppo.parallel.ranks import rank
 from lit_ppo.parallel.sharding import build, check_placed, shard
@@ -61,15 +59,7 @@ class SupervisedModule(L.LightningModule):
             check_placed(strategy, self)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        make_schedule, name = self._scheduler, type(self).__name__
-
-        def schedule(optimizer: Optimizer) -> Any:
-            assert make_schedule is not None
-            return per_step(f"{name}(scheduler", make_schedule(optimizer), self)
-
-        built = BuiltOptimizer(
-            f"{name}(optimizer", self._optimizer(self.parameters()), None if make_schedule is None else schedule
-        )
+        built = build_optimizer(self, "", self.parameters(), self._optimizer, self._scheduler)
         self._built = {"model": built}
         if built.schedule is None:
             return built.optimizer

@@ -1,4 +1,4 @@
-"""Models in shares: built without whole copies, loaded bit for bit, exchanging gradients once a step, saved whole."""
+"""Sharded models: built without full copies, gradients reduced once per step, full checkpoints, bit for bit."""
 
 import warnings
 from collections import Counter, defaultdict
@@ -44,7 +44,7 @@ TARGETS = torch.tensor([[True, True], [True, True]])
 
 
 class Strategy:
-    """As much of a strategy as building and sharding ask for; notes how much of a model a rank holds whole."""
+    """What building and sharding need of a strategy; records how many full weights a rank holds."""
 
     root_device = torch.device("cpu")
 
@@ -56,8 +56,8 @@ class Strategy:
         self.most = 0
 
     def shard(self, module: Any, **options: Any) -> Any:
-        whole = [p for p in self.model.parameters() if not isinstance(p, DTensor) and not p.is_meta]
-        self.most = max(self.most, sum(p.numel() for p in whole))
+        full = [p for p in self.model.parameters() if not isinstance(p, DTensor) and not p.is_meta]
+        self.most = max(self.most, sum(p.numel() for p in full))
         return self.real.shard(module, **options)
 
 
@@ -70,14 +70,14 @@ def load_families(folder: Path) -> None:
         state, buffers = stock.state_dict(), dict(stock.named_buffers())
         actor, most = load(folder / name)
         size = sum(p.numel() for p in stock.parameters())
-        assert most < 0.8 * size or rank() == 0, "this rank held a whole copy"
+        assert most < 0.8 * size or rank() == 0, "this rank held a full copy"
         assert sum(p.to_local().numel() for p in actor.parameters()) < 0.6 * size
-        whole = full_weights(actor, "model.")
-        assert whole is not None
+        full = full_weights(actor, "model.")
+        assert full is not None
         if rank() == 0:
-            assert whole.keys() == state.keys()
-            assert all(whole[key].equal(tensor) for key, tensor in state.items())
-            assert [len({tensors[key].data_ptr() for key in tensors}) for tensors in (whole,)] == [
+            assert full.keys() == state.keys()
+            assert all(full[key].equal(tensor) for key, tensor in state.items())
+            assert [len({tensors[key].data_ptr() for key in tensors}) for tensors in (full,)] == [
                 len(dict.fromkeys(tensor.data_ptr() for tensor in state.values()))
             ], "tied weights came apart"
         with gathered(actor):
@@ -86,7 +86,7 @@ def load_families(folder: Path) -> None:
             assert all(ours[key].equal(tensor) for key, tensor in buffers.items())
             pairs = zip(actor.model.parameters(), stock.parameters(), strict=True)
             assert all(p.equal(q) for p, q in pairs)
-        assert all(isinstance(p, DTensor) for p in actor.parameters()), "still whole afterwards"
+        assert all(isinstance(p, DTensor) for p in actor.parameters()), "still unsharded afterwards"
         with torch.no_grad():
             expected = Actor(stock)(IDS, MASK, target_mask=TARGETS)
             for _ in range(2):
@@ -95,7 +95,7 @@ def load_families(folder: Path) -> None:
 
 
 def load(path: Path) -> tuple[Any, int]:
-    """An actor in shares, and how many of its weights this rank ever held whole."""
+    """A sharded actor, and the most full weights that this rank held at once."""
     strategy = Strategy()
     strategy.model = build(strategy, lambda: Actor(load_causal_lm("LitPPO(actor", str(path), {})))
     assert all(p.is_meta for p in strategy.model.parameters()) == (rank() > 0)
@@ -149,8 +149,8 @@ def count_collectives(folder: Path) -> None:
             module.__class__ = Counted
             trainer = make_trainer(folder, devices=n_ranks(), strategy=strategy, max_steps=1)
             trainer.fit(module, make_data(folder, batch_size=8))
-            whole = full_weights(module.actor, "model.")
-            weights = module.actor.model.state_dict() if whole is None else whole
+            full = full_weights(module.actor, "model.")
+            weights = module.actor.model.state_dict() if full is None else full
             found[name, size] = module.collectives, module.of_text, weights
     if rank() == 0:
         torch.save(found, folder / "counted.pt")
@@ -161,14 +161,14 @@ def adam(params: Any) -> torch.optim.Optimizer:
 
 
 def sgd(params: Any) -> torch.optim.Optimizer:
-    """Adam makes steps of one size of gradients that are nothing but noise; this one lets two runs be compared."""
+    """Lets two runs be compared: Adam would make full steps from gradients that are only rounding noise."""
     return torch.optim.SGD(params, lr=0.1, momentum=0.9)
 
 
 def fit(
     folder: Path, strategy: Any, *, updates: int, start: Path | None = None, name: str, optimizer: Any = adam
 ) -> Any:
-    """Train up to so many updates from a checkpoint; leaves a checkpoint and an exported model under ``name``."""
+    """Train until update ``updates``, from a checkpoint; writes a checkpoint and an exported model under ``name``."""
     reward = RewardModel(str(folder / "reward"))
     module = make_module(folder / "gpt2", rewards=reward, actor_optimizer=optimizer, critic_optimizer=optimizer)
     callbacks = [
@@ -184,7 +184,7 @@ def fit(
 
 
 def save_and_load(folder: Path, n: int) -> None:
-    """Train, then save what is loaded from one process's checkpoints, and go on from them."""
+    """Train; load checkpoints of one process and save them again; resume from them."""
     fit(folder, "fsdp2", updates=2, name=f"fsdp2-{n}")
     for step in (1, 2):
         for name in ("fsdp2", "ddp"):
@@ -195,14 +195,14 @@ def save_and_load(folder: Path, n: int) -> None:
 
 
 def go_on(folder: Path, n: int) -> None:
-    """From the middle of one process's run to its end."""
+    """Resume in the middle of a run of one process, up to its end."""
     for name in ("fsdp2", "ddp"):
         start = folder / "one-sgd-2/step-000002.ckpt"
         fit(folder, name, updates=4, start=start, name=f"{name}-{n}-on", optimizer=sgd)
 
 
 def three(folder: Path) -> None:
-    """A run that two ranks began, then what one process began."""
+    """Resume a run of two ranks, then one of one process."""
     warnings.simplefilter("ignore")
     start = folder / "fsdp2-2/step-000002.ckpt"
     _, trainer = fit(folder, "fsdp2", updates=2, start=start, name="fsdp2-3-again")
@@ -225,7 +225,7 @@ def noting_draws(drawn: list[torch.dtype], *args: Any, **options: Any) -> Any:
 
 
 def precisions(folder: Path) -> None:
-    """Offloading can be seen to change nothing; what it saves, only on GPUs."""
+    """On a CPU, offloading changes nothing. What it saves can only be measured on GPUs."""
     found = {}
     for name, (options, precision, overrides) in PRECISIONS.items():
         module: Any = make_module(folder / "gpt2", rewards=RewardModel(str(folder / "reward")), **overrides)
@@ -248,7 +248,7 @@ def precisions(folder: Path) -> None:
 
 
 def keep_models(folder: Path) -> None:
-    """A module that was built for one strategy goes on under no other kind."""
+    """Models that are built for one strategy are refused by another."""
     module = make_module(folder / "gpt2")
     module.rollout(["the film"])
     trainer = make_trainer(folder, devices=n_ranks(), strategy="fsdp2", max_steps=1)
@@ -275,7 +275,7 @@ def refuse_fetched_code(folder: Path) -> None:
 
 
 def fail_alone(folder: Path) -> None:
-    """A reward that raises on one rank, while each holds a share of the reward model beside it."""
+    """A reward that raises on one rank, next to a sharded reward model."""
 
     def on_the_second(prompts: list[str], responses: list[str]) -> list[float]:
         if rank() == 1:
@@ -325,7 +325,7 @@ def alone(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What ranks leave behind."""
+    """What the ranks wrote."""
     folder = tmp_path_factory.mktemp("sharding")
     for name, (family, options) in FAMILIES.items():
         make_causal_lm(folder / name, family, scale=4.0, **options)
