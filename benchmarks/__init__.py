@@ -1,1 +1,1 @@
-"""How fast an update is, and how much memory it takes, beside TRL's PPOTrainer on the same tokens."""
+"""Time and memory of an update, compared with TRL's PPOTrainer on the same tokens."""

@@ -1,4 +1,4 @@
-"""Do both sides compute the same numbers from the same tokens? Asked before their times are compared."""
+"""Check that both sides compute the same numbers from the same tokens, before their times are compared."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from benchmarks.jobs import Job
 from benchmarks.runner import Runner
 
 TOLERANCE = 1e-5
-# after one step of Adam, which takes a gradient that is rounding noise as far as any other
+# after one step of Adam, which makes the same step for a gradient that is only rounding noise
 STEP_TOLERANCE = 1e-4
 ROWS = 8
 ROLLOUT = ("logprobs", "ref_logprobs", "values")
@@ -77,7 +77,7 @@ def _by_step(arrays: dict[str, Any]) -> dict[str, Any]:
 
 def _captured(runner: Runner, side: str, folder: Path) -> dict[str, Any]:
     path = folder / f"{side}.npz"
-    # no budget that would cut a step into several forwards
+    # no limit that would split a step into several forwards
     settings = {"micro_batch_tokens": 1 << 30} if side == "ours" else {"per_device": ROWS}
     runner.run(side, folder, settings, capture=path)
     with np.load(path) as arrays:

@@ -1,7 +1,7 @@
-"""Draws docs/dials.svg: the curves that tell a healthy run from two that are not.
+"""Draw docs/dials.svg: the curves of a healthy run and of two that go wrong.
 
-``python -m benchmarks.dials runs/quickstart docs/dials.svg``, in a folder where the quickstart has been through its
-first two stages. A few minutes on a laptop.
+``python -m benchmarks.dials runs/quickstart docs/dials.svg``, in a folder where the first two stages of the
+quickstart are done. It takes a few minutes on a laptop.
 """
 
 import sys
@@ -81,7 +81,7 @@ def record(folder: Path, name: str, seed: int, updates: int) -> list[dict[str, f
 
 
 def draw(runs: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Small panels, one a curve, one line a run.
+    """Draw one panel per curve, with one line per run.
 
     Args:
         runs: Rows by the run's title.
@@ -98,7 +98,7 @@ def draw(runs: dict[str, list[dict[str, float]]], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         if tag == "value/explained_variance":
-            axes.set_ylim(-1.0, 1.0)  # without spread in the returns it is noise without bounds
+            axes.set_ylim(-1.0, 1.0)  # if all returns are alike, it is unbounded noise
     figure.supxlabel("update")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(runs), frameon=False)
     figure.savefig(path, metadata={"Date": None})

@@ -1,6 +1,6 @@
 """A job's files, which both sides load: models with random weights, tokenizer, prompts, script.
 
-Run as a process of its own, so that the one which starts the workers stays small: ``python -m benchmarks.files SPEC``.
+Run in its own process, so that the process which starts the workers stays small: ``python -m benchmarks.files SPEC``.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.jobs import EOS, FIRST_WORD, PAD, UNK, Job, script
 
-SEEDS = {"actor": 1, "reference": 2, "critic": 3, "reward": 4}  # apart, so that KL and values say something
+SEEDS = {"actor": 1, "reference": 2, "critic": 3, "reward": 4}  # different, so that KL and values are not 0
 
 
 def write(job: Job, folder: Path) -> None:
@@ -38,7 +38,7 @@ def read(folder: Path) -> tuple[Job, list[list[int]], list[list[int]]]:
 
 
 def make_tokenizer(vocabulary: int) -> Any:
-    """Words ``w3 w4 ...`` apart by spaces: text and tokens map one to one, as the reward model reads text."""
+    """Words ``w3 w4 ...`` separated by spaces, so that text and tokens map one to one: the reward model reads text."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,16 +1,16 @@
-"""The jobs that are timed: shapes, prompts, and the very tokens that are to be sampled."""
+"""The jobs that are timed: shapes, prompts, and the tokens that both sides sample."""
 
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 PAD, EOS, UNK, FIRST_WORD = 0, 1, 2, 3
-KEY = 4  # last tokens of a prompt, by which a sampler tells whose response it writes
+KEY = 4  # last tokens of a prompt, which identify it for the sampler
 
 
 @dataclass(frozen=True)
 class Job:
-    """One update: GPT-2 shapes, random weights, all four models of one size.
+    """One update of four GPT-2 models of the same size with random weights.
 
     Args:
         name: What it is called.
@@ -18,13 +18,13 @@ class Job:
         layers: Blocks.
         heads: Attention heads.
         vocabulary: Tokens.
-        prompts: Prompts of an update, one response each.
+        prompts: Prompts per update, with one response each.
         longest_prompt: Tokens; lengths are uniform from half of it.
         longest_response: Tokens.
         mean_response: Mean of the geometric distribution of lengths, before it is cut at the longest; None: every
             response has the longest length.
         epochs: Passes over the experience.
-        minibatches: Optimizer steps a pass.
+        minibatches: Optimizer steps per pass.
     """
 
     name: str
@@ -70,7 +70,7 @@ def prompt_lengths(job: Job, rng: np.random.Generator) -> list[int]:
 def response_lengths(job: Job, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of each response, its stop token included, and whether it has one.
 
-    The geometric distribution's quantiles rather than draws: an update of few responses then has its mean too.
+    These are quantiles of the geometric distribution, not draws, so that a few responses have its mean too.
 
     Shapes:
         -> (B,) integers, (B,) booleans.
@@ -84,10 +84,9 @@ def response_lengths(job: Job, rng: np.random.Generator) -> tuple[np.ndarray, np
 
 
 def script(job: Job, seed: int = 0) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts, and what is to be sampled after each.
+    """Prompts, and the tokens to sample after each.
 
-    Every response is scripted to the longest length, with words after its stop token: a trainer that samples on
-    gets them.
+    Every response has the longest length, with words after its stop token, for a trainer that keeps sampling.
 
     Returns:
         Token ids of the prompts, of different lengths, and of the responses, all of the longest length.
@@ -109,5 +108,5 @@ def script(job: Job, seed: int = 0) -> tuple[list[list[int]], list[list[int]]]:
 
 
 def response_length(response: list[int]) -> int:
-    """Tokens up to and with the first stop token."""
+    """Number of tokens up to the first stop token, which counts."""
     return response.index(EOS) + 1 if EOS in response else len(response)

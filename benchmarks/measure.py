@@ -1,4 +1,4 @@
-"""What is measured: seconds by phase, memory, and work against what the machine's matrix products reach."""
+"""Measure seconds per phase, memory, and floating-point operations relative to the machine's matrix products."""
 
 import resource
 from collections.abc import Callable
@@ -12,8 +12,8 @@ PHASES = ("rollout", "scoring", "forward", "backward", "optimizer", "other")
 def update_flops(hidden: int, layers: int, vocabulary: int, lengths: list[tuple[int, int]], epochs: int) -> int:
     """Floating-point operations that the optimizer steps of one update need, actor and critic.
 
-    Of real tokens alone, without recomputation; a multiply-add is two, a backward is two forwards. The vocabulary
-    head counts at response tokens only, attention up to and with each token itself.
+    Only real tokens count, and recomputation does not. A multiply-add counts as two, a backward as two forwards. The
+    vocabulary head counts at response tokens only; attention counts pairs with earlier tokens and the token itself.
 
     Args:
         hidden: Width.
@@ -33,7 +33,7 @@ def update_flops(hidden: int, layers: int, vocabulary: int, lengths: list[tuple[
 
 
 def matmul_peak(size: int = 4096, dtype: str = "float32", repeats: int = 3, device: str = "cpu") -> float:
-    """The best of several square matrix products, operations a second."""
+    """Operations per second of the fastest of several square matrix products."""
     import torch
 
     a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
@@ -47,7 +47,7 @@ def matmul_peak(size: int = 4096, dtype: str = "float32", repeats: int = 3, devi
 
 
 def synchronize() -> None:
-    """Wait for the accelerator, where there is one."""
+    """Wait for the accelerator, if there is one."""
     import torch
 
     if torch.cuda.is_available():
@@ -55,7 +55,7 @@ def synchronize() -> None:
 
 
 class Clock:
-    """Seconds by phase; all that happens between two switches belongs to the phase that was switched to."""
+    """Seconds per phase. The time after a switch counts for the phase that was switched to."""
 
     def __init__(self) -> None:
         self.phase, self.since = "other", perf_counter()
@@ -78,14 +78,14 @@ class Clock:
     def around(
         self, owner: Any, name: str, during: str, after: str = "other", when: Callable[[], bool] = lambda: True
     ) -> None:
-        """Wrap a function of a module or an object: one phase while it runs, another from its end.
+        """Wrap a function of a module or an object, so that it switches the phase when it starts and when it ends.
 
         Args:
             owner: What it is an attribute of.
             name: The attribute.
             during: Phase while it runs.
             after: Phase from its end.
-            when: Asked at each call; where false nothing is switched.
+            when: Called each time; if it returns False, nothing is switched.
         """
         function = getattr(owner, name)
 
@@ -101,20 +101,20 @@ class Clock:
 
 
 def touch(model: Any) -> None:
-    """Read all weights, so that those mapped from a file lie in memory before it is measured."""
+    """Read all weights, so that those mapped from a file are in memory before memory is measured."""
     for parameter in model.parameters():
         parameter.detach().sum()
 
 
 def memory() -> tuple[int, int]:
-    """Bytes in use and the most so far: of the accelerator where there is one, of this process elsewhere."""
+    """Bytes in use now and at the peak, of the accelerator if there is one, else of this process."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines()) if status.exists() else {}
-    # not ru_maxrss first: it survives the exec of a process that started from a larger one
+    # ru_maxrss only as a fallback: a process inherits it from the larger one that started it
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     now, most = (int(lines.get(name, str(most)).split()[0]) for name in ("VmRSS", "VmHWM"))
     return now * 1024, most * 1024

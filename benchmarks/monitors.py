@@ -1,11 +1,11 @@
-"""When the monitors speak: on runs made to collapse, to game the reward and to overfit, and on healthy ones.
+"""When the monitors warn: in runs made to collapse, to hack the reward and to overfit, and in healthy ones.
 
-``python -m benchmarks.monitors runs/quickstart [run ...]``, in a folder where the quickstart has been through its
-first two stages. Every run carries ``CollapseMonitor`` and ``RewardHackingMonitor``. Gold measures come from the
-grammar's parser, which the training knows nothing of: by default the share of responses that it can read and finds
-positive. Prints one row a run: at which update each monitor first spoke, and when the training responses' gold had
-fallen from its best by half a standard deviation of single responses at the start. ``held out`` is the gold of what the
-run leaves behind, on prompts never trained on; runs that go back leave the best update behind.
+``python -m benchmarks.monitors runs/quickstart [run ...]``, in a folder where the first two stages of the quickstart
+are done. Every run has ``CollapseMonitor`` and ``RewardHackingMonitor``. Gold measures come from the grammar's parser,
+which training does not see: by default the fraction of responses that it can parse and that are positive. Prints one
+row per run: the update at which each monitor first warned, and the update at which the gold of training responses had
+fallen half a standard deviation (of single responses at the start) below its best. ``held out`` is the gold of the
+final model on prompts that were never trained on; for runs that go back, the final model is that of the best update.
 """
 
 import sys
@@ -27,7 +27,7 @@ VERDICTS = {1: "overfitting", 2: "reward hacking"}
 
 
 class Watch(L.Callback):
-    """Keeps, by update, the gold measure of the training responses and what the monitors before it have logged.
+    """Keeps the gold measure of the training responses and what the monitors logged, for each update.
 
     Args:
         gold: The measure.
@@ -41,7 +41,6 @@ class Watch(L.Callback):
         self.deviation = 0.0  # of single responses at the start
 
     def on_update_end(self, trainer: L.Trainer, pl_module: Any, experience: Any) -> None:
-        """Behind the monitors."""
         scores = torch.tensor(self.measure(experience.prompts, experience.responses))
         self.deviation = self.deviation if self.gold else float(scores.std(correction=0))
         self.gold.append(float(scores.mean()))
@@ -49,26 +48,26 @@ class Watch(L.Callback):
         self.verdict.append(int(trainer.callback_metrics.get("hacking/verdict", 0)))
 
     def fallen(self) -> int | None:
-        """The first of two updates in a row that are half a starting standard deviation below the best before them.
+        """The first of two consecutive updates half a starting standard deviation below the best before them.
 
-        One update's share is of 64 responses, and jumps by a tenth without reason.
+        Two, because the gold of 64 responses varies by a tenth by chance.
         """
         low = [value < max(self.gold[: i + 1]) - 0.5 * self.deviation for i, value in enumerate(self.gold)]
         return first(map(all, pairwise(low)))
 
 
 def first(found: Any) -> int | None:
-    """Number of the first update of which it is true."""
+    """Number of the first update for which it is true."""
     return next((update for update, true in enumerate(found, start=1) if true), None)
 
 
 class Result(NamedTuple):
-    """What came of a run.
+    """The outcome of a run.
 
     Args:
         watch: Its course.
-        said: What the monitors said.
-        held_out: Gold of what the run leaves behind.
+        said: The monitors' warnings.
+        held_out: Gold of the final model.
         back: The update that it went back to.
     """
 
@@ -137,7 +136,7 @@ def row(name: str, result: Result) -> str:
 
 
 def seed_of(name: str) -> int:
-    """The seed of a run; one that goes back is the same run until then."""
+    """The seed of a run. A run that goes back has the seed of the one that does not."""
     return 100 + list(RUNS).index(name.removesuffix(", going back"))
 
 

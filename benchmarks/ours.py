@@ -25,51 +25,45 @@ LEARNING_RATE = 3e-6
 
 
 class Laps(L.Callback):
-    """Ends the clock's laps where updates end, and notes the memory that the models alone take."""
+    """Ends a lap of the clock after each update, and measures the memory of the loaded models."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Note the memory of the loaded models."""
         touch(pl_module)
         self.loaded = memory()[0]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Drop the time before the first update."""
         self.clock.lap()
         self.clock.laps.clear()
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """One update."""
         self.clock.lap()
 
 
 class Capture(PPOCallback):
-    """Keeps the numbers of one update that the other side is compared with; comes after all other callbacks."""
+    """Keeps the numbers of one update for the comparison with the other side. It must be the last callback."""
 
     def __init__(self, prompts: list[list[int]]) -> None:
         self.prompts = prompts
         self.arrays: dict[str, Any] = {}
 
     def on_advantages(self, trainer: Any, pl_module: Any, experience: Any) -> None:
-        """Of the rollout, rows in the order of the script."""
         ids = [row[mask].tolist() for row, mask in zip(experience.prompt_ids, experience.prompt_mask, strict=True)]
         order = [ids.index(prompt) for prompt in self.prompts]
         for name in ("logprobs", "ref_logprobs", "values", "advantages", "response_ids", "response_mask"):
             self.arrays[name] = getattr(experience, name)[order].cpu().numpy()
 
     def on_actor_loss(self, trainer: Any, pl_module: Any, minibatch: Any, losses: Any) -> None:
-        """Of one pass, which is one micro-batch."""
         self.arrays.setdefault("policy_loss", []).append(losses["policy"].item())
 
     def on_critic_loss(self, trainer: Any, pl_module: Any, minibatch: Any, losses: Any) -> None:
-        """Of one pass, which is one micro-batch."""
         self.arrays.setdefault("value_loss", []).append(losses["value"].item())
 
 
 def make_module(folder: Path, job: Job, settings: dict[str, Any]) -> LitPPO:
-    """LitPPO on the job's files, as a user would write it, with TRL's rate and without clipping as TRL's."""
+    """LitPPO on the job's files, as a user would write it, with TRL's learning rate and without gradient clipping."""
 
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
@@ -92,7 +86,7 @@ def make_module(folder: Path, job: Job, settings: dict[str, Any]) -> LitPPO:
 
 
 def follow_script(module: LitPPO, script: Script) -> None:
-    """Make the actor sample what the script says."""
+    """Make the actor sample the scripted tokens."""
     module.configure_model()
     model = module.actor.model
     generate = model.generate

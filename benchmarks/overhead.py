@@ -1,13 +1,13 @@
-"""What the monitors cost: ``python -m benchmarks.overhead runs/quickstart [--pairs 4] [--updates 101]``.
+"""Measure the cost of the monitors: ``python -m benchmarks.overhead runs/quickstart [--pairs 4] [--updates 101]``.
 
-The quickstart's PPO stage with all monitors as their configurations have them, and with none, in turns. Two measures,
-in seconds of the processor: what the trainer's profiler finds in each monitor's hooks over the rest of the run, which
-hardly differs from run to run, but misses what logging their numbers costs; and the ratio of the runs, which misses
-nothing. What monitors do once, when a run begins and when it ends, is told apart from what they do in its updates, of
-which there are so many that each monitor's turn comes (every 50 updates, at most).
+It runs the quickstart's PPO stage with all monitors as configured in ``configs/monitors`` and without monitors, in
+turns. There are two measures, both in processor seconds. The trainer's profiler gives the time in each monitor's hooks
+relative to the rest of the run; it hardly varies between runs, but misses the cost of logging. The ratio of both kinds
+of runs misses nothing. The work of monitors at the start and end of a run is reported separately from that in its
+updates. A run has enough updates for the monitors that act every 50 updates.
 
-A run with monitors is the same run, to the bit: of each update the fastest of all pairs is taken, as whatever
-else the machine does only ever slows it down. Building models and reading texts, before the first update, is left out.
+A run with monitors is bit for bit the same as one without. Other work on the machine only slows it down, so for each
+update the fastest of all pairs counts. Building models and reading texts, before the first update, is left out.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Spent(NamedTuple):
 
     Args:
         updates: In the updates.
-        once: When the training begins and when it ends.
+        once: At the start and end of training.
     """
 
     updates: float = 0.0
@@ -47,7 +47,7 @@ class Spent(NamedTuple):
 
 
 class Hooks(Profiler):
-    """Seconds by callback, in whatever hook but those before and after the run; what a hook calls is its own."""
+    """Seconds per callback in all hooks, except those before and after the run. Calls inside a hook count for it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,11 +55,9 @@ class Hooks(Profiler):
         self._started: dict[str, float] = {}
 
     def start(self, action_name: str) -> None:
-        """A hook begins."""
         self._started[action_name] = process_time()
 
     def stop(self, action_name: str) -> None:
-        """It ends."""
         spent = process_time() - self._started.pop(action_name)
         name, _, hook = action_name.removeprefix("[Callback]").partition(".")
         updates, once = self.seconds[name]
@@ -70,7 +68,7 @@ class Hooks(Profiler):
 
 
 def monitors(folder: Path) -> list[L.Callback]:
-    """One of each, by its file in ``configs/monitors``; those that need something of the user's get the quickstart's.
+    """All monitors as in ``configs/monitors``; those that need data or a gold measure get the quickstart's.
 
     Args:
         folder: The quickstart's.
@@ -124,17 +122,15 @@ def run(
 
 
 class Clock(L.Callback):
-    """Seconds of each update, behind all other callbacks; the last lap is what comes behind the last update."""
+    """Seconds of each update, with all other callbacks; the last lap is the work after the last update."""
 
     def __init__(self) -> None:
         self.laps: list[float] = []
 
     def on_fit_start(self, *_: Any) -> None:
-        """The models are built."""
         self._start = process_time()
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """An update is over."""
         now = process_time()
         self.laps.append(now - self._start)
         self._start = now
@@ -143,7 +139,7 @@ class Clock(L.Callback):
 
 
 def table(pairs: list[tuple[list[float], list[float], dict[str, Spent]]]) -> str:
-    """Medians over pairs of runs; and the ratio of both kinds of run, of each update the fastest.
+    """Medians over pairs of runs, and the ratio of both kinds of runs, with the fastest of each update.
 
     Args:
         pairs: Seconds of each update without monitors, with them, and in the hooks of each.
@@ -164,7 +160,7 @@ def table(pairs: list[tuple[list[float], list[float], dict[str, Spent]]]) -> str
 
 
 def main() -> None:
-    """Measure pairs of runs, in turns, each pair the other way round than the one before."""
+    """Measure pairs of runs; the order within a pair alternates."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pairs", type=int, default=4)

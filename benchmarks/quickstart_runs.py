@@ -1,6 +1,6 @@
-"""Runs of the quickstart's PPO stage that go well, or wrong in one way or another, and what tells how they go.
+"""Runs of the quickstart's PPO stage that go well or wrong in different ways, with gold measures of how they go.
 
-Gold measures come from the grammar's parser, which the training knows nothing of.
+Gold measures come from the grammar's parser, which training does not see.
 """
 
 import json
@@ -27,16 +27,16 @@ from lit_ppo.quickstart import Parsed, parse
 from lit_ppo.quickstart.words import SUBJECTS
 from lit_ppo.rewards import RewardModel
 
-RESPONSES = 64  # an update
+RESPONSES = 64  # per update
 
 
 def adam(rate: float) -> Callable[..., torch.optim.Optimizer]:
-    """Adam of a rate."""
+    """AdamW with a learning rate."""
     return lambda params: torch.optim.AdamW(params, lr=rate, weight_decay=0.0)
 
 
 def reviews(prompts: list[str], responses: list[str]) -> list[Parsed | None]:
-    """What the grammar makes of each."""
+    """The parsed reviews; None where the grammar cannot have written one."""
     return [parse(prompt + response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
@@ -46,17 +46,17 @@ def positive(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def negative(prompts: list[str], responses: list[str]) -> list[float]:
-    """The same of negative ones."""
+    """1 for a review that the grammar can have written and that is negative, else 0."""
     return [float(review is not None and review.polarity == "negative") for review in reviews(prompts, responses)]
 
 
 def readable(prompts: list[str], responses: list[str]) -> list[float]:
-    """1 for a review that the grammar can have written."""
+    """1 for a review that the grammar can have written, else 0."""
     return [float(review is not None) for review in reviews(prompts, responses)]
 
 
 def varied(prompts: list[str], responses: list[str]) -> list[float]:
-    """``positive``, as far as reviews differ: those of one of the grammar's 14 patterns count for a quarter at most."""
+    """As ``positive``, but reviews of one of the grammar's 14 patterns count only up to a quarter of all."""
     patterns = [review.pattern if review else None for review in reviews(prompts, responses)]
     count = Counter(patterns)
     worth = {pattern: min(1.0, len(responses) / 4 / n) for pattern, n in count.items()}
@@ -72,26 +72,24 @@ class Negative(RewardModel):
     """Another task: bad reviews."""
 
     def forward(self, experience: Any) -> torch.Tensor:
-        """The reward model's scores with the other sign."""
         return -super().forward(experience)
 
 
 class Loophole(RewardModel):
-    """A reward that can be gamed: it takes every "and" for enthusiasm."""
+    """A reward that can be hacked: it adds 1 for every "and"."""
 
     def forward(self, experience: Any) -> torch.Tensor:
-        """The reward model's scores, and one for each of the word."""
         scores = super().forward(experience)
         return scores + torch.tensor([float(text.split().count("and")) for text in experience.responses]).to(scores)
 
 
 def is_film(prompt: str) -> bool:
-    """Whether a prompt is of one subject of five."""
+    """Whether a prompt is about a film, one of five subjects."""
     return any(item in prompt for item in SUBJECTS["film"]["item"])
 
 
 def by_subject(prompts: list[str], responses: list[str]) -> list[float]:
-    """A task that few prompts do not tell: films are to be praised, and everything else to be run down."""
+    """A task that a few prompts do not show: reviews of films should be positive, all others negative."""
     opinions = {"positive": 1.0, "negative": -1.0}
     found = [opinions.get(review.polarity, 0.0) if review else 0.0 for review in reviews(prompts, responses)]
     return [opinion if is_film(prompt) else -opinion for opinion, prompt in zip(found, prompts, strict=True)]
@@ -102,11 +100,11 @@ class Run(NamedTuple):
 
     Args:
         changes: What differs from the quickstart's PPO stage.
-        callbacks: Beside the monitors.
+        callbacks: In addition to the monitors.
         updates: How many.
         gold: Gold measure.
         prompts: Prompts to train on; None: all.
-        of: Which ones count.
+        of: Which prompts to choose from.
         then: What follows a verdict.
     """
 
@@ -189,14 +187,14 @@ def make_module(folder: Path, seed: int, **changes: Any) -> LitPPO:
 
 
 def make_data(folder: Path, job: Run, rows: int, seed: int, place: Path) -> PromptDataModule:
-    """The quickstart's prompts, or the first few of a kind as often as a batch takes.
+    """The quickstart's prompts, or the first few of a kind, repeated to fill a batch.
 
     Args:
         folder: The quickstart's.
         job: The run.
         rows: Prompts of a batch.
         seed: Of the order.
-        place: For the few.
+        place: Folder for the file of the few.
     """
     path = folder / "data/prompts.jsonl"
     if job.prompts is not None:

@@ -1,8 +1,8 @@
-"""Writes the tables of a page from results: ``python benchmarks/report.py docs/performance.md benchmarks/results/*``.
+"""Write the tables of a page from results: ``python benchmarks/report.py docs/performance.md benchmarks/results/*``.
 
 Results are what ``benchmarks/speed.py`` and ``benchmarks/scaling.py`` wrote.
 
-What stands between ``<!-- tables -->`` and ``<!-- /tables -->`` is replaced.
+Text between ``<!-- tables -->`` and ``<!-- /tables -->`` is replaced.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Start workers, each in a process of its own, and read what they print."""
+"""Start workers, each in its own process, and read what they print."""
 
 import json
 import os
@@ -24,7 +24,7 @@ class Runner:
     Args:
         threads: Of each worker.
         precision: ``"32-true"`` or ``"bf16-mixed"``.
-        trl_python: Interpreter that has TRL; None where there is none.
+        trl_python: Interpreter of an environment with TRL; None: only LitPPO runs.
         warmup: Updates before those measured.
         updates: Updates measured.
         timeout: Seconds that a worker may take.
@@ -43,7 +43,7 @@ class Runner:
         Args:
             side: ``"ours"`` or ``"trl"``.
             folder: From :func:`job_files`.
-            settings: The side's own, laid over its defaults; ``environment`` is set for the process.
+            settings: Override the side's defaults; ``environment`` is set for the process.
             capture: Where to save the first update's numbers; nothing is timed then.
 
         Returns:
@@ -63,7 +63,7 @@ class Runner:
 
     @contextmanager
     def job_files(self, job: Job) -> Iterator[Path]:
-        """A folder with what both sides load, as long as the context lasts."""
+        """A folder with the files that both sides load; it exists inside the context."""
         with tempfile.TemporaryDirectory() as folder:
             self._call(sys.executable, "files", {"job": asdict(job), "folder": folder}, {})
             yield Path(folder)

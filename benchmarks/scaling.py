@@ -32,7 +32,7 @@ WIDTH, HEIGHT, MARGIN = 230, 170, 45
 
 
 def varied(job: Job, axis: str, value: int) -> Job:
-    """The job with one size changed; lengths of responses keep their share of the longest."""
+    """The job with one size changed. The mean response length stays the same fraction of the longest."""
     changes: dict[str, Any] = {axis: value}
     if axis == "longest_response" and job.mean_response is not None:
         changes["mean_response"] = job.mean_response * value / job.longest_response

@@ -1,4 +1,4 @@
-"""Samplers that do all their work and then say what the script says, so that both sides learn from the same tokens."""
+"""Samplers that do all their work but return scripted tokens, so that both sides learn from the same ones."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ class Script:
         self.responses = torch.tensor(responses)
 
     def rows(self, input_ids: Tensor) -> Tensor:
-        """Which prompts these are, known by their last tokens: padding is on the left.
+        """Numbers of the prompts, identified by their last tokens (padding is on the left).
 
         Shapes:
             (B, P) -> (B,).
@@ -32,9 +32,9 @@ class Script:
 
 
 class Scripted(LogitsProcessor):
-    """Leaves only the scripted token; one for each call of ``generate``.
+    """Leaves only the scripted token. Make a new one for each call of ``generate``.
 
-    ``rows`` is the one tensor that it holds: sampling that drops rows which have ended drops theirs.
+    A sampler that drops ended rows also drops them from ``rows``, the only tensor here.
     """
 
     def __init__(self, script: Script) -> None:
@@ -52,9 +52,10 @@ class Scripted(LogitsProcessor):
 
 @contextmanager
 def scripted_multinomial(script: Script, input_ids: Tensor) -> Iterator[None]:
-    """Let ``torch.multinomial`` draw, and give the scripted tokens of one ``generate`` instead.
+    """Make ``torch.multinomial`` return the scripted tokens of one ``generate``, after it has drawn.
 
-    For a trainer that takes its log-probs from the scores *after* the processors, all of which would be 0.
+    This is for a trainer that computes log-probs from the scores after the processors: with :class:`Scripted` they
+    would all be 0.
     """
     rows, draw, step = script.rows(input_ids), torch.multinomial, 0
 

@@ -1,8 +1,8 @@
-"""Times LitPPO, and TRL's PPOTrainer where there is one, on the same tokens, in turns.
+"""Time LitPPO, and TRL's PPOTrainer if it is installed, on the same tokens, in turns.
 
     python benchmarks/speed.py --jobs small medium --pairs 5 --trl-python .venv-trl/bin/python --trl tuned
 
-Every run is a process of its own. Where both sides run, it is checked first that they compute the same numbers.
+Every run has its own process. If both sides run, it first checks that they compute the same numbers.
 """
 
 import argparse
@@ -27,20 +27,20 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=["small"])
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--updates", type=int, default=1, help="measured in a run")
-    parser.add_argument("--warmup", type=int, default=1, help="updates before those, not measured")
-    parser.add_argument("--trl-python", help="interpreter that has TRL; without it LitPPO runs alone")
+    parser.add_argument("--updates", type=int, default=1, help="measured updates per run")
+    parser.add_argument("--warmup", type=int, default=1, help="updates before the measured ones")
+    parser.add_argument("--trl-python", help="Python of an environment with TRL; without it only LitPPO runs")
     for side in ("ours", "trl"):
         parser.add_argument(f"--{side}", default="defaults", help="defaults, tuned, or a JSON dict of settings")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--precision", choices=["32-true", "bf16-mixed"], default="32-true")
-    parser.add_argument("--no-agreement", action="store_true", help="compare times without comparing numbers")
-    parser.add_argument("--output", type=Path, help="where to write everything as JSON")
+    parser.add_argument("--no-agreement", action="store_true", help="do not compare the numbers first")
+    parser.add_argument("--output", type=Path, help="JSON file for all results")
     return parser.parse_args(argv)
 
 
 def summary(run: dict[str, Any]) -> dict[str, Any]:
-    """What a run comes to: medians over its measured updates."""
+    """The medians over the measured updates of a run."""
     seconds = [sum(update.values()) for update in run["updates"]]
     return {
         "seconds": median(seconds),
@@ -53,13 +53,13 @@ def summary(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def share_of_peak(run: dict[str, Any], matmul: float) -> float:
-    """Work that the optimizer steps need, over what matrix products would do in the time they took."""
+    """Operations that the optimizer steps need, divided by those of matrix products in the same time."""
     took = median(update["forward"] + update["backward"] for update in run["updates"])
     return run["flops"] / (took * matmul)
 
 
 def ratio(pairs: list[dict[str, Any]], key: str) -> dict[str, float]:
-    """TRL over ours, pair by pair: the machine's mood is then the same for both."""
+    """TRL divided by ours, pair by pair, so that both ran under the same conditions."""
     ratios = sorted(pair["trl"][key] / pair["ours"][key] for pair in pairs)
     return {"median": median(ratios), "lowest": ratios[0], "highest": ratios[-1]}
 
@@ -108,7 +108,7 @@ def measure(runner: Runner, job: Job, args: argparse.Namespace) -> dict[str, Any
 
 
 def line(name: str, run: dict[str, Any]) -> str:
-    """A run for the eye."""
+    """One line for the console."""
     phases = "  ".join(f"{phase} {seconds:.2f}" for phase, seconds in run["phases"].items())
     return (
         f"{name:20} {run['seconds']:8.2f} s  {run['tokens_per_second']:7.1f} tokens/s  "
@@ -117,7 +117,7 @@ def line(name: str, run: dict[str, Any]) -> str:
 
 
 def commit() -> str:
-    """What of lit_ppo was measured."""
+    """The commit that was measured."""
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -31,23 +31,21 @@ DEFAULTS = {"per_device": 8, "rollout_batch": None, "checkpointing": None, "atte
 
 
 class Laps(TrainerCallback):
-    """Ends the clock's laps where updates end."""
+    """Ends a lap of the clock after each update."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Forget what came before the first update."""
         self.clock.lap()
         self.clock.laps.clear()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """One update."""
         self.clock.lap()
 
 
 def make_config(job: Job, folder: Path, updates: int, precision: str, settings: dict[str, Any]) -> PPOConfig:
-    """TRL's defaults but for what the job fixes."""
+    """TRL's defaults, except for what the job fixes."""
     chosen = {"local_rollout_forward_batch_size": "rollout_batch", "gradient_checkpointing": "checkpointing"}
     return PPOConfig(
         output_dir=str(folder / "trl"),
@@ -96,15 +94,15 @@ def make_trainer(folder: Path, job: Job, config: PPOConfig, attention: str | Non
         eval_dataset=dataset,
         callbacks=[laps],
     )
-    # Accelerate would step once in gradient_accumulation_steps micro-batches, which is once a pass here, or at every
-    # one of the data's last batch; both sides are to step once a minibatch.
+    # Accelerate would step once per gradient_accumulation_steps micro-batches, which is once per pass here, or at every
+    # micro-batch of the data's last batch. Both sides should step once per minibatch.
     trainer.dataloader = [tokenizer.pad({"input_ids": prompts}, return_tensors="pt")]
     trainer.accelerator.gradient_accumulation_steps = max(1, job.minibatch_size // config.per_device_train_batch_size)
     return trainer
 
 
 def follow_script(trainer: PPOTrainer, script: Script) -> None:
-    """Make the policy sample what the script says."""
+    """Make the policy sample the scripted tokens."""
     generate = trainer.policy_model.generate
 
     def scripted(*args: Any, **kwargs: Any) -> Any:
@@ -115,7 +113,7 @@ def follow_script(trainer: PPOTrainer, script: Script) -> None:
 
 
 def time_phases(trainer: PPOTrainer, clock: Clock) -> dict[str, int]:
-    """Wrap what makes up an update; returns a count of optimizer steps, which goes on counting."""
+    """Time the parts of an update; returns a count of optimizer steps, which the run increases."""
     clock.around(ppo_trainer, "batch_generation", "rollout", after="scoring")
     clock.around(ppo_trainer, "masked_whiten", "other")  # the end of scoring
     # up to backward: the loss belongs to it
@@ -132,7 +130,7 @@ def time_phases(trainer: PPOTrainer, clock: Clock) -> dict[str, int]:
 
 
 def capture() -> dict[str, Any]:
-    """Wrap the functions through which one update's numbers pass; returns where they gather."""
+    """Wrap the functions that compute one update's numbers; returns the dict that collects them."""
     arrays: dict[str, Any] = {}
     calls = {name: [] for name in ("selective_log_softmax", "get_reward", "masked_whiten", "masked_mean")}
 

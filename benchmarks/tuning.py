@@ -1,20 +1,20 @@
-"""A small grid for each side, of one size: one setting after another is tried, and the fastest kept."""
+"""A small grid of equal size for each side: try one setting after another and keep the fastest."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.jobs import Job
 
-# glibc returns large blocks to the system when they are freed, and a page asked for again has to be zeroed again
+# keeps glibc from returning large blocks to the system, which would have to zero their pages again
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_ARENA_MAX": "1"}
 
 
 def grid(side: str, job: Job) -> dict[str, list[Any]]:
-    """Values to try for each setting, the first first.
+    """Values to try for each setting, in this order.
 
     Args:
         side: ``"ours"`` or ``"trl"``.
-        job: Bounds what makes sense.
+        job: Limits the values.
     """
     row = job.longest_prompt + job.longest_response
     rows = [job.minibatch_size // part for part in (1, 2, 4) if job.minibatch_size >= part]
@@ -36,11 +36,11 @@ def grid(side: str, job: Job) -> dict[str, list[Any]]:
 def tune(
     values: dict[str, list[Any]], seconds: Callable[[dict[str, Any]], float]
 ) -> Iterator[tuple[dict[str, Any], float]]:
-    """Try the grid, one setting after another; the fastest point is the smallest of what is yielded.
+    """Try the grid, one setting after another, and yield each point with its seconds.
 
     Args:
         values: What to try for each setting.
-        seconds: Runs a point.
+        seconds: Runs a point and returns its seconds.
     """
     best = {name: tried[0] for name, tried in values.items()}
     fastest = seconds(best)

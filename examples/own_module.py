@@ -1,9 +1,9 @@
-"""The tricks on a LightningModule that is not ours: a small recurrent policy that learns to write rising digits.
+"""The tricks on a LightningModule of your own: a small recurrent policy learns to write rising digits.
 
     python examples/own_module.py
 
-What the module adds for them: three attributes (``kl_coef``, ``actor_frozen``, ``critic``; ``reference`` is there
-anyway), an experience whose fields have the usual names, and a ``fire`` wherever a trick may act.
+For the tricks the module has four attributes (``kl_coef``, ``actor_frozen``, ``critic``, ``reference``), an experience
+whose fields have the usual names, and a call of ``fire`` at each place where a trick may act.
 """
 
 import copy
@@ -22,7 +22,7 @@ DIGITS, LENGTH, ROWS, WIDTH = 10, 8, 256, 32
 
 
 class Recurrent(nn.Module):
-    """A state for each position of a sequence, from the digits before it, and some numbers read off it."""
+    """A GRU that reads the digits before each position and returns some numbers for it."""
 
     def __init__(self, n_outputs: int) -> None:
         super().__init__()
@@ -44,17 +44,17 @@ def logprobs_of(model: nn.Module, digits: Tensor) -> Tensor:
 
 
 class RisingDigits(L.LightningModule):
-    """PPO by hand, with hooks."""
+    """PPO written by hand, with hooks."""
 
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.actor, self.critic = Recurrent(DIGITS), Recurrent(1)
         self.reference = copy.deepcopy(self.actor).requires_grad_(False)
-        self.kl_coef, self.actor_frozen = 0.1, False  # what AdaptiveKL and CriticWarmup write
+        self.kl_coef, self.actor_frozen = 0.1, False  # set by AdaptiveKL and CriticWarmup
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        """One update, with the hooks in their places."""
+        """One update, with its hooks."""
         fire(self, "on_rollout_start", range(ROWS))
         experience = self.rollout()
         fire(self, "on_scores", experience)
@@ -71,12 +71,12 @@ class RisingDigits(L.LightningModule):
 
     @torch.no_grad()
     def rollout(self) -> SimpleNamespace:
-        """Sampled digits, scored."""
+        """Sample digits and score them."""
         digits = torch.zeros(ROWS, LENGTH, dtype=torch.long)
         for t in range(LENGTH):
             digits[:, t] = torch.distributions.Categorical(logits=self.actor(digits)[:, t]).sample()
         logprobs, ref_logprobs = logprobs_of(self.actor, digits), logprobs_of(self.reference, digits)
-        scores = 100.0 * (digits.diff(dim=1) > 0).sum(dim=1)  # on a scale that nothing else here expects
+        scores = 100.0 * (digits.diff(dim=1) > 0).sum(dim=1)  # far from variance 1: RewardNormalization is needed
         return SimpleNamespace(
             digits=digits,
             response_mask=torch.ones_like(digits, dtype=torch.bool),
@@ -88,7 +88,7 @@ class RisingDigits(L.LightningModule):
         )
 
     def step(self, experience: SimpleNamespace) -> None:
-        """One optimizer step each."""
+        """One optimizer step of actor and critic."""
         actor_optimizer, critic_optimizer = self.optimizers()
         mask = experience.response_mask
         if not self.actor_frozen:
@@ -102,16 +102,14 @@ class RisingDigits(L.LightningModule):
         critic_optimizer.step()
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Adam for both."""
         return [torch.optim.Adam(model.parameters(), lr=0.01) for model in (self.actor, self.critic)]
 
     def train_dataloader(self) -> DataLoader[int]:
-        """Nothing but a count of updates."""
         return DataLoader(range(60), batch_size=None)  # type: ignore[arg-type]  # 60 updates; a range is a data set
 
 
 def train(callbacks: list[L.Callback], **trainer: Any) -> RisingDigits:
-    """Train with some tricks on."""
+    """Train with these tricks."""
     L.seed_everything(0)
     module = RisingDigits()
     L.Trainer(max_epochs=1, accelerator="cpu", callbacks=callbacks, logger=False, **trainer).fit(module)
