@@ -9,7 +9,6 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
-import lit_ppo.cli.all_names  # noqa: F401  short names in configurations are those of imported classes
 from lit_ppo.models.lora import check_has_adapter
 from lit_ppo.parallel.checkpoint_io import AtomicCheckpointIO, read_summary
 from lit_ppo.run.checkpoint import RUN
@@ -26,15 +25,15 @@ def export(arguments: list[str]) -> None:
     """Run the command.
 
     Args:
-        arguments: Those after ``export``.
+        arguments: Arguments after ``export``.
 
     Raises:
-        CommandError: The arguments are not complete, or the checkpoint is of no use.
+        CommandError: An argument is missing or wrong, or the checkpoint cannot be exported.
     """
     parser = _Parser("lit-ppo export", description="Writes the model of a checkpoint.", allow_abbrev=False)
     parser.add_argument("--ckpt_path", type=Path, required=True, help="The checkpoint.")
-    parser.add_argument("--output", type=Path, required=True, help="Folder for the model, replaced if it is one.")
-    parser.add_argument("--adapter", action="store_true", help="Write the adapter alone, for peft; else it is merged.")
+    parser.add_argument("--output", type=Path, required=True, help="Folder for the model; a model in it is replaced.")
+    parser.add_argument("--adapter", action="store_true", help="Write only the adapter, for peft; else it is merged.")
     given = parser.parse_args(arguments)
     if not given.ckpt_path.exists():
         raise CommandError(f"--ckpt_path {given.ckpt_path}: no such checkpoint")
@@ -53,7 +52,7 @@ def export(arguments: list[str]) -> None:
 
 
 def config_of(checkpoint: Path) -> dict[str, Any]:
-    """The configuration of the run that wrote it: in it, or beside it in the run's folder.
+    """The configuration of the run that wrote the checkpoint: in it, or in the run folder.
 
     Raises:
         CommandError: There is none.
@@ -63,15 +62,15 @@ def config_of(checkpoint: Path) -> dict[str, Any]:
         beside = checkpoint.absolute().parent.parent / "config.yaml"
         if not beside.is_file():
             raise CommandError(
-                f"--ckpt_path {checkpoint}: says nothing of how its model is built, and there is no {beside}; put the "
-                "run's config.yaml there"
+                f"--ckpt_path {checkpoint}: no configuration of its model in it, nor in {beside}; put the run's "
+                "config.yaml there"
             )
         config = yaml.safe_load(beside.read_text(encoding="utf-8"))
     return dict(config)
 
 
 def build(config: dict[str, Any]) -> Any:
-    """The configuration's module, with as little to load as can be.
+    """Build the module of a configuration; of its models, only the actor is loaded.
 
     Raises:
         CommandError: It cannot be exported.
@@ -87,7 +86,7 @@ def build(config: dict[str, Any]) -> Any:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The checkpoint with whole weights; a sharded one is put together."""
+    """Load a checkpoint with full weights; shards are merged."""
     if not path.is_dir():
         return AtomicCheckpointIO().load_checkpoint(path)
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner

@@ -1,8 +1,6 @@
 """Configuration files in layers: ``base: ppo.yaml`` at the top of a file applies that file first."""
 
 import os
-import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -33,14 +31,3 @@ def _base(file: str) -> str | None:
         return None  # the parser reports it
     base = content.get("base") if isinstance(content, dict) else None
     return None if base is None else os.path.normpath(Path(file).parent / str(base))
-
-
-def config_files(arguments: Sequence[str]) -> list[str]:
-    """The configuration files that a command line names, each after what it is based on.
-
-    >>> config_files(["fit", "--config", "a.yaml", "--config=b.yaml"])
-    ['a.yaml', 'b.yaml']
-    """
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    named = [word.partition("=")[2] or after for word, after in pairs if re.match(r"(--config|-c)(=|$)", word)]
-    return [layer for file in named for layer in layers(file)]

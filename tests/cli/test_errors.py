@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lit_ppo.cli.errors import nearest, running_error
-from lit_ppo.cli.layers import config_files
+from lit_ppo.cli.errors import running_error
+from lit_ppo.cli.parsing_errors import nearest, parsing_error
 from lit_ppo.run.errors import CommandError
 from tests.helpers.command import run_command
 from tests.helpers.ppo_command import ppo_arguments
@@ -106,10 +106,6 @@ def test_nearest() -> None:
     assert nearest("zzz", ["lr", "betas"]) == "known: betas, lr"
 
 
-def test_config_files() -> None:
-    assert config_files(["fit", "-c", "a", "--config=b", "--configs", "c", "--config"]) == ["a", "b", ""]
-
-
 def test_nothing_in_an_error_is_obeyed_by_a_terminal() -> None:
     """Such as a response that a reward function cannot read, and says so."""
     assert running_error(CommandError("cannot read \x1b[2J\x07\n<b>")).startswith("CommandError")
@@ -130,5 +126,5 @@ def test_running_error_tells_ours_from_others() -> None:
     )
     foreign = running_error(caught(lambda: {}["key"]))
     assert foreign.startswith("KeyError in tests.cli.test_errors, line ")
-    ours = running_error(caught(lambda: nearest(1, ["a"])))  # type: ignore[arg-type]
-    assert "AttributeError in lit_ppo.cli.errors, line " in ours
+    ours = running_error(caught(lambda: parsing_error(None, [], [])))  # type: ignore[arg-type]
+    assert "AttributeError in lit_ppo.cli.parsing_errors, line " in ours

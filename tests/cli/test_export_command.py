@@ -48,7 +48,7 @@ def test_a_sharded_checkpoint_and_one_without_configuration(tmp_path: Path, run:
     dcp.save({"state_dict": whole.pop("state_dict")}, checkpoint_id=folder, no_dist=True)
     torch.save(whole, folder / "meta.pt")
     command = ["export", "--ckpt_path", folder, "--output", "out"]
-    run_command(*command, cwd=tmp_path).refused("says nothing of how its model is built", "version_0/config.yaml")
+    run_command(*command, cwd=tmp_path).refused("no configuration of its model", "version_0/config.yaml")
     shutil.copy(run / "config.yaml", tmp_path / "version_0")
     run_command(*command, cwd=tmp_path).ok()
     assert files(tmp_path / "out") == files(run / "model")
@@ -78,10 +78,10 @@ def test_of_all_models_only_the_actor_need_be_there(tmp_path: Path) -> None:
         "actor": str(make_causal_lm(tmp_path / "lm")),
         "critic": "gone",
         "reference": "gone",
-        "rewards": {"class_path": "RewardFunction", "init_args": {"function": "tests.helpers.toys.count_good"}},
+        "rewards": {"class_path": "lit_ppo.RewardFunction", "init_args": {"function": "tests.helpers.toys.count_good"}},
         "generation": {"max_new_tokens": 6},
     }
-    module = build({"model": {"class_path": "LitPPO", "init_args": arguments}})
+    module = build({"model": {"class_path": "lit_ppo.LitPPO", "init_args": arguments}})
     module.configure_model()
     assert {name.split(".")[0] for name, _ in module.named_parameters()} == {"actor"}
 

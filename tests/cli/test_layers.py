@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lit_ppo.cli.layers import config_files, layers
+from lit_ppo.cli.layers import layers
 from tests.helpers.command import REPOSITORY, run_command
 
 PPO = REPOSITORY / "configs/ppo.yaml"
@@ -77,7 +77,6 @@ def test_a_base_that_is_missing_or_based_on_the_file_is_refused(tmp_path: Path) 
     run_command(*arguments, cwd=tmp_path).refused("b.yaml: base: a.yaml is based on this file")
 
 
-def test_files_of_a_command_line(top: Path, tmp_path: Path) -> None:
+def test_layers_of_a_file(top: Path, tmp_path: Path) -> None:
     below = [str(PPO), str(tmp_path / "middle.yaml")]
     assert layers(str(top)) == [*below, str(top)]
-    assert config_files(["fit", "-c", str(PPO), f"--config={top}"]) == [str(PPO), *below, str(top)]

@@ -1,17 +1,13 @@
 """Stages: run in order in processes of their own, skipped only when nothing of theirs has changed."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from lit_ppo.cli.heartbeat import Heartbeat
-from lit_ppo.cli.stages import Marker, Stage, StageRunner
-from lit_ppo.run.errors import CommandError
-from lit_ppo.run.stop import Interrupts
+from lit_ppo.cli.stages import Stage, digests, outdated
 from tests.helpers.cli_toys import CONFIG
 from tests.helpers.command import run_command
 
@@ -51,13 +47,12 @@ def test_the_job_end_to_end(job: Path, tmp_path: Path) -> None:
     result = run_command("fit", "--config", "configs/job.yaml", "--data_root=.", cwd=tmp_path).ok()
     lines = result.out.splitlines()
     told = [line for line in lines if line.startswith("[stage")]
-    assert told[0].startswith("[stage 1/2: first] not done yet; running: lit-ppo fit --config configs/parts/first.yaml")
-    assert "--model.lr 0.2 --seed_everything 42 --data_root ." in told[0]
-    assert "ToyData reads text.txt under ." in lines  # the stage's own words come through
+    command = "lit-ppo fit --config=configs/parts/first.yaml --model.lr 0.2 --seed_everything 42 --data_root ."
+    assert told[0] == f"[stage 1/2: first] not done yet; running: {command}"
+    assert "ToyData reads text.txt under ." in lines  # the stage's own output is shown
     assert lines.index("fit: building model, data and trainer", lines.index(told[-1])) > lines.index(told[-1])
     for name in ("first", "second"):
         assert (tmp_path / "runs" / name / "model" / "weights.pt").is_file()
-        assert "step 2/2" in (tmp_path / "runs" / name / f"{name}.stage.log").read_text()
     saved = yaml.safe_load((tmp_path / "runs/first/version_0/config.yaml").read_text())
     assert (saved["model"]["init_args"]["lr"], saved["seed_everything"], saved["data_root"]) == (0.2, 42, ".")
 
@@ -67,7 +62,7 @@ def test_the_job_end_to_end(job: Path, tmp_path: Path) -> None:
         "already done",
     ]
 
-    # In a launched process a complete stage is no matter; an incomplete one is an error, and is not run.
+    # A launched process accepts a complete stage, and refuses an incomplete one without running it.
     ranked = {"LOCAL_RANK": "0"}
     checked = ["--trainer.max_steps=1", "--data_root=."]
     run_command("fit", "--config", job, *checked, cwd=tmp_path, env=ranked).ok()
@@ -79,7 +74,7 @@ def test_the_job_end_to_end(job: Path, tmp_path: Path) -> None:
     # In one process it runs again, and so does the stage after it.
     reasons = run_command("fit", "--config", job, *checked, cwd=tmp_path).ok().out
     assert "[stage 1/2: first] text.txt has changed; running" in reasons
-    assert "[stage 2/2: second] an earlier stage has run again; running" in reasons
+    assert "[stage 2/2: second] an earlier stage has changed; running" in reasons
 
 
 def test_a_failing_stage_ends_the_command_with_its_last_line(job: Path, tmp_path: Path) -> None:
@@ -88,7 +83,7 @@ def test_a_failing_stage_ends_the_command_with_its_last_line(job: Path, tmp_path
     stages = [{"name": "second", "config": ["parts/second.yaml"], "args": ["--model.fail_at=1", "--data.rows=16"]}]
     write(job, {**CONFIG, "stages": stages})
     result = run_command("fit", "--config", job, cwd=tmp_path)
-    result.refused("Toy(fail_at=1): failed as told")
+    assert result.refused("Toy(fail_at=1): failed as told").code == 1
     assert "stage 'second' ended with code 1" in result.out
     assert "building model" not in result.out.split("stage 'second' ended")[1]
     assert not (tmp_path / "runs/second/second.stage.json").exists()
@@ -127,107 +122,69 @@ def test_the_saved_configuration_names_the_stages_from_anywhere(job: Path, tmp_p
     run_command("validate", "--config", saved, cwd=elsewhere).ok()
 
 
-@pytest.mark.parametrize("name", ["a/b", "", "two words"])
-def test_names_of_stages(name: str) -> None:
-    with pytest.raises(CommandError, match="name"):
-        runner([Stage(name)])
+@pytest.mark.parametrize("names", [["a/b"], [""], ["two words"], ["a", "a"]])
+def test_names_of_stages(config: Path, tmp_path: Path, names: list[str]) -> None:
+    stages = [{"name": name, "config": [str(config)]} for name in names]
+    job = write(tmp_path / "job.yaml", {**CONFIG, "stages": stages})
+    run_command("fit", "--config", job, cwd=tmp_path).refused(f"stage {names[-1]!r}", "unique")
 
 
-def test_names_of_stages_are_unique() -> None:
-    with pytest.raises(CommandError, match="'a' must be unique"):
-        runner([Stage("a"), Stage("a")])
+CHANGES: dict[str, tuple[str, str | None, str]] = {
+    # file, its new content (None: removed), what is said
+    "data": ("data.txt", "changed", "data.txt has changed"),
+    "export is gone": ("run/model/weights", None, "weights has changed"),
+    "export is cut": ("run/model/weights", "w", "weights has changed"),
+    "data that was missing": ("val.txt", "validation", "val.txt has changed"),
+    "record is cut": ("run/first.stage.json", "{", "not done yet"),
+    "a later stage writes into the folder": ("tokenizer/later", "new", ""),
+}
 
 
-def runner(stages: list[Stage]) -> StageRunner:
-    return StageRunner(stages, lambda _: {}, Heartbeat(enabled=False), Interrupts(lambda: None))
-
-
-def touch_data(config: dict[str, Any], folder: Path) -> None:
-    (folder / "data.txt").write_text("changed")
-
-
-def remove_output(config: dict[str, Any], folder: Path) -> None:
-    (folder / "run/model/weights").unlink()
-
-
-def cut_output(config: dict[str, Any], folder: Path) -> None:
-    (folder / "run/model/weights").write_text("w")
-
-
-def other_seed(config: dict[str, Any], folder: Path) -> None:
-    config["seed_everything"] = 2
-
-
-def other_argument(config: dict[str, Any], folder: Path) -> None:
-    config["trainer"]["max_steps"] = 7
-
-
-def more_data(config: dict[str, Any], folder: Path) -> None:
-    (folder / "val.txt").write_text("validation")
-
-
-def cut_marker(config: dict[str, Any], folder: Path) -> None:
-    (folder / "run/first.stage.json").write_text("{")
-
-
-def more_in_the_data_folder(config: dict[str, Any], folder: Path) -> None:
-    (folder / "tokenizer/later").write_text("a later stage writes beside")
-
-
-def other_config_file(config: dict[str, Any], folder: Path) -> None:
-    config["config"] = ["elsewhere.yaml"]
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (touch_data, "data.txt has changed"),
-        (remove_output, "weights is gone"),
-        (cut_output, "weights has changed"),
-        (other_seed, "configuration or seed has changed"),
-        (other_argument, "configuration or seed has changed"),
-        (more_data, "data files have changed"),
-        (cut_marker, "cannot be read"),
-        (more_in_the_data_folder, ""),
-        (other_config_file, ""),
-    ],
-)
-def test_what_makes_a_stage_run_again(
-    tmp_path: Path, change: Callable[[dict[str, Any], Path], None], reason: str
-) -> None:
+@pytest.fixture
+def stage(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """Record and configuration of a complete stage."""
     for name in ("data.txt", "run/model/weights", "tokenizer/vocabulary"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"content of {name}")
     config: dict[str, Any] = {
         "seed_everything": 1,
         "config": ["here.yaml"],
+        "data_root": str(tmp_path),
         "trainer": {"default_root_dir": str(tmp_path / "run"), "max_steps": 3},
         "data": {"init_args": {"path": "data.txt", "val_path": ["val.txt"], "data_root": str(tmp_path)}},
         "model": {"init_args": {"tokenizer": str(tmp_path / "tokenizer")}},
         "export": {"dirpath": str(tmp_path / "run/model")},
     }
-    assert Marker("first", config, str(tmp_path), []).missing() == "not done yet"
-    Marker("first", config, str(tmp_path), []).write()
-    assert Marker("first", config, str(tmp_path), []).missing() == ""
-    assert Marker("first", config, str(tmp_path), ["another"]).missing() == "an earlier stage has run again"
-    change(config, tmp_path)
-    found = Marker("first", config, str(tmp_path), []).missing()
-    assert reason in found
+    record = tmp_path / "run/first.stage.json"
+    assert outdated(record, config, {}) == "not done yet"
+    record.write_text(json.dumps(digests(config, {}, folders=True)))
+    assert outdated(record, config, {}) == ""
+    return record, config
+
+
+@pytest.mark.parametrize(("file", "content", "reason"), CHANGES.values(), ids=CHANGES.keys())
+def test_files_that_make_a_stage_run_again(
+    tmp_path: Path, stage: tuple[Path, dict[str, Any]], file: str, content: str | None, reason: str
+) -> None:
+    if content is None:
+        (tmp_path / file).unlink()
+    else:
+        (tmp_path / file).write_text(content)
+    found = outdated(*stage, {})
+    assert found.endswith(reason)
     assert bool(reason) == bool(found)
 
 
-def test_a_stage_that_ran_again_leaves_another_digest(tmp_path: Path) -> None:
-    config = {"trainer": {"default_root_dir": str(tmp_path)}}
-    digests = set()
-    for _ in range(2):
-        marker = Marker("first", config, None, [])
-        marker.write()
-        digests.add(marker.digest())
-    assert len(digests) == 2
-    assert json.loads(marker.path.read_text())["outputs"] == {}
+def test_settings_that_make_a_stage_run_again(stage: tuple[Path, dict[str, Any]]) -> None:
+    record, config = stage
+    changed = "its configuration or seed has changed"
+    assert outdated(record, {**config, "seed_everything": 2}, {}) == changed
+    assert outdated(record, {**config, "trainer": {**config["trainer"], "max_steps": 7}}, {}) == changed
+    assert outdated(record, {**config, "config": ["elsewhere.yaml"]}, {}) == ""
+    assert outdated(record, config, {"an earlier": "stage"}) == "an earlier stage has changed"
 
 
-def test_command_of_a_stage() -> None:
-    command = Stage("a", [], ["--x", 1, True, 0.5]).command(7, "/data")
-    assert command == ["fit", "--x", "1", "true", "0.5", "--seed_everything", "7", "--data_root", "/data"]
-    assert Stage("a").command(False, None) == ["fit", "--seed_everything", "false"]
+def test_arguments_of_a_stage() -> None:
+    arguments = Stage("a", [], ["--x", 1, True, 0.5]).arguments(7, "/data")
+    assert arguments == ["--x", "1", "true", "0.5", "--seed_everything", "7", "--data_root", "/data"]
+    assert Stage("a").arguments(False, None) == ["--seed_everything", "false"]

@@ -1,0 +1,76 @@
+"""What the command checks and completes in a configuration once it is parsed."""
+
+from importlib import import_module
+from pkgutil import resolve_name
+from typing import Any
+
+from jsonargparse import Namespace
+
+from lit_ppo.run.errors import CommandError
+
+
+def complete(config: Namespace) -> bool:
+    """Check groups and strategy, use public names of classes, and hand ``data_root`` to the data that take it.
+
+    Returns:
+        False if ``data_root`` is given, but neither the data module nor data of a callback takes it.
+
+    Raises:
+        CommandError: A group is not a mapping, or the strategy is not supported; the parser accepts both.
+    """
+    for group in ("trainer", "checkpoint", "export", "report"):
+        if not isinstance(config.get(group), Namespace):
+            raise CommandError(f"{group}: {config.get(group)!r} is not a mapping; give its keys below it", exit_code=2)
+    _use_fsdp2(config.trainer)
+    _use_public_names(config)
+    return _hand_over_data_root(config)
+
+
+def _use_fsdp2(trainer: Namespace) -> None:
+    """Replace Lightning's name for the first version of FSDP, and refuse its class."""
+    strategy = trainer.get("strategy")
+    if strategy == "fsdp":
+        trainer.strategy = "fsdp2"
+    elif isinstance(strategy, Namespace) and strategy.class_path.endswith(".FSDPStrategy"):
+        raise CommandError(
+            "--trainer.strategy FSDPStrategy: the first version of FSDP is not supported; use fsdp2", exit_code=2
+        )
+
+
+def _use_public_names(value: Any) -> None:
+    """Name classes of this package as users import them: then saved configurations outlive a move of a module."""
+    if isinstance(value, Namespace | dict):
+        path = value.get("class_path")
+        if isinstance(path, str) and path.startswith("lit_ppo."):
+            value["class_path"] = public_name(path)
+        for item in vars(value).values() if isinstance(value, Namespace) else value.values():
+            _use_public_names(item)
+    elif isinstance(value, list):
+        for item in value:
+            _use_public_names(item)
+
+
+def public_name(path: str) -> str:
+    """The shortest name by which a class can be imported.
+
+    >>> public_name("lit_ppo.rewards.model.RewardModel")
+    'lit_ppo.RewardModel'
+    """
+    cls, parts = resolve_name(path), path.split(".")
+    packages = [".".join(parts[:length]) for length in range(1, len(parts))]
+    found = [package for package in packages if getattr(import_module(package), parts[-1], None) is cls]
+    return f"{found[0]}.{parts[-1]}"
+
+
+def _hand_over_data_root(config: Namespace) -> bool:
+    if config.data_root is None:
+        return True
+    callbacks = config.trainer.get("callbacks") or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    found = [config.get("data"), *((callback.get("init_args") or {}).get("data") for callback in callbacks)]
+    takers = [
+        data.init_args for data in found if isinstance(data, Namespace) and "data_root" in data.get("init_args", {})
+    ]
+    for taker in takers:
+        taker.data_root = config.data_root
+    return bool(takers)

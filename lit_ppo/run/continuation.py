@@ -1,0 +1,88 @@
+"""A run that continues from a checkpoint: which one, what has changed since, and the folder that it keeps using."""
+
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lit_ppo.parallel.checkpoint_io import read_summary
+from lit_ppo.ppo.module import LitPPO
+from lit_ppo.run.checkpoint import RUN, find_last, steps_logged
+from lit_ppo.run.errors import CommandError
+from lit_ppo.run.folder import PREFIX, claim_version
+from lit_ppo.run.resume import changes, check_changes, describe_changes
+from lit_ppo.supervised.base import SupervisedModule
+
+
+class Continuation:
+    """The checkpoint that a run starts from, and the run folder that comes with it.
+
+    ``last`` is the newest checkpoint under ``root``; ``auto`` is the same, or a new run if there is none. Both keep
+    using the run folder of the checkpoint. A path starts a new folder.
+
+    Args:
+        given: ``--ckpt_path``.
+        root: ``trainer.default_root_dir``.
+        dirpath: ``checkpoint.dirpath``.
+        keep_folder: False makes a new run folder in any case.
+
+    Raises:
+        CommandError: There is no such checkpoint.
+    """
+
+    def __init__(self, given: str | None, root: Path, dirpath: str | None, *, keep_folder: bool) -> None:
+        self.path = given
+        self.folder: Path | None = None  # run folder to keep using
+        self.steps_logged = 0  # steps whose logs were complete when the checkpoint was written
+        if given in ("last", "auto"):
+            try:
+                found = find_last(root, dirpath)
+            except CommandError:
+                if given == "last":
+                    raise
+                self.path = None
+            else:
+                self.path = str(found)
+                folder = found.parent.parent
+                self.folder = folder if keep_folder and folder.name.startswith(PREFIX) else None
+        elif given and "://" not in given and not Path(given).exists():
+            raise CommandError(f"--ckpt_path {given}: no such file; give a checkpoint's path, or 'last'")
+
+    def compare(self, config: dict[str, Any]) -> list[str]:
+        """Describe the changes since the checkpoint was written, one line each; empty without changes.
+
+        Args:
+            config: Effective configuration of the run that continues.
+
+        Raises:
+            CommandError: A value changed that cannot change within a run.
+        """
+        if self.path is None or "://" in self.path:
+            return []
+        summary = read_summary(Path(self.path))
+        self.steps_logged = steps_logged(summary)
+        saved = (summary.get(RUN) or {}).get("config")
+        changed = {} if saved is None else changes(saved, config)
+        check_changes(self.path, changed)
+        lines = describe_changes(changed)
+        name = config["model"]["class_path"]
+        rates = any(key.startswith(("model.init_args.", "optimizer.", "lr_scheduler.")) for key in changed)
+        if rates and not issubclass(resolve_name(name), LitPPO | SupervisedModule):
+            lines.append(f"{name}: Lightning restores optimizers and schedules as they were saved")
+        return lines
+
+    def logger(self, root: Path) -> TensorBoardLogger:
+        """TensorBoard in the continued run folder, or in a new one under ``root``."""
+        # From purge_step on, readers drop what was logged before. A new run purges from 0: without it, TensorBoard
+        # takes the first resumed start for the start of the run and drops nothing.
+        version = claim_version(root) if self.folder is None else int(self.folder.name.removeprefix(PREFIX))
+        purge = 0 if self.folder is None else self.steps_logged
+        return TensorBoardLogger(root, name="", version=version, default_hp_metric=False, purge_step=purge)
+
+    def run_folder(self, root: Path) -> str | None:
+        """The continued run folder, or a new one, for loggers without folders; None except in the first process."""
+        if self.folder is not None:
+            return str(self.folder)
+        version = claim_version(root)
+        return None if version is None else str(root / f"{PREFIX}{version}")
