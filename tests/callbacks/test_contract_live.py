@@ -94,7 +94,7 @@ def test_keeping_no_rows_is_refused(tmp_path, lm):
         def on_rollout_end(self, trainer: Any, pl_module: Any, experience: Any) -> None:
             experience.keep([])
 
-    with pytest.raises(ValueError, match="kept none of the rows"):
+    with pytest.raises(ValueError, match="callbacks removed all rows"):
         record(tmp_path, lm, Drop())
 
 
@@ -176,7 +176,7 @@ def test_an_overridden_training_step_keeps_the_clock(tmp_path, lm, monkeypatch):
     class Own(LitPPO):
         def training_step(self, prompts: Any, batch_idx: int) -> None:
             self.update(self.collect(prompts))
-            assert self.seconds == {}
+            assert self.progress.seconds == {}
 
     module = make_module(lm)
     module.__class__ = Own
@@ -187,11 +187,11 @@ def test_steps_skipped_in_a_row_are_counted_over_a_resume(tmp_path, lm):
     module = make_module(lm, max_skipped_steps=5)
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.fit(module, make_data(tmp_path))
-    module.skipped_steps = 3
+    module.optimization.skipped_steps = 3
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     again = make_module(lm, max_skipped_steps=5)
     again.on_load_checkpoint(torch.load(tmp_path / "a.ckpt", weights_only=True))
-    assert (again.skipped_steps, again.rollouts) == (3, 1)
+    assert (again.optimization.skipped_steps, again.rollouts) == (3, 1)
 
 
 def test_returns_are_needed_where_there_is_a_critic(tmp_path, lm):

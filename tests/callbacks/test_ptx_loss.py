@@ -319,7 +319,7 @@ def test_no_logits_of_whole_texts(tmp_path, lm):
     module = make_module(lm)
     module.configure_model()
     module.actor.model.get_output_embeddings().register_forward_pre_hook(lambda *_: pytest.fail("logits"))
-    module._sample = lambda *args: experience  # sampling uses the head
+    module.rollout = lambda prompts, **options: experience  # sampling uses the head
     experience = make_module(lm).rollout(["the film", "a movie was", "it", "we", "they", "this", "that"])
     trainer = make_trainer(tmp_path, callbacks=[PTXLoss(texts(tmp_path), 0.5)], max_steps=1)
     trainer.fit(module, make_data(tmp_path))
@@ -329,7 +329,9 @@ def test_no_logits_of_whole_texts(tmp_path, lm):
 def test_texts_beyond_the_models_positions_are_refused(tmp_path, lm):
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "the film was " * 40}))
     data = TextDataModule(str(tmp_path / "long.jsonl"), max_length=100)
-    with pytest.raises(ValueError, match=r"a text of 100 tokens is beyond the actor's 64 positions; lower .* max_leng"):
+    with pytest.raises(
+        ValueError, match=r"a text of 100 tokens exceeds the token limit of the actor, 64; lower .* max_len"
+    ):
         fit(tmp_path, lm, PTXLoss(data, 0.5))
 
 
