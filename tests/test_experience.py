@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from lit_ppo.experience import Experience, Minibatch, model_inputs
+from lit_ppo.experience import Experience, Minibatch
 from lit_ppo.parallel.ranks import deal
 from tests.helpers.experiences import make_experience
 
@@ -144,14 +144,14 @@ def test_an_unfinished_experience_can_be_shown():
 
 def test_model_inputs_are_cut_to_the_longest_row():
     experience = make_experience().select([1, 3])  # prompts of 3, responses of 1 and 2
-    ids, mask, target_mask = model_inputs(experience)
+    ids, mask, target_mask = experience.model_inputs()
     assert ids.tolist() == [[3, 4, 5, 104, 105], [9, 10, 11, 112, 113]]
     assert mask.tolist() == [[True] * 4 + [False], [True] * 5]
     assert target_mask.tolist() == [[True, False], [True, True]]
 
 
 def test_model_inputs_drop_padding_on_the_left():
-    ids, mask, _ = model_inputs(make_experience().select([2]))  # a prompt of 1, a response of 4
+    ids, mask, _ = make_experience().select([2]).model_inputs()  # a prompt of 1, a response of 4
     assert ids.tolist() == [[8, 108, 109, 110, 111]]
     assert mask.all()
 
@@ -168,14 +168,14 @@ def test_lengths_are_read_from_the_device_once_an_update(monkeypatch):
     for minibatch in experience.minibatches(2, epochs=2, seed=(0,), reduction="token_mean"):
         for micro in minibatch.micro_batches([[i] for i in range(len(minibatch))], 1):
             seen += micro.lengths
-            model_inputs(micro)
+            micro.model_inputs()
     assert sorted(seen) == sorted(expected * 2)
     assert len(reads) == 1
 
 
 def test_masks_for_the_models_lie_on_the_host_and_are_the_experiences():
     experience = make_experience()
-    ids, mask, target_mask = model_inputs(experience)
+    ids, mask, target_mask = experience.model_inputs()
     assert torch.equal(target_mask, experience.response_mask[:, : target_mask.shape[1]])
     whole = torch.cat([experience.prompt_mask, experience.response_mask], dim=1)
     assert torch.equal(mask.sum(1), whole.sum(1))
@@ -196,9 +196,9 @@ def test_extremes_are_of_the_steps_response_tokens_however_it_is_split():
     for reduction in ("token_mean", "sequence_mean"):
         minibatch = Minibatch.of(experience, range(3), reduction)
         for micro in minibatch.micro_batches([[0], [1, 2], []], 1):
-            micro.log_extremes("x", micro.extras["x"])
+            micro.log_all({}, extremes={"x": micro.extras["x"]})
         assert (minibatch.least["x_min"].item(), minibatch.greatest["x_max"].item()) == (4.0, 9.0)
     rest = Minibatch.of(experience, range(3), "token_mean")
     (empty,) = rest.micro_batches([[]], 2)  # a rank with nothing to do says nothing
-    empty.log_extremes("x", empty.extras["x"])
+    empty.log_all({}, extremes={"x": empty.extras["x"]})
     assert (rest.least["x_min"].item(), rest.greatest["x_max"].item()) == (float("inf"), -float("inf"))

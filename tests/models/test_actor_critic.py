@@ -7,17 +7,9 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lit_ppo.generation.transformers import generation_config
-from lit_ppo.models.actor_critic import (
-    Actor,
-    Critic,
-    Reference,
-    checkpoint_activations,
-    compile_blocks,
-    load_causal_lm,
-    load_critic,
-    load_tokenizer,
-)
+from lit_ppo.generation.config import generation_config
+from lit_ppo.models.actor_critic import Actor, Critic, Reference, checkpoint_activations, compile_blocks
+from lit_ppo.models.load import load_causal_lm, load_critic, load_tokenizer
 from lit_ppo.parallel.sharding import blocks
 from tests.helpers.tiny import make_causal_lm, make_reward_model, make_tokenizer
 

@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from lit_ppo.models import packing
-from lit_ppo.models.actor_critic import Actor, load_causal_lm, load_critic
+from lit_ppo.models.actor_critic import Actor
+from lit_ppo.models.load import load_causal_lm, load_critic
 from lit_ppo.models.packing import NAME, RealTokens, read_tokens, use_packing
 from tests.helpers.tiny import make_causal_lm
 

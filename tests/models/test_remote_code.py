@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_ppo.models.actor_critic import load_causal_lm, load_critic, load_tokenizer
+from lit_ppo.models.load import load_causal_lm, load_critic, load_tokenizer
 from lit_ppo.rewards import RewardModel
 from tests.helpers.tiny import make_causal_lm, make_reward_model
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lit_ppo.experience import Minibatch
-from lit_ppo.models.actor_critic import load_causal_lm
+from lit_ppo.models.load import load_causal_lm
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer
 
