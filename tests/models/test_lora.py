@@ -15,7 +15,7 @@ import lit_ppo.models.lora
 from lit_ppo import LitSFT
 from lit_ppo.callbacks import ReferenceUpdate
 from lit_ppo.experience import Minibatch
-from lit_ppo.models.actor_critic import Actor, Reference
+from lit_ppo.models.actor_critic import Actor, Reference, actor_forward
 from lit_ppo.models.lora import WithoutAdapter
 from lit_ppo.parallel.ranks import n_ranks
 from lit_ppo.run.checkpoint import StepCheckpoint
@@ -81,7 +81,7 @@ def test_it_starts_as_its_own_reference(lm: Path) -> None:
     torch.testing.assert_close(
         experience.logprobs, stock_logprobs(AutoModelForCausalLM.from_pretrained(lm), experience), rtol=0, atol=1e-5
     )
-    again, _ = module.actor_forward(module.actor, experience)
+    again, _ = actor_forward(module.actor, experience.model_inputs(), experience.kl.shape[1], module.temperature)
     assert (again - experience.logprobs).exp()[experience.response_mask].detach() == pytest.approx(1.0, abs=1e-5)
 
 
@@ -89,11 +89,12 @@ def test_the_first_ratio_is_1_and_the_loss_falls(trained: Any) -> None:
     _, _, trainer = trained
     first, *_, last = logged(trainer)
     assert first["objective/kl"] == 0 < last["objective/kl"]
-    module = make(Path(trained[1].paths["actor"]))
+    module = make(Path(trained[1].model_settings.actor))
     experience = module.rollout(PROMPTS)
     experience.advantages = torch.ones_like(experience.logprobs)
     (micro,) = Minibatch.of(experience, range(3), "token_mean").micro_batches([[0, 1, 2]], 1)
-    ratio = (module.actor_forward(module.actor, micro)[0] - micro.logprobs).exp()[micro.response_mask]
+    logprobs, _ = actor_forward(module.actor, micro.model_inputs(), micro.kl.shape[1], module.temperature)
+    ratio = (logprobs - micro.logprobs).exp()[micro.response_mask]
     torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-5)
 
 
@@ -181,10 +182,10 @@ def test_going_on_changes_nothing(tmp_path: Path, lm: Path, trained: Any, stop: 
 
 def test_checkpoints_of_other_adapters_are_refused(tmp_path: Path, trained: Any) -> None:
     folder, module, _ = trained
-    lm, start = Path(module.paths["actor"]), folder / "checkpoints/step-000001.ckpt"
-    with pytest.raises(ValueError, match=r"none of LitPPO with these models: it lacks actor\.model\."):
+    lm, start = Path(module.model_settings.actor), folder / "checkpoints/step-000001.ckpt"
+    with pytest.raises(ValueError, match=r"does not match this LitPPO; missing: actor\.model\."):
         fit(tmp_path, lm, start=start, actor_lora=None)
-    with pytest.raises(ValueError, match=r"with these adapters: it holds actor\.model\.\S+lora_A\S+ besides"):
+    with pytest.raises(ValueError, match=r"adapters of this LitPPO; unexpected: actor\.model\.\S+lora_A"):
         fit(tmp_path, lm, start=start, actor_lora={**EVERYWHERE, "exclude_modules": r".*\.0\..*"})
     with pytest.raises(RuntimeError, match="size mismatch"):
         fit(tmp_path, lm, start=start, actor_lora={**EVERYWHERE, "r": 2})
@@ -365,7 +366,7 @@ def test_without_peft_it_says_what_to_install(tiny_lm: Path, monkeypatch: pytest
 
 def test_a_reference_that_is_the_actor_cannot_be_moved(tmp_path: Path, tiny_lm: Path) -> None:
     module = make(tiny_lm)
-    with pytest.raises(ValueError, match=r"ReferenceUpdate moves the reference of LitPPO to its actor: they share"):
+    with pytest.raises(ValueError, match=r"ReferenceUpdate cannot move LitPPO.s reference to its actor: they share"):
         make_trainer(tmp_path, callbacks=[ReferenceUpdate(every=1)]).fit(module, make_data(tmp_path))
     assert module.rollouts == 0
     module = make(tiny_lm)
