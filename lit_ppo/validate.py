@@ -71,6 +71,11 @@ def non_negative(owner: object, name: str, value: Any) -> float:
     return number(owner, name, value, at_least=0)
 
 
+def non_negative_or_none(owner: object, name: str, value: Any) -> float | None:
+    """A finite number, 0 or above, or None."""
+    return None if value is None else non_negative(owner, name, value)
+
+
 def fraction(owner: object, name: str, value: Any) -> float:
     """A number above 0 and below 1."""
     return number(owner, name, value, above=0, below=1)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import lightning as L
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -35,6 +36,15 @@ def configure_model(module: Any) -> None:
     module.actor, module.critic, module.reference = models.actor, models.critic, models.reference
     module.generation = models.generation
     module._built = True
+
+
+def train(module: Any, mode: bool = True) -> Any:
+    """Switch to training or eval mode; score sources, like all our models, stay in eval mode."""
+    L.LightningModule.train(module, mode)
+    for source in (module.rewards, module.eval_rewards):
+        if isinstance(source, nn.Module):
+            source.train(False)
+    return module
 
 
 def configure_optimizers(module: Any) -> tuple[list[Optimizer], list[Any]]:

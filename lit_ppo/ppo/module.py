@@ -1,13 +1,12 @@
 """LitPPO: proximal policy optimization of a language model, from a reward."""
 
 import os
-from pathlib import Path
 from typing import Any, get_args
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -24,15 +23,15 @@ from lit_ppo.ppo.metrics import Progress, current_coefficients, log_update
 from lit_ppo.ppo.prompts import as_batch
 from lit_ppo.ppo.settings import Models, ModelSettings, ReferenceDtype
 from lit_ppo.rewards import Rewards, ScoreSource, as_source, eval_sources, source_names
-from lit_ppo.validate import integer, non_negative, one_of, positive, positive_or_none
+from lit_ppo.validate import integer, non_negative, non_negative_or_none, one_of, positive, positive_or_none
 
 
 class LitPPO(L.LightningModule):
     """Trains a causal language model with PPO to raise a score.
 
-    ``training_step`` is one update: sample responses, score them, turn scores into token rewards and advantages,
-    then take ``ppo_epochs`` passes of optimizer steps over them. ``collect`` and ``update`` call the hooks of
-    ``lit_ppo.callbacks``; override ``collect`` or ``training_step`` for another loop. One global step is one update.
+    One global step is one update: sample responses, score them, turn scores into token rewards and advantages, then
+    take ``ppo_epochs`` passes of optimizer steps over them. ``collect`` and ``update`` call the hooks of
+    ``lit_ppo.callbacks``; override ``collect`` or ``training_step`` for another loop.
 
     Args:
         actor: Folder or hub name of the causal LM to train.
@@ -40,14 +39,12 @@ class LitPPO(L.LightningModule):
         critic: ``"actor"`` or ``"reward"`` (start from that model's weights), a path, or None (no critic).
         reference: ``"actor"`` (a frozen copy of the model that the run starts from), a path, or None: no KL term.
         reference_dtype: ``"bfloat16"`` halves the reference's memory and rounds its log-probs: the KL starts near 0.
-        actor_lora: Fields of ``peft.LoraConfig``, such as ``{r: 16, target_modules: all-linear}``. Trains an adapter
-            instead of the full actor, which without its adapter is the reference. Checkpoints hold only the adapter.
-            The learning rate is usually ten times that of a full model.
-        critic_lora: The same for the critic; its value head is always trained in full.
+        actor_lora: Fields of ``peft.LoraConfig``, such as ``{r: 16, target_modules: all-linear}``: trains an adapter
+            instead of the full actor, which is the reference without it. Usually with ten times the learning rate.
+        critic_lora: The same for the critic, whose value head is always trained in full.
         rewards: A ``RewardModel``, a ``RewardFunction``, any callable ``(prompts, responses, **columns)``, or a dict
             of these by name, each plain or as ``{source: ..., weight: ...}``.
-        eval_rewards: Score sources by name for validation and test only. Each logs its mean score and how often it
-            prefers the actor's response to the reference's.
+        eval_rewards: Rewards by name for validation and test only: their means, and win rates over the reference.
         advantages: Estimator; of those in ``lit_ppo.advantages`` only ``GAE`` takes a critic.
         generation: Fields of ``transformers.GenerationConfig``; ``max_new_tokens`` is required.
         temperature: Of sampling and of all log-probs.
@@ -59,8 +56,8 @@ class LitPPO(L.LightningModule):
         minibatch_size: Responses per optimizer step, over all ranks.
         micro_batch_size: Maximum number of responses in one forward of one rank. Sampling is not split.
         micro_batch_tokens: Instead: maximum number of tokens in one forward, padding included.
-        sampling_logprobs_tolerance: Keep the log-probs of sampling if the training pass agrees within this on one
-            micro-batch per rank (``rollout/sampling_logprob_difference``); saves about 3% of an update. None: never.
+        sampling_logprobs_tolerance: Keep the log-probs of sampling if those of training agree within this on one
+            micro-batch per rank; saves about 3% of an update. None: compute them again.
         loss_reduction: ``"token_mean"``, or ``"sequence_mean"``: over each response's tokens, then over responses.
         actor_optimizer: From parameters to optimizer. The rate is usually a tenth of that of fine-tuning (SFT).
         critic_optimizer: From parameters to optimizer. The rate is usually about twice the actor's.
@@ -70,14 +67,10 @@ class LitPPO(L.LightningModule):
         max_skipped_steps: Consecutive steps that may be skipped because a loss or gradient is not finite.
         activation_checkpointing: Recompute activations of actor and critic: less memory, about a third more time.
         compile_blocks: ``torch.compile`` the models, except for sampling; the first update takes a minute longer.
-        reward_timeout: Seconds that scoring a rank's responses may take before the run ends with an error. None: no
-            limit; with several ranks the others then give up after the ``timeout`` of the strategy.
-        model_kwargs: For ``from_pretrained`` of actor, critic and reference, such as ``attn_implementation``. Code
-            that comes with a model runs only with ``trust_remote_code: true``.
+        reward_timeout: Seconds that scoring a rank's responses may take; then the run ends. None: no limit.
+        model_kwargs: For ``from_pretrained``, such as ``attn_implementation``. Code that comes with a model runs only
+            with ``trust_remote_code: true``.
         seed: Of sampling and of minibatches; by default that of ``seed_everything``.
-
-    Raises:
-        ValueError: Names the argument, its value and what to do.
     """
 
     actor: Actor
@@ -123,13 +116,12 @@ class LitPPO(L.LightningModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(
-            ignore=saved.not_plain(
-                rewards=rewards, eval_rewards=eval_rewards, advantages=advantages, generation=generation,
-                actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, model_kwargs=model_kwargs,
-                actor_scheduler=actor_scheduler, critic_scheduler=critic_scheduler,
-            )
+        unsaved = saved.not_plain(
+            rewards=rewards, eval_rewards=eval_rewards, advantages=advantages, generation=generation,
+            actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, actor_scheduler=actor_scheduler,
+            critic_scheduler=critic_scheduler, model_kwargs=model_kwargs,
         )  # fmt: skip
+        self.save_hyperparameters(ignore=unsaved)
         self.automatic_optimization = False
         self.strict_loading = False  # frozen weights stay out of checkpoints; on_load_checkpoint checks the rest
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
@@ -143,7 +135,7 @@ class LitPPO(L.LightningModule):
             seed=self.seed,
         )  # fmt: skip
         self.rewards = as_source(rewards)
-        self.source_names = source_names(self.rewards)  # several rewards: each one's scores are in ``extras``
+        self.source_names = source_names(self.rewards)  # scores of several rewards are in ``extras`` by name
         self.eval_rewards = None if eval_rewards is None else eval_sources(self, self.rewards, eval_rewards)
         self.advantages = advantages
         self.samples_per_prompt = integer(self, "samples_per_prompt", samples_per_prompt)
@@ -153,8 +145,7 @@ class LitPPO(L.LightningModule):
         self.ppo_epochs = integer(self, "ppo_epochs", ppo_epochs)
         self.minibatch_size = integer(self, "minibatch_size", minibatch_size)
         self.limits = optimize.micro_batch_limits(self, micro_batch_size, micro_batch_tokens)
-        tolerance = sampling_logprobs_tolerance
-        self.tolerance = None if tolerance is None else non_negative(self, "sampling_logprobs_tolerance", tolerance)
+        self.tolerance = non_negative_or_none(self, "sampling_logprobs_tolerance", sampling_logprobs_tolerance)
         self.loss_reduction = one_of(self, "loss_reduction", loss_reduction, get_args(LossReduction))
         self.reward_timeout = positive_or_none(self, "reward_timeout", reward_timeout)
         self.optimization = optimize.Optimization(self, max_grad_norm, max_skipped_steps)
@@ -208,22 +199,22 @@ class LitPPO(L.LightningModule):
             self.progress.detail = f"step {len(steps) + 1}"
             metrics = self.backward_minibatch(minibatch)
             fire(self, "on_minibatch_end", experience, metrics)
+            steps.append(metrics)
             if not experience.exhausted:
                 self.step_optimizers(metrics, experience)
-            steps.append(metrics)
         fire(self, "on_update_end", experience)
         self.optimization.end_update(self)
         log_update(self, experience, coefficients, steps)
 
     def backward_minibatch(self, minibatch: Minibatch) -> dict[str, float]:
-        """Gradients of one optimizer step, clipped; returns the step's metrics over all ranks."""
+        """Gradients of one optimizer step, clipped; returns its metrics over all ranks."""
         return optimize.backward_minibatch(self, minibatch, clip_range=self.clip_range)
 
     def step_optimizers(self, metrics: dict[str, float], experience: Experience) -> None:
         """Step the optimizers that have gradients, or skip the step where a loss or gradient is not finite."""
         self.optimization.step(self, metrics, experience)
 
-    # What callbacks call; no hooks
+    # What callbacks call
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -246,12 +237,7 @@ class LitPPO(L.LightningModule):
             policy: Which model samples.
             logprobs: Also compute log-probs, reference log-probs, KL and values.
             stream: None: the random stream of training, which advances with each rollout; a name: a fixed stream.
-
-        Raises:
-            ValueError: No prompts, or prompt plus new tokens exceed a model's token limit.
         """
-        if not self._built:  # without a Trainer
-            self.configure_model()
         batch = prompts if isinstance(prompts, PromptBatch) else as_batch(prompts, self.tokenizer)
         random = (self.seed, stream or "train", self.rollouts if stream is None else 0)
         experience, sampled = sample_responses(
@@ -262,11 +248,11 @@ class LitPPO(L.LightningModule):
         self.rollouts += stream is None
         if logprobs:
             self.progress.detail = "log-probs"
-            self.sampling_difference = add_logprobs(
+            difference = add_logprobs(
                 self.models, experience, sampled, temperature=self.temperature, kl_estimator=self.kl_estimator,
                 limits=self.limits, tolerance=self.tolerance,
             )  # fmt: skip
-        self.progress.detail = ""
+            self.sampling_difference = self.sampling_difference if difference is None else difference
         return experience
 
     @torch.inference_mode(False)
@@ -279,24 +265,6 @@ class LitPPO(L.LightningModule):
         experience.extras |= {name: values for name, values in scores.items() if name}
         return scores[""]
 
-    def exact_kl(self, minibatch: Experience) -> Tensor:
-        """KL to the reference over the whole vocabulary, per token, (B, T) and differentiable."""
-        return exact_kl(self, minibatch)
-
-    def backward_on_text(self, batch: dict[str, Tensor], coef: float) -> tuple[float, float]:
-        """Add the gradient of ``coef`` times the next-token loss on a text batch; returns loss and gradient norm."""
-        return text_loss.backward_on_text(self, batch, coef)
-
-    def loss_on_text(self, batch: dict[str, Tensor]) -> tuple[float, int]:
-        """Next-token loss on a text batch, without gradients, and the number of tokens."""
-        return text_loss.loss_on_text(self, batch)
-
-    def save_pretrained(self, dirpath: str | Path, *, adapter: bool = False) -> None:
-        """Write the actor, or only its adapter, in Hugging Face format; to be called on every rank."""
-        saved.save_pretrained(self, dirpath, adapter=adapter)
-
-    # What is built, and Lightning's hooks around the updates
-
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The actor's tokenizer, loaded on first use: a data module may have written it only just before."""
@@ -306,7 +274,9 @@ class LitPPO(L.LightningModule):
 
     @property
     def models(self) -> Models:
-        """Everything that samples and learns."""
+        """Everything that samples and learns; without a Trainer it is built here."""
+        if not self._built:
+            self.configure_model()
         return Models(self.actor, self.critic, self.reference, self.tokenizer, self.generation)
 
     @property
@@ -314,27 +284,17 @@ class LitPPO(L.LightningModule):
         """The actor's optimizer."""
         return optimize.optimizers_of(self)["actor"]
 
-    def train(self, mode: bool = True) -> "LitPPO":
-        """Score sources stay in eval mode, as all our models do."""
-        super().train(mode)
-        for source in (self.rewards, self.eval_rewards):
-            if isinstance(source, nn.Module):
-                source.train(False)
-        return self
+    # More methods, each a function in the file that is named: what callbacks call, then Lightning's hooks.
 
-    # Each hook is a function of the file named.
-    configure_model = build.configure_model
-    configure_optimizers = build.configure_optimizers
+    exact_kl = exact_kl
+    backward_on_text, loss_on_text = text_loss.backward_on_text, text_loss.loss_on_text
+    save_pretrained, only_actor = saved.save_pretrained, saved.only_actor
+    train = build.train
+    configure_model, configure_optimizers = build.configure_model, build.configure_optimizers
     setup = preflight.setup
-    on_fit_start = preflight.on_fit_start
-    on_train_start = preflight.on_train_start
+    on_fit_start, on_train_start = preflight.on_fit_start, preflight.on_train_start
     on_train_batch_start = preflight.on_train_batch_start
-    validation_step = evaluate.validation_step
-    test_step = evaluate.test_step
-    predict_step = evaluate.predict_step
-    on_predict_start = evaluate.on_predict_start
-    on_predict_end = evaluate.on_predict_end
+    validation_step, test_step, predict_step = evaluate.validation_step, evaluate.test_step, evaluate.predict_step
+    on_predict_start, on_predict_end = evaluate.on_predict_start, evaluate.on_predict_end
     state_dict = saved.state_dict  # type: ignore[assignment]
-    only_actor = saved.only_actor
-    on_save_checkpoint = saved.on_save_checkpoint
-    on_load_checkpoint = saved.on_load_checkpoint
+    on_save_checkpoint, on_load_checkpoint = saved.on_save_checkpoint, saved.on_load_checkpoint
