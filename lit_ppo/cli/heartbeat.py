@@ -4,7 +4,6 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 
 
 def duration(seconds: float) -> str:
@@ -40,7 +39,7 @@ class Heartbeat:
             threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
 
     def begin(self, doing: str) -> None:

@@ -19,7 +19,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-un
 from lit_ppo.cli.heartbeat import Heartbeat, duration
 
 RECENT = 20  # batches whose mean duration gives the time left
-BAR = 10  # columns
 EVALUATIONS = {"sanity_check": "sanity_val", "validate": "val", "test": "test", "predict": "predict"}
 
 
@@ -106,8 +105,8 @@ class ProgressLine(ProgressBar):
             return
         bar, columns = self._bar, shutil.get_terminal_size().columns - 1  # the terminal would wrap a full line
         bar.ncols, (_, bar.n, bar.total), line = columns, self._position(), self.line(columns)
-        has_bar = 0 < bar.total < math.inf and len(line) + BAR + 2 <= columns
-        bar.bar_format = f"{{desc}}  {{bar:{BAR}}}" if has_bar else "{desc}"
+        has_bar = 0 < bar.total < math.inf and len(line) + 12 <= columns
+        bar.bar_format = "{desc}  {bar:10}" if has_bar else "{desc}"
         bar.set_description_str(line)
 
     def line(self, columns: int | None = None) -> str:

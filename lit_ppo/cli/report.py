@@ -11,8 +11,8 @@ from lit_ppo.validate import integer, refuse
 class RunReport(L.Callback):
     """Samples a few prompts before and after ``fit`` and prints both side by side.
 
-    It takes held-out prompts if the data module has them, else the first training prompts. A resumed run compares
-    with the start of the full run. Modules without a rollout get no report.
+    Prompts are held-out ones if there are any, else the first of training. A resumed run compares with the start of
+    the full run. Modules without a rollout get no report.
 
     Args:
         prompts: Prompts to sample; the mean score and KL are over these. 0 turns the report off.

@@ -12,22 +12,20 @@ from lit_ppo.cli.heartbeat import duration
 from lit_ppo.cli.progress import number, short, total_updates, unit, updates_done
 
 ENDS = 10  # values at the start and at the end of a run that are averaged, at most
-WARNINGS = 3  # printed of each monitor
 
 
 class RunSummary(L.Callback):
     """Prints at the end of ``fit``, however it ends, what the run has done.
 
-    One line for each metric of the progress bar: means over the first and the last tenth of the updates, at most ten
-    updates each, and the first and last value on held-out data. Then the warnings of the monitors. A resumed run's
-    summary covers the full run. Only the first process prints, and only if the trainer has a progress bar.
+    Each metric of the progress bar has a line: its means over the first and the last tenth of the updates (ten at
+    most), and its first and last value on held-out data. The warnings of the monitors follow. After a resume the
+    summary covers the full run. It needs a trainer with a progress bar.
     """
 
-    _done = _resumed_after = 0  # updates
+    _timer = Timer()  # never started
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._timer = Timer()
-        self._done = self._resumed_after = 0
         self._series: dict[str, list[float]] = {}  # the first and the last values
         self._held_out: dict[str, list[float]] = {}  # the first and the last value
 
@@ -54,14 +52,13 @@ class RunSummary(L.Callback):
         self._timer.on_train_end(trainer, pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Print here: Lightning's bars are on the screen until now."""
-        if stage == "fit":
+        if self._timer.start_time() is not None:  # Lightning's bars are on the screen until now
             total = total_updates(trainer)
             early = self._done < total if total < math.inf else trainer.should_stop
             self._print(trainer, "Stopped early: " if early else "")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if trainer.state.fn == "fit" and self._done > self._resumed_after:
+        if self._timer.start_time() is not None and self._done > self._resumed_after:
             asked = isinstance(exception, KeyboardInterrupt | SIGTERMException)
             self._print(trainer, "Interrupted: " if asked else f"Ended by an error ({type(exception).__name__}): ")
 
@@ -94,10 +91,10 @@ def _moved(values: list[float], n: int) -> str:
 
 
 def warned(callbacks: list[Any]) -> list[str]:
-    """The warnings of monitors: callbacks that keep a list of them in ``told``."""
+    """The first warnings of each monitor: a callback that keeps a list of them in ``told``."""
     lines = []
     for callback in callbacks:
         if (told := getattr(callback, "told", None)) is not None:
-            more = f", and {len(told) - WARNINGS} more" if len(told) > WARNINGS else ""
-            lines.append(f"{type(callback).__name__}: {', '.join(told[:WARNINGS]) or 'no warnings'}{more}.")
+            more = f", and {len(told) - 3} more" if len(told) > 3 else ""
+            lines.append(f"{type(callback).__name__}: {', '.join(told[:3]) or 'no warnings'}{more}.")
     return lines
