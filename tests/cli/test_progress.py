@@ -16,10 +16,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from lit_ppo.callbacks import CollapseMonitor
 from lit_ppo.cli.heartbeat import Heartbeat
 from lit_ppo.cli.progress import ProgressLine, progress_bar
-from tests.helpers.scripted import Automatic, Clock, Loader, Scripted, fit
-from tests.helpers.toys import make_data, make_module, make_trainer
+from lit_ppo.cli.summary import RunSummary
+from tests.helpers.scripted import Automatic, Clock, Scripted, fit
+from tests.helpers.toys import make_data, make_module, make_trainer, write_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
@@ -69,17 +71,16 @@ def run(
 
 def test_a_run_in_mid_update_says_phase_how_long_and_how_far(tmp_path: Path):
     bar = Lines()
-    seen = []
 
     def looks(module: Any) -> None:
         module.progress.detail = "token 5/32"
-        seen.append(bar.line())
+        bar.show()
         module.progress = SimpleNamespace(phase="score", since=module.clock.now, detail="")
         module.clock.now += 2.0
-        seen.append(bar.line())
+        bar.show()
 
-    run(tmp_path, bar, [9, 69, 0.4], during=looks)
-    assert seen == [
+    lines = run(tmp_path, bar, [9, 69, 0.4], during=looks)
+    assert [line for line in lines if "(" in line] == [
         "update 0/3  (rollout 9 s, token 5/32)",
         "update 0/3  (score 2 s)",
         "update 1/3  score 0  tok/s 1,234  (rollout 1 min 9 s, token 5/32)  0 s left",
@@ -89,17 +90,15 @@ def test_a_run_in_mid_update_says_phase_how_long_and_how_far(tmp_path: Path):
     ]
 
 
-@pytest.mark.parametrize("progress", [None, "a name that is used for something else"])
-def test_modules_without_progress_get_the_time_in_their_step(tmp_path: Path, progress: Any):
+def test_modules_without_progress_get_the_time_in_their_step(tmp_path: Path):
     bar = Lines()
-    seen = []
 
     def looks(module: Any) -> None:
-        module.progress = progress
-        seen.append(bar.line())
+        for progress in (None, "a name that is used for something else"):
+            module.progress = progress
+            bar.show()
 
-    run(tmp_path, bar, [9], during=looks, limit_train_batches=1)
-    assert seen == ["update 0/1  (9 s)"]
+    assert run(tmp_path, bar, [9], during=looks, limit_train_batches=1)[1:3] == ["update 0/1  (9 s)"] * 2
 
 
 def test_validation_counts_its_batches_and_stops_the_clock(tmp_path: Path):
@@ -119,17 +118,6 @@ def test_validation_counts_its_batches_and_stops_the_clock(tmp_path: Path):
     assert "validate 1/2  score 0  tok/s 1,234  (1 min 40 s)  8 s left" in bar.lines
     assert "update 2/3  score 1  tok/s 1,234  val/score 2  5 s left" in bar.lines  # measured after one update
     assert bar.lines[-1] == "update 3/3  score 2  tok/s 1,234  val/score 6"
-
-
-def test_validation_on_several_sets_counts_all_their_batches(tmp_path: Path):
-    class Two(Scripted):
-        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-            return None
-
-    bar = Lines()
-    trainer = L.Trainer(callbacks=[bar], logger=False, accelerator="cpu", default_root_dir=tmp_path)
-    trainer.validate(Two(bar.clock, []), [Loader(torch.zeros(2, 1)), Loader(torch.zeros(3, 1))])
-    assert bar.lines == [f"validate {n}/5" for n in range(6)]
 
 
 @pytest.mark.parametrize(
@@ -177,39 +165,51 @@ def test_the_time_left_is_that_of_the_last_twenty_updates(tmp_path: Path):
     assert "update 21/24  score 20  tok/s 1,234  6 s left" in lines
 
 
-def test_litppo_says_what_it_does_and_how_far(tmp_path: Path, tiny_lm: Path):
-    """Seven responses, minibatches of five, two passes: four steps."""
+@pytest.mark.filterwarnings("ignore:CollapseMonitor")
+def test_litppo_says_what_it_does_and_what_it_has_done(tmp_path: Path, tiny_lm: Path, capsys: Any):
+    """Seven responses, minibatches of five, two passes: four steps; no length but the first is fine."""
     bar = Lines()
 
     class Steps(L.Callback):
         def on_minibatch_end(self, *_: Any) -> None:
             bar.show()
 
-    trainer = make_trainer(tmp_path, callbacks=[bar, Steps()], enable_progress_bar=True, max_steps=1)
-    trainer.fit(make_module(tiny_lm), make_data(tmp_path))
-    steps = [line for line in bar.lines if "step" in line]
-    assert [re.findall(r"\(update, (step \d)", line) for line in steps] == [[f"step {n}"] for n in (1, 2, 3, 4)]
-    assert [word.split()[0] for word in bar.lines[-1].split("  ")] == ["update", "score", "kl", "length", "tok/s"]
+    callbacks = [bar, Steps(), CollapseMonitor(length=(1.0001, 99.0)), RunSummary()]
+    trainer = make_trainer(tmp_path, callbacks=callbacks, enable_progress_bar=True, max_steps=2)
+    trainer.fit(make_module(tiny_lm), make_data(tmp_path, val_path=str(write_prompts(tmp_path / "val.jsonl", 5))))
+    assert re.findall(r"update 0/2  \(update, (step \d)", "\n".join(bar.lines)) == [f"step {n}" for n in (1, 2, 3, 4)]
+    names = ["score", "kl", "length", "tok/s"]
+    assert [word.split()[0] for word in bar.lines[-1].split("  ")] == ["update", *names]
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.split()[0] for line in lines] == ["2", *names, "CollapseMonitor:"]
+    rows: Any = trainer.loggers[0].rows  # type: ignore[attr-defined]
+    score, held_out = ([f"{row[name]:.3g}" for row in rows if name in row] for name in ("objective/score", "val/score"))
+    assert lines[1] == f"  score {score[0]} -> {score[1]}  (held-out {held_out[0]} -> {held_out[-1]})"
+    assert lines[-1] == "CollapseMonitor: warning at update 2 (length)."
 
 
 # ---- a pipe
 
 
-def test_lines_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Updates of 4, 8, 2, 2, 2 and 6 s, a line every five; after two the mean is 6 and four are left: 24 s."""
-    run(tmp_path, progress_bar(Heartbeat(enabled=False)), [4, 8, 2, 2, 2, 6], max_epochs=2)
-    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("update")] == [
-        "update 0/6",
-        "update 2/6  score 1  tok/s 1,234  24 s left",
-        "update 5/6  score 4  tok/s 1,234  4 s left",
-        "update 6/6  score 5  tok/s 1,234",
-    ]
-
-
-def test_a_run_without_an_end_has_no_total(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    run(tmp_path, progress_bar(Heartbeat(enabled=False)), [1] * 9, Stop(), max_epochs=-1)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("update")]
-    assert lines == ["update 0", "update 2  score 1  tok/s 1,234"]  # the first, and the last
+@pytest.mark.parametrize(
+    ("seconds", "options", "lines"),
+    [
+        (  # after two the mean is 6 s and four are left: 24 s
+            [4, 8, 2, 2, 2, 6],
+            {"max_epochs": 2},
+            ["0/6", "2/6  score 1  tok/s 1,234  24 s left", "5/6  score 4  tok/s 1,234  4 s left",
+             "6/6  score 5  tok/s 1,234"],
+        ),
+        ([1] * 9, {"max_epochs": -1}, ["0", "2  score 1  tok/s 1,234"]),  # stopped after two
+    ],
+)  # fmt: skip
+def test_a_pipe_gets_the_first_line_the_last_and_one_every_five_seconds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], seconds: list[float], options: dict[str, Any], lines: list[str]
+):
+    callbacks = [Stop()] if options["max_epochs"] < 0 else []
+    run(tmp_path, progress_bar(Heartbeat(enabled=False)), seconds, *callbacks, **options)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("update")]
+    assert printed == [f"update {line}" for line in lines]
 
 
 # ---- signs of life
@@ -335,7 +335,7 @@ def test_messages_stand_above_the_line(tmp_path: Path, terminal: Any, monkeypatc
 
 @pytest.mark.parametrize("name", ["validate", "test", "predict"])
 def test_the_line_ends_before_results_are_printed(tmp_path: Path, terminal: Any, name: str):
-    """Lightning prints them between the end of the loop and ``teardown``."""
+    """Lightning prints them between the end of the loop and ``teardown``; batches of all sets are counted."""
     screen, bar = terminal(100)
     ends = []
 
@@ -345,15 +345,15 @@ def test_the_line_ends_before_results_are_printed(tmp_path: Path, terminal: Any,
 
         on_test_end = on_predict_end = on_validation_end
 
-        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
             bar.seconds = 0.0
             return batch
 
-        validation_step = test_step = predict_step  # type: ignore[assignment]
+        test_step = predict_step = validation_step
 
     trainer = L.Trainer(callbacks=[bar], logger=False, accelerator="cpu", default_root_dir=tmp_path)
-    getattr(trainer, name)(Every(Clock(), []), DataLoader(torch.zeros(2, 1)))
-    assert f"{name} 2/2  ██████████" in screen.frames
+    getattr(trainer, name)(Every(Clock(), []), [DataLoader(torch.zeros(n, 1)) for n in (2, 3)])  # type: ignore[arg-type]
+    assert f"{name} 5/5  ██████████" in screen.frames
     assert ends == ["\n"]
 
 
