@@ -66,7 +66,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 problem = "must be 'bfloat16', a MixedPrecisionPolicy, or null for float32"
                 refuse(self, "mixed_precision", mixed_precision, problem)
             mixed_precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-        # inputs hold uniform random numbers, outputs log-probs and values: neither may be rounded
+        # forwards take the hidden states of other models and return log-probs and values: neither may be rounded
         policy = mixed_precision or MixedPrecisionPolicy()
         self.mixed_precision = replace(policy, cast_forward_inputs=False, output_dtype=None)
         self.offload_frozen = offload_frozen
