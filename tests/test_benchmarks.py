@@ -99,7 +99,7 @@ def test_our_sampling_says_what_the_script_says():
     actor.model.generate = lambda **kw: generate(**kw, logits_processor=[Scripted(Script(prompts, responses))])
     ids, mask = left_padded([prompts[row] for row in order])
     config = GenerationConfig(**NEUTRAL, max_new_tokens=job.longest_response, eos_token_id=EOS, pad_token_id=0)
-    sampled = actor.generate(ids, mask, config, torch.rand(len(order), job.longest_response, dtype=torch.float64))
+    sampled = actor.generate(ids, mask, config, [(0, 0, 0, row, 0) for row in order])
     assert sampled.ids == [responses[row][: response_length(responses[row])] for row in order]
 
 

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
 
@@ -13,11 +14,9 @@ def layers(file: str) -> list[str]:
     files = [file]
     while (base := _base(files[0])) is not None:
         if base in files:
-            raise CommandError(f"{files[0]}: base: {base} is based on this file; remove one of the two", exit_code=2)
+            _refuse(files[0], f"{base} is based on this file; remove one of the two")
         if not os.path.isfile(base):
-            raise CommandError(
-                f"{files[0]}: base: file {base} does not exist; give a path relative to this file", exit_code=2
-            )
+            _refuse(files[0], f"file {base} does not exist; give a path relative to this file")
         files.insert(0, base)
     return files
 
@@ -31,3 +30,9 @@ def _base(file: str) -> str | None:
         return None  # the parser reports it
     base = content.get("base") if isinstance(content, dict) else None
     return None if base is None else os.path.normpath(Path(file).parent / str(base))
+
+
+def _refuse(file: str, problem: str) -> NoReturn:
+    lines = Path(file).read_text(encoding="utf-8").splitlines()
+    number = next((number for number, line in enumerate(lines, 1) if line.startswith("base")), 1)
+    raise CommandError(f"{file}:{number}: base: {problem}", exit_code=2)

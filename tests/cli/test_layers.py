@@ -72,9 +72,9 @@ def test_an_error_names_the_file_of_the_chain_and_the_line(top: Path, tmp_path: 
 def test_a_base_that_is_missing_or_based_on_the_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("seed_everything: 1\nbase: b.yaml\n")
     arguments = ("fit", "--config", "a.yaml", "--print_config")
-    run_command(*arguments, cwd=tmp_path).refused("a.yaml: base: file b.yaml does not exist", "relative to")
+    run_command(*arguments, cwd=tmp_path).refused("a.yaml:2: base: file b.yaml does not exist", "relative to")
     (tmp_path / "b.yaml").write_text("base: ./a.yaml\n")
-    run_command(*arguments, cwd=tmp_path).refused("b.yaml: base: a.yaml is based on this file")
+    run_command(*arguments, cwd=tmp_path).refused("b.yaml:1: base: a.yaml is based on this file")
 
 
 def test_layers_of_a_file(top: Path, tmp_path: Path) -> None:
