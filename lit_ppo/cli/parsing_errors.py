@@ -132,7 +132,9 @@ def _alternatives(error: BaseException) -> list[BaseException]:
 def _arguments_of(class_path: str) -> list[str]:
     from jsonargparse import ArgumentParser
 
-    names: list[str] = ArgumentParser().add_class_arguments(resolve_name(class_path), fail_untyped=False)
+    parser, target = ArgumentParser(), resolve_name(class_path)
+    add = parser.add_class_arguments if isinstance(target, type) else parser.add_function_arguments
+    names: list[str] = add(target, fail_untyped=False)
     return names
 
 
@@ -147,7 +149,7 @@ def _where(name: str, arguments: Sequence[str]) -> str:
                 except yaml.MarkedYAMLError as error:
                     return f"{file}:{error.problem_mark.line + 1}: " if error.problem_mark else ""
                 lines = [line for found, line in _names(node) if found.endswith(f".{name}")]
-                if lines:
+                if name and lines:
                     return f"{file}:{lines[0]}: "
         elif name and (f".{name}." in f".{option.lstrip('-').rstrip('+')}." or name in (_last(value), _last(after))):
             return ""
