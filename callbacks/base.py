@@ -1,7 +1,27 @@
-"""The whole hook contract: what a trick is handed, what it may touch, and who calls it.
+"""The hook contract: when each hook is called, what it is given, and what callbacks may use of the module.
 
-A trick is a Lightning callback with some of the hooks below. :func:`fire` calls a hook by name on every
-callback of the trainer that has it, so plain callbacks and other people's modules work alike.
+One update, with every hook in its place::
+
+    on_rollout_start(prompts)
+    experience = rollout(prompts)
+    on_rollout_end(experience)
+    experience.scores = score(experience)
+    on_scores(experience)
+    experience.rewards = token_rewards(experience)
+    on_rewards(experience)
+    experience.advantages, experience.returns = advantages(experience)
+    on_advantages(experience)
+    for minibatch in experience.minibatches(...):
+        on_minibatch_start(minibatch)
+        for micro_batch in minibatch:
+            on_actor_loss(micro_batch, {"policy": ...}); backward of the sum
+            on_critic_loss(micro_batch, {"value": ...}); backward of the sum
+        on_minibatch_end(experience, metrics)
+        step of the optimizers, unless experience.exhausted
+    on_update_end(experience)
+
+:func:`fire` calls a hook by name on every callback of the trainer that has it, so plain Lightning callbacks and other
+people's modules work too.
 """
 
 from collections.abc import Callable, Iterator, Sized
@@ -94,7 +114,7 @@ class MinibatchLike(ExperienceLike, Protocol):
 
 
 class PPOModule(Protocol):
-    """What callbacks may read, write and call of the module. Each trick asks for what it needs with :func:`require`."""
+    """What callbacks may read, write and call on the module. Each trick checks what it needs with :func:`require`."""
 
     trainer: L.Trainer
     kl_coef: float
@@ -251,7 +271,7 @@ def of_first_process(trainer: Any, find: Callable[[], Any]) -> Any:
             found = find(), None
         except (OSError, ValueError) as error:
             found = None, str(error)
-        except Exception as error:  # nobody is to wait for what does not come
+        except Exception as error:  # the other ranks must not wait forever
             failure, found = error, (None, f"{type(error).__name__}: {error}")
     found, problem = trainer.strategy.broadcast(found)
     if failure is not None:

@@ -382,7 +382,7 @@ def adaptive_kl_coef(
     .. math:: e = \mathrm{clip}(KL / target - 1, \pm e_{max}), \quad \beta' = \beta (1 + e\, n / horizon)
 
     Args:
-        kl_coef: Coefficient in force, beta.
+        kl_coef: Current coefficient, beta.
         kl: KL to the reference measured on the episodes just seen, nats.
         target: KL to hold, in the same unit as ``kl``.
         horizon: Episodes in which a clipped error of 1 would double the coefficient.

@@ -41,8 +41,8 @@ def check_lora(argument: str, fields: Any) -> None:
     for name, value in fields.items():
         if name not in FIELDS and (name not in NEUTRAL or value != NEUTRAL[name]):
             raise ValueError(
-                f"{argument}={fields!r}): {name}={value!r} is not served, as the reference must be the same model "
-                f"without its adapter, and dropout is off in rollouts and updates alike; give {', '.join(FIELDS)}"
+                f"{argument}={fields!r}): {name}={value!r} is not supported: the reference must be the same model "
+                f"without its adapter, and dropout is off in rollouts and updates; give {', '.join(FIELDS)}"
             )
     if find_spec("peft") is None:
         raise ImportError(f"{argument}={fields!r}): needs peft; pip install 'lit-ppo[peft]', or leave it out")
@@ -105,7 +105,7 @@ def save_adapter(model: PreTrainedModel, weights: dict[str, Tensor] | None, dirp
 
     Args:
         model: With an adapter.
-        weights: The adapter's, whole and without gradients, where the model's are not.
+        weights: Full weights of the adapter, where the model is sharded; None: those of the model.
         dirpath: Folder; made if it does not exist.
     """
     if weights is None:
@@ -122,7 +122,7 @@ def save_adapter(model: PreTrainedModel, weights: dict[str, Tensor] | None, dirp
 def merged(
     model: PreTrainedModel, weights: dict[str, Tensor] | None, load: Callable[[], PreTrainedModel]
 ) -> PreTrainedModel:
-    """A model of its own, with the adapter added to its weights.
+    """A second model, with the adapter added to its weights.
 
     Args:
         model: With an adapter.
@@ -134,8 +134,8 @@ def merged(
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is deprecated")  # peft asks for it
         save_adapter(model, weights, folder)
-        whole: PreTrainedModel = PeftModel.from_pretrained(load(), folder).merge_and_unload()
-    return whole
+        full: PreTrainedModel = PeftModel.from_pretrained(load(), folder).merge_and_unload()
+    return full
 
 
 class WithoutAdapter:

@@ -317,11 +317,11 @@ def test_rank_and_alpha_scale_what_the_adapter_adds(tmp_path: Path, lm: Path) ->
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no fields": ({"actor_lora": 16}, r"LitPPO\(actor_lora=16\): must be fields of peft\.LoraConfig"),
-    "dropout": ({"actor_lora": {"lora_dropout": 0.1}}, r"LitPPO\(actor_lora=.*\): lora_dropout=0\.1 is not served"),
-    "biases": ({"critic_lora": {"bias": "all"}}, r"LitPPO\(critic_lora=.*\): bias='all' is not served"),
-    "whole modules": ({"actor_lora": {"modules_to_save": ["lm_head"]}}, "modules_to_save=.*is not served"),
-    "moved weights": ({"actor_lora": {"init_lora_weights": "pissa"}}, "init_lora_weights='pissa' is not served"),
-    "typing error": ({"actor_lora": {"rank": 8}}, r"rank=8 is not served.*give r, lora_alpha"),
+    "dropout": ({"actor_lora": {"lora_dropout": 0.1}}, r"LitPPO\(actor_lora=.*\): lora_dropout=0\.1 is not supported"),
+    "biases": ({"critic_lora": {"bias": "all"}}, r"LitPPO\(critic_lora=.*\): bias='all' is not supported"),
+    "whole modules": ({"actor_lora": {"modules_to_save": ["lm_head"]}}, "modules_to_save=.*is not supported"),
+    "moved weights": ({"actor_lora": {"init_lora_weights": "pissa"}}, "init_lora_weights='pissa' is not supported"),
+    "typing error": ({"actor_lora": {"rank": 8}}, r"rank=8 is not supported.*give r, lora_alpha"),
     "half a reference": (
         {"reference_dtype": "bfloat16"},
         r"LitPPO\(reference_dtype='bfloat16'\): the reference is the actor without its adapter",
