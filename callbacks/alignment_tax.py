@@ -6,8 +6,9 @@ import lightning as L
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
-from lit_ppo.callbacks.base import PPOCallback, PPOModule, as_in_a_step, batch_of, make_ready
+from lit_ppo.callbacks.base import PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import loader_over_rows, refuse_beside, require, require_data_module, warn_of_gaps
+from lit_ppo.callbacks.trainer import as_in_a_step, batch_of, make_ready
 from lit_ppo.validate import integer
 
 

@@ -24,15 +24,11 @@ One update, with every hook in its place::
 people's modules work too.
 """
 
-from collections.abc import Callable, Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Sized
 from typing import Any, Protocol
 
 import lightning as L
-import torch
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 HOOKS: dict[str, str] = {
     "on_rollout_start": "prompts",
@@ -228,76 +224,3 @@ class PPOCallback(L.Callback):
 
     def on_update_end(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
         """All optimizer steps of the update are done."""
-
-
-@contextmanager
-def as_in_a_step(trainer: Any) -> Iterator[None]:
-    """Run models as steps do, in the trainer's precision, and without gradients: Lightning's other hooks do neither.
-
-    Args:
-        trainer: The trainer.
-    """
-    with torch.no_grad(), trainer.precision_plugin.forward_context():
-        yield
-
-
-def make_ready(data: L.LightningDataModule, trainer: L.Trainer) -> None:
-    """Prepare and set up data that a callback brings, for ``fit``: once on the first process, then on each.
-
-    Args:
-        data: It gets the trainer, as the trainer's own data module does.
-        trainer: The trainer.
-    """
-    data.trainer = trainer
-    rank_zero_only(data.prepare_data)()
-    trainer.strategy.barrier("data of a callback")
-    data.setup("fit")
-
-
-def of_first_process(trainer: Any, find: Callable[[], Any]) -> Any:
-    """What the first process finds, on every rank: a file that others write to, or a judge, might tell each another.
-
-    Args:
-        trainer: The trainer.
-        find: Gives plain data.
-
-    Raises:
-        ValueError: It failed there, with its message. The first process raises errors of other kinds as they are.
-    """
-    found: Any = None
-    failure: Exception | None = None
-    if trainer.is_global_zero:
-        try:
-            found = find(), None
-        except (OSError, ValueError) as error:
-            found = None, str(error)
-        except Exception as error:  # the other ranks must not wait forever
-            failure, found = error, (None, f"{type(error).__name__}: {error}")
-    found, problem = trainer.strategy.broadcast(found)
-    if failure is not None:
-        raise failure
-    if problem is not None:
-        raise ValueError(problem)
-    return found
-
-
-def batch_of(loader: DataLoader[Any], rows: list[int]) -> Any:
-    """The batch that a loader makes of some rows of its data set, whatever its own order; every rank gets the same.
-
-    Args:
-        loader: One with a data set that :func:`~lit_ppo.callbacks.checks.loader_over_rows` took.
-        rows: Row numbers; a single one where the rows are batches.
-    """
-    chosen = [loader.dataset[row] for row in rows]
-    return loader.collate_fn(chosen if loader.batch_size else chosen[0])
-
-
-def writers(trainer: Any, name: str) -> list[Callable[..., Any]]:
-    """What loggers take besides numbers: this method of their experiments, where they have it, on the first process.
-
-    Args:
-        trainer: The trainer.
-        name: Such as ``add_text``, which TensorBoard has.
-    """
-    experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers] if trainer.is_global_zero else []
-    return [getattr(experiment, name) for experiment in experiments if hasattr(experiment, name)]

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_ppo.callbacks.base import of_first_process
+from lit_ppo.callbacks.trainer import of_first_process
 
 
 class BestCheckpoint:

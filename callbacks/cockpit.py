@@ -10,11 +10,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from lit_ppo.callbacks.alignment_tax import AlignmentTax
-from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule, as_in_a_step, writers
+from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside, reward_names
 from lit_ppo.callbacks.collapse_monitor import CollapseMonitor
 from lit_ppo.callbacks.figures import score_against_kl, score_distributions
 from lit_ppo.callbacks.reward_hacking_monitor import RewardHackingMonitor
+from lit_ppo.callbacks.trainer import as_in_a_step, writers
 from lit_ppo.functional import best_of_n_score
 from lit_ppo.validate import integer
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
-from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule, batch_of, make_ready
+from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import loader_over_rows, refuse_beside, require, require_data_module
+from lit_ppo.callbacks.trainer import batch_of, make_ready
 from lit_ppo.validate import positive
 
 

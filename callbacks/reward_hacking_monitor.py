@@ -9,10 +9,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule, as_in_a_step, of_first_process
+from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.best_checkpoint import BestCheckpoint
 from lit_ppo.callbacks.checks import refuse_beside, require, require_prompts, reward_names, warn_of_gaps
 from lit_ppo.callbacks.ratings import Ratings, is_ratings, read_ratings
+from lit_ppo.callbacks.trainer import as_in_a_step, of_first_process
 from lit_ppo.functional import diverging
 from lit_ppo.rewards.function import RewardFunction, check_scores, takes_experience
 from lit_ppo.validate import fraction, integer, one_of, positive, refuse

@@ -7,9 +7,10 @@ from typing import Any
 
 import lightning as L
 
-from lit_ppo.callbacks.base import PPOCallback, PPOModule, as_in_a_step, writers
+from lit_ppo.callbacks.base import PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside, require, require_prompts
 from lit_ppo.callbacks.showing import html_table, pieces
+from lit_ppo.callbacks.trainer import as_in_a_step, writers
 from lit_ppo.validate import integer
 
 FILE = "samples.jsonl"

@@ -9,13 +9,14 @@ import pytest
 
 from lit_ppo.advantages import GAE
 from lit_ppo.callbacks import PPOCallback, fire
-from lit_ppo.callbacks.base import HOOKS, of_first_process
+from lit_ppo.callbacks.base import HOOKS
 from lit_ppo.callbacks.checks import (
     refuse_same_loss,
     require,
     require_model,
     require_token_rewards,
 )
+from lit_ppo.callbacks.trainer import of_first_process
 from tests.helpers.toy import Foreign, Spy, Toy, run_updates
 
 
