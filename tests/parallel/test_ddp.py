@@ -43,6 +43,6 @@ def test_different_prompts_on_ranks_are_refused(tiny_lm, monkeypatch):
     """As Lightning's sampler would deal them out for a plain DataLoader."""
     module = make_module(tiny_lm)
     map_rows = collect.map_rows
-    monkeypatch.setattr(collect, "map_rows", lambda *args: [*map_rows(*args), ([], ([[9, 9]], [], []))])
+    monkeypatch.setattr(collect, "map_rows", lambda *args: [*map_rows(*args), ([], ([[9, 9]], None))])
     with pytest.raises(ValueError, match=r"ranks were given different prompts.*use PromptDataModule"):
         module.rollout(["the film", "a movie"])

@@ -33,7 +33,7 @@ def test_an_overlay_trains_and_exports(name, tmp_path, tiny_lm, tiny_reward):
     environments = [rank_environment(store, i, n=2, nodes=nodes) for i in range(2)]
     running = [Running("fit", *arguments, cwd=tmp_path / str(i), env=env) for i, env in enumerate(environments)]
     for process in running:
-        process.result(100).ok()
+        process.result().ok()
     AutoModelForCausalLM.from_pretrained(tmp_path / "runs/version_0/model")
     saved = [path.name for path in (tmp_path / "runs/version_0/checkpoints").glob("*")]
     assert saved == ["step-000001.ckpt"]
