@@ -314,13 +314,14 @@ def test_any_number_of_ranks_goes_on_in_the_texts_but_with_no_other_batch(tmp_pa
         trick.load_state_dict(other)
 
 
-def test_no_logits_of_whole_texts(tmp_path, lm):
+def test_no_logits_of_whole_texts(tmp_path, lm, monkeypatch):
     """The stock head, which would make (rows, tokens, vocabulary) of them, is never run."""
     module = make_module(lm)
     module.configure_model()
     module.actor.model.get_output_embeddings().register_forward_pre_hook(lambda *_: pytest.fail("logits"))
-    module.rollout = lambda prompts, **options: experience  # sampling uses the head
     experience = make_module(lm).rollout(["the film", "a movie was", "it", "we", "they", "this", "that"])
+    sampled = experience, None
+    monkeypatch.setattr("lit_ppo.ppo.module.sample_responses", lambda *args, **kwargs: sampled)  # it uses the head
     trainer = make_trainer(tmp_path, callbacks=[PTXLoss(texts(tmp_path), 0.5)], max_steps=1)
     trainer.fit(module, make_data(tmp_path))
     assert "ptx/loss" in logged(trainer)[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lit_ppo.callbacks import CriticWarmup, EntropyBonus, RejectionSampling, ValueClipping
-from lit_ppo.models.actor_critic import actor_forward
+from tests.helpers.forwards import logprobs_of
 from tests.helpers.recorder import record, rows_of
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toy import Spy, Toy, run_updates
@@ -246,8 +246,5 @@ def test_the_winners_become_likelier(tmp_path, lm):
     start = make_module(lm)
     start.configure_model()
     with torch.no_grad():
-        new, old = (
-            actor_forward(m.actor, experience.model_inputs(), experience.kl.shape[1], m.temperature)[0].sum().item()
-            for m in (module, start)
-        )
+        new, old = (logprobs_of(m, experience).sum().item() for m in (module, start))
     assert new > old + 1.0

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import ValueClipping, ValueNormalization
-from lit_ppo.models.actor_critic import critic_forward
+from tests.helpers.forwards import values_of
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toy import Rows, Spy, Toy, run_updates
 from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer
@@ -160,8 +160,7 @@ class Predictions(L.Callback):
 
     def on_advantages(self, trainer: Any, pl_module: Any, experience: Any) -> None:
         with torch.no_grad():
-            values = critic_forward(pl_module.critic, experience.model_inputs(), experience.kl.shape[1])
-            self.seen.append(values[experience.response_mask])
+            self.seen.append(values_of(pl_module, experience)[experience.response_mask])
 
 
 class Experiences(L.Callback):

@@ -9,10 +9,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+import lit_ppo.ppo.collect
+import lit_ppo.ppo.module
 from lit_ppo import LitPPO
 from lit_ppo.callbacks import AlignmentTax, Cockpit, RewardHackingMonitor, SampleLogger
 from lit_ppo.functional import policy_loss, value_loss
-from lit_ppo.generation.transformers import NEUTRAL, sample
+from lit_ppo.generation.config import NEUTRAL
+from lit_ppo.generation.transformers import generate
+from lit_ppo.models.actor_critic import Actor
+from tests.helpers.forwards import logprobs_of, values_of
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toys import logged, make_data, make_module, make_trainer, texts
 
@@ -87,7 +92,7 @@ def test_the_first_ratio_is_1(tmp_path, lm, budget):
     for micro in first["micro_batches"]:
         mask = micro.response_mask
         off.append((micro.new_logprobs - micro.logprobs).exp()[mask] - 1)
-        differ.append((single.actor_forward(single.actor, micro)[0] - micro.logprobs)[mask])
+        differ.append((logprobs_of(single, micro) - micro.logprobs)[mask])
     assert torch.cat(off).abs().max() < RATIO_TOLERANCE
     assert torch.cat(off).abs().mean() < MEAN_TOLERANCE < 3 * MEAN_TOLERANCE < torch.cat(differ).abs().mean()
     kl = recorder.experiences[0].kl.abs()  # actor and reference compute alike
@@ -108,12 +113,12 @@ def test_every_gradient_is_that_of_float32(tmp_path, lm, step):
     moved = []
     for micro in recorded["micro_batches"]:
         with torch.no_grad():
-            before = single.actor_forward(single.actor, micro)[0]
+            before = logprobs_of(single, micro)
         moved.append((before - micro.new_logprobs).abs().max().item())
     assert (max(moved) > 0.3) == (step > 0)
     single.load_state_dict(recorded["weights"], strict=False)
     for micro in recorded["micro_batches"]:
-        logprobs, values = single.actor_forward(single.actor, micro)[0], single.critic_forward(single.critic, micro)
+        logprobs, values = logprobs_of(single, micro), values_of(single, micro)
         torch.testing.assert_close(micro.new_logprobs, logprobs, rtol=0, atol=0.03)
         torch.testing.assert_close(micro.new_values, values, rtol=0.02, atol=0.02)
         micro.mean(policy_loss(logprobs, micro.logprobs, micro.advantages, 0.2)).backward()
@@ -164,9 +169,9 @@ def test_preflight_training_and_validation_compute_alike(tmp_path, tiny_lm, monk
         def on_validation_start(self, *args: Any) -> None:
             where[0] = "validation"
 
-    sample, forward = LitPPO._sample, LitPPO.actor_forward
-    monkeypatch.setattr(LitPPO, "_sample", lambda *args, **kwargs: (note(), sample(*args, **kwargs))[1])
-    monkeypatch.setattr(LitPPO, "actor_forward", lambda *args, **kwargs: (note(), forward(*args, **kwargs))[1])
+    sample, forward = Actor.generate, Actor.forward
+    monkeypatch.setattr(Actor, "generate", lambda *args, **kwargs: (note(), sample(*args, **kwargs))[1])
+    monkeypatch.setattr(Actor, "forward", lambda *args, **kwargs: (note(), forward(*args, **kwargs))[1])
     data = make_data(tmp_path, val_fraction=0.25)
     trainer = make_trainer(
         tmp_path, precision=precision, callbacks=[Where()], max_steps=1, num_sanity_val_steps=0, val_check_interval=1
@@ -180,18 +185,18 @@ def test_monitors_compute_as_steps_do(tmp_path, tiny_lm, monkeypatch):
     """Rollouts by their streams, scores, and the loss on text: all in the trainer's precision."""
     seen: set[tuple[str, bool]] = set()
 
-    def noting(method: str, name: Callable[..., str]) -> None:
-        plain = getattr(LitPPO, method)
+    def noting(owner: Any, function: str, name: Callable[..., str]) -> None:
+        plain = getattr(owner, function)
 
         def noted(*args: Any, **kwargs: Any) -> Any:
             seen.add((name(*args), torch.is_autocast_enabled("cpu")))
             return plain(*args, **kwargs)
 
-        monkeypatch.setattr(LitPPO, method, noted)
+        monkeypatch.setattr(owner, function, noted)
 
-    noting("_sample", lambda *args: str(args[-1]))
-    noting("scores_by", lambda *args: "score")
-    noting("loss_on_text", lambda *args: "text")
+    noting(lit_ppo.ppo.module, "sample_responses", lambda models, batch, n, stream: stream[1])
+    noting(lit_ppo.ppo.collect, "scores_of", lambda *args: "score")
+    noting(LitPPO, "loss_on_text", lambda *args: "text")
     monitors = [
         Cockpit(best_of_prompts=2, best_of=2),
         SampleLogger(prompts=2),
@@ -220,15 +225,14 @@ def test_sampling_casts_each_weight_once_and_again_for_the_next_rollout(tmp_path
 
     config = GenerationConfig(**NEUTRAL, max_new_tokens=6, eos_token_id=None, pad_token_id=0, do_sample=True)
     ids = torch.tensor([[5, 6, 7]])
-    draws = torch.linspace(0.05, 0.95, 6, dtype=torch.float64).unsqueeze(0)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         with Casts():
-            first = sample(model, ids, torch.ones_like(ids), config, draws)
+            first = generate(model, ids, torch.ones_like(ids), config, [(3,)])
         assert casts == [torch.bfloat16]
         assert all(p.requires_grad == trained for p in model.parameters())
         model.transformer.wte.weight.mul_(-1.0)
-        second = sample(model, ids, torch.ones_like(ids), config, draws)
+        second = generate(model, ids, torch.ones_like(ids), config, [(3,)])
         fresh = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
         fresh.transformer.wte.weight.mul_(-1.0)
-        assert second == sample(fresh, ids, torch.ones_like(ids), config, draws)
+        assert second == generate(fresh, ids, torch.ones_like(ids), config, [(3,)])
     assert second != first

@@ -9,6 +9,7 @@ import torch
 
 from lit_ppo import LitPPO
 from lit_ppo.advantages import GroupRelative, LeaveOneOut, Reinforce
+from lit_ppo.models.actor_critic import Actor, Critic
 from lit_ppo.ppo.preflight import check_batch, check_disk
 from lit_ppo.rewards import RewardModel
 from lit_ppo.run.checkpoint import StepCheckpoint
@@ -19,25 +20,25 @@ from tests.helpers.toys import make_data, make_module, make_trainer
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
-        ("ppo_epochs", 0, "must be an integer over 0"),
-        ("minibatch_size", -1, "must be an integer over 0"),
-        ("samples_per_prompt", 0, "must be an integer over 0"),
-        ("micro_batch_size", 0, "must be an integer over 0"),
+        ("ppo_epochs", 0, "must be an integer, at least 1"),
+        ("minibatch_size", -1, "must be an integer, at least 1"),
+        ("samples_per_prompt", 0, "must be an integer, at least 1"),
+        ("micro_batch_size", 0, "must be an integer, at least 1"),
         ("micro_batch_tokens", 64, "give it or micro_batch_size, not both"),
-        ("temperature", 0.0, "must be a finite number over 0"),
-        ("temperature", float("inf"), "must be a finite number over 0"),
-        ("clip_range", -0.2, "must be a finite number over 0, or null for none"),
-        ("max_grad_norm", 0.0, "must be a finite number over 0, or null for none"),
-        ("kl_coef", -0.1, "must be a finite number, 0 or more"),
-        ("kl_coef", float("nan"), "must be a finite number, 0 or more"),
-        ("kl_coef", None, "must be a finite number, 0 or more"),
-        ("ppo_epochs", True, "must be an integer over 0"),
-        ("max_skipped_steps", -1, "must be an integer, 0 or more"),
-        ("max_skipped_steps", 1.5, "must be an integer, 0 or more"),
-        ("seed", -1, "must be an integer, 0 or more"),
-        ("advantages", len, "is no estimator"),
-        ("kl_estimator", "k4", "must be one of k1, k2, k3"),
-        ("loss_reduction", "mean", "must be one of token_mean, sequence_mean"),
+        ("temperature", 0.0, "must be a finite number, above 0"),
+        ("temperature", float("inf"), "must be a finite number, above 0"),
+        ("clip_range", -0.2, "must be a finite number, above 0"),
+        ("max_grad_norm", 0.0, "must be a finite number, above 0"),
+        ("kl_coef", -0.1, "must be a finite number, at least 0"),
+        ("kl_coef", float("nan"), "must be a finite number, at least 0"),
+        ("kl_coef", None, "must be a finite number, at least 0"),
+        ("ppo_epochs", True, "must be an integer, at least 1"),
+        ("max_skipped_steps", -1, "must be an integer, at least 0"),
+        ("max_skipped_steps", 1.5, "must be an integer, at least 0"),
+        ("seed", -1, "must be an integer, at least 0"),
+        ("advantages", len, "not an estimator: it lacks needs_values"),
+        ("kl_estimator", "k4", "must be one of 'k1', 'k2', 'k3'"),
+        ("loss_reduction", "mean", "must be one of 'token_mean', 'sequence_mean'"),
         ("model_kwargs", {"dtype": "bfloat16"}, "give the Trainer a precision"),
         ("critic", None, "GAE needs values"),
     ],
@@ -65,7 +66,7 @@ def test_one_response_has_no_group(tiny_lm, estimator):
 
 def test_a_kl_that_nobody_reads_is_refused(tiny_lm):
     critic_free = {"critic": None, "samples_per_prompt": 2, "kl_coef": 0.1}
-    with pytest.raises(ValueError, match=r"LitPPO\(kl_coef=0.1\): GroupRelative reads scores alone.*KLLoss"):
+    with pytest.raises(ValueError, match=r"LitPPO\(kl_coef=0.1\): GroupRelative reads only scores.*KLLoss"):
         make_module(tiny_lm, advantages=GroupRelative(), **critic_free)
     make_module(tiny_lm, advantages=LeaveOneOut(), **critic_free)
 
@@ -85,12 +86,13 @@ def test_a_tokenizer_larger_than_the_actor_is_refused(tmp_path, tiny_lm):
 def test_a_critic_from_a_reward_model_that_reads_other_tokens_is_refused(tmp_path, tiny_lm):
     words = list(reversed([*WORDS, "user", "assistant"]))
     reward = make_reward_model(tmp_path, tokenizer=make_tokenizer(words=words))
-    with pytest.raises(ValueError, match=r"LitPPO\(critic='reward'\): the reward model's tokenizer is not the actor's"):
+    message = r"LitPPO\(critic='reward'\): the reward model and the actor have different tokenizers"
+    with pytest.raises(ValueError, match=message):
         make_module(tiny_lm, rewards=RewardModel(str(reward)), critic="reward").configure_model()
 
 
 def test_a_critic_from_rewards_that_are_no_model_is_refused(tiny_lm):
-    with pytest.raises(ValueError, match=r"LitPPO\(critic='reward'\): the rewards are no RewardModel"):
+    with pytest.raises(ValueError, match=r"LitPPO\(critic='reward'\): the rewards are not a RewardModel"):
         make_module(tiny_lm, critic="reward").configure_model()
 
 
@@ -102,7 +104,7 @@ def test_an_actor_that_does_not_exist_is_named(tmp_path):
 def test_a_minibatch_that_no_update_can_fill_is_refused(tmp_path, tiny_lm):
     with pytest.raises(ValueError, match=r"LitPPO\(minibatch_size=15\): more than the 14 responses .*7 prompts x 2"):
         make_trainer(tmp_path).fit(make_module(tiny_lm, minibatch_size=15, samples_per_prompt=2), make_data(tmp_path))
-    check_batch(make_module(tiny_lm, minibatch_size=14, samples_per_prompt=2), 7)
+    check_batch("LitPPO", 14, 2, 7)
 
 
 def test_a_minibatch_larger_than_a_plain_loaders_batch_is_refused(tmp_path, tiny_lm):
@@ -114,13 +116,13 @@ def test_a_minibatch_larger_than_a_plain_loaders_batch_is_refused(tmp_path, tiny
 @pytest.mark.parametrize("model", ["reference", "critic"])
 def test_every_models_positions_count(tmp_path, tiny_lm, model):
     short = make_causal_lm(tmp_path / "short", n_positions=12)
-    with pytest.raises(ValueError, match=rf"beyond the {model}'s 12 positions"):
+    with pytest.raises(ValueError, match=rf"exceeds the token limit of the {model}, 12"):
         make_trainer(tmp_path).fit(make_module(tiny_lm, **{model: str(short)}), make_data(tmp_path))
 
 
 def test_prompts_that_would_outgrow_the_model_are_refused_before_the_first_rollout(tmp_path, tiny_lm):
     module = make_module(tiny_lm, generation={"max_new_tokens": 61})
-    with pytest.raises(ValueError, match=r"max_new_tokens': 61.*a prompt of 4 tokens.*the actor's 64 positions"):
+    with pytest.raises(ValueError, match=r"max_new_tokens': 61.*a prompt of 4 tokens.*limit of the actor, 64"):
         make_trainer(tmp_path).fit(module, make_data(tmp_path))
     assert module.rollouts == 0
 
@@ -153,7 +155,7 @@ def test_a_full_disk_is_found_before_the_first_rollout(tmp_path, tiny_lm, monkey
     monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "total used free")(1, 1, 1000))
     make_trainer(tmp_path, max_steps=0).fit(make_module(tiny_lm), make_data(tmp_path))  # none are written
     trainer = make_trainer(tmp_path, enable_checkpointing=True, callbacks=[StepCheckpoint()])
-    with pytest.raises(ValueError, match=r"default_root_dir=.*free, checkpoints need .*make room"):
+    with pytest.raises(ValueError, match=r"default_root_dir=.*free, checkpoints need .*free some space"):
         trainer.fit(make_module(tiny_lm), make_data(tmp_path))
 
 
@@ -169,8 +171,9 @@ def test_room_for_three_checkpoints_is_enough(tmp_path, tiny_lm, monkeypatch):
     need = 3 * 12 * sum(p.numel() for p in trained)
     for free in (need, need - 1):
         monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
-        with nullcontext() if free == need else pytest.raises(ValueError, match="make room or choose another folder"):
-            check_disk(module)
+        refused = pytest.raises(ValueError, match="free some space or choose another folder")
+        with nullcontext() if free == need else refused:
+            check_disk(module.trainer, module)
 
 
 def test_sampling_filters_are_warned_about(tmp_path, tiny_lm):
@@ -201,27 +204,28 @@ def test_the_longest_micro_batch_is_tried_and_leaves_no_trace(tmp_path, tiny_lm,
     """Longest prompt 4, 10 new tokens, minibatches of 5 rows: seen forward and backward before any rollout."""
     seen, backward = [], []
 
-    def seeing(name):
-        forward = getattr(LitPPO, name)
+    def seeing(model):
+        forward = model.forward
 
-        def sees(self, model, rows, **options):
-            seen.append((name, len(rows), int(rows.response_mask.sum()), int(rows.prompt_mask.sum())))
-            return forward(self, model, rows, **options)
+        def sees(self, ids, mask, *, target_mask, **options):
+            n_prompt, n_new = ids.shape[1] - target_mask.shape[1], int(target_mask.sum())
+            seen.append((model, len(ids), n_new, int(mask[:, :n_prompt].sum())))
+            return forward(self, ids, mask, target_mask=target_mask, **options)
 
-        monkeypatch.setattr(LitPPO, name, sees)
+        monkeypatch.setattr(model, "forward", sees)
 
     def gradients(self, loss):
         loss.backward()
         models = {"actor": self.actor, "critic": self.critic}
         backward.append([name for name, model in models.items() if any(p.grad is not None for p in model.parameters())])
 
-    seeing("actor_forward")
-    seeing("critic_forward")
+    seeing(Actor)
+    seeing(Critic)
     monkeypatch.setattr(LitPPO, "manual_backward", gradients)
     module = make_module(tiny_lm, **split)
     trainer = make_trainer(tmp_path, max_steps=0)
     trainer.fit(module, make_data(tmp_path))
-    assert seen == [(name, n_rows, 10 * n_rows, 4 * n_rows) for name in ("actor_forward", "critic_forward")]
+    assert seen == [(model, n_rows, 10 * n_rows, 4 * n_rows) for model in (Actor, Critic)]
     assert backward == [["actor"], ["actor", "critic"]]
     start = make_module(tiny_lm)
     start.configure_model()

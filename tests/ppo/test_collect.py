@@ -6,6 +6,7 @@ import torch
 from lit_ppo import PromptDataModule
 from lit_ppo.functional import token_logprobs
 from lit_ppo.rewards import RewardFunction
+from tests.helpers.forwards import sizes_of_forwards
 from tests.helpers.tiny import make_causal_lm, make_tokenizer
 from tests.helpers.toys import count_good, make_module, write_prompts
 
@@ -40,7 +41,7 @@ def test_fields_of_a_rollout(module):
 
 
 def test_a_prompts_first_sample_is_the_same_however_many_follow(module):
-    other = make_module(module.paths["actor"])
+    other = make_module(module.model_settings.actor)
     assert module.rollout(PROMPTS).responses == other.rollout(PROMPTS, samples_per_prompt=3).responses[::3]
 
 
@@ -125,7 +126,7 @@ def test_several_rewards_are_weighted_and_kept_by_name(tiny_lm):
 
 
 def test_prompts_beyond_the_models_positions_are_refused(module):
-    with pytest.raises(ValueError, match="a prompt of 60 tokens plus 10 new ones is beyond the actor's 64 positions"):
+    with pytest.raises(ValueError, match="60 tokens plus 10 new tokens exceeds the token limit of the actor, 64"):
         module.rollout(["the " * 60])
 
 
@@ -191,26 +192,19 @@ class TestSamplingLogprobs:
 
     PROMPTS = ["the film was", "a story", "it felt very"]
 
-    def rollout(self, tiny_lm, monkeypatch, tolerance, **overrides):
+    def rollout(self, tiny_lm, tolerance, **overrides):
         """An experience, and how many rows the actor's training forward saw for it."""
         module = make_module(tiny_lm, sampling_logprobs_tolerance=tolerance, micro_batch_size=1, **overrides)
-        seen = []
-        forward = type(module).actor_forward
-
-        def counted(self, model, rows, **kwargs):
-            seen.append(model is self.actor)
-            return forward(self, model, rows, **kwargs)
-
-        monkeypatch.setattr(type(module), "actor_forward", counted)
+        module.configure_model()
+        sizes = sizes_of_forwards(module.actor)
         experience = module.rollout(self.PROMPTS)
-        monkeypatch.undo()
-        return module, experience, sum(seen)
+        return module, experience, sum(sizes)
 
-    def test_within_the_tolerance_one_micro_batch_is_computed_and_all_are_kept(self, tiny_lm, monkeypatch):
-        module, kept, n_kept = self.rollout(tiny_lm, monkeypatch, 1e-4, temperature=0.7)
+    def test_within_the_tolerance_one_micro_batch_is_computed_and_all_are_kept(self, tiny_lm):
+        module, kept, n_kept = self.rollout(tiny_lm, 1e-4, temperature=0.7)
         assert n_kept == 1
         assert 0 <= module.sampling_difference < 1e-5
-        _, computed, n_computed = self.rollout(tiny_lm, monkeypatch, None, temperature=0.7)
+        _, computed, n_computed = self.rollout(tiny_lm, None, temperature=0.7)
         assert n_computed == 3
         torch.testing.assert_close(kept.logprobs, computed.logprobs, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(kept.kl, computed.kl, rtol=1e-5, atol=1e-5)
@@ -227,9 +221,9 @@ class TestSamplingLogprobs:
         plain = make_module(tiny_lm, micro_batch_size=1).rollout(self.PROMPTS)
         torch.testing.assert_close(experience.logprobs, plain.logprobs, rtol=0, atol=0)
 
-    def test_log_probs_are_those_of_the_distribution_before_filters(self, tiny_lm, monkeypatch):
+    def test_log_probs_are_those_of_the_distribution_before_filters(self, tiny_lm):
         generation = {"max_new_tokens": 5, "suppress_tokens": [5, 6]}
-        module, _, _ = self.rollout(tiny_lm, monkeypatch, 1e-4, generation=generation)
+        module, _, _ = self.rollout(tiny_lm, 1e-4, generation=generation)
         assert module.sampling_difference < 1e-5
 
     def test_greedy_and_the_references_responses(self, tiny_lm):
@@ -243,6 +237,6 @@ class TestSamplingLogprobs:
         with torch.no_grad():
             for parameter in module.actor.parameters():
                 parameter.mul_(1.5)
-        module.sampling_logprobs_tolerance = 1e9  # whatever the difference
+        module.tolerance = 1e9  # whatever the difference
         theirs = module.rollout(self.PROMPTS, policy="reference")
         assert (theirs.logprobs - theirs.ref_logprobs).abs().max() > 1e-3

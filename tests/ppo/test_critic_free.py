@@ -11,7 +11,7 @@ import torch
 from lit_ppo.advantages import GAE, GroupRelative, LeaveOneOut, Reinforce
 from lit_ppo.callbacks import AdaptiveKL, CriticWarmup, PPOCallback, ValueClipping
 from lit_ppo.callbacks.checks import require_token_rewards
-from lit_ppo.ppo import build as assembly
+from lit_ppo.ppo import build
 from lit_ppo.run.checkpoint import StepCheckpoint
 from tests.helpers.oracle import Oracle
 from tests.helpers.recorder import record, rows_of
@@ -130,7 +130,7 @@ def test_no_critic_is_built_stepped_logged_or_saved(tmp_path, lm, estimator, mon
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a critic was asked for")
 
-    monkeypatch.setattr(assembly, "load_critic", refuse)
+    monkeypatch.setattr(build, "load_critic", refuse)
     given = settings(estimator, critic_optimizer=refuse, critic_scheduler=refuse)
     module, recorder, trainer = record(tmp_path, lm, **given)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
@@ -215,7 +215,8 @@ def test_a_trick_on_the_critic_is_refused(tmp_path, lm, estimator, trick):
 
 def test_a_controller_of_a_kl_that_is_not_read_is_refused(tmp_path, lm):
     module = make_module(lm, **settings(GroupRelative()))
-    with pytest.raises(ValueError, match=r"AdaptiveKL multiplies kl_coef, and LitPPO\(kl_coef=0.0\)"):
+    message = r"AdaptiveKL multiplies kl_coef, which has no effect on LitPPO\(kl_coef=0.0\)"
+    with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, callbacks=[AdaptiveKL()]).fit(module, make_data(tmp_path))
     assert module.rollouts == 0
 
@@ -225,7 +226,7 @@ def test_a_controller_of_a_kl_that_is_not_read_is_refused(tmp_path, lm):
     [
         (GroupRelative(), "samples_per_prompt", 1, r"LitPPO\(samples_per_prompt=1\): GroupRelative compares"),
         (LeaveOneOut(), "samples_per_prompt", 1, r"LitPPO\(samples_per_prompt=1\): LeaveOneOut compares"),
-        (GroupRelative(), "kl_coef", 0.1, r"LitPPO\(kl_coef=0.1\): GroupRelative reads scores alone"),
+        (GroupRelative(), "kl_coef", 0.1, r"LitPPO\(kl_coef=0.1\): GroupRelative reads only scores"),
     ],
 )
 def test_what_a_callback_sets_is_checked_before_its_rollout(tmp_path, lm, estimator, name, value, message):

@@ -7,6 +7,8 @@ from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lit_ppo.callbacks import ReferenceUpdate
+from lit_ppo.ppo.collect import score
+from lit_ppo.ppo.metrics import Progress
 from lit_ppo.rewards import RewardModel
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toys import MemoryLogger, count_good, make_data, make_module, make_trainer, write_prompts
@@ -52,21 +54,20 @@ def test_validation_says_what_it_is_at_and_counts_for_no_update(tmp_path, tiny_l
     seen = []
 
     def scored(prompts, responses):
-        seen.append((module.phase, module.phase_detail))
+        seen.append((module.progress.phase, module.progress.detail))
         return count_good(prompts, responses)
 
     module = make_module(tiny_lm, rewards=scored)
     sampled = module.rollout
 
     def rollout(*args, **options):
-        seen.append((module.phase, module.phase_since is not None))
+        seen.append((module.progress.phase, module.progress.since is not None))
         return sampled(*args, **options)
 
     module.rollout = rollout
     make_trainer(tmp_path).validate(module, data, verbose=False)
     assert seen == [("rollout", True), ("score", "")] * 4
-    assert (module.phase, module.phase_since, module.phase_detail) == ("", None, "")
-    assert module.seconds == {}
+    assert module.progress == Progress(phase="", detail="", since=None, seconds={})
 
 
 def long(prompts, responses):
@@ -181,9 +182,7 @@ def test_a_reward_model_may_judge(tmp_path, sharp_lm, tiny_reward, data):
     theirs = make_module(sharp_lm, rewards=RewardModel(str(tiny_reward)))
     scores = [theirs.score(theirs.rollout(p, stream=s)) for p, s in halves(held_out(tmp_path))]
     assert row["val/win_rate/judge"] >= 0
-    ours = [
-        again.scores_by(again.eval_rewards, again.rollout(p, stream=s))["judge"] for p, s in halves(held_out(tmp_path))
-    ]
+    ours = [score(again.eval_rewards, again.rollout(p, stream=s))["judge"] for p, s in halves(held_out(tmp_path))]
     assert row["val/score/judge"] == pytest.approx(float(sum(s.sum() for s in ours)) / 5, rel=1e-5)
     assert row["val/win_rate/judge"] == pytest.approx(
         win_rate([float(x) for s in ours for x in s], [float(x) for s in scores for x in s])

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lit_ppo.experience import Minibatch
-from lit_ppo.ppo.metrics import failure_facts, forget_last_update, in_force, log_policy, of_experience, of_steps
+from lit_ppo.ppo.metrics import current_coefficients, forget_last_update, log_policy, of_experience, of_steps
+from lit_ppo.ppo.optimize import NonFiniteError, Optimization
 from tests.helpers.experiences import make_experience
 
 
@@ -85,22 +86,22 @@ def test_numbers_of_an_update_are_means_over_the_steps_that_have_them():
     assert of_steps([]) == {}
 
 
-def test_rates_in_force_are_those_of_the_first_group():
-    optimizers = [SimpleNamespace(param_groups=[{"lr": lr}, {"lr": 9.0}]) for lr in (0.25, 0.5)]
-    module: Any = SimpleNamespace(
-        kl_coef=0.125, critic=object(), actor_optimizer=optimizers[0], critic_optimizer=optimizers[1]
-    )
-    assert in_force(module) == {"objective/kl_coef": 0.125, "policy/lr": 0.25, "value/lr": 0.5}
-    module.critic = None
-    assert in_force(module) == {"objective/kl_coef": 0.125, "policy/lr": 0.25}
+def test_learning_rates_are_those_of_the_first_group():
+    optimizers: Any = [SimpleNamespace(param_groups=[{"lr": lr}, {"lr": 9.0}]) for lr in (0.25, 0.5)]
+    assert current_coefficients(0.125, optimizers) == {"objective/kl_coef": 0.125, "policy/lr": 0.25, "value/lr": 0.5}
+    assert current_coefficients(0.125, optimizers[:1]) == {"objective/kl_coef": 0.125, "policy/lr": 0.25}
 
 
 def test_a_failure_is_told_with_the_batchs_numbers():
-    module: Any = SimpleNamespace(rollouts=7, skipped_steps=3, max_skipped_steps=2)
-    told = failure_facts(module, {"policy_loss": math.nan, "value_loss": 0.5}, experience())
-    assert told.startswith(
-        "update 7: policy_loss=nan, value_loss=0.5 is not finite, 3 optimizer steps in a row (max_skipped_steps=2); "
-        "2 responses of up to 3 tokens, scores -1 to 1, KL 0 to 2, advantages 0 to 2; "
+    """Losses and gradient norms, not other metrics; two steps were skipped before, which was allowed."""
+    optimization = Optimization("LitPPO", max_grad_norm=None, max_skipped_steps=2)
+    optimization.skipped_steps = 2
+    metrics = {"policy_loss": math.nan, "value_loss": 0.5, "ratio": 1.0}
+    with pytest.raises(NonFiniteError) as info:
+        optimization.step(SimpleNamespace(rollouts=7), metrics, experience())
+    assert str(info.value).startswith(
+        "update 7: policy_loss=nan, value_loss=0.5 is not finite; 2 responses of up to 3 tokens, scores -1 to 1, "
+        "KL 0 to 2, advantages 0 to 2; 3 optimizer steps in a row (max_skipped_steps=2); "
     )
 
 

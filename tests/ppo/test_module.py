@@ -14,7 +14,6 @@ from lit_ppo import LitPPO, LitRewardModel, LitSFT
 from lit_ppo.advantages import GAE
 from lit_ppo.callbacks.base import HOOKS
 from lit_ppo.optim.schedules import WarmupCosine
-from lit_ppo.ppo import collect as policy
 from lit_ppo.ppo.metrics import peak_memory
 from tests.helpers.oracle import Oracle
 from tests.helpers.recorder import record, rows_of
@@ -221,7 +220,7 @@ def test_metrics_are_those_of_the_experience(tmp_path, gpt2):
 
 def test_each_updates_seconds_are_its_own(tmp_path, gpt2, monkeypatch):
     """By a clock that goes on by one each time it is looked at: each of three phases takes 1 s, an update 3 s."""
-    monkeypatch.setattr(policy, "perf_counter", itertools.count().__next__)
+    monkeypatch.setattr("lit_ppo.ppo.metrics.monotonic", itertools.count().__next__)
     _, recorder, trainer = record(tmp_path, gpt2)
     for experience, row in zip(recorder.experiences, logged(trainer), strict=True):
         assert [row[f"time/{phase}"] for phase in ("rollout", "score", "update")] == [1.0, 1.0, 1.0]

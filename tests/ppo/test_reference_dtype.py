@@ -85,8 +85,8 @@ def test_a_run_trains_with_it_and_keeps_it_frozen(tmp_path, lm):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"reference_dtype": "float16"}, r"LitPPO\(reference_dtype='float16'\): must be one of float32, bfloat16"),
-        ({"reference_dtype": None}, r"LitPPO\(reference_dtype=None\): must be one of float32, bfloat16"),
+        ({"reference_dtype": "float16"}, r"LitPPO\(reference_dtype='float16'\): must be one of 'float32', 'bfloat16'"),
+        ({"reference_dtype": None}, r"LitPPO\(reference_dtype=None\): must be one of 'float32', 'bfloat16'"),
         (
             {"reference_dtype": "bfloat16", "reference": None},
             r"LitPPO\(reference_dtype='bfloat16'\): there is no reference; leave it out, or give a reference",
