@@ -62,7 +62,7 @@ def lm(request, tmp_path_factory):
 
 
 def record(folder: Any, lm: Any, *, max_steps: int = 1, **arguments: Any) -> Any:
-    """A run of steps large enough to be seen; each minibatch is the whole experience."""
+    """A run of steps large enough to be seen; each minibatch is the full experience."""
     recorder = Recorder()
     rate = {"actor_optimizer": lambda params: torch.optim.SGD(params, lr=2.0)}
     module = make_module(lm, **{"minibatch_size": 28, "samples_per_prompt": 4, **rate, **arguments})

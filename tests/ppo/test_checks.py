@@ -50,7 +50,7 @@ def test_a_bad_argument_is_named_with_its_value(tiny_lm, argument, value, messag
 
 
 @pytest.mark.parametrize("estimator", [GroupRelative(), LeaveOneOut(), Reinforce()], ids=repr)
-def test_a_critic_that_nobody_asks_is_refused(tiny_lm, estimator):
+def test_a_critic_beside_an_estimator_without_values_is_refused(tiny_lm, estimator):
     name = type(estimator).__name__
     with pytest.raises(ValueError, match=rf"LitPPO\(critic='actor'\): {name} uses no values; set critic to null"):
         make_module(tiny_lm, advantages=estimator, samples_per_prompt=2, kl_coef=0.0)
@@ -64,7 +64,7 @@ def test_one_response_has_no_group(tiny_lm, estimator):
     make_module(tiny_lm, advantages=Reinforce(), critic=None)
 
 
-def test_a_kl_that_nobody_reads_is_refused(tiny_lm):
+def test_a_kl_that_the_estimator_does_not_read_is_refused(tiny_lm):
     critic_free = {"critic": None, "samples_per_prompt": 2, "kl_coef": 0.1}
     with pytest.raises(ValueError, match=r"LitPPO\(kl_coef=0.1\): GroupRelative reads only scores.*KLLoss"):
         make_module(tiny_lm, advantages=GroupRelative(), **critic_free)

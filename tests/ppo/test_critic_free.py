@@ -113,12 +113,12 @@ def test_two_updates_are_those_of_the_oracle(tmp_path, lm, estimator):
 @EVERY_ESTIMATOR
 def test_the_cut_into_micro_batches_and_the_order_of_rows_change_nothing(tmp_path, lm, estimator):
     """One optimizer step, so that all rows are in it; the groups are taken apart by the order."""
-    whole = {"minibatch_size": 21, "ppo_epochs": 1, "max_steps": 1}
-    one, first, _ = record(tmp_path, lm, Numbered(), **settings(estimator, micro_batch_size=None), **whole)
+    one_step = {"minibatch_size": 21, "ppo_epochs": 1, "max_steps": 1}
+    one, first, _ = record(tmp_path, lm, Numbered(), **settings(estimator, micro_batch_size=None), **one_step)
     order = torch.randperm(21, generator=torch.Generator().manual_seed(0)).tolist()
     for micro_batch_size, rows in ((1, None), (3, None), (3, order)):
         cut = settings(estimator, micro_batch_size=micro_batch_size)
-        other, second, _ = record(tmp_path, lm, Numbered(rows), **cut, **whole)
+        other, second, _ = record(tmp_path, lm, Numbered(rows), **cut, **one_step)
         found, expected = (recorder.experiences[0].advantages for recorder in (second, first))
         torch.testing.assert_close(found, expected[rows or slice(None)], rtol=1e-5, atol=1e-6)
         for name, value in one.state_dict().items():
@@ -149,7 +149,7 @@ def test_no_critic_is_built_stepped_logged_or_saved(tmp_path, lm, estimator, mon
 
 @EVERY_ESTIMATOR
 @pytest.mark.parametrize("stop", [1, 2])
-def test_going_on_from_a_checkpoint_changes_nothing(tmp_path, lm, estimator, stop):
+def test_resuming_from_a_checkpoint_changes_nothing(tmp_path, lm, estimator, stop):
     def fit(folder: Path, ckpt_path: str | None = None) -> tuple[Any, list[dict[str, float]]]:
         folder.mkdir()
         schedule = {"actor_scheduler": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, gamma=0.5)}
@@ -160,12 +160,12 @@ def test_going_on_from_a_checkpoint_changes_nothing(tmp_path, lm, estimator, sto
         trainer.fit(module, make_data(folder), ckpt_path=ckpt_path, weights_only=False)
         return module, logged(trainer)
 
-    whole, rows = fit(tmp_path / "whole")
-    cut, rest = fit(tmp_path / "cut", str(tmp_path / f"whole/checkpoints/step-{stop:06d}.ckpt"))
+    full, rows = fit(tmp_path / "full")
+    cut, rest = fit(tmp_path / "cut", str(tmp_path / f"full/checkpoints/step-{stop:06d}.ckpt"))
     for expected, row in zip(rows[stop:], rest, strict=True):
         for name, value in expected.items():
             assert row[name] == value or name.startswith(("time/", "throughput/", "memory/")), name
-    for name, value in whole.state_dict().items():
+    for name, value in full.state_dict().items():
         assert value.equal(cut.state_dict()[name]), name
 
 

@@ -49,7 +49,7 @@ def test_validation_during_training_moves_nothing(tmp_path, tiny_lm, data):
         assert value.equal(with_validation.state_dict()[name])
 
 
-def test_validation_says_what_it_is_at_and_counts_for_no_update(tmp_path, tiny_lm, data):
+def test_validation_reports_its_phases_and_counts_for_no_update(tmp_path, tiny_lm, data):
     """Two batches, and each once more by the reference."""
     seen = []
 
@@ -100,8 +100,8 @@ def test_the_start_is_measured_first(tmp_path, sharp_lm, data):
     before, after = both[0] + both[1], both[2] + both[3]
     assert before != after
     for row, responses in ((start, before), (end, after)):
-        for name, judge in (("", count_good), ("/long", long), ("/short", short)):
-            ours, theirs = judge([], responses), judge([], before)
+        for name, reward in (("", count_good), ("/long", long), ("/short", short)):
+            ours, theirs = reward([], responses), reward([], before)
             assert row[f"val/score{name}"] == pytest.approx(sum(ours) / 5)
             assert row[f"val/win_rate{name}"] == pytest.approx(win_rate(ours, theirs))
     assert start["val/kl"] == pytest.approx(0.0, abs=1e-5)
@@ -123,7 +123,7 @@ def sharp_lm(tmp_path_factory):
 
 
 def test_the_reference_answers_once(tmp_path, sharp_lm, data):
-    """Once a batch for a whole run; again where the prompts are others."""
+    """Once a batch for a full run; again where the prompts are others."""
     module = make_module(sharp_lm, eval_rewards={"long": long}, minibatch_size=3)
     asked = []
     rollout = module.rollout
@@ -142,19 +142,19 @@ def test_the_reference_answers_once(tmp_path, sharp_lm, data):
 
 def test_a_reference_that_moves_answers_every_time(tmp_path, sharp_lm, data):
     """Moved to the actor after each update, it says what the actor says: half of the wins, whatever was learnt."""
-    judged = {"eval_rewards": {"long": long}, "minibatch_size": 3}
+    arguments = {"eval_rewards": {"long": long}, "minibatch_size": 3}
     for callbacks, alike in (([ReferenceUpdate(every=1)], True), ([], False)):
         logger = MemoryLogger()
         trainer = make_trainer(tmp_path, max_steps=4, val_check_interval=2, callbacks=callbacks, logger=logger)
-        trainer.fit(make_module(sharp_lm, **judged), data)
+        trainer.fit(make_module(sharp_lm, **arguments), data)
         rows = [row for row in logger.rows if "val/score" in row]
         assert len({row["val/score/long"] for row in rows}) > 1
         assert all(row["val/win_rate"] == row["val/win_rate/long"] == 0.5 for row in rows) == alike
 
 
-def test_judges_change_nothing(tmp_path, sharp_lm, data):
+def test_eval_rewards_change_nothing(tmp_path, sharp_lm, data):
     """Neither the weights, nor what is in a checkpoint."""
-    runs = [make_module(sharp_lm, minibatch_size=3, **judged) for judged in ({}, {"eval_rewards": {"long": long}})]
+    runs = [make_module(sharp_lm, minibatch_size=3, **given) for given in ({}, {"eval_rewards": {"long": long}})]
     for module in runs:
         make_trainer(tmp_path, max_steps=2, val_check_interval=1).fit(module, data)
     one, other = (module.state_dict() for module in runs)
@@ -162,17 +162,17 @@ def test_judges_change_nothing(tmp_path, sharp_lm, data):
     assert all(value.equal(other[name]) for name, value in one.items())
 
 
-def test_a_reward_model_may_judge(tmp_path, sharp_lm, tiny_reward, data):
+def test_a_reward_model_may_be_an_eval_reward(tmp_path, sharp_lm, tiny_reward, data):
     """It is loaded, frozen, stays in eval mode and out of checkpoints."""
-    judge = RewardModel(str(tiny_reward))
-    module = make_module(sharp_lm, eval_rewards={"judge": judge}, minibatch_size=3)
+    evaluated = RewardModel(str(tiny_reward))
+    module = make_module(sharp_lm, eval_rewards={"other": evaluated}, minibatch_size=3)
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.fit(module, data)
     assert not any("reward" in name for name in module.state_dict())
-    assert not any(parameter.requires_grad for parameter in judge.parameters())
+    assert not any(parameter.requires_grad for parameter in evaluated.parameters())
     assert not any(part.training for part in module.train().eval_rewards.modules())
     trainer.save_checkpoint(tmp_path / "one.ckpt")
-    again = make_module(sharp_lm, eval_rewards={"judge": RewardModel(str(tiny_reward))}, minibatch_size=3)
+    again = make_module(sharp_lm, eval_rewards={"other": RewardModel(str(tiny_reward))}, minibatch_size=3)
     logger = MemoryLogger()
     make_trainer(tmp_path, max_steps=2, val_check_interval=1, logger=logger).fit(
         again, data, ckpt_path=tmp_path / "one.ckpt"
@@ -181,16 +181,16 @@ def test_a_reward_model_may_judge(tmp_path, sharp_lm, tiny_reward, data):
     responses = [r for p, s in halves(held_out(tmp_path)) for r in again.rollout(p, stream=s).responses]
     theirs = make_module(sharp_lm, rewards=RewardModel(str(tiny_reward)))
     scores = [theirs.score(theirs.rollout(p, stream=s)) for p, s in halves(held_out(tmp_path))]
-    assert row["val/win_rate/judge"] >= 0
-    ours = [score(again.eval_rewards, again.rollout(p, stream=s))["judge"] for p, s in halves(held_out(tmp_path))]
-    assert row["val/score/judge"] == pytest.approx(float(sum(s.sum() for s in ours)) / 5, rel=1e-5)
-    assert row["val/win_rate/judge"] == pytest.approx(
+    assert row["val/win_rate/other"] >= 0
+    ours = [score(again.eval_rewards, again.rollout(p, stream=s))["other"] for p, s in halves(held_out(tmp_path))]
+    assert row["val/score/other"] == pytest.approx(float(sum(s.sum() for s in ours)) / 5, rel=1e-5)
+    assert row["val/win_rate/other"] == pytest.approx(
         win_rate([float(x) for s in ours for x in s], [float(x) for s in scores for x in s])
     )
     assert len(responses) == 5
 
 
-def test_without_a_reference_nobody_wins(tmp_path, sharp_lm, data):
+def test_without_a_reference_there_is_no_win_rate(tmp_path, sharp_lm, data):
     module = make_module(sharp_lm, reference=None, eval_rewards={"long": long})
     trainer = make_trainer(tmp_path)
     trainer.validate(module, data, verbose=False)
@@ -200,17 +200,17 @@ def test_without_a_reference_nobody_wins(tmp_path, sharp_lm, data):
 
 
 @pytest.mark.parametrize("given", [{}, long, ["long"]])
-def test_judges_without_names_are_refused(given):
+def test_eval_rewards_without_names_are_refused(given):
     with pytest.raises(ValueError, match=r"LitPPO\(eval_rewards=.*: give a dict of score sources by name"):
         make_module("lm", eval_rewards=given)
 
 
-def test_a_judge_by_the_name_of_a_training_reward_is_refused():
+def test_an_eval_reward_by_the_name_of_a_training_reward_is_refused():
     with pytest.raises(ValueError, match=r"LitPPO\(eval_rewards='long'\): a training reward has this name"):
         make_module("lm", rewards={"long": long, "good": count_good}, eval_rewards={"long": short})
 
 
-def test_a_judge_that_fails_is_found_before_the_first_update(tmp_path, sharp_lm, data):
+def test_an_eval_reward_that_fails_is_found_before_the_first_update(tmp_path, sharp_lm, data):
     def broken(prompts, responses):
         raise RuntimeError("out of order")
 

@@ -43,7 +43,7 @@ def test_numbers_of_an_experience():
     }
 
 
-def test_without_values_there_is_no_word_of_them():
+def test_without_values_none_are_logged():
     for lacking in ("values", "returns"):
         made = experience()
         setattr(made, lacking, None)
@@ -92,7 +92,7 @@ def test_learning_rates_are_those_of_the_first_group():
     assert current_coefficients(0.125, optimizers[:1]) == {"objective/kl_coef": 0.125, "policy/lr": 0.25}
 
 
-def test_a_failure_is_told_with_the_batchs_numbers():
+def test_the_error_of_a_failed_step_has_the_batchs_numbers():
     """Losses and gradient norms, not other metrics; two steps were skipped before, which was allowed."""
     optimization = Optimization("LitPPO", max_grad_norm=None, max_skipped_steps=2)
     optimization.skipped_steps = 2

@@ -80,10 +80,10 @@ def test_the_ratio_is_one_on_the_first_minibatch(tmp_path, lm):
 
 @pytest.mark.parametrize("split", [{"micro_batch_size": 1}, {"micro_batch_size": None, "micro_batch_tokens": 25}])
 def test_weights_and_samples_do_not_depend_on_the_micro_batches(tmp_path, gpt2, split):
-    whole, recorder, _ = record(tmp_path, gpt2, micro_batch_size=None)
+    one, recorder, _ = record(tmp_path, gpt2, micro_batch_size=None)
     parts, other, _ = record(tmp_path, gpt2, **split)
     assert [e.responses for e in recorder.experiences] == [e.responses for e in other.experiences]
-    for name, value in whole.state_dict().items():
+    for name, value in one.state_dict().items():
         torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-5, atol=1e-6)
 
 
@@ -219,7 +219,7 @@ def test_metrics_are_those_of_the_experience(tmp_path, gpt2):
 
 
 def test_each_updates_seconds_are_its_own(tmp_path, gpt2, monkeypatch):
-    """By a clock that goes on by one each time it is looked at: each of three phases takes 1 s, an update 3 s."""
+    """By a clock that advances by one with each look: each of three phases takes 1 s, an update 3 s."""
     monkeypatch.setattr("lit_ppo.ppo.metrics.monotonic", itertools.count().__next__)
     _, recorder, trainer = record(tmp_path, gpt2)
     for experience, row in zip(recorder.experiences, logged(trainer), strict=True):
