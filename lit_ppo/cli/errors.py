@@ -8,8 +8,10 @@ def running_error(error: BaseException) -> str:
 
     Errors that this package raises on purpose are complete; of others, type and place are named as well.
     """
-    while _module_of(error).startswith("jsonargparse") and (cause := error.__cause__ or error.__context__):
-        error = cause  # the parser wraps errors of the classes that it builds
+    causes = [error]  # the parser wraps errors of the classes that it builds
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    error = next((each for each in causes if not _module_of(each).startswith("jsonargparse")), error)
     message, module = on_one_line(str(error)), _module_of(error)
     unintended = (LookupError, AttributeError, NameError, AssertionError, ImportError)
     if message and module.partition(".")[0] == "lit_ppo" and not isinstance(error, unintended):

@@ -41,11 +41,9 @@ def text(prompts, responses):
 )
 def test_a_bad_reward_function_is_found_before_the_first_update(function, words, tmp_path, tiny_lm, tiny_reward):
     (tmp_path / "my_rewards.py").write_text(REWARDS)
-    arguments = [*ppo_arguments(tmp_path, tiny_lm, tiny_reward), f"--model.rewards.function=my_rewards.{function}"]
-    rewards = (
-        f'--model.rewards={{"class_path": "RewardFunction", "init_args": {{"function": "my_rewards.{function}"}}}}'
-    )
-    result = run_command("fit", *arguments[:-1], rewards, cwd=tmp_path).refused(*words)
+    rewards = ["--model.rewards=RewardFunction", f"--model.rewards.function=my_rewards.{function}"]
+    arguments = [*ppo_arguments(tmp_path, tiny_lm, tiny_reward), *rewards]
+    result = run_command("fit", *arguments, cwd=tmp_path).refused(*words)
     assert "update 1" not in result.out
 
 

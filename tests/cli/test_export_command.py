@@ -69,7 +69,7 @@ def test_a_checkpoint_of_other_models_is_refused(tmp_path: Path, run: Path) -> N
     del state["state_dict"]["actor.model.transformer.wte.weight"]
     torch.save(state, tmp_path / "other.ckpt")
     command = ["export", "--ckpt_path=other.ckpt", "--output=out"]
-    run_command(*command, cwd=tmp_path).refused("none of LitPPO with these models", "it lacks actor.model")
+    run_command(*command, cwd=tmp_path).refused("Checkpoint does not match this LitPPO", "missing: actor.model")
     assert not (tmp_path / "out").exists()
 
 
