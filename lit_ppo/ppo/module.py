@@ -152,8 +152,7 @@ class LitPPO(L.LightningModule):
         self.factories = {"actor": (actor_optimizer, actor_scheduler), "critic": (critic_optimizer, critic_scheduler)}
         build.check_critic(self, critic, advantages)
         check_estimator(self, advantages, samples_per_prompt, kl_coef)
-        self.evaluator = evaluate.Evaluator()
-        self.progress = Progress()
+        self.evaluator, self.progress = evaluate.Evaluator(), Progress()
         self.rollouts = 0  # training rollouts so far: the number of the update in every random draw
         self.actor_frozen = self.checkpoint_reference = False  # set by callbacks
         self.sampling_difference: float | None = None
@@ -190,13 +189,14 @@ class LitPPO(L.LightningModule):
         fire(self, "on_advantages", experience)
         self.optimization.train_actor = not self.actor_frozen  # for all of this update
         steps: list[dict[str, float]] = []
+        n_steps = self.ppo_epochs * -(-len(experience.responses) // self.minibatch_size)
         minibatches = experience.minibatches(
             self.minibatch_size, epochs=self.ppo_epochs, seed=(self.seed, self.rollouts), reduction=self.loss_reduction
         )
         for minibatch in minibatches:
             if experience.exhausted:
                 break
-            self.progress.detail = f"step {len(steps) + 1}"
+            self.progress.detail = f"step {len(steps) + 1}/{n_steps}"
             metrics = self.backward_minibatch(minibatch)
             fire(self, "on_minibatch_end", experience, metrics)
             steps.append(metrics)
