@@ -34,7 +34,7 @@ NEED_A_REFERENCE = ("AdaptiveKL", "KLLoss", "ReferenceUpdate")
 REFUSED: dict[tuple[str, str], str] = {
     **{(trick, "reference=None"): "LitPPO(reference=None)" for trick in NEED_A_REFERENCE},
     **{(trick, free): "LitPPO(critic=None)" for trick in NEED_A_CRITIC for free in CRITIC_FREE},
-    ("ReferenceUpdate", "lora"): "the reference of LitPPO to its actor: they share",
+    ("ReferenceUpdate", "lora"): "LitPPO's reference to its actor: they share",
     ("AdaptiveKL", "GroupRelative"): "LitPPO(kl_coef=0.0)",  # the estimator itself refuses another
     ("RewardWhitening", "GroupRelative"): "LitPPO(advantages=GroupRelative)",
     ("RejectionSampling", "GroupRelative"): "GroupRelative",

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import RewardHackingMonitor, SampleLogger
-from lit_ppo.functional import diverging
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toy import Prompts, run_updates
 from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer, variety, write_prompts
@@ -50,23 +49,6 @@ TRICK = {
         live={"gold": lambda responses: [float(len(response)) for response in responses]},
     )
 }
-
-
-@pytest.mark.parametrize(
-    ("falling", "rising", "fall", "expected"),
-    [
-        ([1.0, 3.0, 2.4], [[0.0, 1.0, 1.1]], 0.5, True),  # 0.6 below the best, and up since
-        ([1.0, 3.0, 2.6], [[0.0, 1.0, 1.1]], 0.5, False),  # 0.4
-        ([1.0, 3.0, 2.4], [[0.0, 1.0, 1.0]], 0.5, False),  # not up since the best
-        ([1.0, 3.0, 2.4], [[0.0, 1.0, 0.9]], 0.5, False),  # up since the start, down since the best
-        ([1.0, 3.0, 2.4], [[0.0, 1.0, 1.1], [5.0, 1.0, 0.5]], 0.5, False),  # one of two
-        ([3.0, 2.0, 3.0, 2.0], [[1.0, 3.0, 2.0, 1.5]], 0.5, True),  # the first of the best: 1.0, not 2.0
-        ([1.0, 2.0, 3.0], [[1.0, 2.0, 3.0]], 0.5, False),
-        ([1.0], [[1.0]], 0.5, False),
-    ],
-)
-def test_one_falls_while_others_rise(falling: list[float], rising: list[list[float]], fall: float, expected: bool):
-    assert diverging(falling, rising, fall) == expected
 
 
 class Given:

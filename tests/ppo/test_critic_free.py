@@ -8,8 +8,8 @@ import lightning as L
 import pytest
 import torch
 
-from lit_ppo.advantages import GAE, GroupRelative, LeaveOneOut, Reinforce
-from lit_ppo.callbacks import AdaptiveKL, CriticWarmup, PPOCallback, ValueClipping
+from lit_ppo.advantages import GroupRelative, LeaveOneOut, Reinforce
+from lit_ppo.callbacks import PPOCallback
 from lit_ppo.callbacks.checks import require_token_rewards
 from lit_ppo.ppo import build
 from lit_ppo.run.checkpoint import StepCheckpoint
@@ -147,39 +147,24 @@ def test_no_critic_is_built_stepped_logged_or_saved(tmp_path, lm, estimator, mon
     assert make_module(tmp_path / "model", **settings(estimator)).rollout(["the film"]).values is None
 
 
-@EVERY_ESTIMATOR
-@pytest.mark.parametrize("stop", [1, 2])
-def test_resuming_from_a_checkpoint_changes_nothing(tmp_path, lm, estimator, stop):
+def test_resuming_from_a_checkpoint_changes_nothing(tmp_path, lm):
     def fit(folder: Path, ckpt_path: str | None = None) -> tuple[Any, list[dict[str, float]]]:
         folder.mkdir()
         schedule = {"actor_scheduler": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, gamma=0.5)}
         adam = {"actor_optimizer": lambda params: torch.optim.AdamW(params, lr=1e-2)}
-        module = make_module(lm, **settings(estimator), **adam, **schedule)
+        module = make_module(lm, **settings(LeaveOneOut()), **adam, **schedule)
         saves = StepCheckpoint(every_n_train_steps=1, keep=9, dirpath=str(folder / "checkpoints"))
         trainer = make_trainer(folder, callbacks=[saves], max_steps=3, enable_checkpointing=True)
         trainer.fit(module, make_data(folder), ckpt_path=ckpt_path, weights_only=False)
         return module, logged(trainer)
 
     full, rows = fit(tmp_path / "full")
-    cut, rest = fit(tmp_path / "cut", str(tmp_path / f"full/checkpoints/step-{stop:06d}.ckpt"))
-    for expected, row in zip(rows[stop:], rest, strict=True):
+    cut, rest = fit(tmp_path / "cut", str(tmp_path / "full/checkpoints/step-000001.ckpt"))
+    for expected, row in zip(rows[1:], rest, strict=True):
         for name, value in expected.items():
             assert row[name] == value or name.startswith(("time/", "throughput/", "memory/")), name
     for name, value in full.state_dict().items():
         assert value.equal(cut.state_dict()[name]), name
-
-
-@EVERY_ESTIMATOR
-def test_the_score_rises(tmp_path, lm, estimator):
-    """Fewer letters are better: after a few updates, responses are shorter than at the start."""
-
-    def short(prompts: list[str], responses: list[str]) -> list[float]:
-        return [-len(response.split()) / 5 for response in responses]
-
-    given = settings(estimator, rewards=short, actor_optimizer=lambda params: torch.optim.AdamW(params, lr=3e-3))
-    _, _, trainer = record(tmp_path, lm, max_steps=8, **given)
-    scores = [row["objective/score"] for row in logged(trainer)]
-    assert statistics.fmean(scores[-2:]) > statistics.fmean(scores[:2]) + 0.2
 
 
 # what cannot work is refused before the first rollout
@@ -202,23 +187,6 @@ def test_a_trick_on_token_rewards_is_refused_where_they_are_not_read(tmp_path, l
     assert module.rollouts == 0
     for estimator in (LeaveOneOut(), Reinforce()):
         record(tmp_path, lm, Bonus(), max_steps=1, **settings(estimator))
-
-
-@EVERY_ESTIMATOR
-@pytest.mark.parametrize("trick", [ValueClipping(), CriticWarmup(1)], ids=lambda trick: type(trick).__name__)
-def test_a_trick_on_the_critic_is_refused(tmp_path, lm, estimator, trick):
-    module = make_module(lm, **settings(estimator))
-    with pytest.raises(ValueError, match=rf"{type(trick).__name__} needs a critic, but LitPPO\(critic=None\)"):
-        make_trainer(tmp_path, callbacks=[trick]).fit(module, make_data(tmp_path))
-    assert module.rollouts == 0
-
-
-def test_a_controller_of_a_kl_that_is_not_read_is_refused(tmp_path, lm):
-    module = make_module(lm, **settings(GroupRelative()))
-    message = r"AdaptiveKL multiplies kl_coef, which has no effect on LitPPO\(kl_coef=0.0\)"
-    with pytest.raises(ValueError, match=message):
-        make_trainer(tmp_path, callbacks=[AdaptiveKL()]).fit(module, make_data(tmp_path))
-    assert module.rollouts == 0
 
 
 @pytest.mark.parametrize(
@@ -267,8 +235,3 @@ def test_a_row_left_alone_by_a_callback_has_no_advantage(tmp_path, lm, estimator
     assert not advantages[0].any()
     assert advantages[1:].any()
     assert all(value.isfinite().all() for value in (advantages, *module.state_dict().values()))
-
-
-def test_gae_without_a_critic_is_refused(lm):
-    with pytest.raises(ValueError, match=r"LitPPO\(critic=None\): GAE needs values"):
-        make_module(lm, critic=None, advantages=GAE())

@@ -1,6 +1,5 @@
 """LitPPO against a slow oracle, and the invariances that make its numbers trustworthy."""
 
-import inspect
 import itertools
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 
-from lit_ppo import LitPPO, LitRewardModel, LitSFT
+from lit_ppo import LitPPO
 from lit_ppo.advantages import GAE
 from lit_ppo.callbacks.base import HOOKS
 from lit_ppo.optim.schedules import WarmupCosine
@@ -87,11 +86,8 @@ def test_weights_and_samples_do_not_depend_on_the_micro_batches(tmp_path, gpt2, 
         torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_micro_batches_are_as_small_as_asked(tmp_path, gpt2, monkeypatch):
+def test_micro_batches_are_as_small_as_asked(tmp_path, gpt2):
     sizes: list[int] = []
-
-    def count(module: Any, trainer: Any, minibatch: Any) -> None:
-        sizes.append(len(minibatch))
 
     class Count(L.Callback):
         def on_actor_loss(self, trainer: Any, pl_module: Any, minibatch: Any, losses: Any) -> None:
@@ -256,38 +252,16 @@ def test_where_the_system_does_not_tell_the_memory_none_is_logged(tmp_path, gpt2
     assert all("memory/peak_gib" not in row for row in logged(trainer))
 
 
-def test_the_gradient_norm_is_clipped_and_logged_unclipped(tmp_path, gpt2):
+@pytest.mark.parametrize("name", ["actor", "critic"])
+def test_the_gradient_norm_is_clipped_and_logged_unclipped(tmp_path, gpt2, name):
     """Plain gradient descent moves by rate x norm: at most 0.1 x 0.01 a step."""
     module, recorder, _ = record(tmp_path, gpt2, max_grad_norm=0.01, ppo_epochs=1, max_steps=1, minibatch_size=7)
     start = make_module(gpt2)
     start.configure_model()
-    moved = sum(
-        ((v - start.actor.state_dict()[k]) ** 2).sum()
-        for k, v in module.actor.state_dict().items()
-        if "lm_head" not in k
-    )
-    assert recorder.metrics[0]["actor_grad_norm"] > 0.02
+    before, after = (dict(getattr(m, name).named_parameters()) for m in (start, module))  # tied weights once
+    moved = sum(((weight - before[key]) ** 2).sum() for key, weight in after.items())
+    assert recorder.metrics[0][f"{name}_grad_norm"] > 0.02
     assert moved.sqrt().item() == pytest.approx(0.001, rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    "knob",
-    [
-        {"kl_coef": 0.5}, {"kl_estimator": "k3"}, {"clip_range": 0.001}, {"clip_range": None}, {"ppo_epochs": 1},
-        {"minibatch_size": 3}, {"samples_per_prompt": 2}, {"temperature": 0.8}, {"loss_reduction": "sequence_mean"},
-        {"max_grad_norm": 0.01}, {"seed": 4}, {"advantages": GAE(lam=0.0)}, {"generation": {"max_new_tokens": 5}},
-        {"actor_optimizer": lambda p: torch.optim.SGD(p, lr=0.2)},
-        {"critic_optimizer": lambda p: torch.optim.SGD(p, lr=0.2)},
-        {"rewards": lambda prompts, responses: [len(r) / 50 for r in responses]},
-    ],
-    ids=lambda knob: next(iter(knob)),
-)  # fmt: skip
-def test_every_knob_changes_the_weights(tmp_path, gpt2, knob):
-    base = {"clip_range": 0.05, "minibatch_size": 5}
-    plain, _ = run(tmp_path, gpt2, **base)
-    other, _ = run(tmp_path, gpt2, **{**base, **knob})
-    pairs = [(plain.state_dict()[k], v) for k, v in other.state_dict().items()]
-    assert any(not a.equal(b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("which", ["actor", "critic"])
@@ -313,26 +287,6 @@ def test_a_schedule_that_steps_on_results_is_refused(tmp_path, gpt2):
         ValueError, match=r"LitPPO\(critic_scheduler=ReduceLROnPlateau\): it steps on a validation result"
     ):
         run(tmp_path, gpt2, critic_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
-
-
-def test_a_frozen_actor_runs_neither_forward_nor_schedule(tmp_path, gpt2):
-    class Freeze(L.Callback):
-        def on_rollout_start(self, trainer: Any, pl_module: Any, prompts: Any) -> None:
-            pl_module.actor_frozen = trainer.global_step == 0
-
-        def on_actor_loss(self, trainer: Any, pl_module: Any, minibatch: Any, losses: Any) -> None:
-            assert not pl_module.actor_frozen
-
-    def halve(optimizer: Any) -> Any:
-        return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
-
-    _, recorder, trainer = record(tmp_path, gpt2, Freeze(), actor_scheduler=halve, max_steps=3)
-    rows = logged(trainer)
-    assert "policy/loss" not in rows[0]
-    assert "value/loss" in rows[0]
-    assert [row["policy/lr"] for row in rows] == pytest.approx([0.1, 0.1, 0.05])
-    assert recorder.experiences[1].kl.abs().max() < 1e-5  # still the reference
-    assert trainer.global_step == 3
 
 
 def test_a_model_that_comes_to_rest_has_no_gradient_any_more(tmp_path, gpt2):
@@ -454,15 +408,14 @@ def test_the_difference_of_the_sampling_passs_log_probs_is_logged(tmp_path, gpt2
     assert all("rollout/sampling_logprob_difference" not in step for step in metrics)
 
 
-@pytest.mark.parametrize(
-    ("module", "argument"),
-    [
-        (LitPPO, "actor_optimizer"),
-        (LitPPO, "critic_optimizer"),
-        (LitSFT, "optimizer"),
-        (LitRewardModel, "optimizer"),
-    ],
-)
-def test_default_optimizers_are_fused(module, argument):
-    optimizer_of = inspect.signature(module).parameters[argument].default
-    assert optimizer_of([torch.nn.Parameter(torch.zeros(1))]).defaults["fused"] is True
+def test_default_optimizers(gpt2):
+    """Fused AdamW without weight decay, at a tenth of the usual rate of fine-tuning, and twice that."""
+    module = LitPPO(str(gpt2), rewards=count_good, generation={"max_new_tokens": 4})
+    module.configure_model()
+    optimizers, schedules = module.configure_optimizers()
+    assert [type(optimizer).__name__ for optimizer in optimizers] == ["AdamW", "AdamW"]
+    assert [[optimizer.defaults[key] for key in ("lr", "weight_decay", "fused")] for optimizer in optimizers] == [
+        [1e-6, 0.0, True],
+        [2e-6, 0.0, True],
+    ]
+    assert schedules == []

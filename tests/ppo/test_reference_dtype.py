@@ -98,10 +98,6 @@ def test_what_is_refused(tiny_lm, arguments, message):
         make_module(tiny_lm, **arguments)
 
 
-def test_no_reference_in_the_default_dtype_is_fine(tiny_lm):
-    make_module(tiny_lm, reference=None)
-
-
 def test_a_reference_that_a_callback_moves_must_be_float32(tmp_path, tiny_lm):
     """Found before the first rollout, and where the checkpoint is written, if it says so later."""
     message = r"LitPPO\(reference_dtype='bfloat16'\): a callback moves the reference .*use 'float32'"
