@@ -1,6 +1,7 @@
 """Installing: the wheel, ``pip install .``, ``pip install -e .``, and a clone whose link is a text file."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -36,7 +37,8 @@ def sources(target: Path, *, link: str) -> Path:
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, check=False)
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # wins over what is installed
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
