@@ -73,7 +73,6 @@ def test_every_estimator_has_a_row() -> None:
     assert set(re.findall(r"configs/\w+\.yaml", table)) == {f"configs/{name}.yaml" for name in ("ppo", *RECIPES)}
 
 
-@pytest.mark.filterwarnings("default")  # Lightning's advice to a first script
 def test_the_lambda_example_in_a_script_and_with_its_fit_run_twice(folder: Path, tiny_lm: Path) -> None:
     code = example("lambda").replace("runs/sft/version_0/model", str(tiny_lm))
     assert code.count("\n") <= 20
@@ -91,7 +90,6 @@ def _distance(one: torch.nn.Module, other: torch.nn.Module) -> float:
     return sum(float((a - b).detach().abs().sum()) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
-@pytest.mark.filterwarnings("default")
 def test_the_loop_example(folder: Path, tiny_lm: Path) -> None:
     names: dict[str, Any] = {}
     exec(example("BestHalf"), names)
@@ -108,7 +106,6 @@ def test_the_loop_example(folder: Path, tiny_lm: Path) -> None:
     assert seen[0][1] > 0
 
 
-@pytest.mark.filterwarnings("default")
 def test_the_trick_example(folder: Path, tiny_lm: Path, tiny_reward: Path) -> None:
     (folder / "my_tricks.py").write_text(example("ShortAnswers"))
     args = [*ppo_arguments(folder, tiny_lm, tiny_reward), "--trainer.callbacks+=my_tricks.ShortAnswers"]
