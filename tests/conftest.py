@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,12 @@ def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``tiny_lm``, with larger weights: its predictions are far from uniform."""
+    return make_causal_lm(tmp_path_factory.mktemp("sharp"), scale=4.0)
+
+
+@pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama-like causal LM with a word tokenizer."""
     return make_causal_lm(tmp_path_factory.mktemp("llama"), "llama")
@@ -29,3 +36,34 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPT-2-like sequence classifier with one label."""
     return make_reward_model(tmp_path_factory.mktemp("reward"))
+
+
+# Minutes rather than seconds: they start first, so that no worker is left alone with one of them.
+LONG = (
+    "run/test_killed.py",
+    "parallel/test_equivalence.py",
+    "test_recipes.py",
+    "parallel/test_elastic.py",
+    "test_knobs.py",
+    "test_configs.py",
+    "callbacks/test_contract.py",
+    "test_matrix.py",
+    "models/test_lora.py",
+    "supervised/test_configs.py",
+    "quickstart/test_run.py",
+    "parallel/test_sharding.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {Path(__file__).parent / name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path, len(LONG)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The tests of a file stay on one worker, in the order above: what their fixtures build is built once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log) if config.getoption("dist") == "load" else None

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from lit_ppo import TextDataModule
 from lit_ppo.callbacks import AlignmentTax
-from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toy import Recorder, Toy, ToyTexts, run_updates, trainer_of
 from tests.helpers.toys import MemoryLogger, logged, make_data, make_module, make_trainer, texts
 from tests.helpers.trick import Trick
@@ -168,11 +167,6 @@ def test_module_that_cannot_read_text_is_refused_before_the_first_rollout():
 
 
 # ---- on LitPPO
-
-
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
 
 
 def stock_loss(folder: Path, model: Any) -> float:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lit_ppo.callbacks import CollapseMonitor
-from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toys import logged, make_data, make_module, make_trainer
 from tests.helpers.trick import Trick
 
@@ -264,11 +263,6 @@ def test_a_resumed_monitor_measures_from_the_old_start() -> None:
     logs, said, _ = watch(second, rows(logprobs=-0.4, ref_logprobs=-0.4))
     assert logs[0]["collapse/level"] == 1.0
     assert "0.4 nats per token, 1 at the start" in said[0]
-
-
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
 
 
 def fit(tmp_path: Any, lm: Any, monitor: CollapseMonitor, updates: int, **overrides: Any) -> list[dict[str, float]]:

@@ -14,11 +14,6 @@ from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer
 
 
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory):
-    return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
-
-
 def test_attributes_that_a_callback_sets_are_in_force(tmp_path, lm):
     """One update of 7 prompts x 2 samples, one pass of 3 minibatches, all by attributes set at its start."""
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import CriticWarmup
-from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toy import Rows, Spy, Toy, run_updates, trainer_of
 from tests.helpers.toys import logged, make_data, make_module, make_trainer
 from tests.helpers.trick import Trick
@@ -225,11 +224,6 @@ def test_module_without_passes_is_refused_where_they_are_set():
 
 
 # On the real module
-
-
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory):
-    return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
 
 
 def rows_of(

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import DualClip
-from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toy import Toy, run_updates
 from tests.helpers.toys import logged, make_data, make_module, make_trainer
 from tests.helpers.trick import Trick
@@ -95,11 +94,6 @@ class Moved(L.Callback):
     def on_advantages(self, trainer: Any, pl_module: Any, experience: Any) -> None:
         experience.logprobs = (experience.logprobs - math.log(5.0)) * experience.response_mask
         experience.advantages = self.advantage * experience.response_mask
-
-
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory):
-    return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import CriticWarmup, KLEarlyStop
-from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toy import Rows, Spy, Toy, run_updates
 from tests.helpers.toys import logged, make_data, make_module, make_trainer
 from tests.helpers.trick import Trick
@@ -89,11 +88,6 @@ class Weights(L.Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         self.steps += 1
-
-
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory):
-    return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
 
 
 def test_on_the_real_module(tmp_path, lm):

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import CriticWarmup, LearningRateAdaptation
-from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toy import Spy, Toy, run_updates
 from tests.helpers.toys import logged, make_data, make_module, make_trainer
 from tests.helpers.trick import Trick
@@ -107,11 +106,6 @@ def test_bounds_in_the_wrong_order_are_refused():
 
 
 # On LitPPO
-
-
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
 
 
 def adam(params: Any) -> torch.optim.Optimizer:

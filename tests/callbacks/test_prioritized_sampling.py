@@ -13,7 +13,7 @@ import torch
 from lit_ppo import PromptDataModule
 from lit_ppo.callbacks import CurriculumSampling, PrioritizedSampling, RewardNormalization
 from lit_ppo.run.checkpoint import StepCheckpoint
-from tests.helpers.tiny import WORDS, make_causal_lm
+from tests.helpers.tiny import WORDS
 from tests.helpers.toy import Spy, Toy, ToyData, run_updates
 from tests.helpers.toys import logged, make_module, make_trainer
 from tests.helpers.trick import Trick
@@ -118,11 +118,6 @@ def test_two_that_set_the_weights_are_refused(order: int):
 # On LitPPO
 
 THRESHOLD = 1.0
-
-
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
 
 
 def fit(folder: Path, actor: Path, updates: int, ckpt_path: Path | None = None) -> tuple[Any, list[Any], Any]:

@@ -15,7 +15,7 @@ from lit_ppo import TextDataModule
 from lit_ppo.callbacks import CriticWarmup, PTXLoss
 from tests.helpers.command import REPOSITORY, run_command
 from tests.helpers.ppo_command import ppo_arguments
-from tests.helpers.tiny import WORDS, make_causal_lm
+from tests.helpers.tiny import WORDS
 from tests.helpers.toy import Spy, Toy, ToyTexts, run_updates
 from tests.helpers.toys import logged, make_data, make_module, make_trainer
 from tests.helpers.trick import Trick
@@ -230,11 +230,6 @@ def test_module_that_cannot_learn_from_text_is_refused_before_the_first_rollout(
 
 
 # ---- on LitPPO
-
-
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
 
 
 def write_texts(folder: Path) -> Path:

@@ -96,11 +96,6 @@ def test_a_reference_that_cannot_follow_is_refused_before_the_first_rollout(refe
 # On LitPPO
 
 
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
-
-
 def fit(folder: Path, actor: Path, *tricks: Any, updates: int = 4, ckpt_path: Path | None = None, **model: Any) -> Any:
     module = make_module(actor, **model)
     callbacks = [*tricks, StepCheckpoint(1, 9, str(folder / "saved"))]

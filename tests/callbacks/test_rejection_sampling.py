@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from lit_ppo.callbacks import CriticWarmup, EntropyBonus, RejectionSampling, ValueClipping
 from tests.helpers.forwards import logprobs_of
 from tests.helpers.recorder import record, rows_of
-from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toy import Spy, Toy, run_updates
 from tests.helpers.toys import count_good, logged, make_module
 from tests.helpers.trick import Trick
@@ -152,11 +151,6 @@ def test_estimators_that_compare_samples_are_refused_before_the_first_rollout():
 
 
 # ---- on LitPPO
-
-
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
 
 
 class Before(L.Callback):

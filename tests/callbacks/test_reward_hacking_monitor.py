@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import RewardHackingMonitor, SampleLogger
-from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toy import Prompts, run_updates
 from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer, variety, write_prompts
 from tests.helpers.trick import Trick
@@ -382,11 +381,6 @@ def test_unknown_names_and_data_without_prompts_are_refused() -> None:
         by_hand(gold="nobody").on_fit_start(SimpleNamespace(datamodule=SimpleNamespace(peek=Prompts)), Given([], []))
     with pytest.raises(TypeError, match="RewardHackingMonitor reads held-out prompts, but Given is trained without"):
         by_hand().on_fit_start(SimpleNamespace(), Given([], []))
-
-
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
 
 
 def test_on_the_real_module_a_count_of_words_is_gamed(tmp_path: Any, lm: Any) -> None:

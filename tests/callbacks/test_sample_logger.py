@@ -16,7 +16,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lit_ppo.callbacks import SampleLogger
 from lit_ppo.callbacks.sample_logger import LEGEND
 from lit_ppo.callbacks.showing import pieces, printable
-from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toy import Recorder, Spy, Toy, ToyData, run_updates, trainer_of
 from tests.helpers.toys import count_good, make_data, make_module, make_trainer, write_prompts
 from tests.helpers.trick import Trick
@@ -313,11 +312,6 @@ def test_tokens_of_one_character_come_as_one():
 
 
 # ---- on LitPPO
-
-
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
 
 
 def test_litppos_samples_in_tensorboard_and_beside_it(tmp_path: Path, lm: Path):

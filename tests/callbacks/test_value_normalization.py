@@ -10,7 +10,6 @@ import torch
 
 from lit_ppo.callbacks import ValueClipping, ValueNormalization
 from tests.helpers.forwards import values_of
-from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toy import Rows, Spy, Toy, run_updates
 from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer
 from tests.helpers.trick import Trick
@@ -169,11 +168,6 @@ class Experiences(L.Callback):
 
     def on_update_end(self, trainer: Any, pl_module: Any, experience: Any) -> None:
         self.seen.append(experience)
-
-
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory):
-    return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
 
 
 def train(folder: Path, lm: Path, *callbacks: L.Callback, **overrides: Any) -> tuple[Any, list[dict[str, float]]]:

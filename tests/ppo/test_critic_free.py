@@ -15,7 +15,6 @@ from lit_ppo.ppo import build
 from lit_ppo.run.checkpoint import StepCheckpoint
 from tests.helpers.oracle import Oracle
 from tests.helpers.recorder import record, rows_of
-from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toys import logged, make_data, make_module, make_trainer
 
 KL_COEF = 0.3
@@ -52,11 +51,6 @@ class Numbered(L.Callback):
 
     def on_minibatch_start(self, trainer: Any, pl_module: Any, minibatch: Any) -> None:
         self.steps.append(minibatch.extras["row"].tolist())
-
-
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_causal_lm(tmp_path_factory.mktemp("lm"), scale=4.0)
 
 
 def brute_force(estimator: Any, scores: list[float], rewards: list[list[float]], groups: list[int]) -> Any:
