@@ -96,7 +96,7 @@ def test_which_stores_are_of_files() -> None:
         logger = SimpleNamespace(_tracking_uri=uri)
         check_loggers([logger, SimpleNamespace()], [])
         if refused:
-            with pytest.raises(ValueError, match="use a data base"):
+            with pytest.raises(ValueError, match="use a database"):
                 check_loggers([SimpleNamespace(), logger], ["judge"])
         else:
             check_loggers([logger], ["judge"])

@@ -126,7 +126,7 @@ def test_a_moved_reference_is_saved_and_restored(tmp_path, uninterrupted):
 def test_a_checkpoint_of_other_models_is_refused(tmp_path, uninterrupted):
     folder, _, _, _ = uninterrupted
     other = make_causal_lm(tmp_path / "lm", n_layer=3)
-    with pytest.raises(ValueError, match=r"the checkpoint is none of LitPPO with these models: it lacks actor.model"):
+    with pytest.raises(ValueError, match=r"Checkpoint does not match this LitPPO; missing: actor.model"):
         fit(tmp_path, other, folder / "checkpoints" / "step-000001.ckpt")
 
 
