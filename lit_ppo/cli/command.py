@@ -18,13 +18,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from transformers.utils.logging import disable_progress_bar
 
 import lit_ppo.callbacks
-from lit_ppo.cli.arguments import complete
-from lit_ppo.cli.parser import LayeredParser
-from lit_ppo.cli.parsing_errors import parsing_error
-from lit_ppo.cli.process import LIGHTNING_LOG
+from lit_ppo.cli.arguments import LayeredParser, complete
+from lit_ppo.cli.errors import parsing_error
 from lit_ppo.cli.progress import progress_bar
 from lit_ppo.cli.report import RunReport
-from lit_ppo.cli.session import Session
+from lit_ppo.cli.session import LIGHTNING_LOG, Session
 from lit_ppo.cli.stages import Stage, run_stages
 from lit_ppo.cli.summary import RunSummary
 from lit_ppo.parallel.environment import reserve_port

@@ -1,6 +1,172 @@
-"""An exception as one line."""
+"""Errors as one line: place, value and remedy, for arguments, configurations and everything that is built or run."""
 
+import re
 import traceback
+from argparse import ArgumentError
+from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+import yaml
+
+from lit_ppo.cli.layers import layers
+
+# jsonargparse raises a chain of exceptions, from the key at the top down to the reason. Its exceptions have no
+# attributes: key, class, type and value are only in the first lines of their texts, in these forms. Where a form
+# changes in another version, the message is longer and less plain, but still there.
+KEY = re.compile(r'Parser key "([^"]+)"')
+CLASS = re.compile(r"class_path[ =]'([\w.]+)'")
+OPTION = re.compile(r"[Oo]ption '([^']+)'")
+EXPECTED = re.compile(r"Expected an? (?:<class ')?(?:typing\.)?(.+?)(?:'>)?\. Got value: (.*)", re.DOTALL)
+STARTS = re.compile(r"\W*(unrecognized arguments|Expected a dot import path string|.* arguments are required): (.*)")
+# packages whose classes a configuration may name without the package
+PACKAGES = (
+    "lit_ppo",
+    "lit_ppo.callbacks",
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.loggers",
+    "torch.optim",
+    "torch.optim.lr_scheduler",
+)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A remedy that names what is nearest to ``name``.
+
+    >>> nearest("max_stepz", ["max_steps", "devices"])
+    "did you mean 'max_steps'?"
+    """
+    known = sorted(key for key in set(known) if not key.startswith("_"))
+    last = {_last(key): key for key in known}
+    close = get_close_matches(name, known, n=1) or [last[key] for key in get_close_matches(_last(name), last, n=1)]
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known: {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}" if known else "remove it"
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2].lstrip("-")
+
+
+def parsing_error(error: ArgumentError, options: Sequence[str], arguments: Sequence[str]) -> str:
+    """What the parser refuses, as one line.
+
+    Args:
+        error: Raised by jsonargparse.
+        options: The option strings of the parser.
+        arguments: Arguments of the command; the configuration files among them are searched for the line at fault.
+    """
+    *causes, reason = _deepest(error)
+    keys, cls, path = [], "", ""
+    for message in (str(cause) for cause in (*causes, reason) if not isinstance(cause, ArgumentError)):
+        if key := KEY.match(message):
+            keys.append(key[1])
+            path += f".{key[1]}"
+        elif (found := CLASS.search(message.partition("\n")[0])) and found[1] != cls:
+            cls = found[1]
+            path += f" ({_last(cls)})"
+    siblings = _alternatives(causes[-1]) if causes else [reason]
+    name, text = _explain(reason, siblings, keys, cls, options)
+    path = f"{path.lstrip('.')}: " if path else ""
+    return f"{_where(name or (keys or [''])[-1], arguments)}{path}{text}"
+
+
+def _explain(
+    reason: BaseException, siblings: list[BaseException], keys: list[str], cls: str, options: Sequence[str]
+) -> tuple[str, str]:
+    """The key or class at fault, empty if it is the last of ``keys``; and the reason with its remedy."""
+    message = str(reason)
+    start, value = match.groups() if (match := STARTS.match(message)) else ("", "")
+    if isinstance(reason, yaml.MarkedYAMLError):
+        return "", f"not valid YAML: {reason.problem or reason.context}; check brackets and indentation"
+    if isinstance(reason, KeyError) and (option := OPTION.search(message)):
+        name = option[1]
+        if not cls:
+            return name, f"{name}: no such key; {nearest(name, [option.lstrip('-') for option in options])}"
+        if name == "class_path":
+            return name, "only class_path and init_args may stand here; put the other keys under init_args"
+        return name, f"no argument {name!r}; {nearest(name, [*_arguments_of(cls), 'class_path'])}"
+    if start.startswith("unrecognized"):
+        flag = re.split(r"[= ]", value)[0]
+        return "", f"{flag}: no such option; {nearest(flag, options)}"
+    if start.startswith("Expected"):
+        names = [name for package in PACKAGES for name in dir(import_module(package)) if name[0].isupper()]
+        if value in names:
+            return value, f"class {value} does not fit here"
+        return value, f"no class named {value!r}; {nearest(value, names)}"
+    if start:
+        missing = [re.sub(r"^(fit|validate|test|predict)\.", "", name) for name in value.split(", ")]
+        flags = " ".join(f"--{'.'.join([*keys, name])}" for name in missing)
+        return "", f"{', '.join(missing)} is missing; set it with {flags} or in a configuration"
+    if given := EXPECTED.match(message):
+        found = [match[1] for sibling in siblings if (match := EXPECTED.match(str(sibling)))]
+        types = " or ".join(dict.fromkeys(name for name in found if name != "NoneType"))
+        return "", f"expected {types or 'null'}, got {given[2]!r}"
+    return "", on_one_line(message.partition("\nSubclass types expect")[0])
+
+
+def _deepest(error: BaseException) -> list[BaseException]:
+    """The chain of causes that names most keys and classes: of a union, the type that accepts most of the value."""
+
+    def depth(chain: list[BaseException]) -> tuple[int, int]:
+        texts = [str(cause).partition("\n")[0] for cause in chain]
+        return sum(bool(KEY.match(text) or CLASS.search(text)) for text in texts), -texts[-1].count(".")
+
+    return [error, *max((_deepest(cause) for cause in _alternatives(error)), key=depth, default=[])]
+
+
+def _alternatives(error: BaseException) -> list[BaseException]:
+    """What an error came from; for a union, the error of each type.
+
+    jsonargparse links only the error of the first type. The others are variables of the frame that raised.
+    """
+    *_, variables = [{}, *(frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__))]
+    causes: list[BaseException] = variables.get("exceptions") or [e for e in [error.__cause__] if e is not None]
+    return causes
+
+
+def _arguments_of(class_path: str) -> list[str]:
+    from jsonargparse import ArgumentParser
+
+    parser, target = ArgumentParser(), resolve_name(class_path)
+    add = parser.add_class_arguments if isinstance(target, type) else parser.add_function_arguments
+    names: list[str] = add(target, fail_untyped=False)
+    return names
+
+
+def _where(name: str, arguments: Sequence[str]) -> str:
+    """File and line of the last configuration with this key or class; empty if an option after it has it."""
+    pairs = [(word.partition("="), after) for word, after in zip(arguments, [*arguments[1:], ""], strict=False)]
+    for (option, _, value), after in reversed(pairs):
+        if option in ("--config", "-c"):
+            for file in reversed([layer for layer in layers(value or after) if Path(layer).is_file()]):
+                try:
+                    node = yaml.compose(Path(file).read_text(encoding="utf-8"))
+                except yaml.MarkedYAMLError as error:
+                    return f"{file}:{error.problem_mark.line + 1}: " if error.problem_mark else ""
+                lines = [line for found, line in _names(node) if found.endswith(f".{name}")]
+                if name and lines:
+                    return f"{file}:{lines[0]}: "
+        elif name and (f".{name}." in f".{option.lstrip('-').rstrip('+')}." or name in (_last(value), _last(after))):
+            return ""
+    return ""
+
+
+def _names(node: Any, path: str = "") -> Iterator[tuple[str, int]]:
+    """Every key of a YAML file, as a dotted path, and every value, with its line."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = f"{path}.{key.value.rstrip('+')}"
+            yield name, key.start_mark.line + 1
+            yield from _names(value, name)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _names(item, path)
+    elif node is not None:
+        yield f".{node.value}", node.start_mark.line + 1
 
 
 def running_error(error: BaseException) -> str:

@@ -6,8 +6,7 @@ The heavy libraries are imported only after the first line is printed, so that t
 import os
 import sys
 
-from lit_ppo.cli.process import restored_process
-from lit_ppo.cli.session import Session
+from lit_ppo.cli.session import Session, restored_process
 
 
 def main(args: list[str] | None = None) -> int:

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_ppo.cli.errors import running_error
-from lit_ppo.cli.parsing_errors import nearest, parsing_error
+from lit_ppo.cli.errors import nearest, parsing_error, running_error
 from lit_ppo.run.errors import CommandError
 from tests.helpers.command import run_command
 from tests.helpers.ppo_command import ppo_arguments
@@ -127,4 +126,4 @@ def test_running_error_tells_ours_from_others() -> None:
     foreign = running_error(caught(lambda: {}["key"]))
     assert foreign.startswith("KeyError in tests.cli.test_errors, line ")
     ours = running_error(caught(lambda: parsing_error(None, [], [])))  # type: ignore[arg-type]
-    assert "AttributeError in lit_ppo.cli.parsing_errors, line " in ours
+    assert "AttributeError in lit_ppo.cli.errors, line " in ours
