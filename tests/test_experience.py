@@ -118,6 +118,12 @@ def test_a_response_without_tokens_has_no_weight(reduction):
     assert sum(parts).item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+def test_the_mean_of_a_single_response_is_that_of_its_tokens(reduction):
+    minibatch = Minibatch.of(make_experience(lengths=(2,), prompts=(1,)), [0], reduction)
+    assert minibatch.mean(torch.tensor([[3.0, 5.0]])).item() == 4.0
+
+
 def test_a_mask_that_a_callback_rebinds_before_the_step_counts():
     minibatch = Minibatch.of(make_experience(), range(5), "token_mean")
     minibatch.response_mask = minibatch.response_mask & (torch.arange(4) < 1)

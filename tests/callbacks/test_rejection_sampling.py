@@ -150,6 +150,14 @@ def test_estimators_that_compare_samples_are_refused_before_the_first_rollout():
     RejectionSampling(2).setup(SimpleNamespace(callbacks=[]), module, "fit")
 
 
+def test_a_module_without_a_number_of_samples_is_refused_before_the_first_rollout():
+    module = Toy()
+    del module.samples_per_prompt
+    with pytest.raises(TypeError, match="RejectionSampling needs samples_per_prompt on the module, which Toy lacks"):
+        run_updates(RejectionSampling(2), module=module)
+    assert module.experiences == []
+
+
 # ---- on LitPPO
 
 

@@ -225,6 +225,16 @@ def test_a_merged_export_goes_on_as_an_actor_and_an_adapter_does_not(tmp_path: P
         make(tmp_path / "adapter").configure_model()
 
 
+def test_a_merged_export_has_the_actors_dtype(tmp_path: Path, tiny_lm: Path) -> None:
+    """As under ``precision="bf16-true"``."""
+    module = make(tiny_lm)
+    module.configure_model()
+    module.actor.to(torch.bfloat16)
+    module.save_pretrained(tmp_path / "merged")
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
 def test_the_callback_exports_either(tmp_path: Path, tiny_lm: Path) -> None:
     for adapter in (False, True):
         target = tmp_path / f"model-{adapter}"
