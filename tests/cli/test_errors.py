@@ -8,6 +8,7 @@ from lit_ppo.cli.errors import nearest, parsing_error, running_error
 from lit_ppo.run.errors import CommandError
 from tests.helpers.command import run_command
 from tests.helpers.ppo_command import ppo_arguments
+from tests.helpers.tiny import make_causal_lm, make_tokenizer
 
 OVERLAYS = {
     "mistyped key": ("trainer:\n  max_stepz: 3\n", ["over.yaml:2", "trainer.max_stepz", "'trainer.max_steps'"]),
@@ -80,16 +81,13 @@ def test_debug_shows_the_traceback_and_ends_with_the_same_line(config: Path, tmp
 
 
 PPO = {
-    "missing actor": ("--model.actor=nope", ["LitPPO(actor", "nope"]),
     "missing reward model": ("--model.rewards.model=nope", ["RewardModel(model='nope')"]),
-    "minibatch over the batch": ("--model.minibatch_size=400", ["LitPPO(minibatch_size=400)", "8"]),
     "choice": ("--model.kl_estimator=k4", ["model (LitPPO).kl_estimator", "'k4'", "'k3'"]),
     "argument of the reward": ("--model.rewards.modle=x", ["RewardModel", "'modle'", "'model'"]),
     "argument of the optimizer": ("--model.actor_optimizer.lrr=1", ["model (LitPPO).actor_optimizer", "'lrr'", "'lr'"]),
     "estimator": ("--model.advantages=GEA", ["model (LitPPO).advantages", "'GEA'", "'GAE'"]),
-    "missing prompts": ("--data.path=nope.jsonl", ["PromptDataModule(path='nope.jsonl')", "does not exist"]),
     "missing column": ("--data.prompt_column=question", ["prompts.jsonl", "'question'", "'prompt'"]),
-    "generation": ("--model.generation.max_tokens=4", ["LitPPO(generation", "max_tokens"]),
+    "loss that is not finite": ("--model.actor_optimizer.lr=1e30", ["not finite", "max_skipped_steps=0", "responses"]),
 }
 
 
@@ -100,6 +98,23 @@ def test_a_bad_argument_to_ppo_is_refused(
     run_command("fit", *ppo_arguments(tmp_path, tiny_lm, tiny_reward), argument, cwd=tmp_path).refused(*words)
 
 
+def test_a_reward_that_raises_is_named_with_its_line_before_the_first_update(
+    tmp_path: Path, tiny_lm: Path, tiny_reward: Path
+) -> None:
+    (tmp_path / "my_rewards.py").write_text("def raises(prompts, responses):\n    return [1 / 0]\n")
+    arguments = ppo_arguments(tmp_path, tiny_lm, tiny_reward)
+    reward = ["--model.rewards=RewardFunction", "--model.rewards.function=my_rewards.raises"]
+    result = run_command("fit", *arguments, *reward, cwd=tmp_path).refused(
+        "ZeroDivisionError", "my_rewards.py", "line 2"
+    )
+    assert "update 1" not in result.out
+
+
+def test_a_tokenizer_without_pad_token_trains(tmp_path: Path, tiny_reward: Path) -> None:
+    actor = make_causal_lm(tmp_path / "actor", tokenizer=make_tokenizer(pad=False))
+    run_command("fit", *ppo_arguments(tmp_path, actor, tiny_reward), "--trainer.max_steps=1", cwd=tmp_path).ok()
+
+
 def test_nearest() -> None:
     assert nearest("lrr", ["lr", "betas"]) == "did you mean 'lr'?"
     assert nearest("zzz", ["lr", "betas"]) == "known: betas, lr"
@@ -107,7 +122,6 @@ def test_nearest() -> None:
 
 def test_nothing_in_an_error_is_obeyed_by_a_terminal() -> None:
     """Such as a response that a reward function cannot read, and says so."""
-    assert running_error(CommandError("cannot read \x1b[2J\x07\n<b>")).startswith("CommandError")
     assert "cannot read \\x1b[2J\\x07 <b>" in running_error(CommandError("cannot read \x1b[2J\x07\n<b>"))
 
 

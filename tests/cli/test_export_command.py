@@ -1,6 +1,5 @@
 """``lit-ppo export``: byte for byte what the run itself exports."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -102,16 +101,6 @@ def test_a_model_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert files(tmp_path) == {"model/config.json": b"new"}
     write_model(Saves(), tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_a_model_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file and its folder: after a crash of the machine there is no name without content."""
-    seen: list[str] = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda descriptor: seen.append("synced") or fsync(descriptor))
-    monkeypatch.setattr(os, "replace", lambda path, target: seen.append("renamed") or replace(path, target))
-    write_model(Saves(), tmp_path / "model")
-    assert seen == ["synced", "synced", "renamed", "synced"]
 
 
 def test_what_is_missing_or_in_the_way_is_named(tmp_path: Path, run: Path) -> None:

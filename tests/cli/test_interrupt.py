@@ -81,23 +81,3 @@ def test_in_a_stage(tmp_path: Path) -> None:
     assert result.last.endswith("continue with: lit-ppo fit --config toy.yaml")
     assert not running(marker)
     assert not list(tmp_path.rglob("*.stage.json"))
-
-
-def test_a_hung_run_is_ended(tmp_path: Path) -> None:
-    """One that swallows the interrupt, and never ends by itself."""
-    (tmp_path / "stubborn.py").write_text(
-        "import time\nfrom tests.helpers.cli_toys import Toy\n"
-        "class Stubborn(Toy):\n"
-        "    def training_step(self, batch, batch_idx):\n"
-        "        print('stubborn', flush=True)\n"
-        "        while True:\n"
-        "            try:\n"
-        "                time.sleep(60)\n"
-        "            except KeyboardInterrupt:\n"
-        "                pass\n"
-    )
-    command = start(tmp_path, "--model=stubborn.Stubborn")
-    command.wait_for("stubborn")
-    result = command.stop(signal.SIGINT)
-    assert result.code == 130
-    assert "continue with" in result.last

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import yaml
 
-from lit_ppo.cli.layers import layers
 from tests.helpers.command import REPOSITORY, run_command
 
 PPO = REPOSITORY / "configs/ppo.yaml"
@@ -53,14 +52,6 @@ def test_each_file_overrides_what_it_is_based_on(top: Path, tmp_path: Path) -> N
     assert "base" not in config
 
 
-def test_it_is_the_same_as_the_files_one_after_the_other(top: Path, tmp_path: Path) -> None:
-    for name, text in (("middle", MIDDLE), ("top", TOP)):
-        lines = [line for line in text.splitlines() if not line.startswith("base:")]
-        (tmp_path / f"{name}_alone.yaml").write_text("\n".join(lines))
-    alone = ["--config", PPO, "--config", "middle_alone.yaml", "--config", "top_alone.yaml"]
-    assert printed("--config", top, cwd=tmp_path) == printed(*alone, cwd=tmp_path)
-
-
 @pytest.mark.parametrize("file", ["top/top.yaml", "middle.yaml"])
 def test_an_error_names_the_file_of_the_chain_and_the_line(top: Path, tmp_path: Path, file: str) -> None:
     text = (tmp_path / file).read_text().replace("kl_coef", "kl_coeff")
@@ -75,8 +66,3 @@ def test_a_base_that_is_missing_or_based_on_the_file_is_refused(tmp_path: Path) 
     run_command(*arguments, cwd=tmp_path).refused("a.yaml:2: base: file b.yaml does not exist", "relative to")
     (tmp_path / "b.yaml").write_text("base: ./a.yaml\n")
     run_command(*arguments, cwd=tmp_path).refused("b.yaml:1: base: a.yaml is based on this file")
-
-
-def test_layers_of_a_file(top: Path, tmp_path: Path) -> None:
-    below = [str(PPO), str(tmp_path / "middle.yaml")]
-    assert layers(str(top)) == [*below, str(top)]

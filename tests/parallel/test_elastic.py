@@ -61,15 +61,10 @@ def test_an_agent_is_killed_and_comes_back(tmp_path: Path) -> None:
         "--trainer.max_steps=6",
         "--checkpoint.every_n_train_steps=1",
         "--model.rewards.function=tests.parallel.test_elastic.slow_reward",
-        "--model.actor_optimizer=torch.optim.SGD",
-        "--model.actor_optimizer.lr=0.05",
-        "--model.actor_optimizer.momentum=0.5",  # states, which are sharded as well
-        "--model.actor_optimizer.fused=false",
-        "--model.critic_optimizer=torch.optim.SGD",
-        "--model.critic_optimizer.lr=0.05",
-        "--model.critic_optimizer.momentum=0.5",
-        "--model.critic_optimizer.fused=false",
     ]
+    for optimizer in ("--model.actor_optimizer", "--model.critic_optimizer"):
+        arguments += [f"{optimizer}=torch.optim.SGD", f"{optimizer}.lr=0.05", f"{optimizer}.fused=false"]
+        arguments.append(f"{optimizer}.momentum=0.5")  # a state, which is sharded as well
     run_command(*arguments, "--trainer.default_root_dir=whole", cwd=tmp_path).ok()
     nodes = [f"--config={REPOSITORY / 'configs/strategy/fsdp2_multinode.yaml'}", "--trainer.devices=1"]
     arguments += [*nodes, "--ckpt_path=auto", "--trainer.default_root_dir=cut"]

@@ -43,5 +43,3 @@ def test_the_command_takes_fsdp_for_fsdp2(tmp_path, tiny_lm, tiny_reward):
     arguments = [*ppo_arguments(tmp_path, tiny_lm, tiny_reward), "--trainer.max_steps=1", "--trainer.devices=1"]
     run_command("fit", *arguments, "--trainer.strategy=fsdp", cwd=tmp_path).ok()
     assert yaml.safe_load((tmp_path / "runs/ppo/version_0/config.yaml").read_text())["trainer"]["strategy"] == "fsdp2"
-    arguments.append("--trainer.strategy.class_path=FSDPStrategy")
-    run_command("fit", *arguments, cwd=tmp_path).refused("FSDPStrategy", "use fsdp2")

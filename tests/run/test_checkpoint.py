@@ -6,12 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from lit_ppo.parallel.checkpoint_io import CheckpointError
 from lit_ppo.run.checkpoint import StepCheckpoint, find_last
-from tests.helpers.cli_toys import CONFIG
-from tests.helpers.command import run_command
 from tests.helpers.toys import make_data, make_module, make_trainer
 
 
@@ -76,12 +73,3 @@ def test_a_second_run_with_the_same_callback_is_saved_too(tmp_path: Path, tiny_l
         trainer.fit(module, make_data(tmp_path))
     state = torch.load(tmp_path / "saved" / "step-000001.ckpt", weights_only=True)["state_dict"]
     assert all(value.equal(module.state_dict()[name]) for name, value in state.items())
-
-
-def test_the_command_names_a_truncated_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(CONFIG))
-    run_command("fit", "--config=toy.yaml", cwd=tmp_path).ok()
-    path = tmp_path / "runs/version_0/checkpoints/step-000008.ckpt"
-    path.write_bytes(path.read_bytes()[:1000])
-    command = ["fit", "--config=toy.yaml", "--ckpt_path=last"]
-    run_command(*command, cwd=tmp_path).refused("step-000008.ckpt: cannot be read", "delete it")

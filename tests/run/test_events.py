@@ -11,9 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lit_ppo.run.checkpoint import StepCheckpoint
 from lit_ppo.run.events import copy_events, covered_events
-from tests.helpers.command import run_command
 from tests.helpers.event_files import shown
-from tests.helpers.ppo_command import ppo_arguments
 from tests.helpers.toys import make_data, make_module, make_trainer
 
 NOW = time.time()
@@ -68,28 +66,6 @@ def test_all_is_copied_that_is_not_logged_in_another_way(tmp_path: Path):
     logger.experiment.flush()
     assert shown(tmp_path / "run/version_0") == {"loss": [1, 3], "text": [1, 2, 3]}
     logger.finalize("success")
-
-
-def test_a_resumed_run_shows_every_histogram_picture_and_text_once(tmp_path: Path, tiny_lm: Path, tiny_reward: Path):
-    """Two updates an epoch; samples stand at the steps 0, 1, 2, ..., histograms at 0, 1, ..., figures at 1, 2, ..."""
-    monitors = [
-        "--trainer.callbacks+=Cockpit",
-        "--trainer.callbacks.every=1",
-        "--trainer.callbacks.figures_every=1",
-        "--trainer.callbacks.best_of=0",
-        "--trainer.callbacks+=SampleLogger",
-        "--trainer.callbacks.every=1",
-    ]
-    arguments = [*ppo_arguments(tmp_path, tiny_lm, tiny_reward), *monitors]
-    run_command("fit", *arguments, "--trainer.max_steps=1", cwd=tmp_path).ok()
-    time.sleep(1.0)  # files are read in the order of their names, which are of whole seconds
-    run_command("fit", *arguments, "--trainer.max_epochs=2", "--ckpt_path=last", cwd=tmp_path).ok()
-    steps = shown(tmp_path / "runs/ppo/version_0")
-    assert steps["samples/text_summary"] == [0, 1, 2, 3, 4]
-    for tag in ("histogram/scores", "histogram/lengths", "objective/score", "policy/loss"):
-        assert steps[tag] == [0, 1, 2, 3], tag
-    assert steps["figure/scores"][-3:] == [1, 2, 3]
-    assert all(len({*found}) == len(found) for found in steps.values())
 
 
 def test_what_a_checkpoint_covers_is_on_the_disk_before_it(tmp_path: Path, tiny_lm: Path, monkeypatch: Any):

@@ -85,42 +85,10 @@ def test_a_checkpoint_holds_only_the_metrics_that_its_step_logs(tmp_path, uninte
     assert [run["logged"]["objective/score"] for run in runs[1::2]] == scores
 
 
-def test_the_reference_after_resume_is_what_the_run_started_from(tmp_path, uninterrupted):
-    folder, actor, _, _ = uninterrupted
-    module, _ = fit(tmp_path, actor, folder / "checkpoints" / "step-000004.ckpt")
-    start = make_module(actor)
-    start.configure_model()
-    for name, value in module.reference.state_dict().items():
-        assert value.equal(start.reference.state_dict()[name])
-
-
 def test_checkpoints_hold_no_frozen_weights(uninterrupted):
     checkpoint = torch.load(uninterrupted[0] / "checkpoints" / "step-000005.ckpt", weights_only=True)
     assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"actor", "critic"}
     assert checkpoint["lit_ppo"]["rollouts"] == UPDATES
-
-
-def test_a_moved_reference_is_saved_and_restored(tmp_path, uninterrupted):
-    """A callback that moves it sets ``checkpoint_reference``."""
-    _, actor, _, _ = uninterrupted
-
-    def moved() -> Any:
-        module = make_module(actor)
-        module.checkpoint_reference = True
-        return module
-
-    module = moved()
-    trainer = make_trainer(tmp_path, max_steps=1)
-    trainer.fit(module, make_data(tmp_path))
-    with torch.no_grad():
-        module.reference.model.transformer.wte.weight.add_(1.0)
-    trainer.save_checkpoint(tmp_path / "moved.ckpt")
-    again = moved()
-    make_trainer(tmp_path, max_steps=1).fit(
-        again, make_data(tmp_path), ckpt_path=str(tmp_path / "moved.ckpt"), weights_only=False
-    )
-    for name, value in module.reference.state_dict().items():
-        assert value.equal(again.reference.state_dict()[name])
 
 
 def test_a_checkpoint_of_other_models_is_refused(tmp_path, uninterrupted):

@@ -89,15 +89,8 @@ def test_slurm_requeues_after_the_update(tmp_path: Path, actor: Path, monkeypatc
     (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/scontrol.txt\n')
     (tools / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    job = {
-        "JOB_ID": "17",
-        "NTASKS": "1",
-        "JOB_NAME": "ppo",
-        "NNODES": "1",
-        "PROCID": "0",
-        "LOCALID": "0",
-        "NODEID": "0",
-    }
+    job = {"JOB_ID": "17", "JOB_NAME": "ppo", "NTASKS": "1", "NNODES": "1"}
+    job |= dict.fromkeys(["PROCID", "LOCALID", "NODEID"], "0")
     for name, value in job.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     with pytest.raises(SIGTERMException):
