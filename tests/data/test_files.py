@@ -5,7 +5,6 @@ import gzip
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,6 +149,13 @@ class FakeDatasets:
         return [{"prompt": "from the hub"}]
 
 
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDatasets:
+    datasets = FakeDatasets()
+    monkeypatch.setitem(sys.modules, "datasets", datasets)  # type: ignore[arg-type]
+    return datasets
+
+
 @pytest.mark.parametrize(
     ("path", "args", "split"),
     [
@@ -159,28 +165,24 @@ class FakeDatasets:
         ("owner/name/main:train[:10%]", ("owner/name", "main"), "train[:10%]"),
     ],
 )
-def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch, path: str, args: tuple[Any, ...], split: str) -> None:
-    fake = FakeDatasets()
-    monkeypatch.setitem(sys.modules, "datasets", fake)  # type: ignore[arg-type]
+def test_hub_data_sets(fake: FakeDatasets, path: str, args: tuple[Any, ...], split: str) -> None:
     table = read_table(WHERE, path)
     assert fake.calls == [(args, {"split": split})]
     assert table.rows == [{"prompt": "from the hub"}]
     assert table.place(0) == f"{path}, row 1"
 
 
-def test_parquet_goes_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_goes_through_datasets(tmp_path: Path, fake: FakeDatasets) -> None:
     path = write(tmp_path / "a.parquet", "PAR1")
-    fake = FakeDatasets()
-    monkeypatch.setitem(sys.modules, "datasets", fake)  # type: ignore[arg-type]
     assert read_table(WHERE, path).place(0) == f"{path}, row 1"
     assert fake.calls == [(("parquet",), {"data_files": path, "split": "train"})]
     with pytest.raises(FileNotFoundError, match=r"b.parquet does not exist"):
         read_table(WHERE, str(tmp_path / "b.parquet"))
 
 
+@pytest.mark.usefixtures("fake")
 def test_hub_failures_say_what_was_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "datasets", FakeDatasets())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"there is no file .*no/such, and datasets .*'not found on the hub'"):
         read_table(WHERE, "no/such")
     monkeypatch.setitem(sys.modules, "datasets", None)  # type: ignore[arg-type]
@@ -200,6 +202,5 @@ def test_columns_are_those_of_all_rows(tmp_path: Path) -> None:
     table = read_table(WHERE, write(tmp_path / "a.jsonl", '{"a": 1}\n{"b": 2, "a": 3}\n'))
     assert table.columns == ["a", "b"]
     assert table.select([0]).columns == ["a", "b"]
-    assert SimpleNamespace(rows=table.select([1]).rows, lines=table.select([1]).lines) == SimpleNamespace(
-        rows=[{"b": 2, "a": 3}], lines=[2]
-    )
+    assert table.select([1]).rows == [{"b": 2, "a": 3}]
+    assert table.select([1]).lines == [2]

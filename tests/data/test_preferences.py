@@ -85,13 +85,6 @@ def test_labelled_texts(tmp_path: Path, label: Any) -> None:
     assert examples(one.train_dataloader()) == {("we loved it", 1.0), ("bad", 0.0)}
 
 
-def test_a_tsv_without_a_header(tmp_path: Path) -> None:
-    (tmp_path / "sst2.tsv").write_text('a " good film\t1\nbad\t0\n')
-    options = {"column_names": ["sentence", "y"], "text_column": "sentence", "label_column": "y"}
-    data = ready("sst2.tsv", data_root=str(tmp_path), **options)
-    assert examples(data.train_dataloader()) == {("a [UNK] good film", 1.0), ("bad", 0.0)}
-
-
 def test_lower_case(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", [{"prompt": "The ", "chosen": "Film", "rejected": "PLOT", "t": "Good", "y": 1}])
     for lower_case, pair, text in [(True, ("the film", "the plot"), "good"), (False, ("[UNK] [UNK]",) * 2, "[UNK]")]:
@@ -108,39 +101,32 @@ def test_long_texts_keep_their_end(tmp_path: Path) -> None:
     assert examples(data.train_dataloader()) == {("really good", "was bad"), ("happy", "but sad")}
 
 
-CHATS = [
-    {
-        "prompt": [{"role": "user", "content": "The film"}],
-        "chosen": [{"role": "assistant", "content": "Good"}],
-        "rejected": [{"role": "assistant", "content": "bad"}],
-    }
-]
-RENDERED = {("user the film [EOS] assistant good [EOS]", "user the film [EOS] assistant bad [EOS]")}
+CHAT = {
+    "prompt": [{"role": "user", "content": "The film"}],
+    "chosen": [{"role": "assistant", "content": "Good"}],
+    "rejected": [{"role": "assistant", "content": "bad"}],
+}
+WHOLE = {side: CHAT["prompt"] + CHAT[side] for side in ("chosen", "rejected")}
 
 
 @pytest.mark.parametrize(
-    "row",
+    ("row", "prompt_column"),
     [
-        CHATS[0],
-        {"prompt": CHATS[0]["prompt"], "chosen": "Good", "rejected": "bad"},
-        {"prompt": "The film", "chosen": CHATS[0]["chosen"], "rejected": CHATS[0]["rejected"]},
+        (CHAT, "prompt"),
+        (CHAT | {"chosen": "Good", "rejected": "bad"}, "prompt"),
+        (CHAT | {"prompt": "The film"}, "prompt"),
+        (WHOLE, None),
     ],
-    ids=["messages", "plain answers", "plain prompt"],
+    ids=["messages", "plain answers", "plain prompt", "no prompt column"],
 )
 @pytest.mark.parametrize("bos", [False, True])
-def test_chats(tmp_path: Path, row: dict[str, Any], bos: bool) -> None:
+def test_chats(tmp_path: Path, row: dict[str, Any], prompt_column: str | None, bos: bool) -> None:
     """By the template, with one BOS and no opening of a further answer."""
     tokenizer = make_tokenizer(bos=bos, chat=True)
-    data = ready(write(tmp_path / "p.jsonl", [row]), prompt_column="prompt", lower_case=True, tokenizer=tokenizer)
-    front = "[BOS] " if bos else ""
-    assert examples(data.train_dataloader(), tokenizer) == {tuple(front + text for text in next(iter(RENDERED)))}
-
-
-def test_whole_chats_without_a_prompt_column(tmp_path: Path) -> None:
-    tokenizer = make_tokenizer(chat=True)
-    whole = [{side: CHATS[0]["prompt"] + CHATS[0][side] for side in ("chosen", "rejected")}]
-    data = ready(write(tmp_path / "p.jsonl", whole), lower_case=True, tokenizer=tokenizer)
-    assert examples(data.train_dataloader(), tokenizer) == RENDERED
+    path = write(tmp_path / "p.jsonl", [row])
+    data = ready(path, prompt_column=prompt_column, lower_case=True, tokenizer=tokenizer)
+    front = ("[BOS] " if bos else "") + "user the film [EOS] assistant"
+    assert examples(data.train_dataloader(), tokenizer) == {(f"{front} good [EOS]", f"{front} bad [EOS]")}
 
 
 def test_validation_rows(tmp_path: Path) -> None:
@@ -148,17 +134,11 @@ def test_validation_rows(tmp_path: Path) -> None:
     data = ready(path, val_path=write(tmp_path / "v.jsonl", PAIRS[::-1]), batch_size=1)
     assert [texts_of(batch["chosen"]) for batch in data.val_dataloader()] == [["happy"], ["was really good"]]
     assert ready(path).val_dataloader() == []
-    rows = [LABELLED[i % 2] | {"id": i // 2} for i in range(200)]
-    many = write(tmp_path / "m.jsonl", rows)
-    by_id = ready(many, val_fraction=0.2, split_column="id", **EDGES)
-    assert len(by_id.train_rows) + len(by_id.val_rows) == 400
-    assert 20 < len(by_id.val_rows) < 140
-    assert sum(label for _, label in by_id.val_rows) == len(by_id.val_rows) / 2  # an id's two rows stay together
-    rows = [{"head": " ".join(["the"] * (i % 20 + 1)), "tail": "film", "label": 1} for i in range(80)]
-    by_text = ready(write(tmp_path / "t.jsonl", rows), val_fraction=0.5, **EDGES)
-    train, val = ({len(ids) for ids, _ in side} - {1} for side in (by_text.train_rows, by_text.val_rows))
+    rows: list[Any] = [{"head": " ".join(["the"] * (i % 20 + 1)), "tail": "film", "label": 1} for i in range(80)]
+    split = ready(write(tmp_path / "t.jsonl", rows), val_fraction=0.5, **EDGES)
+    train, val = ({len(ids) for ids, _ in side} - {1} for side in (split.train_rows, split.val_rows))
     assert not train & val  # copies of a row are never on both sides
-    assert len(by_text.train_rows) + len(by_text.val_rows) == 160
+    assert len(split.train_rows) + len(split.val_rows) == 160
 
 
 @pytest.mark.parametrize(
@@ -183,8 +163,8 @@ def test_arguments_are_checked_in_the_constructor(options: dict[str, Any], messa
     [
         ({"chosen": "good"}, {}, r"line 2: no value for column 'rejected', only for \['chosen'\]"),
         ({"chosen": "", "rejected": "bad"}, {}, r"line 2: empty 'chosen'"),
-        ({"chosen": CHATS[0]["chosen"], "rejected": CHATS[0]["rejected"]}, {}, "line 2: chat messages and plain text"),
-        ({"chosen": "good", "rejected": CHATS[0]["rejected"]}, {}, "line 2: chat messages and plain text are mixed"),
+        ({"chosen": CHAT["chosen"], "rejected": CHAT["rejected"]}, {}, "line 2: chat messages and plain text"),
+        ({"chosen": "good", "rejected": CHAT["rejected"]}, {}, "line 2: chat messages and plain text are mixed"),
         ({"head": "good", "tail": "bad", "label": "pos"}, EDGES, r"line 2: label 'pos' in column 'label'; give 0"),
         ({"head": "good", "tail": "bad", "label": 2}, EDGES, r"line 2: label 2 in column 'label'; give 0"),
         ({"head": "good", "tail": "bad", "label": -1}, EDGES, r"line 2: label -1 in column 'label'; give 0"),

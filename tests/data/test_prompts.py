@@ -1,7 +1,6 @@
 """Prompts: their ids against the tokenizer's own, what a batch holds, the split, and errors that name the place."""
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,10 @@ from lit_ppo.data.prompts import PromptDataModule
 from lit_ppo.data.table import unit_hash
 from tests.helpers.tiny import make_tokenizer
 
+TURNS = [("user", "the plot"), ("assistant", "dull"), ("user", "but")]
 CHAT = [
     [{"role": "user", "content": "was it good"}],
-    [
-        {"role": "user", "content": "the plot"},
-        {"role": "assistant", "content": "dull"},
-        {"role": "user", "content": "but"},
-    ],
+    [{"role": role, "content": content} for role, content in TURNS],
 ]
 ROWS = [
     {"prompt": "the film was", "id": "a", "label": 1},
@@ -172,17 +168,6 @@ def test_chat_prompts_are_handed_on_as_messages(tmp_path: Path) -> None:
     assert (batch.prompts, batch.prompt_ids) == encode_prompts(tokenizer, batch.columns["messages"])
 
 
-@pytest.mark.parametrize("chat", [False, True])
-def test_lower_case(tmp_path: Path, chat: bool) -> None:
-    prompt: Any = [{"role": "user", "content": "The FILM"}] if chat else "The FILM"
-    path = write(tmp_path / "p.jsonl", [{"prompt": prompt, "note": "Kept"}])
-    for lower_case in (False, True):
-        data = ready(path, lower_case=lower_case, tokenizer=make_tokenizer(chat=True))
-        batch = next(iter(data.train_dataloader()))
-        assert ("the film" in batch.prompts[0]) == lower_case
-        assert batch.columns["note"] == ["Kept"]
-
-
 def test_drawing_prompts_leaves_the_global_random_state_alone(tmp_path: Path) -> None:
     data = ready(write(tmp_path / "p.jsonl", ROWS))
     torch.manual_seed(0)
@@ -199,16 +184,14 @@ def test_max_prompt_length_and_prompt_column(tmp_path: Path) -> None:
     assert in_order(data) == {"the film was good": make_tokenizer()("was good")["input_ids"]}
 
 
-def test_seed_and_batch_size_change_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_seed_is_that_of_seed_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "p.jsonl", [{"prompt": "the"}] * 50)
 
     def order(**options: Any) -> list[list[int]]:
         return [batch.prompt_index.tolist() for batch in ready(path, **options).train_dataloader()]
 
-    assert [len(rows) for rows in order(batch_size=20)] == [20, 20, 10]
-    assert order(seed=1) == order(seed=1) != order(seed=2)
     monkeypatch.setenv("PL_GLOBAL_SEED", "2")
-    assert order(seed=None) == order(seed=2)
+    assert order(seed=None) == order(seed=2) != order(seed=0)
     monkeypatch.delenv("PL_GLOBAL_SEED")
     assert order(seed=None) == order(seed=0)
 
@@ -224,13 +207,6 @@ def test_tokenizer_from_a_folder_from_the_module_or_missing(tmp_path: Path) -> N
     assert "\n" not in str(error.value)
 
 
-def test_column_names_and_data_root(tmp_path: Path) -> None:
-    (tmp_path / "p.tsv").write_text("the film\t1\n")
-    data = ready("p.tsv", column_names=["prompt", "label"], data_root=str(tmp_path))
-    assert data.columns == {"label": ["1"]}
-    assert list(in_order(data)) == ["the film"]
-
-
 # ---- weights
 
 
@@ -243,16 +219,6 @@ def test_weighted_draws_follow_the_weights() -> None:
     first = np.bincount([rows[0] for rows in drawn], minlength=4) / 4000
     assert np.abs(first[:3] - [0.5, 0.3, 0.2]).max() < 4 * np.sqrt(0.25 / 4000)
     assert order.rows(17).tolist() == drawn[17]  # by number, not by how many were drawn before
-
-
-def test_weights_are_by_seed_and_differ_from_the_plain_order() -> None:
-    draws = []
-    for seed in (0, 1):
-        order = PromptOrder(100, batch_size=10, seed=seed)
-        order.weights = np.ones(100)
-        draws.append(order.rows(0).tolist())
-    assert draws[0] != draws[1]
-    assert draws[0] != np.random.default_rng([0, 0]).permutation(100)[:10].tolist()
 
 
 @pytest.mark.parametrize("container", [list, np.array, torch.tensor])
@@ -420,17 +386,8 @@ def test_a_split_that_cannot_be_made(tmp_path: Path) -> None:
         ready(path, val_fraction=0.5, split_column="label")
 
 
-def test_setup_is_quiet(tmp_path: Path) -> None:
-    with warnings.catch_warnings(record=True) as record:
-        ready(write(tmp_path / "p.jsonl", ROWS), max_prompt_length=4)
-    assert not record
-
-
-def test_a_messages_column_beside_plain_prompts_is_left_out_with_a_warning(tmp_path: Path, tiny_lm: Path) -> None:
+def test_a_messages_column_beside_plain_prompts_is_left_out_with_a_warning(tmp_path: Path) -> None:
     """Rewards take that column for chat prompts."""
-    row = {"prompt": "the film", "messages": [{"role": "user", "content": "the film"}], "level": 1}
-    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
-    data = PromptDataModule(str(tmp_path / "p.jsonl"), tokenizer=str(tiny_lm))
+    path = write(tmp_path / "p.jsonl", [{"prompt": "the film", "messages": CHAT[0], "level": 1}])
     with pytest.warns(UserWarning, match="the column 'messages' is left out"):
-        data.setup("fit")
-    assert data.columns == {"level": [1]}
+        assert ready(path).columns == {"level": [1]}

@@ -103,12 +103,6 @@ def test_every_token_but_the_first_is_predicted_once(tmp_path: Path, packing: bo
     assert max(map(len, rows)) == min(max_length, max(map(len, documents)))
 
 
-def test_packing_fills_the_rows(tmp_path: Path) -> None:
-    """11 tokens in pieces of 5 that overlap by one: 5, 5 and 3."""
-    data = ready(write(tmp_path / "t.jsonl", DOCUMENTS), max_length=5, packing=True)
-    assert [len(piece) for piece in data.train_rows] == [5, 5, 3]
-
-
 def test_documents_without_a_next_token_are_left_out_and_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", DOCUMENTS)
     with pytest.warns(UserWarning, match=r"1 of 3 documents have fewer than two tokens"):
@@ -121,23 +115,6 @@ def test_documents_without_a_next_token_are_left_out_and_counted(tmp_path: Path)
         ready(write(tmp_path / "s.jsonl", ["music"]), append_eos=False)
 
 
-def test_lower_case_text_column_column_names_and_data_root(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_text("1,The FILM\n")
-    options: dict[str, Any] = {"column_names": ["id", "body"], "text_column": "body", "data_root": str(tmp_path)}
-    unknown = make_tokenizer().unk_token_id
-    assert rows_of(ready("t.csv", **options).train_dataloader()) == [[unknown, unknown, EOS]]
-    assert rows_of(ready("t.csv", lower_case=True, **options).train_dataloader()) == [[*ids_of("the film")[0], EOS]]
-
-
-def test_validation_rows(tmp_path: Path) -> None:
-    path, val_path = write(tmp_path / "t.jsonl", DOCUMENTS), write(tmp_path / "v.jsonl", ["bad film", "a", "the"])
-    data = ready(path, val_path=val_path, batch_size=2)
-    first, second = data.val_dataloader()
-    assert first["input_ids"].tolist() == [[*ids_of("bad film")[0], EOS], [*ids_of("a")[0], EOS, PAD]]
-    assert second["input_ids"].tolist() == [[*ids_of("the")[0], EOS]]
-    assert ready(path).val_dataloader() == []
-
-
 def test_split(tmp_path: Path) -> None:
     """Copies of a text are never on both sides; with ``split_column`` they can be, where their ids differ."""
     many = write(tmp_path / "m.jsonl", [" ".join(["the"] * (n % 20 + 1)) for n in range(80)])
@@ -146,16 +123,6 @@ def test_split(tmp_path: Path) -> None:
         train, val = ({len(row) for row in rows} for rows in (data.train_rows, data.val_rows))
         assert train | val == set(range(2, 22))
         assert (not train & val) == apart
-
-
-def test_seed_and_batch_size_change_the_batches(tmp_path: Path) -> None:
-    path = write(tmp_path / "t.jsonl", [" ".join(["the"] * (n + 1)) for n in range(20)])
-
-    def lengths(**options: Any) -> list[list[int]]:
-        return [batch["attention_mask"].sum(1).tolist() for batch in ready(path, **options).train_dataloader()]
-
-    assert [len(batch) for batch in lengths(batch_size=8)] == [8, 8, 4]
-    assert lengths(seed=1) == lengths(seed=1) != lengths(seed=2)
 
 
 # ---- the tokenizer trained on the text
@@ -221,5 +188,3 @@ def test_bad_rows_are_named(tmp_path: Path) -> None:
         ready(good, val_path=bad)
     with pytest.raises(ValueError, match=r"t.jsonl has no column 'body', only \['text', 'id'\]"):
         ready(good, text_column="body")
-    with pytest.raises(ValueError, match=r"^TextDataModule\(tokenizer=None\): there is no module being trained"):
-        ready(good, tokenizer=None)

@@ -15,7 +15,8 @@ from lit_ppo.quickstart.words import OPINIONS, PLAIN, POLARITIES, SUBJECTS
 
 SMALL = {"n_reviews": 300, "n_labelled": 84, "n_prompts": 60, "n_eval_prompts": 40}
 FILES = {"reviews.jsonl": 300, "labelled.jsonl": 84, "prompts.jsonl": 60, "prompts_eval.jsonl": 40}
-THREE = ". We found"
+NOVEL = "We read a novel in bed"
+MIXED = ". We found the prose dull, the cover superb and the villain"
 
 
 def corpus(number: int, seed: int = 0) -> list[str]:
@@ -40,29 +41,13 @@ def test_parser_finds_what_the_generator_was_asked_for(pattern: str, polarity: s
 @pytest.mark.parametrize(
     ("opening", "rest", "pattern", "polarity"),
     [
-        ("We read a novel in bed", ". The prose was truly superb.", "statement", "positive"),
+        (NOVEL, ". The prose was truly superb.", "statement", "positive"),
         ("Yesterday I saw a comedy", ", and my family hated every scene of it.", "taste", "negative"),
         ("After work we rented a villa", ". Was the pool worth the wait? It depends.", "question", "neutral"),
         ("I heard a choir because it was raining", "; for couples the tempo was a joy.", "summary", "positive"),
-        # mixed: two against one, and a draw
-        (
-            "We read a novel in bed",
-            f"{THREE} the prose dull, the cover superb and the villain lovely.",
-            "list",
-            "positive",
-        ),
-        (
-            "We read a novel in bed",
-            f"{THREE} the prose dull, the cover superb and the villain ugly.",
-            "list",
-            "negative",
-        ),
-        (
-            "We read a novel in bed",
-            f"{THREE} the prose dull, the cover superb and the villain plain.",
-            "list",
-            "neutral",
-        ),
+        (NOVEL, f"{MIXED} lovely.", "list", "positive"),  # two against one
+        (NOVEL, f"{MIXED} ugly.", "list", "negative"),
+        (NOVEL, f"{MIXED} plain.", "list", "neutral"),  # a draw
     ],
 )
 def test_parser_reads_reviews_written_by_hand(opening: str, rest: str, pattern: str, polarity: str) -> None:
@@ -79,21 +64,17 @@ def test_parser_reads_reviews_written_by_hand(opening: str, rest: str, pattern: 
         " ",
         ".",
         "We read a novel in bed",
-        "We read a novel in bed.",
         "We read a novel in bed. The prose was truly superb",
         "We read a novel in bed. The prose was truly superb. The cover was very dull.",
         "We read a novel in bed. The prose was superb.",
-        "We read a novel in bed. The prose was superb superb.",
         "We read a novel in bed. The sauce was truly superb.",  # of another subject
         "We read a pizza in bed. The sauce was truly superb.",
         "we read a novel in bed. The prose was truly superb.",
         "We read a novel in bed. the prose was truly superb.",
         "We read a novel  in bed. The prose was truly superb.",
         "We read a novel in bed . The prose was truly superb .",
-        "We read a novel in bed. The prose was truly superbly.",
         "We read a novel in bed. The prose was superb truly.",
         "The prose was truly superb.",
-        "superb wonderful brilliant lovely",
         "{^when} {who} {took} {item}. The {noun} was {degree} {quality}.",
     ],
 )
@@ -189,7 +170,7 @@ def test_seed_gives_the_text() -> None:
 
 def test_report_counts() -> None:
     """By hand: nine words and marks are 8 bigrams, then 4 of a response that does not parse, then 3 new ones."""
-    prompts = ["We read a novel in bed"] * 4
+    prompts = [NOVEL] * 4
     responses = [
         ", and I loved every page of it.",
         ", and I loved every page of it.",
@@ -237,10 +218,6 @@ def test_held_out_openings_appear_nowhere_else(tmp_path: Path) -> None:
     openings = {found.opening for row in reviews if (found := parse(row["text"]))}
     assert (len(held_out), len(prompts)) == (256, 2000)  # all different
     assert held_out.isdisjoint(prompts | openings)
-
-
-def test_defaults_keep_256_prompts_for_evaluation() -> None:
-    assert ReviewText().n_eval_prompts >= 256
 
 
 @pytest.mark.parametrize(

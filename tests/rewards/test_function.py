@@ -14,22 +14,17 @@ from lit_ppo.rewards import RewardFunction, scores_of
 from tests.helpers.rewards import TWO, experience, lengths
 
 
-def test_function_by_import_path_and_as_it_is():
-    rows = experience(**TWO)
-    for function in (
-        "tests.helpers.rewards.lengths",
-        lengths,
-        lambda prompts, responses: lengths(prompts, responses),
-    ):
-        scores = scores_of(RewardFunction(function), rows)
-        assert scores.dtype == torch.float32
-        assert scores.tolist() == [31.0, 2.0]
+class Scorer:
+    def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
+        return lengths(prompts, responses)
 
 
 @pytest.mark.parametrize(
     "function",
     [
-        lambda prompts, responses: lengths(prompts, responses),
+        "tests.helpers.rewards.lengths",
+        lengths,
+        Scorer(),
         lambda responses, prompts: lengths(prompts, responses),
         lambda p, r: lengths(p, r),
         lambda p, r, /: lengths(p, r),
@@ -43,10 +38,8 @@ def test_function_by_import_path_and_as_it_is():
     ],
 )
 def test_passes_what_the_signature_accepts(function: Any):
-    assert scores_of(RewardFunction(function), experience(**TWO, answer=["x", "y"], year=[1, 2])).tolist() == [
-        31.0,
-        2.0,
-    ]
+    rows = experience(**TWO, answer=["x", "y"], year=[1, 2])
+    assert scores_of(RewardFunction(function), rows).tolist() == [31.0, 2.0]
 
 
 def test_columns_do_not_collide_with_positional_names():
@@ -54,40 +47,26 @@ def test_columns_do_not_collide_with_positional_names():
     assert scores_of(RewardFunction(function), experience(**TWO, p=["x", "y"], year=[1, 2])).tolist() == [1.0, 1.0]
 
 
-def test_callable_object():
-    class Scorer:
-        def __call__(self, prompts, responses):
-            return lengths(prompts, responses)
-
-    assert scores_of(RewardFunction(Scorer()), experience(**TWO)).tolist() == [31.0, 2.0]
-
-
 def test_kwargs_have_the_same_value_at_every_call():
     def function(responses, scale, offset=0.0):
         return [scale * len(response) + offset for response in responses]
 
-    assert scores_of(RewardFunction(function, {"scale": 2.0}), experience(**TWO)).tolist() == [6.0, 0.0]
-    assert scores_of(RewardFunction(function, {"scale": 2.0, "offset": 1.0}), experience(**TWO)).tolist() == [7.0, 1.0]
-    column = experience(**TWO, scale=[9, 9])
-    assert scores_of(RewardFunction(function, {"scale": 2.0}), column).tolist() == [
-        6.0,
-        0.0,
-    ]  # over a column of that name
+    rows = experience(**TWO, scale=[9, 9])  # a column of that name does not win
+    assert scores_of(RewardFunction(function, {"scale": 2.0}), rows).tolist() == [6.0, 0.0]
+    assert scores_of(RewardFunction(function, {"scale": 2.0, "offset": 1.0}), rows).tolist() == [7.0, 1.0]
 
 
 @pytest.mark.parametrize("kwargs", [{"scle": 2.0}, {"prompts": []}])
 def test_kwargs_that_the_function_does_not_take(kwargs: dict[str, Any]):
-    with pytest.raises(
-        ValueError, match=r"RewardFunction\(kwargs=.*lengths takes no argument .*; its arguments are prom"
-    ):
+    message = r"RewardFunction\(kwargs=.*lengths takes no argument .*; its arguments are prom"
+    with pytest.raises(ValueError, match=message):
         RewardFunction(lengths, kwargs)
 
 
 def test_chat_prompts_arrive_as_messages():
     seen, messages = [], [[{"role": "user", "content": "a"}], [{"role": "user", "content": "bb"}]]
-    scores_of(
-        RewardFunction(lambda prompts, responses: seen.append(prompts) or [0, 0]), experience(**TWO, messages=messages)
-    )
+    function = lambda prompts, responses: seen.append(prompts) or [0, 0]  # noqa: E731
+    scores_of(RewardFunction(function), experience(**TWO, messages=messages))
     assert seen == [messages]
 
 

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_ppo.rewards import RewardModel, scores_of
-from tests.helpers.tiny import WORDS, make_causal_lm, make_reward_model, make_tokenizer
+from tests.helpers.rewards import experience as rows_of
+from tests.helpers.tiny import WORDS, make_reward_model, make_tokenizer
 
 PROMPTS = ["the film was", "a", "we saw the very long and slow movie that they loved but", "it felt"]
 RESPONSES = [" really good", " great bright happy story", " bad", " not dull and not slow and not really awful"]
@@ -23,7 +24,7 @@ SHARP = {"initializer_range": 0.5}  # scores that differ
 
 
 def experience(prompts: list[str] = PROMPTS, responses: list[str] = RESPONSES, **columns: list[Any]) -> SimpleNamespace:
-    return SimpleNamespace(prompts=prompts, responses=responses, columns=columns, extras={})
+    return rows_of(prompts, responses, **columns)
 
 
 def stock(path: Path, texts: list[str], tokenizer: Any = None, label: int = 0, **options: Any) -> list[float]:
@@ -42,8 +43,18 @@ def token_scores(path: Path, ids: list[int]) -> list[float]:
     return (hidden @ model.score.weight[0]).tolist()
 
 
-def without_pad() -> Any:
-    return make_tokenizer(pad=False)
+def built(path: Path, **options: Any) -> RewardModel:
+    source = RewardModel(str(path), **options)
+    source.build()
+    return source
+
+
+def shapes_of_forwards(source: RewardModel) -> list[tuple[int, ...]]:
+    """Of the ids: is filled while texts are scored."""
+    shapes: list[tuple[int, ...]] = []
+    hook: Any = lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape))  # noqa: E731
+    source.model.register_forward_pre_hook(hook, with_kwargs=True)
+    return shapes
 
 
 def pad_is_eos() -> Any:
@@ -52,11 +63,19 @@ def pad_is_eos() -> Any:
     return tokenizer
 
 
+def with_bos() -> Any:
+    return make_tokenizer(bos=True)
+
+
+def without_pad() -> Any:
+    return make_tokenizer(pad=False)
+
+
 # score at the last token
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-@pytest.mark.parametrize("tokenizer", [make_tokenizer, without_pad, pad_is_eos])
+@pytest.mark.parametrize("tokenizer", [make_tokenizer, without_pad, pad_is_eos, with_bos])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "distilbert"])
 def test_last_is_what_the_stock_model_gives_for_each_text(family: str, tokenizer: Any, batch_size: int, tmp_path: Path):
     path = make_reward_model(tmp_path, family, tokenizer=tokenizer(), **SHARP)
@@ -75,21 +94,12 @@ def test_text_that_ends_in_a_stop_token_is_scored_as_the_stock_model_does(tokeni
     assert scores.tolist() == pytest.approx(stock(path, texts), rel=1e-5, abs=1e-5)
 
 
-def test_token_added_in_front_is_kept(tmp_path: Path):
-    path = make_reward_model(tmp_path, "llama", tokenizer=make_tokenizer(bos=True), **SHARP)
-    assert AutoTokenizer.from_pretrained(path)("a").input_ids[0] == AutoTokenizer.from_pretrained(path).bos_token_id
-    assert RewardModel(str(path))(experience()).tolist() == pytest.approx(stock(path, TEXTS), rel=1e-5, abs=1e-5)
-
-
-def test_forwards_hold_batch_size_texts_each(tmp_path: Path):
-    source = RewardModel(str(make_reward_model(tmp_path)), batch_size=3)
-    source.build()
-    sizes: list[int] = []
-    source.model.register_forward_pre_hook(
-        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    source(experience())
-    assert sizes == [3, 1]
+@pytest.mark.parametrize(("options", "sizes"), [({"batch_size": 20}, [20, 13]), ({}, [32, 1])])
+def test_forwards_hold_batch_size_texts_each(options: dict[str, int], sizes: list[int], tiny_reward: Path):
+    source = built(tiny_reward, **options)
+    shapes = shapes_of_forwards(source)
+    source.score_texts(["a film"] * 33)
+    assert [n_texts for n_texts, _ in shapes] == sizes
 
 
 MIXED = [" ".join(WORDS[:length]) for length in (3, 20, 1, 7, 2, 6, 5, 1)]
@@ -112,27 +122,12 @@ def test_forwards_hold_at_most_batch_tokens_padding_included(
     """Lengths 20 7 6 5 3 2 1 1, cut by hand; scores are those of one text at a time."""
     path = make_reward_model(tmp_path, **SHARP)
     alone = RewardModel(str(path), aggregation=aggregation, batch_size=1).score_texts(MIXED)
-    source = RewardModel(str(path), aggregation=aggregation, batch_tokens=batch_tokens)
-    source.build()
-    seen: list[tuple[int, ...]] = []
-    source.model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
+    source = built(path, aggregation=aggregation, batch_tokens=batch_tokens)
+    seen = shapes_of_forwards(source)
     assert source.score_texts(MIXED).tolist() == pytest.approx(alone.tolist(), rel=1e-5, abs=1e-5)
     assert seen == shapes
     if aggregation == "last":
         assert alone.tolist() == pytest.approx(stock(path, MIXED), rel=1e-5, abs=1e-5)
-
-
-def test_32_texts_a_forward_by_default(tmp_path: Path):
-    source = RewardModel(str(make_reward_model(tmp_path)))
-    source.build()
-    sizes: list[int] = []
-    source.model.register_forward_pre_hook(
-        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    source.score_texts(["a film"] * 33)
-    assert sizes == [32, 1]
 
 
 def test_tokenizer_of_another_vocabulary(tmp_path: Path):
@@ -209,20 +204,23 @@ def test_chat_goes_through_the_reward_models_own_template(tmp_path: Path):
     assert scores.tolist() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("content", ["m['content']", "(m['content'] | trim)"])
-def test_mean_over_a_chat_response(content: str, tmp_path: Path):
-    """Some templates strip the turns; the response's tokens are the same words, right before the end of the turn."""
+@pytest.mark.parametrize(
+    ("content", "responses", "with_end"),
+    [
+        ("m['content']", ANSWERS, False),
+        ("(m['content'] | trim)", [f"  {answer}  " for answer in ANSWERS], False),  # some templates strip the turns
+        ("m['content'].replace('very ', '')", ["really very good", "not very bad and not very good"], True),
+    ],
+)
+def test_mean_over_a_chat_response(content: str, responses: list[str], with_end: bool, tmp_path: Path):
+    """Its tokens stand right before the end of the turn, which is taken in only where the template rewrites it."""
     tokenizer = make_tokenizer(bos=True, chat=True)
-    template = tokenizer.chat_template.replace("m['content'] + ' ' +", f"{content} +")
-    tokenizer.chat_template = template
+    tokenizer.chat_template = tokenizer.chat_template.replace("m['content'] + ' ' +", f"{content} +")
     path = make_reward_model(tmp_path, tokenizer=tokenizer, **SHARP)
-    padding = "  " if "trim" in content else ""
-    responses = [f"{padding}{answer}{padding}" for answer in ANSWERS]
     scores = RewardModel(str(path), aggregation="mean")(experience(["", ""], responses, messages=MESSAGES))
     for score, ids, answer in zip(scores.tolist(), chat_ids(tokenizer), ANSWERS, strict=True):
-        words = len(answer.split())
-        expected = token_scores(path, ids)[-words - 1 : -1]  # the end of the turn is not the response's
-        assert score == pytest.approx(math.fsum(expected) / words, rel=1e-5)
+        of_tokens = token_scores(path, ids)[-len(answer.split()) - 1 : None if with_end else -1]
+        assert score == pytest.approx(math.fsum(of_tokens) / len(of_tokens), rel=1e-5)
 
 
 def test_mean_over_a_chat_response_that_repeats_the_prompt(tmp_path: Path):
@@ -232,18 +230,6 @@ def test_mean_over_a_chat_response_that_repeats_the_prompt(tmp_path: Path):
     score = RewardModel(str(path), aggregation="mean")(experience([""], ["good"], messages=[turns[:1]]))
     ids = tokenizer.apply_chat_template(turns, return_dict=False)
     assert score.item() == pytest.approx(token_scores(path, ids)[-2], rel=1e-5)
-
-
-def test_mean_where_the_template_rewrites_the_response(tmp_path: Path):
-    """All that follows the prompt is taken for the response then."""
-    tokenizer = make_tokenizer(bos=True, chat=True)
-    tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "m['content'].replace('very ', '')")
-    path = make_reward_model(tmp_path, tokenizer=tokenizer, **SHARP)
-    rows = experience(["", ""], ["very really very good", "not very bad and not good"], messages=MESSAGES)
-    scores = RewardModel(str(path), aggregation="mean")(rows)
-    for score, ids, answer in zip(scores.tolist(), chat_ids(tokenizer), ANSWERS, strict=True):
-        words = len(answer.split()) + 1  # and the end of the turn
-        assert score == pytest.approx(math.fsum(token_scores(path, ids)[-words:]) / words, rel=1e-5)
 
 
 def test_chat_without_a_template_is_refused(tiny_reward: Path):
@@ -272,22 +258,14 @@ def test_mean_takes_the_label_too(tmp_path: Path):
     assert two.item() == pytest.approx(stock(path, ["a film"], label=1)[0], rel=1e-5)
 
 
-def test_model_kwargs_reach_the_model(tiny_reward: Path):
-    half = RewardModel(str(tiny_reward), model_kwargs={"dtype": torch.bfloat16, "attn_implementation": "eager"})
+def test_weights_are_float32_unless_model_kwargs_say_otherwise(tmp_path: Path):
+    path = make_reward_model(tmp_path)
+    AutoModelForSequenceClassification.from_pretrained(path).to(torch.bfloat16).save_pretrained(path)
+    assert built(path).model.dtype == torch.float32
+    half = RewardModel(str(path), model_kwargs={"dtype": torch.bfloat16, "attn_implementation": "eager"})
     assert half(experience()).dtype == torch.float32
     assert half.model.dtype == torch.bfloat16
     assert half.model.config._attn_implementation == "eager"
-    whole = RewardModel(str(tiny_reward))
-    whole.build()
-    assert whole.model.dtype == torch.float32
-
-
-def test_half_precision_checkpoint_is_loaded_in_float32(tmp_path: Path):
-    path = make_reward_model(tmp_path)
-    AutoModelForSequenceClassification.from_pretrained(path).to(torch.bfloat16).save_pretrained(path)
-    source = RewardModel(str(path))
-    source.build()
-    assert source.model.dtype == torch.float32
 
 
 def test_nothing_is_loaded_before_it_is_built():
@@ -309,8 +287,7 @@ def test_stays_frozen_and_in_eval_mode(tmp_path: Path):
 
 
 def test_is_loaded_once(tiny_reward: Path):
-    source = RewardModel(str(tiny_reward))
-    source.build()
+    source = built(tiny_reward)
     model = source.model
     source.build()
     source(experience())
@@ -337,10 +314,9 @@ def test_long_text_loses_its_beginning_with_a_warning(bos: bool, tmp_path: Path)
 def test_mean_of_a_long_text_is_over_what_is_left_of_the_response(tmp_path: Path):
     path = make_reward_model(tmp_path, **SHARP)
     words = (WORDS * 3)[:90]
+    rows = experience([" ".join(words[:10])], [" " + " ".join(words[10:])])
     with pytest.warns(UserWarning, match="positions"):
-        score = RewardModel(str(path), aggregation="mean")(
-            experience([" ".join(words[:10])], [" " + " ".join(words[10:])])
-        )
+        score = RewardModel(str(path), aggregation="mean")(rows)
     of_tokens = token_scores(path, AutoTokenizer.from_pretrained(path)(" ".join(words[-64:])).input_ids)
     assert score.item() == pytest.approx(math.fsum(of_tokens) / 64, rel=1e-5)
 
@@ -355,10 +331,9 @@ def test_missing_folder(argument: str, tiny_reward: Path, tmp_path: Path):
     assert "\n" not in str(error.value)
 
 
-def test_checkpoint_without_a_trained_head_is_refused(tmp_path: Path):
-    path = make_causal_lm(tmp_path)
+def test_checkpoint_without_a_trained_head_is_refused(tiny_lm: Path):
     with pytest.raises(ValueError, match=r"the checkpoint lacks score\.weight; train it as a reward model first"):
-        RewardModel(str(path)).build()
+        built(tiny_lm)
 
 
 def test_text_without_tokens_is_refused(tiny_reward: Path):
@@ -367,31 +342,19 @@ def test_text_without_tokens_is_refused(tiny_reward: Path):
 
 
 def test_model_that_gives_nan_is_refused(tiny_reward: Path):
-    source = RewardModel(str(tiny_reward))
-    source.build()
+    source = built(tiny_reward)
     source.model.score.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match=r"RewardModel\(model=.*returned nan for response 0 of 4"):
         scores_of(source, experience())
 
 
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        ("aggregation", "max"),
-        ("batch_size", 0),
-        ("batch_size", -1),
-        ("batch_size", True),
-        ("batch_tokens", 0),
-        ("batch_tokens", 2.5),
-    ],
-)
+@pytest.mark.parametrize(("argument", "value"), [("aggregation", "max"), ("batch_size", 0), ("batch_tokens", 0)])
 def test_reward_model_arguments(argument: str, value: Any):
     with pytest.raises(ValueError, match=re.escape(f"RewardModel({argument}={value!r}): must be")):
         RewardModel("model", **{argument: value})
 
 
 def test_batch_size_and_batch_tokens_exclude_each_other():
-    with pytest.raises(
-        ValueError, match=re.escape("RewardModel(batch_size=32, batch_tokens=64): give at most one of batch_size")
-    ):
+    message = re.escape("RewardModel(batch_size=32, batch_tokens=64): give at most one of batch_size")
+    with pytest.raises(ValueError, match=message):
         RewardModel("model", batch_size=32, batch_tokens=64)

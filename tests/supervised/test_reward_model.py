@@ -87,9 +87,8 @@ def test_validation_weights_every_example_alike(tiny_reward: Path, tmp_path: Pat
 def test_a_label_may_be_a_probability(tiny_reward: Path, tmp_path: Path) -> None:
     """Score 2 against 0.9: 0.9 log(1 + e^-2) + 0.1 log(1 + e^2); the score's sign agrees with 0.9."""
     metrics = validated(Scripted(str(tiny_reward), {3: 2.0}), [labelled([[3]], [0.9])], tmp_path)
-    assert metrics["val/loss"] == pytest.approx(
-        0.9 * math.log1p(math.exp(-2)) + 0.1 * math.log1p(math.exp(2)), rel=1e-6
-    )
+    expected = 0.9 * math.log1p(math.exp(-2)) + 0.1 * math.log1p(math.exp(2))
+    assert metrics["val/loss"] == pytest.approx(expected, rel=1e-6)
     assert metrics["val/accuracy"] == 1.0
 
 
@@ -121,24 +120,6 @@ def test_pairs_of_unequal_width_are_scored_as_single_texts(tmp_path: Path) -> No
     assert targets.tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("kind", ["pairs", "labels"])
-def test_training_tells_two_words_apart(tmp_path: Path, kind: str) -> None:
-    """Words 18 and 20 decide; the scores end up on the right side of zero, or of each other."""
-    make_tokenizer(tmp_path / "tokenizer")
-    module = LitRewardModel(
-        dict(FAMILIES["llama"]),
-        tokenizer=str(tmp_path / "tokenizer"),
-        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
-    )
-    good, bad = [[3, 4, 18], [5, 18, 6, 7]], [[3, 4, 20], [5, 20, 6, 7]]
-    batch = pairs(good, bad) if kind == "pairs" else labelled(good + bad, [1, 1, 0, 0])
-    trainer = fit(module, [batch] * 40, tmp_path)
-    assert trainer.callback_metrics["train/loss"] < 0.1
-    assert trainer.callback_metrics["train/accuracy"] == 1.0
-    metrics = validated(module, [labelled(good + bad, [1, 1, 0, 0])], tmp_path) if kind == "labels" else {}
-    assert metrics.get("val/accuracy", 1.0) == 1.0
-
-
 def test_one_step_of_plain_gradient_descent(tmp_path: Path) -> None:
     path = make_reward_model(tmp_path, "llama")
     module = LitRewardModel(str(path), optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
@@ -150,12 +131,6 @@ def test_one_step_of_plain_gradient_descent(tmp_path: Path) -> None:
         for parameter in stock.parameters():
             parameter -= 0.5 * parameter.grad
     torch.testing.assert_close(weights(module), torch.cat([p.detach().flatten() for p in stock.parameters()]))
-
-
-def test_the_default_optimizer_is_adamw_at_1e_5(tiny_reward: Path) -> None:
-    optimizer = built(tiny_reward).configure_optimizers()
-    assert isinstance(optimizer, torch.optim.AdamW)
-    assert optimizer.param_groups[0]["lr"] == 1e-5
 
 
 def test_a_causal_lm_keeps_its_body_and_gets_a_new_head(tiny_lm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,9 +151,8 @@ def test_a_causal_lm_keeps_its_body_and_gets_a_new_head(tiny_lm: Path, monkeypat
 
 def test_a_classifier_of_several_labels_is_refused(tmp_path: Path) -> None:
     path = make_reward_model(tmp_path, num_labels=2)
-    with pytest.raises(
-        ValueError, match=r"LitRewardModel\(model='.*'\): its head has 2 outputs, but a reward model has 1"
-    ):
+    message = r"LitRewardModel\(model='.*'\): its head has 2 outputs, but a reward model has 1"
+    with pytest.raises(ValueError, match=message):
         built(path)
     module = built(path, model_kwargs={"ignore_mismatched_sizes": True})  # the remedy that the message names
     assert module.rewards(**pad(CHOSEN, 0)).shape == (2,)

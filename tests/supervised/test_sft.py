@@ -1,5 +1,6 @@
 """LitSFT: losses against a loop over single texts, and what is loaded, trained and saved."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from lit_ppo.data.text import TextDataModule
 from lit_ppo.optim.schedules import WarmupCosine
+from lit_ppo.supervised.reward_model import LitRewardModel
 from lit_ppo.supervised.sft import LitSFT
+from tests.helpers.ranks import on_ranks
 from tests.helpers.supervised import HOW_TESTS_USE_LIGHTNING, fit, loader, make_trainer, text_batch, weights
-from tests.helpers.tiny import FAMILIES, make_causal_lm, make_tokenizer
+from tests.helpers.tiny import FAMILIES, WORDS, make_causal_lm, make_tokenizer
 
 pytestmark = HOW_TESTS_USE_LIGHTNING
 
@@ -36,7 +40,7 @@ def losses_one_by_one(path: Path, rows: list[list[int]]) -> list[float]:
 
 
 def built(model: Any, **kwargs: Any) -> LitSFT:
-    module = LitSFT(model if isinstance(model, dict) else str(model), **kwargs)
+    module = LitSFT(str(model), **kwargs)
     module.configure_model()
     return module
 
@@ -78,6 +82,26 @@ def test_validation_weights_every_token_alike(sharp_lm: Path, tmp_path: Path) ->
         assert metrics["val/perplexity"] == pytest.approx(torch.tensor(mean).exp().item(), rel=1e-5)
 
 
+def validate_on(n_ranks: int, model: Path, rows: Path) -> None:
+    data = TextDataModule(str(rows), val_path=str(rows), batch_size=1)
+    trainer = make_trainer(rows.parent, devices=n_ranks, strategy="ddp" if n_ranks > 1 else "auto")
+    (metrics,) = trainer.validate(LitSFT(str(model)), data, verbose=False)
+    if trainer.is_global_zero:
+        rows.with_name(f"{n_ranks}.json").write_text(json.dumps(metrics))
+
+
+def test_two_ranks_validate_as_one(sharp_lm: Path, tmp_path: Path) -> None:
+    """Rows of unequal length, an even number of them: a mean of the ranks' means would be another number."""
+    texts = [" ".join(WORDS[i : i + 2 + i % 2 * 9]) for i in range(10)]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    validate_on(1, sharp_lm, rows)
+    on_ranks(2, validate_on, 2, sharp_lm, rows, folder=tmp_path / "ranks")
+    one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
+    assert one.keys() == {"val/loss", "val/perplexity"}
+    assert two == pytest.approx(one, rel=1e-5)
+
+
 def test_a_batch_without_targets_costs_nothing(sharp_lm: Path, tmp_path: Path) -> None:
     module = LitSFT(str(sharp_lm))
     trainer = fit(module, [text_batch([[3], [4]])], tmp_path)
@@ -106,8 +130,11 @@ def test_one_step_of_plain_gradient_descent(tmp_path: Path) -> None:
     torch.testing.assert_close(weights(module), torch.cat([p.detach().flatten() for p in stock.parameters()]))
 
 
-def test_the_default_optimizer_is_adamw_at_1e_5(tiny_llama: Path) -> None:
-    optimizer = built(tiny_llama).configure_optimizers()
+@pytest.mark.parametrize("kind", [LitSFT, LitRewardModel])
+def test_the_default_optimizer_is_adamw_at_1e_5(tiny_llama: Path, kind: Any) -> None:
+    module = kind(str(tiny_llama))
+    module.configure_model()
+    optimizer = module.configure_optimizers()
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.param_groups[0]["lr"] == 1e-5
 
@@ -142,28 +169,6 @@ def test_a_plateau_scheduler_is_refused(tiny_llama: Path) -> None:
     module = built(tiny_llama, scheduler=lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o))  # type: ignore[arg-type,return-value]
     with pytest.raises(ValueError, match=r"LitSFT\(scheduler=ReduceLROnPlateau\)"):
         module.configure_optimizers()
-
-
-def test_loaded_models_train_with_their_dropout(tmp_path: Path) -> None:
-    module = LitSFT(str(make_causal_lm(tmp_path, resid_pdrop=0.5)))
-    fit(module, [text_batch(ROWS)], tmp_path)
-    assert module.model is not None
-    module.train()
-    first, second = (module.token_losses(text_batch(ROWS))[0] for _ in range(2))
-    assert first != second
-    assert module.model.training
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_training_from_scratch_fits_a_repeated_text(tmp_path: Path, family: str) -> None:
-    make_tokenizer(tmp_path / "tokenizer")
-    module = LitSFT(
-        dict(FAMILIES[family]),
-        tokenizer=str(tmp_path / "tokenizer"),
-        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
-    )
-    trainer = fit(module, [text_batch(ROWS)] * 60, tmp_path)
-    assert trainer.callback_metrics["train/loss"] < 1.0  # it began at log(38), 3.6
 
 
 def test_saved_folder_loads_with_weights_tokenizer_and_generation_config(tmp_path: Path) -> None:
