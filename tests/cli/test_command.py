@@ -110,17 +110,12 @@ def test_warnings_are_words_and_an_epoch_that_a_callback_ends_is_not_called_the_
     assert any(re.search(r"mine.py:\d+: UserWarning: the writer of the callback", line) for line in said)
 
 
-def test_no_checkpoints_no_logger_no_export_when_they_are_off(config: Path, tmp_path: Path) -> None:
-    off = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--export.dirpath=out"]
-    run_command("fit", "--config", config, *off, cwd=tmp_path).ok()
-    assert not list(tmp_path.rglob("*.ckpt"))
-    assert not list(tmp_path.rglob("events*"))
-    assert (tmp_path / "out" / "weights.pt").is_file()
-
-
 def test_export_replaces_a_model_but_nothing_else(config: Path, tmp_path: Path) -> None:
+    """Without logger and checkpoints the model is all that is written."""
+    off = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--export.dirpath=out"]
     for _ in range(2):
-        run_command("fit", "--config", config, "--export.dirpath=out", cwd=tmp_path).ok()
+        run_command("fit", "--config", config, *off, cwd=tmp_path).ok()
+    assert not [*tmp_path.rglob("*.ckpt"), *tmp_path.rglob("events*")]
     (tmp_path / "out" / "config.json").unlink()
     run_command("fit", "--config", config, "--export.dirpath=out", cwd=tmp_path).refused("ExportModel(dirpath='out')")
     assert (tmp_path / "out" / "weights.pt").is_file()

@@ -9,7 +9,6 @@ import torch.distributed.checkpoint as dcp
 import yaml
 
 from lit_ppo.cli.export_command import build
-from lit_ppo.run.export import write_model
 from tests.helpers.cli_toys import CONFIG
 from tests.helpers.command import run_command
 from tests.helpers.ppo_command import ppo
@@ -83,24 +82,6 @@ def test_of_all_models_only_the_actor_need_be_there(tmp_path: Path) -> None:
     module = build({"model": {"class_path": "lit_ppo.LitPPO", "init_args": arguments}})
     module.configure_model()
     assert {name.split(".")[0] for name, _ in module.named_parameters()} == {"actor"}
-
-
-class Saves:
-    """As much of a module as is asked for."""
-
-    def save_pretrained(self, dirpath: Path) -> None:
-        (dirpath / "config.json").write_text("new")
-
-
-def test_a_model_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    """Files of the one before are gone, and so is what an export that was killed left behind."""
-    for name in ("model", "model.partial", "model.old.partial"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "shard.safetensors").write_text("of before")
-    write_model(Saves(), tmp_path / "model")
-    assert files(tmp_path) == {"model/config.json": b"new"}
-    write_model(Saves(), tmp_path / "model")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_what_is_missing_or_in_the_way_is_named(tmp_path: Path, run: Path) -> None:

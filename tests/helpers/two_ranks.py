@@ -20,8 +20,13 @@ def letters(prompts: list[str], responses: list[str], **columns: Any) -> list[fl
 
 JOBS: dict[str, dict[str, Any]] = {
     "critic": {},
-    "group": {"advantages": GroupRelative(), "critic": None, "samples_per_prompt": 2, "kl_coef": 0.0},
-    "judged": {"eval_rewards": {"letters": letters}},
+    "group": {
+        "advantages": GroupRelative(),
+        "critic": None,
+        "samples_per_prompt": 2,
+        "kl_coef": 0.0,
+        "eval_rewards": {"letters": letters},
+    },
 }
 
 

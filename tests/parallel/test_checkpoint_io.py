@@ -21,14 +21,19 @@ from lit_ppo.parallel.checkpoint_io import (
 
 
 def test_files_and_folders_are_replaced(tmp_path: Path) -> None:
-    for name in ("file", "folder"):
-        for content in ("old", "new"):
-            with atomic_path(tmp_path / name) as partial:
-                assert not partial.exists()
-                if name == "folder":
-                    partial.mkdir()
-                (partial / "inner" if name == "folder" else partial).write_text(content)
-    assert (tmp_path / "file").read_text() == (tmp_path / "folder/inner").read_text() == "new"
+    """As a whole; what writes that were killed left behind goes as well."""
+    for content in ("old", "new"):
+        with atomic_path(tmp_path / "file") as partial:
+            partial.write_text(content)
+        for left in ("folder.partial", "folder.old.partial"):
+            (tmp_path / left).mkdir()
+            (tmp_path / left / "half").touch()
+        with atomic_path(tmp_path / "folder") as partial:
+            assert not partial.exists()
+            partial.mkdir()
+            (partial / content).touch()
+    assert (tmp_path / "file").read_text() == "new"
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["new"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 

@@ -74,9 +74,8 @@ def load_families(folder: Path) -> None:
         if rank() == 0:
             assert full.keys() == state.keys()
             assert all(full[key].equal(tensor) for key, tensor in state.items())
-            assert [len({tensors[key].data_ptr() for key in tensors}) for tensors in (full,)] == [
-                len(dict.fromkeys(tensor.data_ptr() for tensor in state.values()))
-            ], "tied weights came apart"
+            different = [len({tensor.data_ptr() for tensor in named.values()}) for named in (full, state)]
+            assert different[0] == different[1], "tied weights came apart"
         with gathered(actor):
             ours = dict(actor.model.named_buffers())
             assert ours.keys() == buffers.keys()

@@ -85,12 +85,6 @@ def test_a_checkpoint_holds_only_the_metrics_that_its_step_logs(tmp_path, uninte
     assert [run["logged"]["objective/score"] for run in runs[1::2]] == scores
 
 
-def test_checkpoints_hold_no_frozen_weights(uninterrupted):
-    checkpoint = torch.load(uninterrupted[0] / "checkpoints" / "step-000005.ckpt", weights_only=True)
-    assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"actor", "critic"}
-    assert checkpoint["lit_ppo"]["rollouts"] == UPDATES
-
-
 def test_a_checkpoint_of_other_models_is_refused(tmp_path, uninterrupted):
     folder, _, _, _ = uninterrupted
     other = make_causal_lm(tmp_path / "lm", n_layer=3)

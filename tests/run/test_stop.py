@@ -63,14 +63,10 @@ def resumes_as_uninterrupted(folder: Path, actor: Path, step: int) -> None:
     assert newest.name == f"step-{step:06d}.ckpt"
     module, made = fit(folder, actor, ckpt_path=newest)
     assert len(logged(made)) == 4 - step
+    (folder / "uninterrupted").mkdir()
     uninterrupted, _ = fit(folder / "uninterrupted", actor)
     for name, value in uninterrupted.state_dict().items():
         assert module.state_dict()[name].equal(value), name
-
-
-@pytest.fixture(autouse=True)
-def folders(tmp_path: Path) -> None:
-    (tmp_path / "uninterrupted").mkdir()
 
 
 @pytest.mark.parametrize("update", [1, 2])  # inside the first epoch, and at its end
