@@ -273,6 +273,8 @@ def test_charts_that_nobody_can_tell_of_are_there(tmp_path: Path):
     assert collapse - layout_of(tmp_path, [CollapseMonitor()], reference=None) == {
         "perplexity under the reference", "win rate against the reference"
     }  # fmt: skip
+    without_critic = layout_of(tmp_path, [CollapseMonitor()], critic=None)
+    assert collapse - without_critic == LAYOUT["Is the critic right?"].keys()
 
 
 @pytest.mark.parametrize(("rewards", "judges", "there"), [([], None, 0), (["good"], None, 1), ([], "judges", 1)])

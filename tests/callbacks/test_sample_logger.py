@@ -90,6 +90,12 @@ def test_before_the_first_every_second_and_at_the_end(tmp_path: Path):
     assert [line["update"] for line in lines(tmp_path)] == [0] * 3 + [2] * 3 + [4] * 3 + [5] * 3
 
 
+def test_the_folder_is_made(tmp_path: Path):
+    folder = tmp_path / "runs" / "one"
+    watch(folder, 1)
+    assert len(lines(folder)) == 6
+
+
 def test_nothing_is_sampled_when_it_is_not_due(tmp_path: Path):
     asked: list[tuple[int, str]] = []
 

@@ -143,5 +143,5 @@ def test_inverse_cdf_hits_each_token_as_often_as_its_probability_says():
     ],
 )
 def test_what_generation_cannot_be_asked_is_refused(generation, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"^LitPPO\(generation.*{message}"):
         check_generation(generation)

@@ -2,6 +2,7 @@
 
 import json
 
+import lightning as L
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -110,6 +111,23 @@ def test_the_start_is_measured_first(tmp_path, sharp_lm, data):
     assert start["val/win_rate"] == start["val/win_rate/long"] == 0.5
     assert end["val/win_rate/long"] != 0.5
     assert end["val/win_rate/long"] == pytest.approx(1 - end["val/win_rate/short"])
+
+
+def test_lightning_takes_the_first_validation_for_one_too(tmp_path, tiny_lm, data):
+    """Its own progress bars and callbacks ask the trainer what it is doing."""
+    seen = []
+
+    class Watch(L.Callback):
+        def on_validation_batch_start(self, trainer, *_):
+            seen.append((trainer.global_step, trainer.validating, trainer.training))
+
+        def on_train_batch_start(self, trainer, *_):
+            seen.append((trainer.global_step, trainer.validating, trainer.training))
+
+    once = {"val_check_interval": 1, "limit_val_batches": 1, "num_sanity_val_steps": 0}
+    trainer = make_trainer(tmp_path, callbacks=[Watch()], max_steps=1, **once)
+    trainer.fit(make_module(tiny_lm, minibatch_size=3), data)
+    assert seen == [(0, True, False), (0, False, True), (1, True, False)]
 
 
 def halves(prompts):
