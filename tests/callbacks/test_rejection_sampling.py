@@ -131,6 +131,12 @@ def test_rests_while_the_actor_is_frozen():
     assert rows_a_rollout(RejectionSampling(2, every=1), CriticWarmup(2), updates=4) == [8, 8, 16, 16]
 
 
+def test_a_module_that_never_freezes_its_actor_need_not_say_so():
+    module: Any = SimpleNamespace(samples_per_prompt=1)
+    RejectionSampling(2, every=1).on_rollout_start(None, module, [])
+    assert module.samples_per_prompt == 2
+
+
 @pytest.mark.parametrize("turn", [1, -1])
 def test_rests_while_the_actor_is_frozen_also_after_a_resume(turn: int, tmp_path: Path):
     def tricks() -> list[L.Callback]:

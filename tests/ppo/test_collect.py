@@ -119,7 +119,9 @@ def test_several_rewards_are_weighted_and_kept_by_name(tiny_lm):
         tiny_lm, rewards={"good": count_good, "long": {"source": RewardFunction(length), "weight": 0.5}}
     )
     experience = module.rollout(PROMPTS)
+    experience.extras["note"] = "kept"
     scores = module.score(experience)
+    assert experience.extras.keys() == {"note", "good", "long"}
     good, long = count_good(PROMPTS, experience.responses), length(PROMPTS, experience.responses)
     assert experience.extras["good"].tolist() == good
     assert experience.extras["long"].tolist() == long
