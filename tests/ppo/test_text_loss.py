@@ -44,6 +44,26 @@ def test_text_gradients_are_those_of_the_stock_loss(tmp_path, tiny_lm, micro_bat
         torch.testing.assert_close(ours[name], 2 * grad, rtol=1e-4, atol=1e-6)
 
 
+def test_gradients_averaged_over_ranks_are_those_of_the_stock_loss(tmp_path, tiny_lm, monkeypatch):
+    """Two ranks, one of which has a micro-batch without rows."""
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 4], [12, 13, 3, 3]])
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    stock = AutoModelForCausalLM.from_pretrained(tiny_lm).eval()
+    (2.5 * stock(**text).loss).backward()
+    monkeypatch.setattr("lit_ppo.ppo.text_loss.n_ranks", lambda: 2)
+    on_rank = []
+    for share in ([[0, 1]], [[2], []]):
+        monkeypatch.setattr("lit_ppo.ppo.text_loss.my_micro_batches", lambda *_, share=share, **__: share)
+        module = make_module(tiny_lm)
+        module.configure_model()
+        module.trainer = make_trainer(tmp_path)
+        module.manual_backward = lambda loss: loss.backward()
+        module.backward_on_text(text, 2.5)
+        on_rank.append({name: p.grad for name, p in module.actor.model.named_parameters()})
+    for name, p in stock.named_parameters():
+        torch.testing.assert_close((on_rank[0][name] + on_rank[1][name]) / 2, p.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_text_may_be_padded_on_the_left_and_need_not_predict_all(tmp_path, tiny_lm):
     """The stock loss of each row alone; a row's first token has no prediction, whatever its label says."""
     text = {
