@@ -15,9 +15,11 @@ ROWS = [{"prompt": 'say "hi", now', "id": "1"}, {"prompt": "zwei Stück\u2028Kuc
 WHERE = "PromptDataModule(path='x')"
 
 
-def write(path: Path, text: str) -> str:
-    data = text.encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+def write(path: Path, content: str | bytes) -> str:
+    """Text is gzipped where the name says so; bytes are written as they are."""
+    if isinstance(content, str):
+        content = gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode()
+    path.write_bytes(content)
     return str(path)
 
 
@@ -77,7 +79,7 @@ def test_a_field_longer_than_the_csv_module_likes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("name", "content", "message"),
     [
         ("a.jsonl", '{"p": 1}\n\n{"p": 2\n', r"a.jsonl, line 3: not JSON \(.*at column 8\): '{\"p\": 2'; repair"),
         ("a.json", '[{"p": 1},\n{"p" 2}]', r"a.json, line 2: not JSON \(.*'{\"p\" 2}\]'"),
@@ -89,26 +91,17 @@ def test_a_field_longer_than_the_csv_module_likes(tmp_path: Path) -> None:
         ("a.csv", 'p\n1\n"open\nend\n', r"a.csv, line 3: unexpected end of data; repair the quoting"),
         ("a.csv", "p,q\n", "a.csv has no rows"),
         ("a.jsonl", "\n\n", "a.jsonl has no rows"),
+        ("a.csv", b"p\nok\nb\xffd\n", r"a.csv, line 3: not UTF-8"),
+        ("a.jsonl.gz", b'{"p": 1}\n', r"a.jsonl.gz is not a complete gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"p": 1}\n' * 99)[:-9], r"a.jsonl.gz is not a complete gzip file"),
         ("a.parq", "p\n", r"cannot read a .parq file .*use one of .jsonl, .json, .csv, .tsv"),
     ],
 )
-def test_broken_files_are_named_with_their_line(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_broken_files_are_named_with_their_line(tmp_path: Path, name: str, content: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        read_table(WHERE, write(tmp_path / name, text))
+        read_table(WHERE, write(tmp_path / name, content))
     assert str(error.value).startswith(WHERE + ": ")
     assert "\n" not in str(error.value)
-
-
-def test_broken_bytes(tmp_path: Path) -> None:
-    Path(tmp_path, "a.csv").write_bytes(b"p\nok\nb\xffd\n")
-    with pytest.raises(ValueError, match=r"a.csv, line 3: not UTF-8"):
-        read_table(WHERE, str(tmp_path / "a.csv"))
-    Path(tmp_path, "a.jsonl.gz").write_bytes(b'{"p": 1}\n')
-    with pytest.raises(ValueError, match=r"a.jsonl.gz is not a complete gzip file"):
-        read_table(WHERE, str(tmp_path / "a.jsonl.gz"))
-    Path(tmp_path, "b.jsonl.gz").write_bytes(gzip.compress(b'{"p": 1}\n' * 99)[:-9])
-    with pytest.raises(ValueError, match=r"b.jsonl.gz is not a complete gzip file"):
-        read_table(WHERE, str(tmp_path / "b.jsonl.gz"))
 
 
 def test_missing_files_are_named_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

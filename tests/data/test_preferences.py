@@ -76,22 +76,13 @@ def test_columns_of_pairs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("label", [0, 0.0, False, "0"])
 def test_labelled_texts(tmp_path: Path, label: Any) -> None:
     """Each text column is an example of its own."""
-    path = write(tmp_path / "p.jsonl", [LABELLED[0], LABELLED[1] | {"label": label}])
-    [batch] = ready(path, **EDGES).train_dataloader()
+    path = write(tmp_path / "p.jsonl", [LABELLED[0] | {"head": "GOOD"}, LABELLED[1] | {"label": label}])
+    [batch] = ready(path, lower_case=True, **EDGES).train_dataloader()
     assert batch.keys() == {"input_ids", "attention_mask", "labels"}
     assert batch["labels"].dtype == torch.float32
     assert examples([batch]) == {("good", 1.0), ("we loved it", 1.0), ("it was dull", 0.0), ("bad", 0.0)}
     one = ready(path, text_column="tail", label_column="label")
     assert examples(one.train_dataloader()) == {("we loved it", 1.0), ("bad", 0.0)}
-
-
-def test_lower_case(tmp_path: Path) -> None:
-    path = write(tmp_path / "p.jsonl", [{"prompt": "The ", "chosen": "Film", "rejected": "PLOT", "t": "Good", "y": 1}])
-    for lower_case, pair, text in [(True, ("the film", "the plot"), "good"), (False, ("[UNK] [UNK]",) * 2, "[UNK]")]:
-        data = ready(path, prompt_column="prompt", lower_case=lower_case)
-        assert examples(data.train_dataloader()) == {pair}
-        data = ready(path, text_column="t", label_column="y", lower_case=lower_case)
-        assert examples(data.train_dataloader()) == {(text, 1.0)}
 
 
 def test_long_texts_keep_their_end(tmp_path: Path) -> None:
@@ -142,23 +133,6 @@ def test_validation_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"text_column": "t"}, r"\(text_column='t', label_column=None\): give all or none of"),
-        ({"label_column": "y"}, r"\(text_column=None, label_column='y'\): give all or none of"),
-        ({"text_column": [], "label_column": "y"}, r"\(text_column=\[\]\): names no column"),
-        ({**EDGES, "prompt_column": "prompt"}, r"\(prompt_column='prompt'\): text_column is given"),
-        ({**EDGES, "chosen_column": "a"}, r"\(chosen_column='a'\): text_column is given"),
-        ({**EDGES, "rejected_column": "b"}, r"\(rejected_column='b'\): text_column is given"),
-        ({"max_length": 1}, r"\(max_length=1\): must be"),
-    ],
-)
-def test_arguments_are_checked_in_the_constructor(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match="^PreferenceDataModule" + message):
-        PreferenceDataModule("p.jsonl", **options)
-
-
-@pytest.mark.parametrize(
     ("row", "options", "message"),
     [
         ({"chosen": "good"}, {}, r"line 2: no value for column 'rejected', only for \['chosen'\]"),
@@ -175,11 +149,3 @@ def test_bad_rows_are_named(tmp_path: Path, row: dict[str, Any], options: dict[s
     path = write(tmp_path / "p.jsonl", [LABELLED[0] if options else PAIRS[0], row])
     with pytest.raises(ValueError, match=r"^PreferenceDataModule\(path='.*p.jsonl'\): .*p.jsonl, " + message):
         ready(path, tokenizer=make_tokenizer(chat=True), **options)
-
-
-def test_missing_columns_are_named(tmp_path: Path) -> None:
-    path = write(tmp_path / "p.jsonl", LABELLED)
-    with pytest.raises(ValueError, match=r"has no column 'chosen', only \['head', 'tail', 'label', 'id'\]"):
-        ready(path)
-    with pytest.raises(ValueError, match=r"has no column 'y', only"):
-        ready(path, text_column="head", label_column="y")

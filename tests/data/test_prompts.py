@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from lit_ppo.data.encoding import encode_prompts, padding_id
-from lit_ppo.data.order import PromptOrder
 from lit_ppo.data.prompts import PromptDataModule
 from lit_ppo.data.table import unit_hash
 from tests.helpers.tiny import make_tokenizer
@@ -210,17 +209,6 @@ def test_tokenizer_from_a_folder_from_the_module_or_missing(tmp_path: Path) -> N
 # ---- weights
 
 
-def test_weighted_draws_follow_the_weights() -> None:
-    """First draws of 4,000 batches: frequencies 0.5, 0.3, 0.2 within 4 standard errors; never row 3."""
-    order = PromptOrder(4, batch_size=2, seed=3)
-    order.weights = np.array([5.0, 3.0, 2.0, 0.0])
-    drawn = [order.rows(update).tolist() for update in range(4000)]
-    assert all(len(set(rows)) == 2 and 3 not in rows for rows in drawn)
-    first = np.bincount([rows[0] for rows in drawn], minlength=4) / 4000
-    assert np.abs(first[:3] - [0.5, 0.3, 0.2]).max() < 4 * np.sqrt(0.25 / 4000)
-    assert order.rows(17).tolist() == drawn[17]  # by number, not by how many were drawn before
-
-
 @pytest.mark.parametrize("container", [list, np.array, torch.tensor])
 def test_set_weights(tmp_path: Path, container: Any) -> None:
     data = ready(write(tmp_path / "p.jsonl", ROWS))
@@ -355,23 +343,6 @@ def test_bad_rows_of_other_files_name_their_argument(tmp_path: Path) -> None:
             ready(good, stage, **{argument: bad})
     with pytest.raises(FileNotFoundError, match=r"^PromptDataModule\(val_path='no.jsonl'\): .*no.jsonl does not exist"):
         ready(good, val_path="no.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"batch_size": 0}, r"\(batch_size=0\): must be an integer, at least 1"),
-        ({"max_prompt_length": 1}, r"\(max_prompt_length=1\): must be an integer, at least 2"),
-        ({"seed": -1}, r"\(seed=-1\): must be an integer, at least 0"),
-        ({"val_fraction": 1.0}, r"\(val_fraction=1.0\): must be a finite number, at least 0 and below 1"),
-        ({"val_fraction": -0.1}, r"\(val_fraction=-0.1\): must be a finite number, at least 0 and below 1"),
-        ({"val_fraction": 0.1, "val_path": "v"}, r"\(val_path='v'\): val_fraction=0.1 is given too"),
-        ({"split_column": "id"}, r"\(split_column='id'\): nothing is split; give a val_fraction"),
-    ],
-)
-def test_arguments_are_checked_in_the_constructor(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match="^PromptDataModule" + message):
-        PromptDataModule("p.jsonl", **options)
 
 
 def test_a_split_that_cannot_be_made(tmp_path: Path) -> None:

@@ -158,33 +158,3 @@ def test_a_tokenizer_of_another_origin_is_not_overwritten(tmp_path: Path) -> Non
     path = write(tmp_path / "t.jsonl", DOCUMENTS)
     with pytest.raises(ValueError, match=r"TextDataModule\(tokenizer_path='.*k'\): .*has a tokenizer of another"):
         ready(path, tokenizer=None, tokenizer_path=str(tmp_path / "k"), tokenizer_vocab_size=300)
-
-
-# ---- errors
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_length": 1}, r"\(max_length=1\): must be an integer, at least 2"),
-        ({"tokenizer_path": "k"}, r"\(tokenizer_path='k', tokenizer_vocab_size=None\): give all or none of"),
-        ({"tokenizer_vocab_size": 300}, r"\(tokenizer_path=None, tokenizer_vocab_size=300\): give all or none of"),
-        (
-            {"tokenizer_path": "k", "tokenizer_vocab_size": 9, "tokenizer": "t"},
-            r"\(tokenizer='t', tokenizer_path='k'\): give at most one of",
-        ),
-    ],
-)
-def test_arguments_are_checked_in_the_constructor(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match="^TextDataModule" + message):
-        TextDataModule("t.jsonl", **options)
-
-
-def test_bad_rows_are_named(tmp_path: Path) -> None:
-    good, bad = write(tmp_path / "t.jsonl", DOCUMENTS), write(tmp_path / "b.jsonl", ["the", ""])
-    with pytest.raises(ValueError, match=r"^TextDataModule\(path='.*b.jsonl'\): .*b.jsonl, line 2: empty 'text'"):
-        ready(bad)
-    with pytest.raises(ValueError, match=r"^TextDataModule\(val_path='.*b.jsonl, line 2: empty 'text'"):
-        ready(good, val_path=bad)
-    with pytest.raises(ValueError, match=r"t.jsonl has no column 'body', only \['text', 'id'\]"):
-        ready(good, text_column="body")

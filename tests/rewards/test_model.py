@@ -18,7 +18,12 @@ from tests.helpers.rewards import experience as rows_of
 from tests.helpers.tiny import WORDS, make_reward_model, make_tokenizer
 
 PROMPTS = ["the film was", "a", "we saw the very long and slow movie that they loved but", "it felt"]
-RESPONSES = [" really good", " great bright happy story", " bad", " not dull and not slow and not really awful"]
+RESPONSES = [
+    " really good",
+    " great bright happy story [EOS]",
+    " bad [EOS] [EOS]",
+    " not dull and not really awful",
+]
 TEXTS = [prompt + response for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
 SHARP = {"initializer_range": 0.5}  # scores that differ
 
@@ -83,15 +88,6 @@ def test_last_is_what_the_stock_model_gives_for_each_text(family: str, tokenizer
     assert scores.dtype == torch.float32
     assert scores.tolist() == pytest.approx(stock(path, TEXTS), rel=1e-5, abs=1e-5)
     assert len({round(score, 3) for score in scores.tolist()}) == len(TEXTS)  # else the comparison says little
-
-
-@pytest.mark.parametrize("tokenizer", [make_tokenizer, without_pad, pad_is_eos])
-def test_text_that_ends_in_a_stop_token_is_scored_as_the_stock_model_does(tokenizer: Any, tmp_path: Path):
-    path = make_reward_model(tmp_path, tokenizer=tokenizer(), **SHARP)
-    responses = [" really good [EOS]", " bad [EOS] [EOS]"]
-    texts = [PROMPTS[0] + responses[0], PROMPTS[2] + responses[1]]
-    scores = RewardModel(str(path))(experience([PROMPTS[0], PROMPTS[2]], responses))
-    assert scores.tolist() == pytest.approx(stock(path, texts), rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize(("options", "sizes"), [({"batch_size": 20}, [20, 13]), ({}, [32, 1])])
