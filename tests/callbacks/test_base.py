@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lit_ppo.advantages import GAE
 from lit_ppo.callbacks import PPOCallback, fire
@@ -17,7 +18,7 @@ from lit_ppo.callbacks.checks import (
     require_token_rewards,
 )
 from lit_ppo.callbacks.trainer import of_first_process
-from tests.helpers.toy import Foreign, Spy, Toy, run_updates
+from tests.helpers.toy import Spy, Toy, run_updates
 
 
 def test_hooks_reach_plain_callbacks_in_list_order_with_their_arguments():
@@ -67,8 +68,8 @@ def test_module_that_fires_is_not_refused():
 
 
 def test_module_that_never_fires_is_refused():
-    with pytest.raises(TypeError, match=r"PPOCallback waits for hooks that Foreign never fires; call .*fire"):
-        run_updates(PPOCallback(), module=Foreign())
+    with pytest.raises(TypeError, match=r"PPOCallback waits for hooks that BoringModel never fires; call .*fire"):
+        run_updates(PPOCallback(), module=BoringModel())
 
 
 def test_require_names_both_and_what_is_missing():
@@ -97,7 +98,7 @@ def test_same_loss_is_refused_with_both_named():
 
 def test_token_rewards_are_required_where_an_estimator_says_that_it_reads_none():
     scores_alone = type("ScoresAlone", (), {"needs_rewards": False})()
-    for module in (Foreign(), SimpleNamespace(advantages=object()), SimpleNamespace(advantages=GAE())):
+    for module in (BoringModel(), SimpleNamespace(advantages=object()), SimpleNamespace(advantages=GAE())):
         require_token_rewards(PPOCallback(), module)
     with pytest.raises(
         ValueError, match=r"PPOCallback changes token rewards, .*\(advantages=ScoresAlone\) .*with KLLoss"

@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers.logger import Logger
 
 import lit_ppo.callbacks
-from tests.helpers.toy import Foreign, Recorder, Toy, run_updates
+from tests.helpers.toy import Recorder, Toy, run_updates
 from tests.helpers.toys import MemoryLogger
 from tests.helpers.trick import made, make_trick, tricks
 
@@ -197,8 +198,8 @@ def _lists(state: dict[str, Any]) -> dict[str, Any]:
 
 @EVERY_TRICK
 def test_wrong_module_is_refused(name: str):
-    with pytest.raises(TypeError, match=rf"{name} .*Foreign"):
-        run_updates(make_trick(name), module=Foreign())
+    with pytest.raises(TypeError, match=rf"{name} .*BoringModel"):
+        run_updates(make_trick(name), module=BoringModel())
 
 
 @pytest.mark.parametrize(("name", "model"), [(name, trick.needs) for name, trick in TRICKS.items() if trick.needs])

@@ -15,6 +15,7 @@ from lit_ppo.data.batch import PromptBatch
 from lit_ppo.data.preferences import PreferenceDataModule
 from lit_ppo.data.prompts import PromptDataModule
 from lit_ppo.data.text import TextDataModule
+from tests.helpers import toys
 from tests.helpers.ranks import on_ranks
 from tests.helpers.tiny import WORDS, make_tokenizer
 
@@ -78,8 +79,8 @@ def make_trainer(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trai
     """A Trainer that writes a checkpoint after every batch."""
     checkpoint = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     settings: dict[str, Any] = {"max_epochs": EPOCHS, "limit_val_batches": 0, "num_sanity_val_steps": 0}
-    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return L.Trainer(callbacks=[checkpoint, *callbacks], default_root_dir=folder, **settings | quiet | options)
+    quiet = {"max_steps": -1, "logger": False, "enable_checkpointing": True}
+    return toys.make_trainer(folder, callbacks=[checkpoint, *callbacks], **settings | quiet | options)
 
 
 def fit(

@@ -1,12 +1,6 @@
-"""One update on one process and the same update on several ranks, by every strategy.
-
-``python -m tests.helpers.equivalence`` prints the table: the largest relative difference of any parameter's gradient
-and of any parameter's change.
-"""
+"""One update on one process and the same update on several ranks, by every strategy."""
 
 import json
-import sys
-import tempfile
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
@@ -65,13 +59,6 @@ class Case:
     def base(self) -> "Case":
         """The same on one process."""
         return replace(self, strategy="auto", micro_batch_size=3, activation_checkpointing=False, compiled=False)
-
-    def __str__(self) -> str:
-        """For a table's row."""
-        model = f"{self.family}{'' if self.tied else ', untied'}"
-        options = ("activation_checkpointing", "compiled", "features", "lora")
-        extra = [name for name in options if getattr(self, name)]
-        return ", ".join([f"{self.strategy:5} {model}, micro-batches of {self.micro_batch_size}", *extra])
 
 
 def add_trained_adapter(argument: str, model: Any, *args: Any) -> None:
@@ -307,17 +294,3 @@ CASES = {
         Case("llama", "fsdp2", 2, lora=True),
     ],
 }
-
-
-def main() -> None:
-    """Print the table."""
-    warnings.simplefilter("ignore")
-    with tempfile.TemporaryDirectory() as folder:
-        for n, cases in CASES.items():
-            for case, found in compare(cases, n, Path(folder)).items():
-                numbers = [f"{name} {found[name]:.1e}" for name in ("gradients", "changes", "beyond_rounding")]
-                print(f"{n} ranks, {case}: {', '.join(numbers)}", flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,16 +7,10 @@ from typing import Any
 import lightning as L
 import pytest
 
-from tests.helpers.toys import logged, make_data, make_module, make_trainer
+from tests.helpers.recorder import record
+from tests.helpers.toys import logged
 
 LAMBDA = 0.95
-
-
-class _Keep(L.Callback):
-    """Keeps the experience of the last update."""
-
-    def on_update_end(self, trainer: Any, pl_module: Any, experience: Any) -> None:
-        self.experience = experience
 
 
 def letters(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
@@ -33,16 +27,15 @@ def first_update(folder: Path, actor: Path, *tricks: L.Callback, **overrides: An
         *tricks: Callbacks.
         **overrides: Arguments of LitPPO; some responses end by themselves, the score is :func:`letters`.
     """
-    keep = _Keep()
     generation = {"max_new_tokens": 8, "eos_token_id": [1, 5, 9, 30, 33]}
-    module = make_module(actor, **{"rewards": letters, "generation": generation, **overrides})
-    trainer = make_trainer(folder, callbacks=[*tricks, keep], max_steps=1)
-    trainer.fit(module, make_data(folder))
+    arguments = {"rewards": letters, "generation": generation, **overrides}
+    module, recorder, trainer = record(folder, actor, *tricks, max_steps=1, **arguments)
+    (experience,) = recorder.experiences
     (row,) = logged(trainer)
     assert row["value/mean"] == row["objective/kl"] == 0.0
-    assert row["objective/score"] == pytest.approx(keep.experience.raw_scores.mean().item())
-    assert keep.experience.raw_scores.tolist() == pytest.approx(module.score(keep.experience).tolist())
-    return keep.experience, row
+    assert row["objective/score"] == pytest.approx(experience.raw_scores.mean().item())
+    assert experience.raw_scores.tolist() == pytest.approx(module.score(experience).tolist())
+    return experience, row
 
 
 def return_mean(experience: Any, scores: list[float]) -> float:

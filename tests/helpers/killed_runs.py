@@ -61,8 +61,31 @@ def reward(prompts: list[str], responses: list[str]) -> list[float]:
     return [float(len(response.split())) for response in responses]
 
 
+HOOKS = {
+    "on_rollout_end": "rollout end",
+    "on_scores": "scores",
+    "on_rewards": "rewards",
+    "on_advantages": "advantages",
+    "on_minibatch_start": "minibatch start",
+    "on_actor_loss": "actor loss",
+    "on_critic_loss": "critic loss",
+    "on_minibatch_end": "minibatch end",
+    "on_before_optimizer_step": "optimizer step",
+    "on_update_end": "update end",
+    "on_train_batch_end": "batch end",
+    "on_save_checkpoint": "gathering the checkpoint",
+    "on_validation_start": "validation start",
+    "on_validation_batch_end": "validating",
+    "on_train_end": "train end",
+}
+
+
 class Moments(PPOCallback):
     """Records every hook, and every step of writing a checkpoint."""
+
+    def __init__(self) -> None:
+        for hook, name in HOOKS.items():
+            setattr(self, hook, lambda *_, name=name: event(name))
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         for name in ("fsync", "replace", "remove"):
@@ -72,51 +95,6 @@ class Moments(PPOCallback):
     def on_rollout_start(self, trainer: Any, pl_module: Any, prompts: Any) -> None:
         event(f"update {pl_module.rollouts}")
         event(f"rows {prompts.prompt_index.tolist()}")
-
-    def on_rollout_end(self, *_: Any) -> None:
-        event("rollout end")
-
-    def on_scores(self, *_: Any) -> None:
-        event("scores")
-
-    def on_rewards(self, *_: Any) -> None:
-        event("rewards")
-
-    def on_advantages(self, *_: Any) -> None:
-        event("advantages")
-
-    def on_minibatch_start(self, *_: Any) -> None:
-        event("minibatch start")
-
-    def on_actor_loss(self, *_: Any) -> None:
-        event("actor loss")
-
-    def on_critic_loss(self, *_: Any) -> None:
-        event("critic loss")
-
-    def on_minibatch_end(self, *_: Any) -> None:
-        event("minibatch end")
-
-    def on_before_optimizer_step(self, *_: Any) -> None:
-        event("optimizer step")
-
-    def on_update_end(self, *_: Any) -> None:
-        event("update end")
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        event("batch end")
-
-    def on_save_checkpoint(self, *_: Any) -> None:
-        event("gathering the checkpoint")
-
-    def on_validation_start(self, *_: Any) -> None:
-        event("validation start")
-
-    def on_validation_batch_end(self, *_: Any) -> None:
-        event("validating")
-
-    def on_train_end(self, *_: Any) -> None:
-        event("train end")
 
 
 def _with_events(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

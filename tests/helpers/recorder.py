@@ -12,7 +12,6 @@ class Recorder(L.Callback):
     """Keeps what each hook handed over."""
 
     def __init__(self) -> None:
-        self.order: list[str] = []
         self.experiences: list[Any] = []
         self.minibatches: list[list[int]] = []
         self.metrics: list[dict[str, float]] = []

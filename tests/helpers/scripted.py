@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_ppo.callbacks import fire
+from tests.helpers.toys import make_trainer
 
 
 class Clock:
@@ -101,12 +102,11 @@ class Automatic(L.LightningModule):
 def fit(folder: Path, module: L.LightningModule, *callbacks: L.Callback, **options: Any) -> L.Trainer:
     """Train on three batches an epoch; validation has two."""
     arguments: dict[str, Any] = {
-        "max_epochs": 2, "limit_val_batches": 0, "num_sanity_val_steps": 0, "log_every_n_steps": 1,
-        "enable_model_summary": False, "enable_checkpointing": False, "logger": False, "accelerator": "cpu",
-        "default_root_dir": folder,
+        "max_steps": -1, "max_epochs": 2, "limit_val_batches": 0, "num_sanity_val_steps": 0, "logger": False,
+        "enable_progress_bar": True,
     }  # fmt: skip
     resume = options.pop("resume", None)
-    trainer = L.Trainer(**{**arguments, **options}, callbacks=list(callbacks))
+    trainer = make_trainer(folder, **{**arguments, **options}, callbacks=list(callbacks))
     rows = torch.zeros(3, 1)
     trainer.fit(module, Loader(rows), Loader(rows[:2]), ckpt_path=resume)
     return trainer

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from tests.helpers import toys
+
 HOW_TESTS_USE_LIGHTNING = pytest.mark.filterwarnings(
     "ignore:.*isinstance.treespec, LeafSpec:",  # Lightning's own use of torch
     "ignore:.*does not have many workers:",
@@ -37,11 +39,7 @@ def loader(batches: list[Any]) -> "DataLoader[Any]":
 
 
 def make_trainer(tmp_path: Path, **kwargs: Any) -> L.Trainer:
-    defaults = {
-        "default_root_dir": tmp_path, "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
-        "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 1,
-    }  # fmt: skip
-    return L.Trainer(**defaults | kwargs)
+    return toys.make_trainer(tmp_path, **{"logger": False, "max_steps": -1, "max_epochs": 1} | kwargs)
 
 
 def fit(module: L.LightningModule, batches: list[Any], tmp_path: Path, **kwargs: Any) -> L.Trainer:

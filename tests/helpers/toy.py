@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lit_ppo.callbacks import fire
+from tests.helpers.toys import make_trainer
 
 T, FEATURES, TOKENS = 4, 3, 5  # longest response, numbers that describe a position, vocabulary
 
@@ -453,23 +454,6 @@ class Spy(L.Callback):
         setattr(self, hook, lambda trainer, pl_module, *args: self.seen.append(look(pl_module, *args)))
 
 
-class Foreign(L.LightningModule):
-    """A module that knows nothing of PPO."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(1, 1)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def train_dataloader(self) -> DataLoader[Tensor]:
-        return DataLoader([torch.ones(1)], batch_size=None)
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return self.layer(batch).sum()
-
-
 TENSORBOARD = ("add_text", "add_histogram", "add_custom_scalars", "add_figure")
 
 
@@ -536,17 +520,7 @@ class Attach(L.Callback):
 
 def trainer_of(callbacks: Sequence[L.Callback], updates: int, logger: Logger | None = None) -> L.Trainer:
     """A trainer that prints nothing, and writes nothing without a logger."""
-    return L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=updates,
-        callbacks=list(callbacks),
-        logger=logger or False,
-        log_every_n_steps=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    return make_trainer(Path(), max_steps=-1, max_epochs=updates, callbacks=[*callbacks], logger=logger or False)
 
 
 def run_updates(

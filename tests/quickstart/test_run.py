@@ -8,9 +8,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from benchmarks.quickstart_check import Judged, exact_kl, judge
 from lit_ppo.quickstart import Report
 from tests.helpers.command import REPOSITORY, Result, run_command
-from tests.helpers.quickstart_run import Judged, exact_kl, judge
 from tests.helpers.tiny import make_causal_lm
 
 CONFIGS = REPOSITORY / "configs"

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_ppo.run.checkpoint import step_of
 from tests.helpers import killed_runs
-from tests.helpers.event_files import shown
+from tests.helpers.event_files import metrics, shown
 from tests.helpers.tiny import make_causal_lm
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
@@ -75,18 +74,6 @@ def updates_of(seen: list[str]) -> list[int]:
     return [int(name.removeprefix("update ")) for name in seen if name.startswith("update ") and name[-1].isdigit()]
 
 
-def logs(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """All logged scalars but times; fails if a step was logged twice."""
-    events = EventAccumulator(str(folder / "version_0")).Reload()
-    names = [tag for tag in events.Tags()["scalars"] if not tag.startswith(("time/", "throughput/", "memory/"))]
-    found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in names}
-    for tag, points in found.items():
-        if tag == "epoch":  # validation repeats the number of its step
-            found[tag] = points = sorted(set(points))
-        assert len({step for step, _ in points}) == len(points), tag
-    return found
-
-
 def same(one: Any, other: Any) -> bool:
     """Bit for bit."""
     if isinstance(one, dict):
@@ -122,7 +109,7 @@ def test_killed_at_every_kind_of_moment(tmp_path: Path, tricks: str, moments: li
         if done:
             assert covered in (done[-1], done[-1] + 1), moment  # the update at work is all that is lost
     assert covered == UPDATES
-    uninterrupted, cut_logs = logs(tmp_path / "uninterrupted"), logs(cut)
+    uninterrupted, cut_logs = (metrics(folder / "version_0") for folder in (tmp_path / "uninterrupted", cut))
     assert cut_logs == uninterrupted
     if tricks == "most":
         check_that_all_act(uninterrupted)

@@ -1,4 +1,4 @@
-"""What a rank holds, by strategy and number of ranks: ``python -m tests.helpers.memory`` prints the table (Linux)."""
+"""What a rank holds, by strategy and number of ranks: ``python -m benchmarks.memory`` prints the table (Linux)."""
 
 import os
 import tempfile

@@ -1,6 +1,6 @@
 """Check a finished quickstart folder with the grammar's parser.
 
-Run it as ``python -m tests.helpers.quickstart_run runs/quickstart``.
+Run it as ``python -m benchmarks.quickstart_check runs/quickstart``.
 
 Independent of lit_ppo's own rollout: stock ``generate`` and stock logits of the two exported models.
 """
@@ -20,6 +20,8 @@ MAX_NEW_TOKENS = 32
 
 @dataclass
 class Judged:
+    """What the run's two models say, before and after PPO."""
+
     before: Report
     after: Report
     kl: float  # nats a response, summed over its tokens and over the vocabulary at each
@@ -40,6 +42,7 @@ class Judged:
 
     @property
     def bigrams_kept(self) -> float:
+        """Share of different bigrams that is left."""
         return self.after.distinct_bigrams / self.before.distinct_bigrams
 
     def __str__(self) -> str:
@@ -69,6 +72,7 @@ def judge(folder: Path, seed: int = 0, number: int = 256, result: Path | None = 
 
 @torch.no_grad()
 def sample(model: PreTrainedModel, encoded: dict, tokenizer) -> torch.Tensor:
+    """Prompts with sampled responses."""
     return model.generate(
         input_ids=encoded["input_ids"],
         attention_mask=encoded["attention_mask"],
