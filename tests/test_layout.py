@@ -1,6 +1,8 @@
-"""The suite mirrors ``lit_ppo``; what test modules share lies in ``tests/helpers``."""
+"""Imports keep to the layers; tests mirror ``lit_ppo`` and share ``tests/helpers``."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent
@@ -19,3 +21,9 @@ def test_folders_and_files_mirror_the_package() -> None:
     folders = {path.name for path in (TESTS.parent / "lit_ppo").iterdir() if (path / "__init__.py").exists()}
     found = {path.name for path in TESTS.iterdir() if (path / "__init__.py").exists()}
     assert found == folders | {"golden", "helpers"}
+
+
+def test_imports_keep_the_contracts() -> None:
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as lint; lint()", "--no-cache"]
+    done = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -14,20 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import lit_ppo.ppo.build
-from lit_ppo import LitPPO, TextDataModule
-from lit_ppo.callbacks import (
-    AdaptiveKL,
-    EntropyBonus,
-    KLEarlyStop,
-    KLLoss,
-    LearningRateAdaptation,
-    PrioritizedSampling,
-    PTXLoss,
-    ReferenceUpdate,
-    RewardBaseline,
-    RewardNormalization,
-    ValueNormalization,
-)
+from lit_ppo import LitPPO, TextDataModule, callbacks
 from lit_ppo.models.lora import add_adapter
 from lit_ppo.parallel.full_state import full_weights
 from lit_ppo.parallel.ranks import n_ranks, rank
@@ -95,22 +82,26 @@ class Spy(LitPPO):
 
 def tricks(case: Case, folder: Path) -> list[Any]:
     """The callbacks: with ``features`` every kind that touches models, gradients, optimizers or the data."""
-    always = [RewardNormalization(), AdaptiveKL(target=0.01, horizon=50), EntropyBonus(coef=0.02)]
+    always = [
+        callbacks.RewardNormalization(),
+        callbacks.AdaptiveKL(target=0.01, horizon=50),
+        callbacks.EntropyBonus(coef=0.02),
+    ]
     if not case.features:
         return always
     texts = folder / "texts.jsonl"
     if rank() == 0:
         texts.write_text("".join(json.dumps({"text": " ".join(WORDS[i : i + 2 + i % 4])}) + "\n" for i in range(9)))
     return [
-        PrioritizedSampling(scale=(-1.0, 1.0)),
-        RewardBaseline(),
+        callbacks.PrioritizedSampling(scale=(-1.0, 1.0)),
+        callbacks.RewardBaseline(),
         *always,
-        ValueNormalization(),
-        PTXLoss(TextDataModule(str(texts), batch_size=5, seed=0), coef=0.5),
-        KLLoss(coef=0.3, kind="exact"),
-        KLEarlyStop(target=STOP_AT[case.family][case.lora]),
-        LearningRateAdaptation(target=0.5, maximum=0.2),
-        *([] if case.fixed_reference else [ReferenceUpdate(decay=0.5)]),
+        callbacks.ValueNormalization(),
+        callbacks.PTXLoss(TextDataModule(str(texts), batch_size=5, seed=0), coef=0.5),
+        callbacks.KLLoss(coef=0.3, kind="exact"),
+        callbacks.KLEarlyStop(target=STOP_AT[case.family][case.lora]),
+        callbacks.LearningRateAdaptation(target=0.5, maximum=0.2),
+        *([] if case.fixed_reference else [callbacks.ReferenceUpdate(decay=0.5)]),
     ]
 
 
@@ -167,9 +158,13 @@ def update(case: Case, folder: Path) -> dict[str, Any]:
     module.__class__ = Spy
     updates = 2 if case.features else 1
     rows = TrainedRows()
-    callbacks = [*tricks(case, folder), rows]
     trainer = make_trainer(
-        folder / "run", devices=n_ranks(), strategy=case.strategy, max_steps=updates, max_epochs=1, callbacks=callbacks
+        folder / "run",
+        devices=n_ranks(),
+        strategy=case.strategy,
+        max_steps=updates,
+        max_epochs=1,
+        callbacks=[*tricks(case, folder), rows],
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # others take minutes

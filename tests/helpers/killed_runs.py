@@ -12,27 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lit_ppo import TextDataModule
-from lit_ppo.callbacks import (
-    AdaptiveKL,
-    AlignmentTax,
-    Cockpit,
-    CollapseMonitor,
-    CriticWarmup,
-    EntropyBonus,
-    KLEarlyStop,
-    LearningRateAdaptation,
-    PPOCallback,
-    PrioritizedSampling,
-    PTXLoss,
-    ReferenceUpdate,
-    RejectionSampling,
-    RewardHackingMonitor,
-    RewardNormalization,
-    RewardScaling,
-    SampleLogger,
-    ValueNormalization,
-)
+from lit_ppo import TextDataModule, callbacks
 from lit_ppo.cli.report import RunReport
 from lit_ppo.parallel.checkpoint_io import read_summary
 from lit_ppo.run.checkpoint import StepCheckpoint, find_last, steps_logged
@@ -80,7 +60,7 @@ HOOKS = {
 }
 
 
-class Moments(PPOCallback):
+class Moments(callbacks.PPOCallback):
     """Records every hook, and every step of writing a checkpoint."""
 
     def __init__(self) -> None:
@@ -136,29 +116,29 @@ def brevity(prompts: list[str], responses: list[str]) -> list[float]:
 def tricks_of(run: str, folder: Path) -> list[Any]:
     """All that keep a state and can stand together; of those that exclude each other, ``"others"`` has the rest."""
     if run == "others":
-        return [RewardScaling(decay=0.9), ReferenceUpdate(decay=0.7)]
+        return [callbacks.RewardScaling(decay=0.9), callbacks.ReferenceUpdate(decay=0.7)]
     texts = folder / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": " ".join(WORDS[i : i + 3 + i % 3])}) + "\n" for i in range(5)))
     if run == "monitors":
         return [
-            AlignmentTax(TextDataModule(str(texts), batch_size=2), every=2),
-            Cockpit(every=2, figures_every=3, best_of_prompts=2, best_of=2),
-            CollapseMonitor(),
-            RewardHackingMonitor(brevity, prompts=4, every=2),
-            SampleLogger(every=3, prompts=2),
+            callbacks.AlignmentTax(TextDataModule(str(texts), batch_size=2), every=2),
+            callbacks.Cockpit(every=2, figures_every=3, best_of_prompts=2, best_of=2),
+            callbacks.CollapseMonitor(),
+            callbacks.RewardHackingMonitor(brevity, prompts=4, every=2),
+            callbacks.SampleLogger(every=3, prompts=2),
         ]
     return [
-        CriticWarmup(updates=2),
-        PrioritizedSampling(scale=(0.0, 10.0)),
-        RewardNormalization(),
-        RejectionSampling(k=2, every=4),
-        ValueNormalization(),
-        AdaptiveKL(target=0.01, horizon=50),
-        PTXLoss(TextDataModule(str(texts), batch_size=2, seed=1), coef=0.5),
-        EntropyBonus(coef=0.5, target=3.67),
-        KLEarlyStop(target=0.05),
-        LearningRateAdaptation(target=0.01, maximum=0.1),
-        ReferenceUpdate(every=3),
+        callbacks.CriticWarmup(updates=2),
+        callbacks.PrioritizedSampling(scale=(0.0, 10.0)),
+        callbacks.RewardNormalization(),
+        callbacks.RejectionSampling(k=2, every=4),
+        callbacks.ValueNormalization(),
+        callbacks.AdaptiveKL(target=0.01, horizon=50),
+        callbacks.PTXLoss(TextDataModule(str(texts), batch_size=2, seed=1), coef=0.5),
+        callbacks.EntropyBonus(coef=0.5, target=3.67),
+        callbacks.KLEarlyStop(target=0.05),
+        callbacks.LearningRateAdaptation(target=0.01, maximum=0.1),
+        callbacks.ReferenceUpdate(every=3),
     ]
 
 

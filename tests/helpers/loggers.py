@@ -25,21 +25,13 @@ class _Service(Logger):
 
     def __init__(self, save_dir: str | None = None, run: str = "1a2b3c") -> None:
         super().__init__()
-        self._save_dir, self._run = save_dir, run
+        self.folder, self.run = save_dir, run
         self.rows: list[dict[str, float]] = []
         self.params: dict[str, Any] = {}
 
-    @property
-    def name(self) -> str:
-        return "project"
-
-    @property
-    def version(self) -> str:
-        return self._run
-
-    @property
-    def save_dir(self) -> str | None:
-        return self._save_dir
+    name = "project"
+    version = property(lambda self: self.run)
+    save_dir = property(lambda self: self.folder)
 
 
 class WandbLike(_Service):

@@ -18,34 +18,19 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}"
 )
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "gpt2": {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
-    "llama": {
-        "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
-    },
-    "qwen2": {
-        "model_type": "qwen2", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
-    },
-    "gemma2": {
-        "model_type": "gemma2", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "query_pre_attn_scalar": 8,
-    },
-    "cohere": {
-        "model_type": "cohere", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
-    },
-    "phi": {
-        "model_type": "phi", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "max_position_embeddings": 64,
-    },
-    "opt": {
-        "model_type": "opt", "hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "max_position_embeddings": 64, "word_embed_proj_dim": 16,
-    },
-    "distilbert": {"model_type": "distilbert", "dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2},
-}  # fmt: skip
+HEADS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+LLAMA = {**HEADS, "intermediate_size": 32, "num_key_value_heads": 1}
+SIZES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "llama": LLAMA,
+    "qwen2": LLAMA,
+    "gemma2": {**LLAMA, "head_dim": 8, "query_pre_attn_scalar": 8},
+    "cohere": LLAMA,
+    "phi": {**HEADS, "intermediate_size": 32},
+    "opt": {**HEADS, "ffn_dim": 32, "word_embed_proj_dim": 16},
+    "distilbert": {"dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2},
+}
+FAMILIES = {family: {"model_type": family, **sizes} for family, sizes in SIZES.items()}
 
 
 def make_tokenizer(
@@ -89,14 +74,10 @@ def make_config(family: str, tokenizer: PreTrainedTokenizerFast, **overrides: An
     )
 
 
-def make_causal_lm(
-    path: Path, family: str = "gpt2", *, seed: int = 0, tokenizer: Any = None, scale: float = 1.0, **overrides: Any
-) -> Path:
-    """A causal LM with random weights and its tokenizer, saved under ``path``; ``scale`` sharpens its predictions."""
-    tokenizer = tokenizer or make_tokenizer()
+def _save(path: Path, kind: Any, config: Any, *, seed: int, tokenizer: Any, scale: float = 1.0) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(make_config(family, tokenizer, **overrides))
+        model = kind.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -106,15 +87,19 @@ def make_causal_lm(
     return path
 
 
+def make_causal_lm(
+    path: Path, family: str = "gpt2", *, seed: int = 0, tokenizer: Any = None, scale: float = 1.0, **overrides: Any
+) -> Path:
+    """A causal LM with random weights and its tokenizer, saved under ``path``; ``scale`` sharpens its predictions."""
+    tokenizer = tokenizer or make_tokenizer()
+    config = make_config(family, tokenizer, **overrides)
+    return _save(path, AutoModelForCausalLM, config, seed=seed, tokenizer=tokenizer, scale=scale)
+
+
 def make_reward_model(
     path: Path, family: str = "gpt2", *, seed: int = 1, tokenizer: Any = None, num_labels: int = 1, **overrides: Any
 ) -> Path:
     """A sequence classifier with random weights and its tokenizer, saved under ``path``."""
     tokenizer = tokenizer or make_tokenizer()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = make_config(family, tokenizer, num_labels=num_labels, **overrides)
-        model = AutoModelForSequenceClassification.from_config(config)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    config = make_config(family, tokenizer, num_labels=num_labels, **overrides)
+    return _save(path, AutoModelForSequenceClassification, config, seed=seed, tokenizer=tokenizer)

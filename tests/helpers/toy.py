@@ -238,50 +238,44 @@ class Toy(L.LightningModule):
         random = torch.Generator().manual_seed(update)
         n = self.episodes * samples
         lengths = torch.arange(n) % self.longest(update) + 1
-        mask = torch.arange(T) < lengths[:, None]
         features = torch.randn(n, T, FEATURES, generator=random)
-        actions = torch.randint(TOKENS, (n, T), generator=random)
-        prompt = torch.arange(self.episodes).repeat_interleave(samples)
+        rows = self.rows_of(features, torch.randint(TOKENS, (n, T), generator=random), lengths, samples)
+        rows.ended = lengths < T
+        rows.values = None if self.critic is None else self.critic(features).squeeze(-1) * rows.response_mask
+        rows.kl = self.kl_per_response / lengths[:, None] * rows.response_mask
+        return rows
+
+    def rows_of(self, features: Tensor, actions: Tensor, lengths: Tensor, samples: int) -> Rows:
+        """Responses of these lengths, ``samples`` to each prompt."""
+        mask = torch.arange(T) < lengths[:, None]
+        prompt = torch.arange(len(features) // samples).repeat_interleave(samples)
+        logprobs = self.logprobs(features, actions) * mask
+        reference = None if self.reference is None else self.logprobs(features, actions, self.reference) * mask
         return Rows(
             features=features,
             actions=actions,
             response_mask=mask,
-            ended=lengths < T,
+            ended=torch.ones(len(features), dtype=torch.bool),
             group=prompt,
             prompt_index=prompt,
-            logprobs=self.logprobs(features, actions) * mask,
-            ref_logprobs=None if self.reference is None else self.logprobs(features, actions, self.reference) * mask,
-            values=None if self.critic is None else self.critic(features).squeeze(-1) * mask,
-            kl=self.kl_per_response / lengths[:, None] * mask,
+            logprobs=logprobs,
+            ref_logprobs=reference,
+            values=None,
+            kl=torch.zeros_like(logprobs) if reference is None else logprobs - reference,
         )
 
     def sampled(self, prompts: list[str], samples_per_prompt: int, stream: str, **kwargs: Any) -> Rows:
         """Responses to held-out prompts, by the draws of a stream; scored as greedy ones are."""
         n = samples_per_prompt * len(prompts)
-        prompt = torch.arange(len(prompts)).repeat_interleave(samples_per_prompt)
         random = torch.Generator().manual_seed(crc32(stream.encode()))
-        mask = torch.arange(T) < torch.arange(n)[:, None] % T + 1
         features = torch.randn(n, T, FEATURES, generator=random)
         probabilities = self.actor(features).softmax(-1)
         actions = torch.multinomial(probabilities.flatten(0, 1), 1, generator=random).view(n, T)
-        logprobs = self.logprobs(features, actions) * mask
-        ref_logprobs = None if self.reference is None else self.logprobs(features, actions, self.reference) * mask
-        responses = [self.tokenizer.decode(row[m].tolist()) for row, m in zip(actions, mask, strict=True)]
-        return Rows(
-            features=features,
-            actions=actions,
-            response_mask=mask,
-            ended=torch.ones(n, dtype=torch.bool),
-            group=prompt,
-            prompt_index=prompt,
-            logprobs=logprobs,
-            ref_logprobs=ref_logprobs,
-            values=None,
-            kl=torch.zeros_like(logprobs) if ref_logprobs is None else logprobs - ref_logprobs,
-            greedy=True,
-            prompts=[prompts[i] for i in prompt],
-            responses=responses,
-        )
+        rows = self.rows_of(features, actions, torch.arange(n) % T + 1, samples_per_prompt)
+        rows.greedy, rows.prompts = True, [prompts[i] for i in rows.group]
+        pairs = zip(actions, rows.response_mask, strict=True)
+        rows.responses = [self.tokenizer.decode(row[mask].tolist()) for row, mask in pairs]
+        return rows
 
     def greedy(self, rows: Rows, policy: str, samples_per_prompt: int, do_sample: bool, **kwargs: Any) -> Rows:
         """The most likely actions at the positions of each group's first row."""

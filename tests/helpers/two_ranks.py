@@ -9,14 +9,9 @@ import torch.distributed as dist
 
 from lit_ppo.advantages import GroupRelative
 from lit_ppo.callbacks.base import PPOCallback
+from tests.helpers.first_update import letters
 from tests.helpers.ranks import on_ranks
 from tests.helpers.toys import logged, make_data, make_module, make_trainer
-
-
-def letters(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
-    """How long a response is written out."""
-    return [float(len(response)) for response in responses]
-
 
 JOBS: dict[str, dict[str, Any]] = {
     "critic": {},
@@ -46,12 +41,8 @@ class TrainedRows(PPOCallback):
         assert len(set(everyone)) == len(everyone) > 1, "ranks did the same work"
 
 
-def no_callbacks(folder: Path) -> list[Any]:
-    return []
-
-
 def train_on_two(
-    folder: Path, actor: Path, job: str = "critic", callbacks: Callable[[Path], list[Any]] = no_callbacks
+    folder: Path, actor: Path, job: str = "critic", callbacks: Callable[[Path], list[Any]] | None = None
 ) -> dict[str, Any]:
     """Weights, logged metrics and validation metrics of a job on two ranks.
 
@@ -66,9 +57,9 @@ def train_on_two(
     return found
 
 
-def _train(folder: Path, actor: Path, job: str, callbacks: Callable[[Path], list[Any]]) -> None:
+def _train(folder: Path, actor: Path, job: str, callbacks: Callable[[Path], list[Any]] | None) -> None:
     module, rows = make_module(actor, **JOBS[job]), TrainedRows()
-    trainer = make_trainer(folder / "two", devices=2, callbacks=[*callbacks(folder), rows])
+    trainer = make_trainer(folder / "two", devices=2, callbacks=[*(callbacks(folder) if callbacks else []), rows])
     held_out = folder / "held_out.jsonl"
     trainer.fit(module, make_data(folder, **({"val_path": str(held_out)} if held_out.exists() else {})))
     rows.check_share()
