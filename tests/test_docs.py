@@ -1,6 +1,5 @@
 """The pages in docs/ say what is there."""
 
-import json
 import re
 import shlex
 import shutil
@@ -11,15 +10,14 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.helpers.command import REPOSITORY, run_command
-from tests.helpers.tiny import WORDS
+from tests.helpers.ppo_command import write_prompts
 
 FROM_TRL = (REPOSITORY / "docs/from_trl.md").read_text()
 
 
 def test_metrics_named_there_are_logged_here(tmp_path: Path, tiny_lm: Path, tiny_reward: Path) -> None:
     """By the migrated configuration itself, on small models."""
-    rows = [json.dumps({"prompt": f"the {word} was"}) + "\n" for word in WORDS[:32]]
-    (tmp_path / "prompts.jsonl").write_text("".join(rows))
+    write_prompts(tmp_path, 32)
     (block,) = re.findall(r"```yaml\n(.*?)```", FROM_TRL, re.DOTALL)
     block = block.replace("runs/sft/version_0/model", str(tiny_lm)).replace(
         "runs/reward/version_0/model", str(tiny_reward)

@@ -66,8 +66,8 @@ def offset(prompts: list[str], responses: list[str], by: float = 0.0) -> list[fl
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models and data of every kind, made once."""
     folder = tmp_path_factory.mktemp("knobs")
-    for name, options in {"lm": {}, "lm2": {"seed": 7}}.items():
-        make_causal_lm(folder / name, scale=4.0, **options)
+    make_causal_lm(folder / "lm", scale=4.0)
+    make_causal_lm(folder / "lm2", scale=4.0, seed=7)
     make_tokenizer(folder / "reversed", words=[*reversed([*WORDS, "user", "assistant"])])
     make_reward_model(folder / "reward")
     make_reward_model(folder / "reward2", seed=5)
@@ -84,8 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     (folder / "sub").mkdir()
     (folder / "sub/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[4:]))
-    loud = [{**row, "text": row["text"].upper(), "prompt": row["prompt"].upper()} for row in rows]
-    loud = [{**row, "chosen": row["chosen"].upper()} for row in loud]
+    loud = [row | {name: row[name].upper() for name in ("text", "prompt", "chosen")} for row in rows]
     (folder / "loud.jsonl").write_text("".join(json.dumps(row) + "\n" for row in loud))
     table = "".join(f"{row['text']},{row['other']},{row['chosen']},{row['rejected']}\n" for row in rows)
     (folder / "table.csv").write_text(table)
@@ -141,17 +140,14 @@ def run_with(argument: str, made: type) -> Callable[..., Any]:
     return lambda **arguments: run_ppo(**{argument: made(**arguments)})
 
 
-def run_schedule(**arguments: Any) -> str:
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    if "optimizer" in arguments:
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=arguments["optimizer"])
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    schedule = WarmupCosine(optimizer, **{k: v for k, v in arguments.items() if k != "optimizer"})
+def run_schedule(optimizer: float = 1.0, **arguments: Any) -> str:
+    """The rates of six steps; ``optimizer`` is the rate that it starts from."""
+    made = sgd(optimizer)([{"params": [torch.zeros(1, requires_grad=True)], "initial_lr": optimizer}])
+    schedule = WarmupCosine(made, **arguments)
     rates = []
     for _ in range(6):
         rates.append(schedule.get_last_lr())
-        optimizer.step()
+        made.step()
         schedule.step()
     return repr(rates)
 

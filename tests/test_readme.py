@@ -1,6 +1,5 @@
 """What the README says is what happens."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ from transformers import AutoModelForCausalLM
 import lit_ppo.callbacks
 from lit_ppo.advantages import AdvantageEstimator
 from tests.helpers.command import REPOSITORY, run_command
-from tests.helpers.ppo_command import RECIPES, ppo_arguments
-from tests.helpers.tiny import WORDS
+from tests.helpers.ppo_command import RECIPES, ppo_arguments, write_prompts
 
 README = (REPOSITORY / "README.md").read_text()
 
@@ -34,8 +32,7 @@ def example(word: str) -> str:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory of a user, with prompts."""
     monkeypatch.chdir(tmp_path)
-    rows = [json.dumps({"prompt": f"the {word} was"}) + "\n" for word in WORDS[:32]]
-    (tmp_path / "prompts.jsonl").write_text("".join(rows))
+    write_prompts(tmp_path, 32)
     return tmp_path
 
 

@@ -66,19 +66,11 @@ def _exit_after(file: Path) -> None:
 class BreakGradient(PPOCallback):
     """NaN in the gradient of one rank, after ranks have exchanged theirs: in the first step of update 1."""
 
-    def __init__(self) -> None:
-        self.updates = self.steps = 0
-
-    def on_rewards(self, *_: Any) -> None:
-        self.updates, self.steps = self.updates + 1, 0
-
     def on_critic_loss(self, trainer: Any, pl_module: Any, minibatch: Any, losses: Any) -> None:
         weight = pl_module.actor.model.transformer.wte.weight
-        if self.updates == 2 and self.steps == 0 and dist.get_rank() == 1 and weight.grad is not None:
+        if pl_module.rollouts == 2 and dist.get_rank() == 1 and weight.grad is not None:
             weight.grad[0, 0] = float("nan")
-
-    def on_minibatch_end(self, *_: Any) -> None:
-        self.steps += 1
+            self.on_critic_loss = lambda *_: None  # type: ignore[method-assign]
 
 
 class Sigterm(PPOCallback):

@@ -11,26 +11,26 @@ from tests.helpers.tiny import WORDS
 RECIPES = ("grpo", "instructgpt", "llama2", "openai_2019", "ppo_max", "reinforce_pp", "rloo")  # beside configs/ppo.yaml
 
 
+def write_prompts(folder: Path, n: int = 16) -> None:
+    """``prompts.jsonl``."""
+    rows = [{"prompt": f"the {word} was", "level": i} for i, word in enumerate(WORDS[:n])]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def ppo_arguments(folder: Path, lm: Path, reward: Path) -> list[str]:
     """``configs/ppo.yaml`` with paths and sizes overridden."""
-    rows = [{"prompt": f"the {word} was", "level": i} for i, word in enumerate(WORDS[:16])]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_prompts(folder)
     paths = [f"--model.actor={lm}", f"--model.rewards.model={reward}", "--data.path=prompts.jsonl"]
     sizes = ["--data.batch_size=8", "--model.minibatch_size=4", "--model.micro_batch_size=2"]
-    lengths = [
-        "--model.generation.max_new_tokens=6",
-        "--data.max_prompt_length=8",
-        "--trainer.val_check_interval=1.0",
-        "--data.val_fraction=0.25",
-    ]
+    lengths = ["--model.generation.max_new_tokens=6", "--data.max_prompt_length=8"]
+    validation = ["--trainer.val_check_interval=1.0", "--data.val_fraction=0.25"]
     config = str(REPOSITORY / "configs" / "ppo.yaml")
-    return ["--config", config, *paths, *sizes, *lengths, "--trainer.accelerator=cpu"]
+    return ["--config", config, *paths, *sizes, *lengths, *validation, "--trainer.accelerator=cpu"]
 
 
 def ppo(folder: Path, actor: Path) -> list[str]:
     """Small arguments of ``configs/ppo.yaml`` with a reward that is a function."""
-    rows = [json.dumps({"prompt": f"the {word} was"}) for word in WORDS[:16]]
-    (folder / "prompts.jsonl").write_text("\n".join(rows))
+    write_prompts(folder)
     overlay = {
         "model": {
             "init_args": {
