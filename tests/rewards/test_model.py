@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,19 +69,13 @@ def pad_is_eos() -> Any:
     return tokenizer
 
 
-def with_bos() -> Any:
-    return make_tokenizer(bos=True)
-
-
-def without_pad() -> Any:
-    return make_tokenizer(pad=False)
-
+TOKENIZERS = [make_tokenizer, partial(make_tokenizer, pad=False), pad_is_eos]
 
 # score at the last token
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-@pytest.mark.parametrize("tokenizer", [make_tokenizer, without_pad, pad_is_eos, with_bos])
+@pytest.mark.parametrize("tokenizer", [*TOKENIZERS, partial(make_tokenizer, bos=True)])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "distilbert"])
 def test_last_is_what_the_stock_model_gives_for_each_text(family: str, tokenizer: Any, batch_size: int, tmp_path: Path):
     path = make_reward_model(tmp_path, family, tokenizer=tokenizer(), **SHARP)
@@ -139,7 +134,7 @@ def test_tokenizer_of_another_vocabulary(tmp_path: Path):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("tokenizer", [make_tokenizer, without_pad, pad_is_eos])
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_mean_is_over_the_responses_tokens(family: str, tokenizer: Any, tmp_path: Path):
     path = make_reward_model(tmp_path, family, tokenizer=tokenizer(), **SHARP)
     scores = RewardModel(str(path), aggregation="mean", batch_size=3)(experience())
