@@ -27,3 +27,12 @@ def test_imports_keep_the_contracts() -> None:
     command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as lint; lint()", "--no-cache"]
     done = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_rooms_stay_small() -> None:
+    """At most 300 lines a file and a dozen modules a folder; the equations and the tricks may have more."""
+    product = TESTS.parent / "lit_ppo"
+    folders = [path for path in product.iterdir() if (path / "__init__.py").exists() and path.name != "callbacks"]
+    files = [*product.rglob("*.py"), *(TESTS.parent / "callbacks").glob("*.py")]
+    assert {p.name for p in files if len(p.read_text().splitlines()) > 300} == {"functional.py"}
+    assert not [path.name for path in folders if len([*path.glob("*.py")]) > 12 + 1]  # with __init__.py
