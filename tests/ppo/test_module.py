@@ -8,12 +8,14 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from lit_ppo import LitPPO
 from lit_ppo.advantages import GAE
 from lit_ppo.callbacks.base import HOOKS
 from lit_ppo.optim.schedules import WarmupCosine
 from lit_ppo.ppo.metrics import peak_memory
+from lit_ppo.rewards import RewardModel
 from tests.helpers.oracle import Oracle
 from tests.helpers.recorder import record, rows_of
 from tests.helpers.tiny import make_causal_lm, make_reward_model
@@ -341,8 +343,6 @@ def test_an_added_loss_is_trained_on_and_logged(tmp_path, gpt2):
 
 
 def test_critic_from_the_reward_model_and_from_a_path(tmp_path, gpt2):
-    from lit_ppo.rewards import RewardModel
-
     reward = make_reward_model(tmp_path / "reward")
     from_reward = make_module(gpt2, rewards=RewardModel(str(reward)), critic="reward")
     from_path = make_module(gpt2, critic=str(reward))
@@ -351,6 +351,14 @@ def test_critic_from_the_reward_model_and_from_a_path(tmp_path, gpt2):
         assert module.critic.value_head.weight.abs().sum() > 0
     for name, value in from_reward.critic.state_dict().items():
         assert value.equal(from_path.critic.state_dict()[name])
+
+
+def test_a_critic_from_a_reward_model_of_several_labels_starts_at_the_rewards_own(tmp_path, gpt2):
+    reward = make_reward_model(tmp_path / "reward", num_labels=3)
+    module = make_module(gpt2, rewards=RewardModel(str(reward), label=2), critic="reward")
+    module.configure_model()
+    head = AutoModelForSequenceClassification.from_pretrained(reward).score
+    assert module.critic.value_head.weight.tolist() == [head.weight[2].tolist()]
 
 
 def test_gradient_clipping_can_be_the_only_restraint(tmp_path, gpt2, monkeypatch):
@@ -369,8 +377,6 @@ def test_gradient_clipping_can_be_the_only_restraint(tmp_path, gpt2, monkeypatch
 def test_what_the_critic_starts_from_is_what_the_first_rollout_sees(tmp_path, gpt2):
     """A reward model's critic values a response so far by the stock model's score of it, a causal LM's by 0."""
     from transformers import AutoModelForSequenceClassification
-
-    from lit_ppo.rewards import RewardModel
 
     reward, other = make_reward_model(tmp_path / "reward"), make_causal_lm(tmp_path / "other", seed=7, scale=4.0)
     stock = AutoModelForSequenceClassification.from_pretrained(reward).eval()
@@ -392,8 +398,6 @@ def test_what_the_critic_starts_from_is_what_the_first_rollout_sees(tmp_path, gp
 
 
 def test_frozen_weights_stay_out_of_the_state_dict(tmp_path, gpt2):
-    from lit_ppo.rewards import RewardModel
-
     module = make_module(gpt2, rewards=RewardModel(str(make_reward_model(tmp_path / "reward"))))
     module.configure_model()
     assert {name.split(".")[0] for name in module.state_dict()} == {"actor", "critic"}
