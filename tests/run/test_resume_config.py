@@ -8,6 +8,7 @@ import torch
 
 from lit_ppo.callbacks import AdaptiveKL, CriticWarmup, EntropyBonus
 from lit_ppo.optim.schedules import WarmupCosine
+from lit_ppo.ppo.optimize import optimizers_of
 from lit_ppo.run.checkpoint import StepCheckpoint
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.resume import ABSENT, changes, check_changes, describe_changes
@@ -157,7 +158,7 @@ def test_minibatches_and_samples_take_effect(tmp_path: Path, actor: Path) -> Non
 
 
 def _states(model: Any, name: str) -> list[Any]:
-    return list(getattr(model, f"{name}_optimizer").state.values())
+    return list(optimizers_of(model)[name].state.values())
 
 
 # The comparison of configurations
