@@ -55,6 +55,8 @@ def sample_responses(
     Raises:
         ValueError: A prompt is too long, there is no reference to sample from, or ranks were given different prompts.
     """
+    if not batch.prompts:
+        raise ValueError("rollout(prompts=[]): is empty; give at least one prompt")
     check_length(models, max(map(len, batch.prompt_ids)))
     model = models.actor if policy == "actor" else models.reference
     if model is None:

@@ -18,19 +18,15 @@ def as_batch(prompts: Any, tokenizer: PreTrainedTokenizerBase) -> PromptBatch:
         tokenizer: The actor's.
 
     Raises:
-        ValueError: No prompts, or a single one outside a list.
+        ValueError: A single prompt outside a list.
     """
     if isinstance(prompts, Experience):
         first_of_group = {group: row for row, group in reversed(list(enumerate(prompts.group.tolist())))}
         first = prompts.select(sorted(first_of_group.values()))
         ids = [row[mask].tolist() for row, mask in zip(first.prompt_ids, first.prompt_mask, strict=True)]
-        batch = PromptBatch(first.prompts, ids, first.prompt_index, first.columns)
-    else:
-        if isinstance(prompts, str) or any(isinstance(prompt, dict) for prompt in prompts):
-            raise ValueError(f"rollout(prompts={prompts!r}): one prompt; give a list of prompts")
-        texts, ids = encode_prompts(tokenizer, prompts)
-        chat = {} if all(isinstance(prompt, str) for prompt in prompts) else {"messages": list(prompts)}
-        batch = PromptBatch(texts, ids, torch.arange(len(texts)), chat)
-    if not batch.prompts:
-        raise ValueError("rollout(prompts=[]): is empty; give at least one prompt")
-    return batch
+        return PromptBatch(first.prompts, ids, first.prompt_index, first.columns)
+    if isinstance(prompts, str) or any(isinstance(prompt, dict) for prompt in prompts):
+        raise ValueError(f"rollout(prompts={prompts!r}): one prompt; give a list of prompts")
+    texts, ids = encode_prompts(tokenizer, prompts)
+    chat = {} if all(isinstance(prompt, str) for prompt in prompts) else {"messages": list(prompts)}
+    return PromptBatch(texts, ids, torch.arange(len(texts)), chat)

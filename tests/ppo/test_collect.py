@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lit_ppo import PromptDataModule
+from lit_ppo.data.batch import PromptBatch
 from lit_ppo.functional import token_logprobs
 from lit_ppo.rewards import RewardFunction
 from tests.helpers.forwards import sizes_of_forwards
@@ -133,9 +134,10 @@ def test_prompts_beyond_the_models_positions_are_refused(module):
         module.rollout(["the " * 60])
 
 
-def test_no_prompts_are_refused(module):
-    with pytest.raises(ValueError, match="is empty"):
-        module.rollout([])
+@pytest.mark.parametrize("none", [[], PromptBatch([], [], torch.arange(0), {})], ids=["list", "batch"])
+def test_no_prompts_are_refused(module, none):
+    with pytest.raises(ValueError, match=r"rollout\(prompts=\[\]\): is empty"):
+        module.rollout(none)
 
 
 def test_rolling_out_without_a_reference_from_the_reference_is_refused(tiny_lm):
