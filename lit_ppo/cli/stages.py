@@ -1,18 +1,16 @@
 """Stages: runs that come first, each in a process of its own, and skipped while nothing of theirs has changed.
 
-A stage is an ordinary ``lit-ppo fit``. When it succeeds, ``<name>.stage.json`` is written beside its runs: digests of
-its effective configuration, of the files that this names for data, model and export, and of the previous stage.
+A stage is an ordinary ``lit-ppo fit``. When it succeeds, it leaves ``<name>.stage.json`` beside its runs: digests of
+its configuration, of the files that this names for data, model and export, and of the previous stage.
 """
 
 import hashlib
 import json
-import math
 import os
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,9 @@ from jsonargparse.typing import Path_fr
 
 from lit_ppo.cli.session import Session
 from lit_ppo.run.errors import CommandError
-from lit_ppo.run.stop import RANK_VARIABLES, end_group
+from lit_ppo.run.stop import RANK_VARIABLES
 
-LARGE = 64 * 2**20  # bytes from which on size and time stand for a file's content
-PATIENCE = 4.0  # seconds that an interrupted stage gets to end by itself
+LARGE = 64 * 2**20  # bytes; size and time stand for the content of larger files
 
 
 @dataclass
@@ -43,70 +40,52 @@ class Stage:
 
     def arguments(self, seed: int | bool, data_root: str | None) -> list[str]:
         """Arguments of ``lit-ppo fit`` that run the stage."""
-        paths = [Path(str(path)) for path in self.config]
-        files = [path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path for path in paths]
+        here = [(Path(str(path)), Path.cwd()) for path in self.config]
+        files = [path.relative_to(cwd) if path.is_relative_to(cwd) else path for path, cwd in here]
         args = [str(arg).lower() if isinstance(arg, bool) else str(arg) for arg in self.args]
         root = [] if data_root is None else ["--data_root", data_root]
         return [*(f"--config={file}" for file in files), *args, "--seed_everything", str(seed).lower(), *root]
 
 
 def run_stages(session: Session, stages: dict[str, tuple[list[str], dict[str, Any]]]) -> None:
-    """Run every stage that is not complete, in order.
+    """Run every stage that is not complete, in order; a stage that fails ends the command.
 
     Args:
         session: The command's run; its interrupts end the stages.
         stages: Arguments of ``lit-ppo fit`` and effective configuration of each stage, by name.
-
-    Raises:
-        CommandError: A stage would have to run in a launched rank.
-        SystemExit: A stage failed, and has printed why.
     """
     previous: dict[str, str] = {}
     for number, (name, (arguments, config)) in enumerate(stages.items(), 1):
         title = f"[stage {number}/{len(stages)}: {name}]"
         record = Path(config["trainer"]["default_root_dir"]) / f"{name}.stage.json"
+        rank = next((f"{key}={os.environ[key]}" for key in RANK_VARIABLES if key in os.environ), None)
         reason = outdated(record, config, previous)
-        if reason:
-            _refuse_in_rank(name, reason)
+        if not reason:
+            session.heartbeat.say(f"{title} already done, skipped ({record})")
+        elif rank:
+            raise CommandError(
+                f"stage {name!r} is not complete ({reason}) and does not run in a launched process ({rank}): run the "
+                "command once in one process, with trainer.max_steps 0 if need be, then launch it again"
+            )
+        else:
             session.heartbeat.say(f"{title} {reason}; running: lit-ppo fit {shlex.join(arguments)}", doing=title)
             started = time.monotonic()
             record.unlink(missing_ok=True)
             _run(session, name, arguments)
-            record.write_text(json.dumps(digests(config, previous, folders=True), indent=1), encoding="utf-8")
+            record.write_text(json.dumps(digests(config, previous, files_of(config)), indent=1), encoding="utf-8")
             session.heartbeat.say(f"{title} done in {time.monotonic() - started:.0f} s")
-        else:
-            session.heartbeat.say(f"{title} already done, skipped ({record})")
         previous = json.loads(record.read_text(encoding="utf-8"))
 
 
-def _refuse_in_rank(name: str, reason: str) -> None:
-    rank = next((f"{variable}={os.environ[variable]}" for variable in RANK_VARIABLES if variable in os.environ), None)
-    if rank is not None:
-        raise CommandError(
-            f"stage {name!r} is not complete ({reason}) and does not run in a launched process ({rank}): run the "
-            "command once in one process, with trainer.max_steps 0 if need be, then launch it again"
-        )
-
-
 def _run(session: Session, name: str, arguments: list[str]) -> None:
-    """Run one stage in a process group of its own, on the same console."""
     command = [sys.executable, "-m", "lit_ppo", "fit", *arguments, *(["--debug"] if session.debug else [])]
-    environment = os.environ | {"LIT_PPO_STAGE": name}
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
-    session.interrupts.kill_children.append(lambda: end_group(process))
-    quiet, session.heartbeat.quiet = session.heartbeat.quiet, math.inf  # the stage has its own heartbeat
-    try:
-        while process.poll() is None:
-            time.sleep(0.05)  # unlike a wait, a signal interrupts it on every system
-    finally:
-        end_group(process, PATIENCE)
-        session.interrupts.kill_children.pop()
-        session.heartbeat.quiet = quiet
-    if process.returncode < 0:
-        raise CommandError(f"stage {name!r} was ended by signal {-process.returncode}")
-    if process.returncode > 0:
-        print(f"stage {name!r} ended with code {process.returncode}", flush=True)
-        raise SystemExit(process.returncode)
+    session.heartbeat.tick = lambda: None  # the stage has its own heartbeat
+    code = session.interrupts.run_child(command, os.environ | {"LIT_PPO_STAGE": name})
+    if code < 0:
+        raise CommandError(f"stage {name!r} was ended by signal {-code}")
+    if code > 0:
+        print(f"stage {name!r} ended with code {code}", flush=True)
+        raise SystemExit(code)
 
 
 def outdated(record: Path, config: dict[str, Any], previous: dict[str, str]) -> str:
@@ -115,41 +94,49 @@ def outdated(record: Path, config: dict[str, Any], previous: dict[str, str]) -> 
         saved = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "not done yet"
-    now = {**{path: _digest(path) for path in saved}, **digests(config, previous)}
+    now = digests(config, previous, saved)
     return next((f"{what} has changed" for what in now if now[what] != saved.get(what)), "")
 
 
-def digests(config: dict[str, Any], previous: dict[str, str], *, folders: bool = False) -> dict[str, str]:
-    """What a stage depends on and exports, by name; ``folders`` adds the files of the folders that it names."""
-    effective = {key: value for key, value in config.items() if key != "config"}  # their values count
-    values = {value for key in ("data", "model", "export") for value in _strings(config.get(key)) if value}
-    paths = {str(Path(root, value)) for value in values for root in ("", config.get("data_root") or "")}
-    if folders:
-        paths |= {str(file) for path in paths if os.path.isdir(path) for file in Path(path).iterdir()}
+def digests(config: dict[str, Any], previous: dict[str, str], files: Iterable[str | Path]) -> dict[str, str]:
+    """What a stage depends on and exports, by name."""
+    settings = {key: value for key, value in config.items() if key != "config"}  # not where they were read from
     return {
-        "its configuration or seed": _sha256(json.dumps(effective, sort_keys=True, default=str).encode()),
-        "an earlier stage": _sha256(json.dumps(previous).encode()),
-        **{path: _digest(path) for path in sorted(paths) if os.path.isfile(path)},
+        **{str(file): _digest(file) for file in files},
+        "its configuration or seed": _sha256(settings),
+        "an earlier stage": _sha256(previous),
     }
 
 
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            if key != "data_root":  # shared with other stages: only the files that are named count
-                yield from _strings(item)
+def files_of(config: dict[str, Any]) -> list[Path]:
+    """Files that a stage's configuration names, and those in the folders that it names."""
+    named = {path for key in ("data", "model", "export") for path in _paths(config.get(key))}
+    found = (file for path in named for file in (path.iterdir() if path.is_dir() else [path]))
+    return sorted(file for file in found if file.is_file())
 
 
-def _digest(file: str) -> str:
+def _paths(value: Any, data_root: str = "") -> Iterator[Path]:
+    """Paths that the strings may name: files of data lie under the ``data_root`` beside them, models do not."""
+    if isinstance(value, str) and value:
+        yield Path(data_root, value)
+        if Path(value).is_dir():
+            yield Path(value)
+    elif isinstance(value, dict):
+        root = value.get("data_root") or data_root
+        yield from (path for key, item in value.items() if key != "data_root" for path in _paths(item, root))
+    elif isinstance(value, list):
+        yield from (path for item in value for path in _paths(item, data_root))
+
+
+def _digest(file: str | Path) -> str:
     """Of a file's content, or of size and time if it is large; empty if there is no file."""
     if not os.path.isfile(file):
         return ""
-    status = os.stat(file)
-    large = f"{status.st_size} {status.st_mtime_ns}".encode() if status.st_size > LARGE else None
-    return _sha256(large or Path(file).read_bytes())
+    if os.path.getsize(file) > LARGE:
+        return f"{os.path.getsize(file)} {os.stat(file).st_mtime_ns}"
+    return _sha256(Path(file).read_bytes())
 
 
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _sha256(content: Any) -> str:
+    as_bytes = content if isinstance(content, bytes) else json.dumps(content, sort_keys=True, default=str).encode()
+    return hashlib.sha256(as_bytes).hexdigest()

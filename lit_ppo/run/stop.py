@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
@@ -68,6 +69,27 @@ class Interrupts:
             self._done.set()
             self._writer.shutdown(socket.SHUT_RDWR)  # ends the thread
             self._writer.close()
+
+    def run_child(self, command: list[str], environment: dict[str, str], patience: float = 4.0) -> int:
+        """Run a command on the same console, in a process group of its own that an interrupt ends.
+
+        Args:
+            command: Program and arguments.
+            environment: All environment variables.
+            patience: Seconds that the interrupted command gets to end by itself.
+
+        Returns:
+            The exit code; negative: the signal that ended the command.
+        """
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
+        self.kill_children.append(lambda: _end_group(process))
+        try:
+            while process.poll() is None:
+                time.sleep(0.05)  # unlike a wait, a signal interrupts it on every system
+        finally:
+            _end_group(process, patience)
+            self.kill_children.pop()
+        return process.returncode
 
     def end_children(self) -> None:
         """End every registered process at once."""
@@ -165,13 +187,8 @@ def _restore(handlers: dict[int, Any]) -> None:
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def end_group(process: "subprocess.Popen[Any]", patience: float = 0.0) -> None:
-    """End a process that leads its own group, and all that it started.
-
-    Args:
-        process: Started with ``start_new_session=True``.
-        patience: Seconds it may take to end by itself after an interrupt.
-    """
+def _end_group(process: "subprocess.Popen[Any]", patience: float = 0.0) -> None:
+    """End a process that leads its own group, and all that it started; ``patience``: seconds it may take by itself."""
     if patience and process.poll() is None:
         process.send_signal(signal.SIGINT if os.name != "nt" else signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):

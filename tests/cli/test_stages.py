@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lit_ppo.cli.stages import Stage, digests, outdated
+from lit_ppo.cli.stages import Stage, digests, files_of, outdated
 from tests.helpers.cli_toys import CONFIG
 from tests.helpers.command import run_command
 
@@ -134,15 +134,18 @@ CHANGES: dict[str, tuple[str, str | None, str]] = {
     "data": ("data.txt", "changed", "data.txt has changed"),
     "export is gone": ("run/model/weights", None, "weights has changed"),
     "export is cut": ("run/model/weights", "w", "weights has changed"),
-    "data that was missing": ("val.txt", "validation", "val.txt has changed"),
+    "a file outside the data root, of the same name": ("elsewhere/data.txt", "stale", ""),
     "record is cut": ("run/first.stage.json", "{", "not done yet"),
     "a later stage writes into the folder": ("tokenizer/later", "new", ""),
 }
 
 
 @pytest.fixture
-def stage(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
-    """Record and configuration of a complete stage."""
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, Any]]:
+    """Record and configuration of a complete stage, started from a folder with a file that it does not read."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/data.txt").write_text("not read")
+    monkeypatch.chdir(tmp_path / "elsewhere")
     for name in ("data.txt", "run/model/weights", "tokenizer/vocabulary"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"content of {name}")
@@ -157,7 +160,7 @@ def stage(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     }
     record = tmp_path / "run/first.stage.json"
     assert outdated(record, config, {}) == "not done yet"
-    record.write_text(json.dumps(digests(config, {}, folders=True)))
+    record.write_text(json.dumps(digests(config, {}, files_of(config))))
     assert outdated(record, config, {}) == ""
     return record, config
 
