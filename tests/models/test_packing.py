@@ -39,8 +39,7 @@ def model(request, tmp_path):
     return loaded
 
 
-@pytest.mark.parametrize("side", ["left", "right", "both"])
-@pytest.mark.parametrize("extra", [0, 3])
+@pytest.mark.parametrize(("side", "extra"), [("left", 3), ("right", 0), ("both", 3)])
 def test_states_and_gradients_are_those_of_each_row_alone(model, side, extra):
     alone = [model.base_model(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state[0] for row in ROWS]
     torch.cat(alone).pow(3).sum().backward()
