@@ -12,7 +12,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lit_ppo.advantages import GAE, AdvantageEstimator, check_estimator
 from lit_ppo.callbacks.base import fire
-from lit_ppo.data.batch import PromptBatch
 from lit_ppo.experience import Experience, LossReduction, Minibatch
 from lit_ppo.functional import KLEstimator, token_rewards
 from lit_ppo.models.actor_critic import Actor, Critic, Reference
@@ -168,6 +167,7 @@ class LitPPO(L.LightningModule):
     def collect(self, prompts: Any) -> Experience:
         """Sample responses to the prompts and score them; calls the hooks."""
         self.progress.start("rollout")
+        prompts = preflight.checked_batch(self, prompts)
         fire(self, "on_rollout_start", prompts)
         check_estimator(self, self.advantages, self.samples_per_prompt, self.kl_coef)
         experience = self.rollout(prompts)
@@ -238,7 +238,7 @@ class LitPPO(L.LightningModule):
             logprobs: Also compute log-probs, reference log-probs, KL and values.
             stream: None: the random stream of training, which advances with each rollout; a name: a fixed stream.
         """
-        batch = prompts if isinstance(prompts, PromptBatch) else as_batch(prompts, self.tokenizer)
+        batch = as_batch(prompts, self.tokenizer)
         random = (self.seed, stream or "train", self.rollouts if stream is None else 0)
         experience, sampled = sample_responses(
             self.models, batch, samples_per_prompt or self.samples_per_prompt, random if do_sample else None,

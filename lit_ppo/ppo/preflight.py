@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from lit_ppo.data.batch import PromptBatch
 from lit_ppo.experience import Experience, Minibatch
 from lit_ppo.generation.config import reshaping_fields
 from lit_ppo.models.actor_critic import actor_forward, critic_forward
@@ -22,8 +23,9 @@ from lit_ppo.parallel.trainer import check_trainer
 from lit_ppo.ppo.collect import check_length, score
 from lit_ppo.ppo.evaluate import validate_before_training
 from lit_ppo.ppo.metrics import forget_last_update
+from lit_ppo.ppo.prompts import as_batch
 from lit_ppo.ppo.settings import Models, ModelSettings
-from lit_ppo.rewards import source_names
+from lit_ppo.rewards import check_columns, source_names
 from lit_ppo.validate import refuse
 
 BYTES_PER_PARAMETER = 4 * 3  # float32 weights and the two moments of AdamW
@@ -89,10 +91,20 @@ def on_train_start(module: Any) -> None:
 
 
 def on_train_batch_start(module: Any, batch: Any, batch_idx: int) -> None:
-    """Drop what the last update logged; check the size of the first batch, which only some data modules tell before."""
+    """Drop what the last update logged."""
     forget_last_update(module.trainer)
-    if module.trainer.global_step == 0:
+
+
+def checked_batch(module: Any, prompts: Any) -> PromptBatch:
+    """The prompts of an update as a batch; in the first one, size and columns are checked.
+
+    Only some data modules tell these before training starts.
+    """
+    batch = as_batch(prompts, module.tokenizer)
+    if module.rollouts == 0:
         check_batch(module, module.minibatch_size, module.samples_per_prompt, len(batch))
+        check_columns(batch.columns, module.rewards)
+    return batch
 
 
 def check_batch(owner: object, minibatch_size: int, samples_per_prompt: int, batch_size: int | None) -> None:

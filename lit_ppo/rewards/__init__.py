@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypedDict
 import torch
 from torch import Tensor, nn
 
-from lit_ppo.rewards.function import RewardFunction, scores_of, source_names, takes_experience
+from lit_ppo.rewards.function import RewardFunction, check_columns, scores_of, source_names, takes_experience
 from lit_ppo.rewards.model import RewardModel
 from lit_ppo.validate import number, refuse
 
@@ -22,6 +22,7 @@ __all__ = [
     "WeightedRewards",
     "WeightedSource",
     "as_source",
+    "check_columns",
     "eval_sources",
     "place_reward_models",
     "reward_models",

@@ -14,9 +14,9 @@ from torch import Tensor
 class RewardFunction:
     """Scores with any Python function ``(prompts, responses, **columns) -> sequence of float``.
 
-    The function gets the arguments that its signature names, by keyword: ``prompts`` (chat prompts as lists of
-    messages), ``responses``, any column of the data set, and ``kwargs``; all columns if it takes ``**``. A function
-    that names neither ``prompts`` nor ``responses`` gets these two as its first arguments.
+    Every argument is matched by name: ``prompts`` (chat prompts as lists of messages), ``responses`` or
+    ``completions`` (the same texts), a column of the data set, or one of ``kwargs``. A function with ``**`` gets all
+    columns.
 
     Args:
         function: The function, or its import path (``package.module.function``).
@@ -39,17 +39,18 @@ class RewardFunction:
     def _read_signature(self) -> None:
         """Read from the signature how to call the function; refuse one that cannot be called."""
         parameters = _parameters(self.function)
-        positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        self._positional = [p for p in named if p.kind is p.POSITIONAL_ONLY]
+        self._names = [p.name for p in named]
+        self._required = [p.name for p in named if p.default is p.empty]
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self._by_position = named.keys().isdisjoint(_TEXTS) and bool(positional or not self._takes_all)
-        if self._by_position and len(positional) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
-            raise TypeError(f"RewardFunction({self.name}): takes neither prompts nor responses; {_EXPECTED}")
-        self._first_two = set(positional[:2]) if self._by_position else set()
-        self._accepted = named.keys() - self._first_two
-        self._required = [
-            name for name in named if name in self._accepted and named[name].default is inspect.Parameter.empty
-        ]
+        if not self._takes_all and set(_TEXTS).isdisjoint(self._names):
+            takes = ", ".join(map(str, parameters)) or "nothing"
+            raise TypeError(
+                f"RewardFunction({self.name}): takes neither prompts nor responses (or completions), but {takes}, and "
+                f"arguments are matched by name; {_EXPECTED}"
+            )
+        self._response_names = [name for name in _TEXTS[1:] if name in self._names] or ["responses"]
         unknown = sorted(name for name in self.kwargs if name in _TEXTS or not self._accepts(name))
         if unknown:
             raise ValueError(
@@ -58,7 +59,22 @@ class RewardFunction:
             )
 
     def _accepts(self, name: str) -> bool:
-        return name in self._accepted or (self._takes_all and name not in self._first_two)
+        return name in self._names or self._takes_all
+
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Check that every required argument is a text, a column or one of ``kwargs``.
+
+        Args:
+            columns: Names of the columns of the data.
+
+        Raises:
+            TypeError: One is not; names it and what there is.
+        """
+        offered = [*_TEXTS, *self.kwargs, *columns]
+        missing = [name for name in self._required if name not in offered]
+        if missing:
+            there = ["prompts", "responses (or completions)", *columns]
+            raise TypeError(f"RewardFunction({self.name}): needs {', '.join(missing)}; there are {', '.join(there)}")
 
     def __str__(self) -> str:
         return f"RewardFunction({self.name})"
@@ -70,18 +86,14 @@ class RewardFunction:
             RuntimeError: The function raised.
             TypeError: It needs a column that is not there.
         """
+        self.check_columns(experience.columns)
         prompts = experience.columns.get("messages", experience.prompts)
-        texts = {"prompts": prompts, "responses": experience.responses}
-        offered = {**experience.columns, **self.kwargs, **({} if self._by_position else texts)}
-        missing = [name for name in self._required if name not in offered]
-        if missing:
-            raise TypeError(
-                f"RewardFunction({self.name}): needs {', '.join(missing)}; "
-                f"there are prompts, responses{''.join(f', {name}' for name in offered if name not in _TEXTS)}"
-            )
+        responses = dict.fromkeys(self._response_names, experience.responses)
+        offered = {**experience.columns, **self.kwargs, "prompts": prompts, **responses}
         passed = {name: value for name, value in offered.items() if self._accepts(name)}
+        positional = [passed.pop(p.name, p.default) for p in self._positional]
         try:
-            return self.function(*(texts.values() if self._by_position else ()), **passed)
+            return self.function(*positional, **passed)
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             raise RuntimeError(
@@ -91,7 +103,7 @@ class RewardFunction:
 
 
 _EXPECTED = "expected is a function (prompts, responses, **columns) that returns one number a response"
-_TEXTS = ("prompts", "responses")
+_TEXTS = ("prompts", "responses", "completions")
 
 
 def _name(function: Any) -> str:
@@ -103,7 +115,7 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     try:
         return list(inspect.signature(function).parameters.values())
     except ValueError:
-        return [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in _TEXTS]
+        return [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in ("prompts", "responses")]
 
 
 def takes_experience(source: Callable[..., Any]) -> bool:
@@ -134,6 +146,21 @@ def _imported(path: str) -> Callable[..., Any]:
 def source_names(source: Any) -> list[str]:
     """Names of the sources that a weighted sum consists of; empty for any other source."""
     return list(getattr(source, "sources", {}))
+
+
+def check_columns(columns: Iterable[str], source: Any) -> None:
+    """Check that the data have the columns that the reward functions of a source need.
+
+    Args:
+        columns: Names of the columns.
+        source: A score source, or a weighted sum of several.
+
+    Raises:
+        TypeError: One is missing.
+    """
+    for part in (source, *getattr(source, "sources", {}).values()):
+        if isinstance(part, RewardFunction):
+            part.check_columns(columns)
 
 
 def scores_of(source: Any, experience: Any, name: str = "rewards") -> Tensor:

@@ -145,12 +145,6 @@ def test_rolling_out_without_a_reference_from_the_reference_is_refused(tiny_lm):
         make_module(tiny_lm, reference=None).rollout(PROMPTS, policy="reference")
 
 
-@pytest.mark.parametrize("prompts", ["the film", [{"role": "user", "content": "the film"}]])
-def test_one_prompt_without_its_list_is_refused(module, prompts):
-    with pytest.raises(ValueError, match="one prompt; give a list of prompts"):
-        module.rollout(prompts)
-
-
 def test_scoring_again_renews_each_sources_scores(tiny_lm):
     calls = []
 

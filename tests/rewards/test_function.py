@@ -26,25 +26,19 @@ class Scorer:
         lengths,
         Scorer(),
         lambda responses, prompts: lengths(prompts, responses),
-        lambda p, r: lengths(p, r),
-        lambda p, r, /: lengths(p, r),
-        lambda *texts: lengths(*texts),
+        lambda completions, prompts, **columns: lengths(prompts, completions) if "responses" not in columns else [],
+        lambda prompts, responses, weight=1, answer=None, /: lengths(prompts, responses) if weight == 1 else [],
+        lambda *args, **kwargs: lengths(*args, **{name: kwargs[name] for name in ("prompts", "responses")}),
         lambda *, responses, prompts: lengths(prompts, responses),
         lambda **columns: lengths(columns["prompts"], columns["responses"]),
-        lambda p, r, **columns: lengths(p, r) if columns.keys() == {"answer", "year"} else [],
+        lambda answer, responses, **others: [31.0, 2.0] if others.keys() == {"prompts", "year"} else [],
         lambda prompts, responses, answer: lengths(prompts, responses) if answer == ["x", "y"] else [],
-        lambda p, r, year: lengths(p, r) if year == [1, 2] else [],
         lambda prompts, responses, unknown=None: lengths(prompts, responses) if unknown is None else [],
     ],
 )
 def test_passes_what_the_signature_accepts(function: Any):
     rows = experience(**TWO, answer=["x", "y"], year=[1, 2])
     assert scores_of(RewardFunction(function), rows).tolist() == [31.0, 2.0]
-
-
-def test_columns_do_not_collide_with_positional_names():
-    function = lambda p, r, **columns: [len(columns)] * len(r)  # noqa: E731
-    assert scores_of(RewardFunction(function), experience(**TWO, p=["x", "y"], year=[1, 2])).tolist() == [1.0, 1.0]
 
 
 def test_kwargs_have_the_same_value_at_every_call():
@@ -149,7 +143,7 @@ def test_column_that_is_not_there():
     def my_reward(responses, answer):
         return [0.0] * len(responses)
 
-    with pytest.raises(TypeError, match=r"my_reward\): needs answer; there are prompts, responses, year"):
+    with pytest.raises(TypeError, match=r"my_reward\): needs answer; there are prompts, .*completions.*, year"):
         scores_of(RewardFunction(my_reward), experience(**TWO, year=[1, 2]))
 
 
@@ -176,6 +170,10 @@ def test_module_that_cannot_import_something_else_says_so(tmp_path: Path, monkey
         RewardFunction("needs_more.function")
 
 
-def test_function_that_names_neither_text_is_refused():
-    with pytest.raises(TypeError, match=r"takes neither prompts nor responses; expected is a function \(prompts, resp"):
-        RewardFunction(lambda texts: texts)
+@pytest.mark.parametrize("function", [lambda texts: texts, lambda p, r: r, lambda prompt, response, /: 0, lambda *a: a])
+def test_function_that_names_neither_text_is_refused(function: Any):
+    """Arguments are not matched by position: ``(completions, answer)`` would get the prompts as completions."""
+    with pytest.raises(
+        TypeError, match=r"takes neither prompts nor responses .* by name; expected is a function \(prom"
+    ):
+        RewardFunction(function)
