@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from lit_ppo.cli.command import Command
 from lit_ppo.cli.session import Session
@@ -17,12 +16,14 @@ model:
   class_path: lit_ppo.ppo.module.LitPPO
   init_args:
     actor_scheduler: {class_path: lit_ppo.optim.schedules.WarmupCosine}
+    advantages: {class_path: lit_ppo.advantages.GroupRelative}
     rewards:
       liked: {source: {class_path: lit_ppo.rewards.model.RewardModel, init_args: {model: x}}, weight: 1.0}
       short: {source: {class_path: RewardFunction, init_args: {function: my.function}}, weight: 1.0}
 data: {class_path: lit_ppo.quickstart.data.ReviewText, init_args: {path: x}}
 trainer:
-  callbacks:
+  strategy: {class_path: lit_ppo.parallel.strategies.FSDP2Strategy}
+  callbacks+:
   - class_path: PTXLoss
     init_args: {coef: 1.0, data: {class_path: lit_ppo.data.text.TextDataModule, init_args: {path: x}}}
 """
@@ -58,24 +59,14 @@ def class_paths(value: Any) -> Iterator[str]:
             yield from class_paths(item)
 
 
-def layers() -> Iterator[list[Path]]:
-    """Every shipped file on top of what it needs; the tricks and monitors all at once."""
-    base = CONFIGS / "ppo.yaml"
-    yield [base, *CONFIGS.glob("tricks/*.yaml"), *CONFIGS.glob("monitors/*.yaml")]
-    for path in [p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in ("tricks", "monitors")]:
-        model = (yaml.safe_load(path.read_text()).get("model") or {}).get("class_path", "LitPPO")
-        yield [base, path] if model == "LitPPO" else [path]
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning calls jsonargparse in an old way
 def test_saved_configurations_name_no_module(tmp_path: Path) -> None:
     """Modules may then move without breaking a checkpoint."""
     (tmp_path / "long.yaml").write_text(LONG_NAMES)
-    seen = set()
-    for files in [*layers(), [CONFIGS / "ppo.yaml", tmp_path / "long.yaml"]]:
-        for path in class_paths(effective(*files)):
-            package, _, name = path.rpartition(".")
-            if path.startswith("lit_ppo."):
-                assert package in ("lit_ppo", "lit_ppo.callbacks", "lit_ppo.quickstart"), (path, files)
-                seen.add(name)
-    assert seen > {"LitPPO", "WarmupCosine", "RewardModel", "RewardFunction", "ReviewText", "PTXLoss", "TextDataModule"}
+    tricks = [*CONFIGS.glob("tricks/*.yaml"), *CONFIGS.glob("monitors/*.yaml")]
+    jobs = [[CONFIGS / "ppo.yaml", *tricks, tmp_path / "long.yaml"], [CONFIGS / "sft.yaml"], [CONFIGS / "reward.yaml"]]
+    paths = {path for files in jobs for path in class_paths(effective(*files)) if path.startswith("lit_ppo.")}
+    assert {path.rpartition(".")[0] for path in paths} == {"lit_ppo", "lit_ppo.callbacks", "lit_ppo.quickstart"}
+    names = {path.rpartition(".")[2] for path in paths}
+    assert names > {"LitPPO", "LitSFT", "LitRewardModel", "WarmupCosine", "GroupRelative", "RewardModel", "ReviewText"}
+    assert names > {"RewardFunction", "FSDP2Strategy", "PTXLoss", "TextDataModule", "PreferenceDataModule"}

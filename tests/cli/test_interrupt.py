@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.helpers.cli_toys import CONFIG
-from tests.helpers.command import LIMIT, REPOSITORY, Running, run_command
+from tests.helpers.command import LIMIT, REPOSITORY, Running, processes, run_command
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 
@@ -18,12 +18,6 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def start(tmp_path: Path, *args: str, **overrides: object) -> Running:
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump({**CONFIG, **overrides}))
     return Running("fit", "--config", "toy.yaml", *args, cwd=tmp_path)
-
-
-def running(marker: str) -> list[str]:
-    """Command lines of processes that mention the marker."""
-    found = subprocess.run(["ps", "-eww", "-o", "pid,args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in found.splitlines() if marker in line and " ps " not in line]
 
 
 def test_in_training_with_a_checkpoint(tmp_path: Path) -> None:
@@ -67,10 +61,10 @@ def test_in_a_stage(tmp_path: Path) -> None:
     (tmp_path / "plain.yaml").write_text(yaml.safe_dump(CONFIG))
     stage = {"name": "first", "config": ["plain.yaml"], "args": [marker, "--model.sleep=3600"]}
     command = start(tmp_path, stages=[stage])
-    command.wait_for("step 0/8")
-    assert running(marker)
+    command.wait_for(lambda: command.out.count("lit-ppo: loading") == 2)  # the stage has its handlers
+    assert processes(marker)
     result = command.stop(signal.SIGINT)
     assert result.code == 130
     assert result.last.endswith("continue with: lit-ppo fit --config toy.yaml")
-    assert not running(marker)
+    assert not processes(marker)
     assert not list(tmp_path.rglob("*.stage.json"))

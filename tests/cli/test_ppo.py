@@ -4,16 +4,13 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tests.helpers.command import LIMIT, QUIET, REPOSITORY, run_command
+from tests.helpers.command import Running, processes, run_command
 from tests.helpers.event_files import metrics
 from tests.helpers.ppo_command import ppo_arguments
 
@@ -23,11 +20,13 @@ def arguments(tmp_path: Path, tiny_lm: Path, tiny_reward: Path) -> list[str]:
     return ppo_arguments(tmp_path, tiny_lm, tiny_reward)
 
 
-def test_twice_the_same_numbers_and_the_result_loads(arguments: list[str], tmp_path: Path) -> None:
+def test_twice_the_same_numbers_and_a_result_that_loads_and_is_evaluated(arguments: list[str], tmp_path: Path) -> None:
     for _ in range(2):
-        run_command("fit", *arguments, "--trainer.max_epochs=2", cwd=tmp_path).ok()
+        out = run_command("fit", *arguments, cwd=tmp_path).ok().out
+    assert "prompts before and after" in out
     first, second = (metrics(tmp_path / f"runs/ppo/version_{i}") for i in range(2))
     assert first == second
+    assert {"objective/score", "value/loss", "val/score"} <= first.keys()
     checkpoint = next((tmp_path / "runs/ppo/version_0").rglob("*.ckpt"))
     assert torch.load(checkpoint, weights_only=True)["hyper_parameters"]["kl_coef"] == 0.05  # holds no pickled code
     model = tmp_path / "runs/ppo/version_0/model"
@@ -35,43 +34,7 @@ def test_twice_the_same_numbers_and_the_result_loads(arguments: list[str], tmp_p
     tokenizer = AutoTokenizer.from_pretrained(model)
     assert loaded.config.vocab_size == len(tokenizer)
     assert GenerationConfig.from_pretrained(model).eos_token_id == tokenizer.eos_token_id
-
-
-@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_an_interrupt_ends_both_processes(arguments: list[str], tmp_path: Path) -> None:
-    """No strategy is named; both write to one folder."""
-    environment = os.environ | QUIET | {"PYTHONPATH": str(REPOSITORY)}
-    marker = f"--trainer.default_root_dir={tmp_path}/runs"
-    command = [sys.executable, "-m", "lit_ppo", "fit", *arguments, marker, "--trainer.devices=2"]
-    out, err = tmp_path / "out.txt", tmp_path / "err.txt"
-    with out.open("w") as stdout, err.open("w") as stderr:
-        process = subprocess.Popen(
-            [*command, "--trainer.max_epochs=9999", "--checkpoint.every_n_train_steps=1"],
-            cwd=tmp_path,
-            env=environment,
-            stdout=stdout,
-            stderr=stderr,
-        )
-    try:
-        end = time.monotonic() + LIMIT
-        while not re.search(r"update [1-9]", out.read_text()):
-            assert process.poll() is None, err.read_text()
-            assert time.monotonic() < end, out.read_text() + err.read_text()
-            time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(LIMIT) == 130
-    finally:
-        process.kill()
-        process.wait()
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["version_0"]
-    assert "--ckpt_path last" in err.read_text().strip().splitlines()[-1]
-    running = subprocess.run(["ps", "-eww", "-o", "args"], capture_output=True, text=True, check=True).stdout
-    assert marker not in running
-
-
-def test_validate_test_and_predict(arguments: list[str], tmp_path: Path) -> None:
     held_out = ["--data.test_path=prompts.jsonl", "--data.predict_path=prompts.jsonl"]
-    run_command("fit", *arguments, cwd=tmp_path).ok()
     validated = run_command("validate", *arguments, "--ckpt_path=last", cwd=tmp_path).ok().out
     assert "val/score" in validated
     assert "val/kl" in validated
@@ -81,3 +44,18 @@ def test_validate_test_and_predict(arguments: list[str], tmp_path: Path) -> None
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 16
     assert {"prompt", "response", "score"} <= set(rows[0])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_an_interrupt_ends_both_processes(arguments: list[str], tmp_path: Path) -> None:
+    """No strategy is named; both write to one folder."""
+    marker = f"--trainer.default_root_dir={tmp_path}/runs"
+    endless = ["--trainer.devices=2", "--trainer.max_epochs=9999", "--checkpoint.every_n_train_steps=1"]
+    command = Running("fit", *arguments, marker, *endless, cwd=tmp_path)
+    command.wait_for(lambda: re.search(r"update [1-9]", command.out))
+    assert processes(marker)
+    result = command.stop(signal.SIGINT)
+    assert result.code == 130
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["version_0"]
+    assert "--ckpt_path last" in result.last
+    assert not processes(marker)

@@ -1,8 +1,10 @@
 """The ``lit-ppo`` command for tests: through its own entry point, forked from a process that has the imports."""
 
+import importlib.util
 import io
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 import warnings
@@ -13,6 +15,13 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
 LIMIT = 600.0  # seconds after which a run counts as hung: no test depends on the speed of the machine
+PRELOAD = [  # by the process that is forked, with what almost every run imports later
+    "lit_ppo.cli.command",
+    "tests.helpers.command",
+    "torch.utils.tensorboard",
+    "transformers.generation.utils",
+    "transformers.models.gpt2.modeling_gpt2",
+]
 QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
@@ -54,7 +63,7 @@ class Running:
             (cwd / name).write_text("")
         context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
         if os.name != "nt":
-            context.set_forkserver_preload(["lit_ppo.cli.command", "tests.helpers.command"])
+            context.set_forkserver_preload(PRELOAD)
         self.process = context.Process(target=_child, args=(self.args, str(cwd), {**QUIET, **(env or {})}, calls))
         self.process.start()
 
@@ -104,6 +113,12 @@ def run_command(*args: Any, cwd: Path, env: Mapping[str, str] | None = None, cal
     return Running(*args, cwd=cwd, env=env, calls=calls).result()
 
 
+def processes(marker: str) -> list[str]:
+    """Command lines of processes that mention the marker."""
+    found = subprocess.run(["ps", "-eww", "-o", "pid,args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in found.splitlines() if marker in line and " ps " not in line]
+
+
 def _child(args: list[str], cwd: str, env: dict[str, str], calls: int) -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         descriptor = os.open(Path(cwd) / f".{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -116,6 +131,8 @@ def _child(args: list[str], cwd: str, env: dict[str, str], calls: int) -> None:
         sys.path.insert(0, str(REPOSITORY))
     warnings.resetwarnings()
     warnings.simplefilter("ignore", ResourceWarning)  # as in a process that Python starts itself
+    sys.argv = ["lit-ppo", *args]
+    sys.modules["__main__"].__spec__ = importlib.util.find_spec("lit_ppo.__main__")  # what launchers start again
     import torch
 
     from lit_ppo.cli.main import main

@@ -42,33 +42,23 @@ def reward(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 HOOKS = {
-    "on_rollout_end": "rollout end",
-    "on_scores": "scores",
-    "on_rewards": "rewards",
-    "on_advantages": "advantages",
-    "on_minibatch_start": "minibatch start",
-    "on_actor_loss": "actor loss",
-    "on_critic_loss": "critic loss",
-    "on_minibatch_end": "minibatch end",
     "on_before_optimizer_step": "optimizer step",
-    "on_update_end": "update end",
     "on_train_batch_end": "batch end",
     "on_save_checkpoint": "gathering the checkpoint",
-    "on_validation_start": "validation start",
     "on_validation_batch_end": "validating",
     "on_train_end": "train end",
 }
 
 
 class Moments(callbacks.PPOCallback):
-    """Records every hook, and every step of writing a checkpoint."""
+    """Records moments between hooks, and every step of writing a checkpoint."""
 
     def __init__(self) -> None:
         for hook, name in HOOKS.items():
             setattr(self, hook, lambda *_, name=name: event(name))
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        for name in ("fsync", "replace", "remove"):
+        for name in ("replace", "remove"):
             setattr(os, name, _with_events(f"os.{name}", getattr(os, name)))
         torch.save = _in_two_halves
 

@@ -49,51 +49,34 @@ def fit(folder: Path, actor: Path, *callbacks: Any, updates: int, start: int = 0
     return model, logged(trainer)
 
 
-CHANGED: dict[str, tuple[dict[str, Any], dict[str, Any], str, list[float]]] = {
-    # before, after, what is logged, and its values at updates 3 and 4 (numbers 2 and 3, counted from 0)
-    "rate": ({}, {"actor_optimizer": adam(3e-3)}, "policy/lr", [3e-3, 3e-3]),
-    "rate under a schedule": (  # 0.008 x 0.5^2, 0.008 x 0.5^3
-        {"actor_scheduler": exponential(0.5)},
-        {"actor_scheduler": exponential(0.5), "actor_optimizer": adam(8e-3)},
-        "policy/lr",
-        [2e-3, 1e-3],
+HALVED, SMALL = exponential(0.5), adam(8e-3)
+# before, after, and what is logged by updates 3 and 4 (numbers 2 and 3, counted from 0)
+CHANGED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, list[float]]]] = {
+    "rates and the coefficient": (  # under the schedule 0.008 x 0.5^2, 0.008 x 0.5^3
+        {"actor_scheduler": HALVED},
+        {"actor_scheduler": HALVED, "actor_optimizer": SMALL, "critic_optimizer": adam(3e-3), "kl_coef": 0.7},
+        {"policy/lr": [2e-3, 1e-3], "value/lr": [3e-3, 3e-3], "objective/kl_coef": [0.7, 0.7]},
     ),
-    "rate under a schedule that multiplies the first one": (
-        {"actor_scheduler": halved_by_number},
-        {"actor_scheduler": halved_by_number, "actor_optimizer": adam(8e-3)},
-        "policy/lr",
-        [2e-3, 1e-3],
+    "rate under a schedule that multiplies the first one, and a schedule": (  # 0.01 x 0.1^2, 0.01 x 0.1^3
+        {"actor_scheduler": halved_by_number, "critic_scheduler": HALVED},
+        {"actor_scheduler": halved_by_number, "actor_optimizer": SMALL, "critic_scheduler": exponential(0.1)},
+        {"policy/lr": [2e-3, 1e-3], "value/lr": [1e-4, 1e-5]},
     ),
-    "schedule": (  # 0.01 x 0.1^2, 0.01 x 0.1^3
-        {"critic_scheduler": exponential(0.5)},
-        {"critic_scheduler": exponential(0.1)},
-        "value/lr",
-        [1e-4, 1e-5],
-    ),
-    "schedule added for one": (
-        {"critic_scheduler": exponential(0.5)},
-        {"critic_scheduler": exponential(0.5), "actor_scheduler": exponential(0.1)},
-        "policy/lr",
-        [1e-4, 1e-5],
-    ),
-    "the other one keeps its own": (
+    "schedule added for one, and the other one keeps its own": (
         {"critic_scheduler": halved_by_number},
         {"critic_scheduler": halved_by_number, "actor_scheduler": exponential(0.1)},
-        "value/lr",
-        [2.5e-3, 1.25e-3],
+        {"policy/lr": [1e-4, 1e-5], "value/lr": [2.5e-3, 1.25e-3]},
     ),
-    "schedule removed": ({"actor_scheduler": exponential(0.5)}, {}, "policy/lr", [1e-2, 1e-2]),
-    "kl_coef": ({}, {"kl_coef": 0.7}, "objective/kl_coef", [0.7, 0.7]),
+    "schedule removed": ({"actor_scheduler": HALVED}, {}, {"policy/lr": [1e-2, 1e-2]}),
 }
 
 
-@pytest.mark.parametrize(("before", "after", "tag", "values"), CHANGED.values(), ids=CHANGED.keys())
-def test_a_changed_value_takes_effect(
-    tmp_path: Path, actor: Path, before: Any, after: Any, tag: str, values: list[float]
-) -> None:
+@pytest.mark.parametrize(("before", "after", "expected"), CHANGED.values(), ids=CHANGED.keys())
+def test_a_changed_value_takes_effect(tmp_path: Path, actor: Path, before: Any, after: Any, expected: Any) -> None:
     fit(tmp_path, actor, updates=2, **before)
     _, rows = fit(tmp_path, actor, updates=4, start=2, **after)
-    assert [row[tag] for row in rows] == pytest.approx(values, rel=1e-6)
+    for tag, values in expected.items():
+        assert [row[tag] for row in rows] == pytest.approx(values, rel=1e-6), tag
 
 
 def test_updates_that_skipped_the_actor_are_no_steps_of_its_schedule(tmp_path: Path, actor: Path) -> None:

@@ -57,28 +57,34 @@ def fit(folder: Path, actor: Path, *callbacks: Any, ckpt_path: Path | None = Non
     return module, made
 
 
-def resumes_as_uninterrupted(folder: Path, actor: Path, step: int) -> None:
-    """Resume the interrupted run: its weights are those of a run that was never interrupted."""
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, actor: Path) -> dict[str, torch.Tensor]:
+    """The weights at the end of a run that nothing stops."""
+    return dict(fit(tmp_path_factory.mktemp("uninterrupted"), actor)[0].state_dict())
+
+
+def resumes_to(weights: dict[str, torch.Tensor], folder: Path, actor: Path, step: int) -> None:
+    """Resume the run that was interrupted after ``step`` updates."""
     (newest,) = find_checkpoints(folder / "saved")
     assert newest.name == f"step-{step:06d}.ckpt"
     module, made = fit(folder, actor, ckpt_path=newest)
     assert len(logged(made)) == 4 - step
-    (folder / "uninterrupted").mkdir()
-    uninterrupted, _ = fit(folder / "uninterrupted", actor)
-    for name, value in uninterrupted.state_dict().items():
+    for name, value in weights.items():
         assert module.state_dict()[name].equal(value), name
 
 
 @pytest.mark.parametrize("update", [1, 2])  # inside the first epoch, and at its end
-def test_sigterm_saves_the_update_that_it_came_in(tmp_path: Path, actor: Path, update: int) -> None:
+def test_sigterm_saves_the_update_that_it_came_in(tmp_path: Path, actor: Path, uninterrupted: Any, update: int) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SIGTERMException):
         fit(tmp_path, actor, Send(signal.SIGTERM, update))
     assert signal.getsignal(signal.SIGTERM) is before
-    resumes_as_uninterrupted(tmp_path, actor, update)
+    resumes_to(uninterrupted, tmp_path, actor, update)
 
 
-def test_slurm_requeues_after_the_update(tmp_path: Path, actor: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_requeues_after_the_update(
+    tmp_path: Path, actor: Path, uninterrupted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """``scontrol`` gets the job, and the checkpoint is of a complete update."""
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -96,7 +102,7 @@ def test_slurm_requeues_after_the_update(tmp_path: Path, actor: Path, monkeypatc
     assert hpc["lit_ppo"]["rollouts"] == hpc["global_step"] == 1
     for name in job:
         monkeypatch.delenv(f"SLURM_{name}")
-    resumes_as_uninterrupted(tmp_path, actor, 1)
+    resumes_to(uninterrupted, tmp_path, actor, 1)
 
 
 class TakesLong(PPOCallback):
@@ -105,10 +111,10 @@ class TakesLong(PPOCallback):
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the timer is gone
-def test_a_run_resumes_exactly_after_a_time_limit(tmp_path: Path, actor: Path) -> None:
+def test_a_run_resumes_exactly_after_a_time_limit(tmp_path: Path, actor: Path, uninterrupted: Any) -> None:
     """The limit is reached in update 0, which is in the middle of an epoch."""
     fit(tmp_path, actor, TakesLong(), max_time={"milliseconds": 500})
-    resumes_as_uninterrupted(tmp_path, actor, 1)
+    resumes_to(uninterrupted, tmp_path, actor, 1)
 
 
 def test_a_second_signal_ends_the_run_at_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,7 +197,7 @@ def test_a_run_that_saves_has_as_long_as_its_step_takes(monkeypatch: pytest.Monk
         signal.raise_signal(signal.SIGTERM)
         if saves_first:
             with pytest.raises(queue.Empty):
-                forced.get(timeout=1.0)
+                forced.get(timeout=0.5)
             signal.raise_signal(signal.SIGTERM)
         assert forced.get(timeout=60) == 143
 
@@ -201,8 +207,9 @@ def test_the_command_loses_no_step_to_sigterm(tmp_path: Path) -> None:
     config = {**CONFIG, "checkpoint": {"every_n_train_steps": 50}}
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(config))
     words = ["fit", "--config", "toy.yaml", "--trainer.max_epochs=2", "--ckpt_path=auto"]  # there is none yet
+    words.append("--trainer.callbacks=tests.helpers.cli_toys.Shout")
     command = Running(*words, "--model.sleep=2.0", cwd=tmp_path)
-    command.wait_for("loss")
+    command.wait_for("the heartbeat shows the progress line")  # printed at the start of the first step
     result = command.stop(signal.SIGTERM)
     assert result.code == 143
     assert "continue with: lit-ppo fit" in result.last
