@@ -68,13 +68,6 @@ def test_masked_var_whiten_and_scale(unbiased: bool, variance: Callable[[list[fl
     assert kept(F.scale(x, MASK, unbiased)) == pytest.approx(scaled, rel=1e-12)
 
 
-def test_unbiased_is_the_default():
-    x = normal(B, T)
-    close(F.masked_var(x, MASK), statistics.variance(kept(x)))
-    close(F.whiten(x, MASK), F.whiten(x, MASK, unbiased=True))
-    close(F.scale(x, MASK), F.scale(x, MASK, unbiased=True))
-
-
 def test_whiten_by_hand():
     """1, 2, 3: mean 2, variance 1 (over n - 1) or 2/3 (over n)."""
     x, mask = torch.tensor([[1.0, 2.0], [3.0, 50.0]]), torch.tensor([[True, True], [True, False]])
@@ -93,17 +86,17 @@ def test_merged_moments_are_those_of_all_values():
     moments = (0, 0.0, 0.0)
     for start, stop in [(0, 1), (1, 20), (20, 21), (21, 50)]:
         moments = F.merge_moments(*moments, torch.tensor(values[start:stop], dtype=torch.float64))
+    assert F.merge_moments(*moments, torch.tensor([])) == moments
     count, mean, m2 = moments
     assert count == 50
     assert mean == pytest.approx(statistics.fmean(values), rel=1e-14)
     assert m2 / (count - 1) == pytest.approx(statistics.variance(values), rel=1e-8)
 
 
-def test_merged_moments_of_weighted_values_and_of_none():
+def test_merged_moments_of_weighted_values():
     """1 and 3 at half weight (count 1, mean 2, m2 1), then 5: mean (0.5 + 1.5 + 5) / 2 = 3.5; m2 by definition."""
     m2 = 0.5 * 2.5**2 + 0.5 * 0.5**2 + 1.5**2
     assert F.merge_moments(1.0, 2.0, 1.0, torch.tensor([5.0])) == pytest.approx((2.0, 3.5, m2), rel=1e-12)
-    assert F.merge_moments(3, 2.0, 1.0, torch.tensor([])) == (3, 2.0, 1.0)
 
 
 def test_merged_moments_take_float32_without_losing_digits():
@@ -168,12 +161,6 @@ def test_distributions_are_taken_in_float32_at_least():
         torch.testing.assert_close(actual.double(), exact, rtol=1e-6, atol=1e-6)
 
 
-def test_large_logits_do_not_overflow():
-    logits = torch.tensor([[[1e4, 0.0, -1e4]]])
-    assert F.token_logprobs(logits, torch.tensor([[1]])).item() == -1e4
-    assert F.entropy(logits).item() == 0.0
-
-
 def test_tokens_that_cannot_occur_add_no_entropy_and_no_nan_gradient():
     logits = torch.tensor([[[0.0, 0.0, -torch.inf]]], requires_grad=True)
     value = F.entropy(logits)
@@ -200,23 +187,6 @@ def test_kl_estimates_per_token(kind: str, formula: Callable[[float], float]):
     logprobs, reference = -normal(B, T).abs(), -normal(B, T, seed=1).abs()
     expected = [[formula(logprobs[b, t].item() - reference[b, t].item()) for t in range(T)] for b in range(B)]
     close(F.kl_estimate(logprobs, reference, kind), expected)
-
-
-def test_kl_estimates_by_hand():
-    """log pi = log 0.5, log ref = log 0.25: the ratio is 2, d = log 2."""
-    half, quarter = torch.tensor([0.5]).log(), torch.tensor([0.25]).log()
-    assert F.kl_estimate(half, quarter).item() == pytest.approx(0.693147)
-    assert F.kl_estimate(half, quarter, "k2").item() == pytest.approx(0.240227, rel=1e-5)
-    assert F.kl_estimate(half, quarter, "k3").item() == pytest.approx(0.5 - 1 + 0.693147, rel=1e-5)
-    assert F.kl_estimate(quarter, half).item() == pytest.approx(-0.693147)
-
-
-def test_k1_and_k3_are_unbiased():
-    """Averaged over all tokens under pi, both are the KL itself."""
-    pi, reference = normal(1, V).softmax(-1), normal(1, V, seed=1).softmax(-1)
-    exact = sum(p * math.log(p / q) for p, q in zip(pi[0].tolist(), reference[0].tolist(), strict=True))
-    for kind in ("k1", "k3"):
-        assert (pi * F.kl_estimate(pi.log(), reference.log(), kind)).sum().item() == pytest.approx(exact, rel=1e-12)
 
 
 def test_k3_keeps_its_digits_near_zero():
@@ -267,9 +237,20 @@ def test_score_lands_on_the_last_token_and_kl_on_every_one():
             assert rewards[b, t].item() == pytest.approx(expected, abs=1e-15)
 
 
-def test_token_rewards_by_hand():
-    rewards = F.token_rewards(torch.tensor([5.0]), torch.ones(1, 4), torch.tensor([[True, True, True, False]]), 0.1)
+def test_numbers_of_a_response_by_hand():
+    """By the defaults: k1, gamma 1, lambda 0.95. The fourth token is padding.
+
+    KL log 2 = 0.693 a token; rewards -0.1, -0.1, 4.9 of a KL of 1 and a score of 5. Against values 2, 3, 4:
+    4.9 - 4 = 0.9; (-0.1 + 4 - 3) + 0.95 * 0.9 = 1.755; (-0.1 + 3 - 2) + 0.95 * 1.755 = 2.56725.
+    """
+    mask = torch.tensor([[True, True, True, False]])
+    half, quarter = torch.tensor([0.5]).log(), torch.tensor([0.25]).log()
+    assert F.kl_estimate(half, quarter).item() == pytest.approx(0.693147)
+    rewards = F.token_rewards(torch.tensor([5.0]), torch.ones(1, 4), mask, 0.1)
     assert rewards.tolist() == [pytest.approx([-0.1, -0.1, 4.9, 0.0])]
+    advantages, returns = F.gae(rewards, torch.tensor([[2.0, 3.0, 4.0, 9.0]]), mask)
+    assert advantages.tolist() == [pytest.approx([2.56725, 1.755, 0.9, 0.0])]
+    assert returns.tolist() == [pytest.approx([4.56725, 4.755, 4.9, 0.0])]
 
 
 def brute_force_gae(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
@@ -291,47 +272,6 @@ def test_gae_is_its_definition(gamma: float, lam: float):
         assert returns[b].tolist() == pytest.approx([*expected, *[0.0] * (T - n)], rel=1e-12, abs=1e-15)
 
 
-def test_gae_worked_example():
-    mask = torch.ones(1, 3, dtype=torch.bool)
-    rewards, values = torch.tensor([[-0.1, -0.1, 4.9]]), torch.tensor([[2.0, 3.0, 4.0]])
-    advantages, returns = F.gae(rewards, values, mask)  # gamma 1 and lambda 0.95 are the defaults
-    # 4.9 - 4 = 0.9; (-0.1 + 4 - 3) + 0.95 * 0.9 = 1.755; (-0.1 + 3 - 2) + 0.95 * 1.755 = 2.56725
-    assert advantages.tolist() == [pytest.approx([2.56725, 1.755, 0.9])]
-    assert returns.tolist() == [pytest.approx([4.56725, 4.755, 4.9])]
-
-
-def test_gae_of_monte_carlo_and_of_one_step():
-    """lambda 1: rewards to go, less the value. lambda 0: one reward and the next value, less the value."""
-    mask = torch.ones(1, 3, dtype=torch.bool)
-    rewards, values = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[3.0, 5.0, 6.0]])
-    assert F.gae(rewards, values, mask, 1.0, 1.0)[1].tolist() == [[7.0, 6.0, 4.0]]
-    assert F.gae(rewards, values, mask, 1.0, 0.0)[0].tolist() == [[1 + 5 - 3, 2 + 6 - 5, 4 - 6]]
-    assert F.gae(rewards, values, mask, 0.5, 1.0)[1].tolist() == [[1 + 1 + 1, 2 + 2, 4.0]]
-
-
-def test_one_token_response():
-    mask = torch.tensor([[True, False, False]])
-    rewards = F.token_rewards(torch.tensor([2.0]), torch.tensor([[0.5, 9.0, 9.0]]), mask, 0.1)
-    assert rewards.tolist() == [pytest.approx([1.95, 0.0, 0.0])]
-    advantages, returns = F.gae(rewards, torch.tensor([[0.5, 9.0, 9.0]]), mask)
-    assert advantages.tolist() == [pytest.approx([1.45, 0.0, 0.0])]
-    assert returns.tolist() == [pytest.approx([1.95, 0.0, 0.0])]
-
-
-def test_batch_in_which_every_response_stops_at_once():
-    mask = torch.tensor([[True, False], [True, False]])
-    scores = torch.tensor([1.0, -3.0])
-    rewards = F.token_rewards(scores, torch.zeros(2, 2), mask, 0.1)
-    advantages, returns = F.gae(rewards, torch.zeros(2, 2), mask)
-    assert rewards.tolist() == advantages.tolist() == returns.tolist() == [[1.0, 0.0], [-3.0, 0.0]]
-    assert F.whiten(advantages, mask)[:, 0].tolist() == pytest.approx([0.5**0.5, -(0.5**0.5)])
-
-
-def test_full_length_response_has_its_score_on_the_last_column():
-    rewards = F.token_rewards(torch.tensor([2.0]), torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool), 0.1)
-    assert rewards.tolist() == [[0.0, 0.0, 2.0]]
-
-
 # advantages without a critic
 
 GROUPS = [7, 3, 7, 7, 3]  # not in a row
@@ -346,27 +286,18 @@ def spread(numbers: list[float]) -> list[list[float]]:
     return [[number * (t < n) for t in range(T)] for number, n in zip(numbers, LENGTHS, strict=True)]
 
 
-@pytest.mark.parametrize("scale", [True, False])
-def test_group_relative_advantages_are_their_definition(scale: bool):
+@pytest.mark.parametrize("scale", [None, True, False])
+def test_group_relative_advantages_are_their_definition(scale: bool | None):
+    """None: as by default, scaled."""
     scores = normal(B)
     expected = []
     for i, score in enumerate(scores.tolist()):
         group = [score, *(scores[j].item() for j in others(i))]
         variance = statistics.variance(group)
-        expected.append((score - statistics.fmean(group)) / (math.sqrt(variance + 1e-8) if scale else 1.0))
-    advantages = F.group_relative_advantages(scores, torch.tensor(GROUPS), MASK, scale)
+        expected.append((score - statistics.fmean(group)) / (1.0 if scale is False else math.sqrt(variance + 1e-8)))
+    options = {} if scale is None else {"scale": scale}
+    advantages = F.group_relative_advantages(scores, torch.tensor(GROUPS), MASK, **options)
     close(advantages, spread(expected))
-
-
-def test_group_relative_advantages_by_hand():
-    """1, 3, 8: mean 4, deviations -3, -1, 4, variance 26 / 2 = 13; 5 and 9: mean 7, variance 8."""
-    scores, mask = torch.tensor([1.0, 5.0, 3.0, 8.0, 9.0]), torch.ones(5, 1, dtype=torch.bool)
-    group = torch.tensor([0, 1, 0, 0, 1])
-    deviations = [-3.0, -2.0, -1.0, 4.0, 2.0]
-    assert F.group_relative_advantages(scores, group, mask, scale=False)[:, 0].tolist() == deviations
-    roots = [13**0.5, 8**0.5, 13**0.5, 13**0.5, 8**0.5]
-    scaled = [deviation / root for deviation, root in zip(deviations, roots, strict=True)]
-    assert F.group_relative_advantages(scores, group, mask)[:, 0].tolist() == pytest.approx(scaled, rel=1e-6)
 
 
 def test_leave_one_out_advantages_are_their_definition():
@@ -385,8 +316,8 @@ def test_reinforce_advantages_are_their_definition():
     close(F.reinforce_advantages(filled(rewards), MASK), expected)
 
 
-@pytest.mark.parametrize("score", [0.0, 0.1, 1000.1, -1e6])
-@pytest.mark.parametrize("n", [1, 2, 3, 7])
+@pytest.mark.parametrize("score", [0.1, 1000.1, -1e6])
+@pytest.mark.parametrize("n", [1, 3, 7])
 def test_responses_that_are_all_alike_teach_exactly_nothing(score: float, n: int):
     """0.1 added up thrice and divided by 3 is not 0.1 in float32; what is left over would be blown up."""
     scores, group, mask = torch.full((n,), score), torch.full((n,), 4), torch.ones(n, 2, dtype=torch.bool)
@@ -411,13 +342,6 @@ def test_a_response_without_tokens_counts_for_nothing_in_its_group():
     assert F.group_relative_advantages(rewards[:, 0], group, mask, scale=False)[:, 0].tolist() == [-1.0, 0.0, 1.0]
 
 
-@pytest.mark.parametrize("order", [[4, 3, 2, 1, 0], [2, 0, 4, 1, 3]])
-def test_group_advantages_move_with_their_rows(order: list[int]):
-    scores, rewards, group = normal(B), normal(B, T, seed=1), torch.tensor(GROUPS)
-    for function, x in ((F.group_relative_advantages, scores), (F.leave_one_out_advantages, rewards)):
-        close(function(x[order], group[order], MASK[order]), function(x, group, MASK)[order])
-
-
 # losses
 
 
@@ -429,13 +353,6 @@ def test_clip_table():
     ratios = torch.tensor([[ratio for ratio, _ in CLIP_TABLE]])
     loss = F.policy_loss(ratios.log(), torch.zeros_like(ratios), torch.ones_like(ratios))
     assert (-loss).tolist() == [pytest.approx([objective for _, objective in CLIP_TABLE])]
-
-
-def test_clip_table_of_a_negative_advantage():
-    """A = -1: the objective stops growing at -0.8, below a ratio of 0.8."""
-    ratios = torch.tensor([[1.5, 1.1, 0.9, 0.7, 0.5]])
-    loss = F.policy_loss(ratios.log(), torch.zeros_like(ratios), -torch.ones_like(ratios))
-    assert (-loss).tolist() == [pytest.approx([-1.5, -1.1, -0.9, -0.8, -0.8])]
 
 
 @pytest.mark.parametrize("clip_range", [0.2, 0.05, None])
@@ -616,13 +533,10 @@ def test_moving_average():
     ("kl", "expected"),
     [(0.021, 0.04), (0.02, 0.06), (0.005, 0.06), (0.0049, 0.09), (1.0, 0.04), (0.0, 0.06), (1e-11, 0.06)],
 )
-def test_adaptive_learning_rate_keeps_to_a_factor_of_two(kl, expected):
+def test_adaptive_learning_rate_keeps_to_a_factor_of_two_and_to_its_bounds(kl, expected):
     assert F.adaptive_learning_rate(0.06, kl, 0.01, 1.5, minimum=0.001, maximum=1.0) == pytest.approx(expected)
-
-
-def test_adaptive_learning_rate_stays_within_bounds():
-    assert F.adaptive_learning_rate(0.06, 1.0, 0.01, 1.5, minimum=0.05, maximum=0.08) == 0.05
-    assert F.adaptive_learning_rate(0.06, 1e-3, 0.01, 1.5, minimum=0.05, maximum=0.08) == 0.08
+    within = F.adaptive_learning_rate(0.06, kl, 0.01, 1.5, minimum=0.05, maximum=0.08)
+    assert within == pytest.approx(min(max(expected, 0.05), 0.08))
 
 
 # the file itself
@@ -682,25 +596,15 @@ def test_best_of_n_by_every_choice_of_n_samples(n):
     assert F.best_of_n_score(scores.float(), n).item() == pytest.approx(statistics.fmean(best), rel=1e-5)
 
 
-def test_best_of_one_is_the_mean_and_best_of_all_the_maximum():
-    scores = torch.tensor([[4.0, 0.0, 2.0], [1.0, 1.0, 7.0]])
-    assert F.best_of_n_score(scores, 1).item() == pytest.approx(2.5)
-    assert F.best_of_n_score(scores, 3).item() == pytest.approx(5.5)
-
-
 @pytest.mark.parametrize("n", [1, 2, 16])
 def test_the_kl_of_best_of_n_by_integrating_its_definition(n):
     """The best of n has density n u^(n - 1) where a sample's own score has rank u, uniform on (0, 1)."""
-    cells = 200_000
+    cells = 50_000
     total = 0.0
     for i in range(cells):
         density = n * ((i + 0.5) / cells) ** (n - 1)
         total += density * math.log(density) / cells if density else 0.0
     assert F.best_of_n_kl(n) == pytest.approx(total, abs=1e-6)
-
-
-def test_best_of_groups_of_one_are_all_rows():
-    assert F.best_of_groups(torch.tensor([0.0, -1.0, 2.0]), torch.tensor([5, 3, 4])).tolist() == [0, 1, 2]
 
 
 def test_distinct_ngrams_by_hand() -> None:

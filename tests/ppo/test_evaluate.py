@@ -1,14 +1,14 @@
 """Validation, test and prediction: held-out prompts, fixed draws, numbers by hand."""
 
 import json
+from typing import Any
 
 import lightning as L
 import pytest
 from lightning.pytorch.loggers import CSVLogger
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 from lit_ppo.callbacks import ReferenceUpdate
-from lit_ppo.ppo.collect import score
 from lit_ppo.ppo.metrics import Progress
 from lit_ppo.rewards import RewardModel
 from tests.helpers.tiny import make_causal_lm
@@ -21,33 +21,21 @@ def data(tmp_path):
     return make_data(tmp_path, val_path=held_out, test_path=held_out, predict_path=held_out, batch_size=3)
 
 
-@pytest.mark.parametrize("name", ["val", "test"])
-def test_score_kl_and_length_are_means_over_the_held_out_prompts(tmp_path, tiny_lm, data, name):
+def test_score_kl_and_length_are_means_over_the_held_out_prompts(tmp_path, tiny_lm, data):
     """Batches of 3 and 2: a mean over prompts, not over batches."""
     module = make_module(tiny_lm, samples_per_prompt=2, reference=None)
     trainer = make_trainer(tmp_path)
-    (trainer.validate if name == "val" else trainer.test)(module, data, verbose=False)
-    prompts = [json.loads(line)["prompt"] for line in (tmp_path / "held_out.jsonl").read_text().splitlines()]
-    batches = [module.rollout(prompts[i : i + 3], samples_per_prompt=1, stream=f"{name}/{i // 3}") for i in (0, 3)]
+    trainer.test(module, data, verbose=False)
+    prompts = held_out(tmp_path)
+    batches = [module.rollout(prompts[i : i + 3], samples_per_prompt=1, stream=f"test/{i // 3}") for i in (0, 3)]
     responses = [response for batch in batches for response in batch.responses]
     lengths = [int(n) for batch in batches for n in batch.response_mask.sum(1)]
     ended = [float(e) for batch in batches for e in batch.ended]
     metrics = trainer.callback_metrics
-    assert metrics[f"{name}/score"].item() == pytest.approx(sum(count_good([], responses)) / 5)
-    assert metrics[f"{name}/length"].item() == pytest.approx(sum(lengths) / 5)
-    assert metrics[f"{name}/ended_fraction"].item() == pytest.approx(sum(ended) / 5)
-    assert metrics[f"{name}/kl"].item() == 0.0
-
-
-def test_validation_during_training_moves_nothing(tmp_path, tiny_lm, data):
-    """Neither the training stream nor the weights: with and without validation the run is the same."""
-    with_validation, without = (make_module(tiny_lm, minibatch_size=3) for _ in range(2))
-    logger = MemoryLogger()
-    make_trainer(tmp_path, max_steps=3, val_check_interval=1, logger=logger).fit(with_validation, data)
-    assert len([row for row in logger.rows if "val/score" in row]) == 1 + 3
-    make_trainer(tmp_path, max_steps=3).fit(without, make_data(tmp_path, batch_size=3))
-    for name, value in without.state_dict().items():
-        assert value.equal(with_validation.state_dict()[name])
+    assert metrics["test/score"].item() == pytest.approx(sum(count_good([], responses)) / 5)
+    assert metrics["test/length"].item() == pytest.approx(sum(lengths) / 5)
+    assert metrics["test/ended_fraction"].item() == pytest.approx(sum(ended) / 5)
+    assert metrics["test/kl"].item() == 0.0
 
 
 def test_validation_reports_its_phases_and_counts_for_no_update(tmp_path, tiny_lm, data):
@@ -158,54 +146,55 @@ def test_the_reference_answers_once(tmp_path, sharp_lm, data):
     assert asked == ["val/0", "val/1", "val/1"]  # the first three prompts are the same
 
 
-def test_a_reference_that_moves_answers_every_time(tmp_path, sharp_lm, data):
-    """Moved to the actor after each update, it says what the actor says: half of the wins, whatever was learnt."""
-    arguments = {"eval_rewards": {"long": long}, "minibatch_size": 3}
-    for callbacks, alike in (([ReferenceUpdate(every=1)], True), ([], False)):
-        logger = MemoryLogger()
-        trainer = make_trainer(tmp_path, max_steps=4, val_check_interval=2, callbacks=callbacks, logger=logger)
-        trainer.fit(make_module(sharp_lm, **arguments), data)
-        rows = [row for row in logger.rows if "val/score" in row]
-        assert len({row["val/score/long"] for row in rows}) > 1
-        assert all(row["val/win_rate"] == row["val/win_rate/long"] == 0.5 for row in rows) == alike
-
-
-def test_eval_rewards_change_nothing(tmp_path, sharp_lm, data):
-    """Neither the weights, nor what is in a checkpoint."""
-    runs = [make_module(sharp_lm, minibatch_size=3, **given) for given in ({}, {"eval_rewards": {"long": long}})]
-    for module in runs:
-        make_trainer(tmp_path, max_steps=2, val_check_interval=1).fit(module, data)
-    one, other = (module.state_dict() for module in runs)
+def test_validation_and_eval_rewards_change_nothing(tmp_path, sharp_lm, data):
+    """Neither the training stream, nor the weights, nor what is in a checkpoint."""
+    logger = MemoryLogger()
+    with_validation = make_module(sharp_lm, minibatch_size=3, eval_rewards={"long": long})
+    make_trainer(tmp_path, max_steps=3, val_check_interval=1, logger=logger).fit(with_validation, data)
+    assert len([row for row in logger.rows if "val/score" in row]) == 1 + 3
+    without = make_module(sharp_lm, minibatch_size=3)
+    make_trainer(tmp_path, max_steps=3).fit(without, make_data(tmp_path, batch_size=3))
+    one, other = (module.state_dict() for module in (without, with_validation))
     assert one.keys() == other.keys()
     assert all(value.equal(other[name]) for name, value in one.items())
 
 
+def test_a_reference_that_moves_answers_every_time(tmp_path, sharp_lm, data):
+    """Moved to the actor after each update, it says what the actor says: half of the wins, whatever was learnt."""
+    logger = MemoryLogger()
+    trainer = make_trainer(
+        tmp_path, max_steps=4, val_check_interval=2, callbacks=[ReferenceUpdate(every=1)], logger=logger
+    )
+    trainer.fit(make_module(sharp_lm, eval_rewards={"long": long}, minibatch_size=3), data)
+    rows = [row for row in logger.rows if "val/score" in row]
+    assert len({row["val/score/long"] for row in rows}) > 1
+    assert all(row["val/win_rate"] == row["val/win_rate/long"] == 0.5 for row in rows)
+
+
 def test_a_reward_model_may_be_an_eval_reward(tmp_path, sharp_lm, tiny_reward, data):
-    """It is loaded, frozen, stays in eval mode and out of checkpoints."""
-    evaluated = RewardModel(str(tiny_reward))
-    module = make_module(sharp_lm, eval_rewards={"other": evaluated}, minibatch_size=3)
-    trainer = make_trainer(tmp_path, max_steps=1)
+    """It is loaded, frozen, stays in eval mode and out of checkpoints; a resumed run does not measure its start."""
+
+    def make() -> Any:
+        return make_module(sharp_lm, eval_rewards={"other": RewardModel(str(tiny_reward))}, minibatch_size=3)
+
+    module, trainer = make(), make_trainer(tmp_path, max_steps=1)
     trainer.fit(module, data)
     assert not any("reward" in name for name in module.state_dict())
-    assert not any(parameter.requires_grad for parameter in evaluated.parameters())
+    assert not any(parameter.requires_grad for parameter in module.eval_rewards.parameters())
     assert not any(part.training for part in module.train().eval_rewards.modules())
     trainer.save_checkpoint(tmp_path / "one.ckpt")
-    again = make_module(sharp_lm, eval_rewards={"other": RewardModel(str(tiny_reward))}, minibatch_size=3)
-    logger = MemoryLogger()
-    make_trainer(tmp_path, max_steps=2, val_check_interval=1, logger=logger).fit(
-        again, data, ckpt_path=tmp_path / "one.ckpt"
-    )
-    (row,) = (row for row in logger.rows if "val/score" in row)  # a resumed run has measured its start
-    responses = [r for p, s in halves(held_out(tmp_path)) for r in again.rollout(p, stream=s).responses]
-    theirs = make_module(sharp_lm, rewards=RewardModel(str(tiny_reward)))
-    scores = [theirs.score(theirs.rollout(p, stream=s)) for p, s in halves(held_out(tmp_path))]
-    assert row["val/win_rate/other"] >= 0
-    ours = [score(again.eval_rewards, again.rollout(p, stream=s))["other"] for p, s in halves(held_out(tmp_path))]
-    assert row["val/score/other"] == pytest.approx(float(sum(s.sum() for s in ours)) / 5, rel=1e-5)
-    assert row["val/win_rate/other"] == pytest.approx(
-        win_rate([float(x) for s in ours for x in s], [float(x) for s in scores for x in s])
-    )
-    assert len(responses) == 5
+    again, logger = make(), MemoryLogger()
+    resumed = make_trainer(tmp_path, max_steps=2, val_check_interval=1, logger=logger)
+    resumed.fit(again, data, ckpt_path=tmp_path / "one.ckpt")
+    (row,) = (row for row in logger.rows if "val/score" in row)
+    stock, tokenizer = AutoModelForSequenceClassification.from_pretrained(tiny_reward), again.tokenizer
+    scores = []
+    for one in (again, make_module(sharp_lm)):
+        experiences = [one.rollout(p, stream=s) for p, s in halves(held_out(tmp_path))]
+        texts = [p + r for e in experiences for p, r in zip(e.prompts, e.responses, strict=True)]
+        scores.append([stock(**tokenizer(text, return_tensors="pt")).logits.item() for text in texts])
+    assert row["val/score/other"] == pytest.approx(sum(scores[0]) / 5, rel=1e-4)
+    assert row["val/win_rate/other"] == pytest.approx(win_rate(*scores))
 
 
 def test_without_a_reference_there_is_no_win_rate(tmp_path, sharp_lm, data):
@@ -238,28 +227,20 @@ def test_an_eval_reward_that_fails_is_found_before_the_first_update(tmp_path, sh
     assert module.rollouts == 0
 
 
-def test_predictions_are_written_as_json_lines(tmp_path, tiny_lm, data):
-    module = make_module(tiny_lm, samples_per_prompt=2)
-    trainer = make_trainer(tmp_path, logger=False)
-    returned = trainer.predict(module, data)
-    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
-    assert len(rows) == 10
-    assert rows == [row for batch in returned for row in batch]
-    assert [row["score"] for row in rows] == count_good([], [row["response"] for row in rows])
-    assert rows[0]["prompt"] == rows[1]["prompt"]
-    assert rows[0]["response"] != rows[1]["response"]
-
-
 def test_predictions_lie_with_the_logs_once_by_draws_of_each_batchs_own(tmp_path, tiny_lm, data):
-    """Batches of 3 and 2 prompts; asked twice, a run writes its last answers."""
-    module = make_module(tiny_lm)
+    """Batches of 3 and 2 prompts, two samples each; asked twice, a run writes its last answers."""
+    module = make_module(tiny_lm, samples_per_prompt=2)
     logger = CSVLogger(tmp_path / "logs", name="run", version=4)
     for _ in range(2):
-        make_trainer(tmp_path, logger=logger).predict(module, data)
+        returned = make_trainer(tmp_path, logger=logger).predict(module, data)
     rows = [json.loads(line) for line in (tmp_path / "logs/run/version_4/predictions.jsonl").read_text().splitlines()]
     prompts = held_out(tmp_path)
     batches = [module.rollout(some, stream=f"predict/{i}") for i, some in enumerate((prompts[:3], prompts[3:]))]
+    assert rows == [row for batch in returned for row in batch]
+    assert [row["prompt"] for row in rows] == [prompt for prompt in prompts for _ in range(2)]
     assert [row["response"] for row in rows] == [response for batch in batches for response in batch.responses]
+    assert rows[0]["response"] != rows[1]["response"]
+    assert [row["score"] for row in rows] == count_good([], [row["response"] for row in rows])
 
 
 def test_one_process_of_several_writes_the_predictions(tmp_path, tiny_lm, data, monkeypatch):

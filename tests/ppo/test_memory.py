@@ -72,13 +72,13 @@ def peak_of_update(folder: Path, length: int) -> int:
 
 
 def test_memory_grows_by_states_not_by_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From 64 to 256 tokens a response; a row of logits alone has 16 kB, a token's states come to a few."""
+    """From 32 to 96 tokens a response; a row of logits alone has 16 kB, a token's states come to a few."""
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", 8 * VOCABULARY)
     monkeypatch.setattr(head, "KEPT_ELEMENTS", 16 * VOCABULARY)
     words = [f"w{i}" for i in range(VOCABULARY - 3)]
-    make_causal_lm(tmp_path / "lm", tokenizer=make_tokenizer(words=words), n_positions=320)
+    make_causal_lm(tmp_path / "lm", tokenizer=make_tokenizer(words=words), n_positions=128)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "w1 w2"}\n' * ROWS)
-    rows = [{"text": " ".join(words[i : i + 400])} for i in range(ROWS)]
+    rows = [{"text": " ".join(words[i : i + 120])} for i in range(ROWS)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    short, long = (peak_of_update(tmp_path, length) for length in (64, 256))
-    assert (long - short) / (ROWS * (256 - 64)) < 4 * VOCABULARY / 2
+    short, long = (peak_of_update(tmp_path, length) for length in (32, 96))
+    assert (long - short) / (ROWS * (96 - 32)) < 4 * VOCABULARY / 2

@@ -20,18 +20,11 @@ def lm(request, tmp_path_factory):
     return make_causal_lm(tmp_path_factory.mktemp(request.param), request.param, scale=4.0)
 
 
-def test_the_reference_alone_is_loaded_in_bfloat16(lm):
-    module = make_module(lm, reference_dtype="bfloat16")
-    module.configure_model()
-    assert {p.dtype for p in module.reference.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in (*module.actor.parameters(), *module.critic.parameters())} == {torch.float32}
-
-
-def test_the_reference_is_float32_by_default_even_from_a_bfloat16_checkpoint(tmp_path, lm):
+def test_models_are_float32_by_default_even_from_a_bfloat16_checkpoint(tmp_path, lm):
     AutoModelForCausalLM.from_pretrained(lm).to(torch.bfloat16).save_pretrained(tmp_path)
-    module = make_module(lm, reference=str(tmp_path))
+    module = make_module(tmp_path, tokenizer=str(lm))
     module.configure_model()
-    assert {p.dtype for p in module.reference.parameters()} == {torch.float32}
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
 
 
 def test_its_logprobs_are_float32_and_off_by_bfloat16s_rounding(lm):
@@ -50,11 +43,6 @@ def logits_of(path: Any) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     with torch.no_grad():
         return model(torch.arange(40).reshape(4, 10)).logits
-
-
-def test_a_reference_in_bfloat16_can_write_responses(lm):
-    experience = make_module(lm, reference_dtype="bfloat16").rollout(PROMPTS, policy="reference")
-    assert len(experience.responses) == len(PROMPTS)
 
 
 def test_exact_kl_of_a_float32_actor_to_a_bfloat16_reference(tmp_path, lm):
@@ -77,6 +65,8 @@ def test_exact_kl_of_a_float32_actor_to_a_bfloat16_reference(tmp_path, lm):
 def test_a_run_trains_with_it_and_keeps_it_frozen(tmp_path, lm):
     module = make_module(lm, reference_dtype="bfloat16")
     make_trainer(tmp_path).fit(module, make_data(tmp_path))
+    assert {p.dtype for p in module.reference.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in (*module.actor.parameters(), *module.critic.parameters())} == {torch.float32}
     start = load_causal_lm("reference", str(lm), {}, torch.bfloat16).state_dict()
     assert all(value.equal(start[name]) for name, value in module.reference.model.state_dict().items())
     assert not any(name.startswith("reference.") for name in module.state_dict())
@@ -86,7 +76,6 @@ def test_a_run_trains_with_it_and_keeps_it_frozen(tmp_path, lm):
     ("arguments", "message"),
     [
         ({"reference_dtype": "float16"}, r"LitPPO\(reference_dtype='float16'\): must be one of 'float32', 'bfloat16'"),
-        ({"reference_dtype": None}, r"LitPPO\(reference_dtype=None\): must be one of 'float32', 'bfloat16'"),
         (
             {"reference_dtype": "bfloat16", "reference": None},
             r"LitPPO\(reference_dtype='bfloat16'\): there is no reference; leave it out, or give a reference",

@@ -1,6 +1,7 @@
 """The next-token loss on text batches: its gradients are those of the stock model."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,8 +13,7 @@ from tests.helpers.recorder import record
 from tests.helpers.toys import make_module, make_trainer
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 5])
-def test_text_gradients_are_those_of_the_stock_loss(tmp_path, tiny_lm, micro_batch_size):
+def test_text_gradients_are_those_of_the_stock_loss(tmp_path, tiny_lm):
     """``coef`` times the mean next-token loss over all tokens of the batch, whatever the micro-batches."""
     text = {
         "input_ids": torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0], [12, 13, 0, 0]]),
@@ -35,13 +35,22 @@ def test_text_gradients_are_those_of_the_stock_loss(tmp_path, tiny_lm, micro_bat
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        record(tmp_path, tiny_lm, Text(), micro_batch_size=micro_batch_size)
+        record(tmp_path, tiny_lm, Text(), micro_batch_size=2)
     results, ours = seen[0]
     for got_loss, got_norm in results:  # the second on top of the first reports its own part
         assert got_loss == pytest.approx(loss.item(), rel=1e-5)
         assert got_norm == pytest.approx(norm, rel=1e-4)
     for name, grad in grads.items():
         torch.testing.assert_close(ours[name], 2 * grad, rtol=1e-4, atol=1e-6)
+
+
+def ready(folder: Path, lm: Path) -> Any:
+    """A module with its models, as in a run."""
+    module: Any = make_module(lm)
+    module.configure_model()
+    module.trainer = make_trainer(folder)
+    module.manual_backward = lambda loss: loss.backward()
+    return module
 
 
 def test_gradients_averaged_over_ranks_are_those_of_the_stock_loss(tmp_path, tiny_lm, monkeypatch):
@@ -54,10 +63,7 @@ def test_gradients_averaged_over_ranks_are_those_of_the_stock_loss(tmp_path, tin
     on_rank = []
     for share in ([[0, 1]], [[2], []]):
         monkeypatch.setattr("lit_ppo.ppo.text_loss.my_micro_batches", lambda *_, share=share, **__: share)
-        module = make_module(tiny_lm)
-        module.configure_model()
-        module.trainer = make_trainer(tmp_path)
-        module.manual_backward = lambda loss: loss.backward()
+        module = ready(tmp_path, tiny_lm)
         module.backward_on_text(text, 2.5)
         on_rank.append({name: p.grad for name, p in module.actor.model.named_parameters()})
     for name, p in stock.named_parameters():
@@ -76,26 +82,17 @@ def test_text_may_be_padded_on_the_left_and_need_not_predict_all(tmp_path, tiny_
         stock(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.item() * n
         for ids, labels, n in (([5, 6, 7, 8], [5, -100, 7, 8], 2), ([12, 13], [12, 13], 1))
     ]
-    module = make_module(tiny_lm)
-    module.configure_model()
-    module.trainer = make_trainer(tmp_path)
-    module.manual_backward = lambda loss: loss.backward()
-    assert module.backward_on_text(text, 1.0)[0] == pytest.approx(sum(sums) / 3, rel=1e-5)
+    assert ready(tmp_path, tiny_lm).backward_on_text(text, 1.0)[0] == pytest.approx(sum(sums) / 3, rel=1e-5)
 
 
 def test_text_without_anything_to_predict_adds_nothing(tmp_path, tiny_lm):
     ids = torch.tensor([[5, 6, 7]])
-    module = make_module(tiny_lm)
-    module.configure_model()
-    module.trainer = make_trainer(tmp_path)
-    module.manual_backward = lambda loss: loss.backward()
     text = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, -100)}
-    assert module.backward_on_text(text, 1.0) == (0.0, 0.0)
+    assert ready(tmp_path, tiny_lm).backward_on_text(text, 1.0) == (0.0, 0.0)
 
 
-def test_shifted_labels_are_refused(tiny_lm):
-    module = make_module(tiny_lm)
-    module.configure_model()
+def test_shifted_labels_are_refused(tmp_path, tiny_lm):
+    module = ready(tmp_path, tiny_lm)
     ids = torch.tensor([[5, 6, 7]])
     shifted = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([[6, 7, -100]])}
     with pytest.raises(ValueError, match="backward_on_text: labels must be input_ids, or -100"):
