@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_ppo.data.table import Message, short
+from lit_ppo.special_tokens import without_repeats
 
 TEXTS_AT_ONCE = 1000
 SECONDS_BETWEEN_LOGS = 3.0
@@ -76,7 +77,7 @@ def render_chats(
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special_tokens: bool = True
 ) -> list[list[int]]:
-    """Ids of many texts; logs its progress every few seconds.
+    """Ids of many texts, without repeated special tokens; logs its progress every few seconds.
 
     The tokenizer's own warning about long texts is off: callers warn themselves.
     """
@@ -84,7 +85,8 @@ def tokenize(
     options: dict[str, Any] = {"add_special_tokens": add_special_tokens, "verbose": False}
     logged = time.monotonic()
     for start in range(0, len(texts), TEXTS_AT_ONCE):
-        ids += tokenizer(list(texts[start : start + TEXTS_AT_ONCE]), **options)["input_ids"]
+        encoded = tokenizer(list(texts[start : start + TEXTS_AT_ONCE]), **options)["input_ids"]
+        ids += [row[without_repeats(tokenizer, row)] for row in encoded] if add_special_tokens else encoded
         if time.monotonic() - logged > SECONDS_BETWEEN_LOGS:
             rank_zero_info(f"Tokenised {len(ids)} of {len(texts)} texts")
             logged = time.monotonic()
@@ -92,10 +94,8 @@ def tokenize(
 
 
 def _open_ended(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[int]:
-    """The ids without a second beginning-of-text token and without the tokenizer's end-of-text token."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos is not None and ids[:2] == [bos, bos]:  # one of them is in the text
-        ids = ids[1:]
+    """The ids without the end-of-text token that the tokenizer adds."""
+    eos = tokenizer.eos_token_id
     if eos is not None and len(ids) > 1 and ids[-1] == eos and not text.endswith(str(tokenizer.eos_token)):
         ids = ids[:-1]
     return ids

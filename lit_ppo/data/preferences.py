@@ -25,7 +25,8 @@ class PreferenceDataModule(RowDataModule):
         rejected_column: Column with the worse one.
         prompt_column: Column with the prompt of both, text or chat messages; None: both texts include it. Plain prompt
             and answer are joined without a separator; after a chat prompt, a plain answer becomes the assistant's
-            message.
+            message. Answers that repeat the prompt (a conversation that begins with its turns, or plain answers that
+            all begin with it) are taken as they are.
         text_column: Column with a labelled text; with several columns, each is a separate example.
         label_column: Column with the label.
         val_path: Validation file.
@@ -95,26 +96,19 @@ class PreferenceDataModule(RowDataModule):
             texts = [self.cased(table.text(i, column)) for i in indices for column in self.text_columns]
             labels = [_label(table, i, label_column) for i in indices for _ in self.text_columns]
             return list(zip(self._encode(table.where, texts, chats=False), labels, strict=True))
-        answers = [
-            self._answer(table, i, column) for column in (self.chosen_column, self.rejected_column) for i in indices
-        ]
+        columns = (self.chosen_column, self.rejected_column)
+        answers = [self.text_or_chat(table, i, column) for column in columns for i in indices]
+        if self.prompt_column is not None:
+            prompts = [self.text_or_chat(table, i, self.prompt_column) for i in indices] * 2
+            full = _are_full_texts(table, prompts, answers)
+            if not full:
+                both = enumerate(zip(prompts, answers, strict=True))
+                answers = [_joined(table, i % len(table), prompt, answer) for i, (prompt, answer) in both]
         chats = [not isinstance(answer, str) for answer in answers]
         if any(chats) != all(chats):
             table.refuse(chats.index(not chats[0]) % len(table), "chat messages and plain text are mixed; use one kind")
         ids = self._encode(table.where, answers, chats=chats[0])
         return list(zip(ids[: len(table)], ids[len(table) :], strict=True))
-
-    def _answer(self, table: Table, index: int, column: str) -> Any:
-        """One side of a pair with its prompt: text, or a list of messages."""
-        answer = self.text_or_chat(table, index, column)
-        if self.prompt_column is None:
-            return answer
-        prompt = self.text_or_chat(table, index, self.prompt_column)
-        if isinstance(prompt, str) and isinstance(answer, str):
-            return prompt + answer
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        return prompt + ([{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer)
 
     def _encode(self, where: str, texts: list[Any], chats: bool) -> list[list[int]]:
         tokenizer = self._tokenizer
@@ -128,6 +122,41 @@ class PreferenceDataModule(RowDataModule):
         if self.label_column is not None:
             return {**pad_right(left, self._pad_id), "labels": torch.tensor(right, dtype=torch.float32)}
         return {"chosen": pad_right(left, self._pad_id), "rejected": pad_right(right, self._pad_id)}
+
+
+def _are_full_texts(table: Table, prompts: list[Any], answers: list[Any]) -> bool:
+    """Whether all plain answers begin with their prompts, so that these need not be put in front.
+
+    Raises:
+        ValueError: Most do, but not all.
+    """
+    pairs = [pair for pair in enumerate(zip(prompts, answers, strict=True)) if all(isinstance(x, str) for x in pair[1])]
+    others = [i for i, (prompt, answer) in pairs if not answer.startswith(prompt)]
+    if others and len(others) < len(pairs) / 2:
+        problem = f"the answer does not begin with the prompt, but {len(pairs) - len(others)} of {len(pairs)} do; "
+        table.refuse(others[0] % len(table), problem + "give answers alone, or full texts without prompt_column")
+    return len(pairs) == len(answers) and not others
+
+
+def _joined(table: Table, index: int, prompt: Any, answer: Any) -> Any:
+    """A prompt and an answer, each text or messages; an answer that begins with the prompt's turns is complete."""
+    if isinstance(prompt, str) and isinstance(answer, str):
+        return prompt + answer
+    if isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    if isinstance(prompt, str):
+        start = int(answer[0]["role"] == "system")
+        prompt = [*answer[:start], {"role": "user", "content": prompt}]
+        answer = answer if _turns(answer[: start + 1]) == _turns(prompt) else answer[start:]
+    if _turns(answer[: len(prompt)]) == _turns(prompt):
+        return answer
+    if prompt[-1]["role"] == answer[0]["role"] == "user":
+        table.refuse(index, "the answer begins with a user turn that is not the prompt's; give the assistant's turn")
+    return prompt + answer
+
+
+def _turns(messages: list[Any]) -> list[tuple[str, str]]:
+    return [(turn["role"], turn["content"].strip()) for turn in messages]
 
 
 def _label(table: Table, index: int, column: str) -> float:

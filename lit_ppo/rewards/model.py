@@ -12,6 +12,7 @@ from lit_ppo.functional import masked_mean
 from lit_ppo.parallel.ranks import deal
 from lit_ppo.parallel.sharding import build, shard
 from lit_ppo.rewards.loading import find_label, load_classifier, load_tokenizer, max_tokens
+from lit_ppo.special_tokens import without_repeats
 from lit_ppo.validate import at_most_one, integer, one_of
 
 BATCH_SIZE = 32
@@ -159,6 +160,9 @@ class RewardModel(nn.Module):
             if not ids:
                 raise ValueError(f"RewardModel(model={self.path!r}): text {i} ({texts[i]!r}) has no tokens to score")
             offsets = encoded["offset_mapping"][i] if wants_spans else []
+            if add_special_tokens:
+                kept = without_repeats(self.tokenizer, ids)
+                ids, offsets = ids[kept], offsets[kept]
             rows.append((ids, [first < end and last > start for first, last in offsets]))
         return rows
 
