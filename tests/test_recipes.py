@@ -80,24 +80,16 @@ def test_a_recipe_runs_on_small_models(name: str, tmp_path: Path, tiny_lm: Path,
     arguments = ppo_arguments(tmp_path, tiny_lm, tiny_reward)
     arguments = [argument.replace("ppo.yaml", f"{name}.yaml") for argument in arguments]
     arguments += ["--model.samples_per_prompt=2"] if name in ("grpo", "rloo") else []
-    out = run_command("fit", *arguments, "--trainer.max_steps=2", cwd=tmp_path).ok().out
-    assert "before and after" in out
+    run_command("fit", *arguments, "--trainer.max_steps=1", "--report.prompts=0", cwd=tmp_path).ok()
     events = EventAccumulator(str(tmp_path / f"runs/{name}/version_0")).Reload()
-    tags = events.Tags()["scalars"]
-    assert [event.step for event in events.Scalars("objective/score")] == [0, 1]
-    assert "val/score" in tags
-    assert ("value/loss" in tags) == (name not in ("grpo", "rloo", "reinforce_pp"))
+    assert [event.step for event in events.Scalars("objective/score")] == [0]
+    assert ("value/loss" in events.Tags()["scalars"]) == (name not in ("grpo", "rloo", "reinforce_pp"))
     assert (tmp_path / f"runs/{name}/version_0/model/config.json").exists()
 
 
-@pytest.mark.parametrize("estimator", ["LeaveOneOut", "GroupRelative", "Reinforce"])
-def test_an_estimator_is_switched_on_from_the_command_line(
-    estimator: str, tmp_path: Path, tiny_lm: Path, tiny_reward: Path
-):
+def test_an_estimator_is_switched_on_from_the_command_line(tmp_path: Path, tiny_lm: Path, tiny_reward: Path):
     """On top of ppo.yaml, whose GAE has arguments of its own and whose ValueClipping needs a critic."""
-    arguments = [*ppo_arguments(tmp_path, tiny_lm, tiny_reward), f"--model.advantages={estimator}"]
-    arguments += ["--model.samples_per_prompt=2", "--trainer.max_steps=1"]
-    if estimator == "Reinforce":
-        run_command("fit", *arguments, cwd=tmp_path).refused("LitPPO(critic='actor')", estimator, "set critic to null")
-    arguments += ["--model.critic=null", *(["--model.kl_coef=0"] if estimator == "GroupRelative" else [])]
-    run_command("fit", *arguments, "--trainer.callbacks=null", cwd=tmp_path).ok()
+    arguments = [*ppo_arguments(tmp_path, tiny_lm, tiny_reward), "--model.advantages=Reinforce"]
+    run_command("fit", *arguments, cwd=tmp_path).refused("LitPPO(critic='actor')", "Reinforce", "set critic to null")
+    arguments += ["--model.critic=null", "--trainer.callbacks=null", "--trainer.max_steps=1"]
+    run_command("fit", *arguments, cwd=tmp_path).ok()

@@ -3,15 +3,24 @@
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
-from tests.helpers.command import run_command
+from tests.helpers.cli_toys import CONFIG
+from tests.helpers.command import Result, run_command
 from tests.helpers.event_files import scalars
 
 
-def test_fit_leaves_a_run_folder_and_says_where(config: Path, tmp_path: Path) -> None:
-    result = run_command("fit", "--config", config, cwd=tmp_path).ok()
-    folder = tmp_path / "runs" / "version_0"
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
+    """A complete run and its folder."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "toy.yaml").write_text(yaml.safe_dump(CONFIG))
+    return run_command("fit", "--config", "toy.yaml", cwd=folder).ok(), folder / "runs/version_0"
+
+
+def test_fit_leaves_a_run_folder_and_says_where(run: tuple[Result, Path]) -> None:
+    result, folder = run
     assert {"config.yaml", "checkpoints", "model"} <= {path.name for path in folder.iterdir()}
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
         "step-000006.ckpt",
@@ -25,24 +34,24 @@ def test_fit_leaves_a_run_folder_and_says_where(config: Path, tmp_path: Path) ->
     assert re.search(r"step 8/8  loss \S+  \(update", result.out)
 
 
-def test_twice_gives_two_folders_with_the_same_numbers_and_another_seed_others(config: Path, tmp_path: Path) -> None:
+def test_twice_gives_two_folders_with_the_same_numbers_and_another_seed_others(
+    config: Path, tmp_path: Path, run: tuple[Result, Path]
+) -> None:
     """Twice in one process, which leaves nothing behind for the second run."""
-    run_command("fit", "--config", config, cwd=tmp_path, calls=2).ok()
-    run_command("fit", "--config", config, "--seed_everything=7", cwd=tmp_path).ok()
-    first, second, other = (scalars(tmp_path / "runs" / f"version_{i}") for i in range(3))
+    run_command("fit", "--config", config, "--seed_everything=7", cwd=tmp_path, calls=2).ok()
+    first, second = (scalars(tmp_path / f"runs/version_{i}") for i in range(2))
     assert first == second
-    assert first != other
-    assert yaml.safe_load((tmp_path / "runs/version_0/config.yaml").read_text())["seed_everything"] == 42
+    assert first != scalars(run[1])
+    assert yaml.safe_load((run[1] / "config.yaml").read_text())["seed_everything"] == 42
 
 
-def test_resume_goes_on_in_the_same_folder(config: Path, tmp_path: Path) -> None:
-    run_command("fit", "--config", config, cwd=tmp_path / "whole").ok()
+def test_resume_goes_on_in_the_same_folder(config: Path, tmp_path: Path, run: tuple[Result, Path]) -> None:
     run_command("fit", "--config", config, "--trainer.max_steps=5", cwd=tmp_path).ok()
     (tmp_path / "runs/version_0/checkpoints/step-000005.ckpt").unlink()  # as if it had been killed after the fifth
     (tmp_path / "runs/version_0/checkpoints/step-000006.ckpt.partial").write_text("half")
     run_command("fit", "--config", config, "--ckpt_path=last", cwd=tmp_path).ok()
     assert not (tmp_path / "runs/version_1").exists()
-    assert scalars(tmp_path / "runs/version_0") == scalars(tmp_path / "whole/runs/version_0")
+    assert scalars(tmp_path / "runs/version_0") == scalars(run[1])
     names = [path.name for path in sorted((tmp_path / "runs/version_0/checkpoints").iterdir())]
     assert names == ["step-000006.ckpt", "step-000008.ckpt"]
 
@@ -69,10 +78,10 @@ def test_overlays_append_callbacks_by_short_name(config: Path, tmp_path: Path) -
                         "two": {"class_path": "mine.Whisper", "init_args": {"word": "psst"}}}.items():  # fmt: skip
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [entry]}}))
     args = ["fit", "--config", config, "--config", "one.yaml", "--config", "two.yaml"]
-    printed = run_command(*args, "--print_config", cwd=tmp_path).ok().out
-    names = [callback["class_path"] for callback in yaml.safe_load(printed)["trainer"]["callbacks"]]
-    assert [name.rsplit(".")[-1] for name in names] == ["EarlyStopping", "Whisper"]
     assert "psst!" in run_command(*args, cwd=tmp_path).ok().out
+    saved = yaml.safe_load((tmp_path / "runs/version_0/config.yaml").read_text())
+    names = [callback["class_path"].rsplit(".")[-1] for callback in saved["trainer"]["callbacks"]]
+    assert names == ["EarlyStopping", "Whisper"]
 
 
 STOPS = """
@@ -93,13 +102,12 @@ class Stops(L.Callback):
 
 
 def test_warnings_are_words_and_an_epoch_that_a_callback_ends_is_not_called_the_last(
-    config: Path, tmp_path: Path
+    config: Path, tmp_path: Path, run: tuple[Result, Path]
 ) -> None:
     """The place in the source is told of what is not ours."""
     (tmp_path / "mine.py").write_text(STOPS)
     limit = "`Trainer.fit` stopped: `max_epochs=1` reached."
-    whole = run_command("fit", "--config", config, cwd=tmp_path).ok()
-    assert limit in whole.out + whole.err
+    assert limit in run[0].out + run[0].err
     ended = run_command(
         "fit", "--config", config, "--trainer.callbacks+=mine.Stops", "--trainer.log_every_n_steps=2", cwd=tmp_path
     ).ok()

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lit_ppo.cli.stages import Stage, digests, files_of, outdated
+from lit_ppo.cli.session import Session
+from lit_ppo.cli.stages import Stage, digests, files_of, outdated, run_stages
 from tests.helpers.cli_toys import CONFIG
 from tests.helpers.command import run_command
 
@@ -30,12 +31,12 @@ def write(path: Path, content: dict[str, Any]) -> Path:
 
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
-    """Two stages, then a run whose model starts from the second; all configurations lie in a folder of their own."""
+    """Two stages, of which the second fails, then a run; all configurations lie in a folder of their own."""
     write(tmp_path / "configs/parts/first.yaml", stage_config("first", path="text.txt"))
     write(tmp_path / "configs/parts/second.yaml", stage_config("second"))
     stages = [
         {"name": "first", "config": ["parts/first.yaml"], "args": ["--model.lr", 0.2]},
-        {"name": "second", "config": ["parts/second.yaml"]},
+        {"name": "second", "config": ["parts/second.yaml"], "args": ["--model.fail_at=1"]},
     ]
     main = {**CONFIG, "stages": stages, "trainer": {**CONFIG["trainer"], "default_root_dir": "runs/main"}}
     (tmp_path / "text.txt").write_text("some text")
@@ -44,49 +45,31 @@ def job(tmp_path: Path) -> Path:
 
 def test_the_job_end_to_end(job: Path, tmp_path: Path) -> None:
     """All in one, since every stage is a process that imports everything."""
-    result = run_command("fit", "--config", "configs/job.yaml", "--data_root=.", cwd=tmp_path).ok()
+    result = run_command("fit", "--config", "configs/job.yaml", "--data_root=.", cwd=tmp_path)
+    assert result.refused("Toy(fail_at=1): failed as told").code == 1
     lines = result.out.splitlines()
     told = [line for line in lines if line.startswith("[stage")]
     command = "lit-ppo fit --config=configs/parts/first.yaml --model.lr 0.2 --seed_everything 42 --data_root ."
     assert told[0] == f"[stage 1/2: first] not done yet; running: {command}"
     assert "ToyData reads text.txt under ." in lines  # the stage's own output is shown
-    assert lines.index("fit: building model, data and trainer", lines.index(told[-1])) > lines.index(told[-1])
-    for name in ("first", "second"):
-        assert (tmp_path / "runs" / name / "model" / "weights.pt").is_file()
+    assert (tmp_path / "runs/first/model/weights.pt").is_file()
     saved = yaml.safe_load((tmp_path / "runs/first/version_0/config.yaml").read_text())
     assert (saved["model"]["init_args"]["lr"], saved["seed_everything"], saved["data_root"]) == (0.2, 42, ".")
-
-    again = run_command("fit", "--config", job, "--data_root=.", cwd=tmp_path).ok().out
-    assert [line.split("] ")[1].split(",")[0] for line in again.splitlines() if line.startswith("[stage")] == [
-        "already done",
-        "already done",
-    ]
-
-    # A launched process accepts a complete stage, and refuses an incomplete one without running it.
-    ranked = {"LOCAL_RANK": "0"}
-    checked = ["--trainer.max_steps=1", "--data_root=."]
-    run_command("fit", "--config", job, *checked, cwd=tmp_path, env=ranked).ok()
-    (tmp_path / "text.txt").write_text("other text")
-    refused = run_command("fit", "--config", job, *checked, cwd=tmp_path, env=ranked)
-    refused.refused("stage 'first'", "text.txt has changed", "LOCAL_RANK=0", "once in one process")
-    assert "running:" not in refused.out
-
-    # In one process it runs again, and so does the stage after it.
-    reasons = run_command("fit", "--config", job, *checked, cwd=tmp_path).ok().out
-    assert "[stage 1/2: first] text.txt has changed; running" in reasons
-    assert "[stage 2/2: second] an earlier stage has changed; running" in reasons
-
-
-def test_a_failing_stage_ends_the_command_with_its_last_line(job: Path, tmp_path: Path) -> None:
-    write(tmp_path / "configs/parts/second.yaml", stage_config("second", rows=0))
-    (tmp_path / "runs/first").mkdir(parents=True)
-    stages = [{"name": "second", "config": ["parts/second.yaml"], "args": ["--model.fail_at=1", "--data.rows=16"]}]
-    write(job, {**CONFIG, "stages": stages})
-    result = run_command("fit", "--config", job, cwd=tmp_path)
-    assert result.refused("Toy(fail_at=1): failed as told").code == 1
     assert "stage 'second' ended with code 1" in result.out
     assert "building model" not in result.out.split("stage 'second' ended")[1]
     assert not (tmp_path / "runs/second/second.stage.json").exists()
+
+    # Without the stage that fails; a launched process accepts a complete stage, and refuses an incomplete one.
+    content = yaml.safe_load(job.read_text())
+    write(job, {**content, "stages": content["stages"][:1]})
+    again = ["fit", "--config", job, "--data_root=.", "--trainer.max_steps=1"]
+    lines = run_command(*again, cwd=tmp_path, env={"LOCAL_RANK": "0"}).ok().out.splitlines()
+    (skipped,) = (number for number, line in enumerate(lines) if line.startswith("[stage 1/1: first] already done"))
+    assert skipped < lines.index("fit: building model, data and trainer")
+    (tmp_path / "text.txt").write_text("other text")
+    refused = run_command(*again, cwd=tmp_path, env={"LOCAL_RANK": "0"})
+    refused.refused("stage 'first'", "text.txt has changed", "LOCAL_RANK=0", "once in one process")
+    assert "running:" not in refused.out
 
 
 @pytest.mark.parametrize(
@@ -107,22 +90,16 @@ def test_a_bad_stage_is_found_before_any_stage_runs(
     assert "running:" not in result.out
 
 
-def test_other_subcommands_and_print_config_run_no_stage(job: Path, tmp_path: Path) -> None:
-    for args in (["validate"], ["fit", "--print_config"]):
-        assert "[stage" not in run_command(args[0], "--config", job, *args[1:], cwd=tmp_path).ok().out
+def test_other_subcommands_run_no_stage_and_save_their_names_for_anywhere(job: Path, tmp_path: Path) -> None:
+    assert "[stage" not in run_command("fit", "--config", job, "--print_config", cwd=tmp_path).ok().out
+    assert "[stage" not in run_command("validate", "--config", job, cwd=tmp_path).ok().out
     assert not (tmp_path / "runs/first").exists()
-
-
-def test_the_saved_configuration_names_the_stages_from_anywhere(job: Path, tmp_path: Path) -> None:
-    write(job, {**yaml.safe_load(job.read_text()), "model": {"class_path": "tests.helpers.cli_toys.Toy"}})
-    run_command("validate", "--config", job, cwd=tmp_path).ok()
     (saved,) = tmp_path.rglob("version_0/config.yaml")
     assert yaml.safe_load(saved.read_text())["stages"][0]["config"] == [str(tmp_path / "configs/parts/first.yaml")]
-    elsewhere = tmp_path / "elsewhere"
-    run_command("validate", "--config", saved, cwd=elsewhere).ok()
+    run_command("validate", "--config", saved, cwd=tmp_path / "elsewhere").ok()
 
 
-@pytest.mark.parametrize("names", [["a/b"], [""], ["two words"], ["a", "a"]])
+@pytest.mark.parametrize("names", [["a/b"], [""], ["a", "a"]])
 def test_names_of_stages(config: Path, tmp_path: Path, names: list[str]) -> None:
     stages = [{"name": name, "config": [str(config)]} for name in names]
     job = write(tmp_path / "job.yaml", {**CONFIG, "stages": stages})
@@ -185,6 +162,23 @@ def test_settings_that_make_a_stage_run_again(stage: tuple[Path, dict[str, Any]]
     assert outdated(record, {**config, "trainer": {**config["trainer"], "max_steps": 7}}, {}) == changed
     assert outdated(record, {**config, "config": ["elsewhere.yaml"]}, {}) == ""
     assert outdated(record, config, {"an earlier": "stage"}) == "an earlier stage has changed"
+
+
+def test_a_stage_that_has_changed_runs_again_and_so_do_those_after_it(
+    tmp_path: Path, stage: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lit_ppo.cli.stages._run", lambda session, name, arguments: None)
+    other = {"trainer": {"default_root_dir": str(tmp_path / "run")}}
+    for content in ("content of data.txt", "other"):
+        (tmp_path / "data.txt").write_text(content)
+        run_stages(Session(["fit"], debug=False), {"first": (["-a"], stage[1]), "second": (["-b"], other)})
+    lines = [line for line in capsys.readouterr().out.splitlines() if " done in " not in line]
+    assert lines == [
+        f"[stage 1/2: first] already done, skipped ({stage[0]})",
+        "[stage 2/2: second] not done yet; running: lit-ppo fit -b",
+        f"[stage 1/2: first] {tmp_path}/data.txt has changed; running: lit-ppo fit -a",
+        "[stage 2/2: second] an earlier stage has changed; running: lit-ppo fit -b",
+    ]
 
 
 def test_arguments_of_a_stage() -> None:

@@ -79,17 +79,6 @@ def test_a_checkpoint_of_other_models_is_refused(tmp_path, uninterrupted):
         fit(tmp_path, other, folder / "checkpoints" / "step-000001.ckpt")
 
 
-def test_fitting_twice_in_a_notebook_continues(tmp_path, uninterrupted):
-    """The fit cell run again: the same module and data, a new trainer."""
-    _, actor, _, _ = uninterrupted
-    module, data = make_module(actor), make_data(tmp_path)
-    make_trainer(tmp_path).fit(module, data)
-    first = {name: value.clone() for name, value in module.state_dict().items()}
-    make_trainer(tmp_path).fit(module, data)
-    assert module.rollouts == 4
-    assert any(not value.equal(first[name]) for name, value in module.state_dict().items())
-
-
 @pytest.mark.parametrize("optimizer", [torch.optim.Adafactor, torch.optim.RMSprop, torch.optim.NAdam])
 def test_other_optimizers_resume(tmp_path, uninterrupted, optimizer):
     """Their states have other shapes: factors of rows and columns, numbers that are not tensors."""
