@@ -30,6 +30,8 @@ from typing import Any, Protocol
 import lightning as L
 from torch import Tensor
 
+from lit_ppo.functional import ClipRange
+
 HOOKS: dict[str, str] = {
     "on_rollout_start": "prompts",
     "on_rollout_end": "experience",
@@ -115,7 +117,7 @@ class PPOModule(Protocol):
     trainer: L.Trainer
     kl_coef: float
     kl_estimator: str
-    clip_range: float | None
+    clip_range: ClipRange | None
     ppo_epochs: int
     samples_per_prompt: int
     actor_frozen: bool

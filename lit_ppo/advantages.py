@@ -91,8 +91,8 @@ class GroupRelative(AdvantageEstimator):
     reference into the loss with ``KLLoss``.
 
     Args:
-        scale: Divide by the (unbiased) standard deviation. False, as in Dr. GRPO: prompts whose scores hardly differ
-            do not get a larger weight.
+        scale: Divide by the (unbiased) standard deviation. False: prompts whose scores hardly differ do not get a
+            larger weight. Dr. GRPO is False and ``LitPPO(loss_reduction=<max_new_tokens>)``.
 
     Reads ``experience.scores``, ``group`` and ``response_mask``.
     Source: Shao et al. 2024, arXiv:2402.03300, section 4.1; Liu et al. 2025, arXiv:2503.20783 (``scale=False``).

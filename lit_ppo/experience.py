@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LossReduction = Literal["token_mean", "sequence_mean"]
+LossReduction = Literal["token_mean", "sequence_mean"] | int  # an integer: tokens that a response counts for
 
 # For the error of a field that is read before it is set.
 SET_BY = {
@@ -197,9 +197,12 @@ class Minibatch(Experience):
         """Set each token's share of the mean; a response without tokens has none."""
         mask = self.response_mask.float()
         self.n_tokens = mask.sum().clamp(min=1)
-        n_rows = mask.any(1).sum().clamp(min=1)
-        per_row = mask.sum(1, keepdim=True).clamp(min=1) * n_rows
-        self.weights = mask / (self.n_tokens if self.reduction == "token_mean" else per_row)
+        if self.reduction == "token_mean":
+            self.weights = mask / self.n_tokens
+        elif self.reduction == "sequence_mean":
+            self.weights = mask / (mask.sum(1, keepdim=True).clamp(min=1) * mask.any(1).sum().clamp(min=1))
+        else:
+            self.weights = mask / (self.reduction * len(mask))
 
     def micro_batches(self, plan: Sequence[Sequence[int]], ranks: int) -> Iterator["Minibatch"]:
         """This rank's micro-batches. An empty one has one row of weight 0, see :func:`rows_or_stand_in`.
@@ -219,7 +222,7 @@ class Minibatch(Experience):
             yield micro
 
     def mean(self, x: Tensor) -> Tensor:
-        """This micro-batch's part of the mean of ``x`` over the whole optimizer step.
+        """This micro-batch's part of the mean of ``x`` over the full optimizer step, as ``loss_reduction`` says.
 
         The parts, summed over micro-batches and averaged over ranks as gradients are, give the exact mean.
 

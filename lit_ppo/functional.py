@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 KLEstimator = Literal["k1", "k2", "k3"]
+ClipRange = float | Sequence[float]  # of both sides, or below and above 1
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
@@ -294,10 +295,38 @@ def reinforce_advantages(rewards: Tensor, mask: Tensor) -> Tensor:
     return whiten(to_go, mask)
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float | None = 0.2) -> Tensor:
+def clip_bounds(clip_range: ClipRange | None) -> tuple[float, float]:
+    r"""The ratios between which a token gets a gradient whatever its advantage.
+
+    .. math:: 1 - \epsilon_{low}, \quad 1 + \epsilon_{high}
+
+    Args:
+        clip_range: Epsilon; two numbers for below and above 1; None: no clipping.
+
+    Source: Yu et al. 2025, arXiv:2503.14476, section 3.1 (two numbers, 0.2 and 0.28).
+
+    >>> clip_bounds([0.25, 0.5])
+    (0.75, 1.5)
+    """
+    if clip_range is None:
+        return -math.inf, math.inf
+    low, high = (clip_range, clip_range) if isinstance(clip_range, int | float) else clip_range
+    return 1 - low, 1 + high
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: ClipRange | None = 0.2
+) -> Tensor:
     r"""PPO's clipped surrogate, negated, per token; no reduction.
 
-    .. math:: -\min(\rho A, \mathrm{clip}(\rho, 1 - \epsilon, 1 + \epsilon) A), \quad \rho = \pi / \pi_{old}
+    .. math::
+        -\min(\rho A, \mathrm{clip}(\rho, 1 - \epsilon_{low}, 1 + \epsilon_{high}) A), \quad \rho = \pi / \pi_{old}
+
+    Args:
+        logprobs: Of the policy that learns.
+        old_logprobs: Of the policy that sampled.
+        advantages: A.
+        clip_range: See :func:`clip_bounds`.
 
     Source: Schulman et al. 2017, arXiv:1707.06347, equation 7; without ``clip_range`` equation 6.
 
@@ -307,11 +336,11 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
     ratio = torch.exp(logprobs - old_logprobs)
     if clip_range is None:
         return -ratio * advantages
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
+    return -torch.minimum(ratio * advantages, ratio.clamp(*clip_bounds(clip_range)) * advantages)
 
 
 def dual_clip_policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float | None = 0.2, c: float = 3.0
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: ClipRange | None = 0.2, c: float = 3.0
 ) -> Tensor:
     r"""PPO's clipped surrogate with a second bound where the advantage is negative; negated, per token.
 
@@ -325,7 +354,7 @@ def dual_clip_policy_loss(
         logprobs: Of the policy that learns.
         old_logprobs: Of the policy that sampled.
         advantages: A.
-        clip_range: Epsilon; None is no clipping, the second bound aside.
+        clip_range: See :func:`clip_bounds`; None leaves only the second bound.
         c: Ratio at which the second bound begins, over 1.
 
     Source: Ye et al. 2020, arXiv:1912.09729, its section on dual-clip PPO.

@@ -167,3 +167,12 @@ def test_extremes_are_of_the_steps_response_tokens_however_it_is_split():
     (empty,) = rest.micro_batches([[]], 2)  # a rank with nothing to do says nothing
     empty.log_all({}, extremes={"x": empty.extras["x"]})
     assert (rest.least["x_min"].item(), rest.greatest["x_max"].item()) == (float("inf"), -float("inf"))
+
+
+def test_the_sum_over_a_constant_counts_every_response_and_token_alike():
+    """As Dr. GRPO: an eighth of each response's sum, over all three responses, the one without tokens included."""
+    experience = make_experience(lengths=(3, 0, 4), prompts=(1, 1, 1))
+    x = torch.arange(12.0).reshape(3, 4)
+    micros = Minibatch.of(experience, range(3), 8).micro_batches([[0], [1], [2]], 1)
+    parts = [micro.mean(x[i : i + 1]) for i, micro in enumerate(micros)]
+    assert sum(parts).item() == pytest.approx((0 + 1 + 2 + 8 + 9 + 10 + 11) / (3 * 8))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_ppo.experience import Experience, Minibatch
-from lit_ppo.functional import explained_variance, kl_estimate, masked_mean
+from lit_ppo.functional import ClipRange, clip_bounds, explained_variance, kl_estimate, masked_mean
 
 try:
     import resource
@@ -64,13 +64,14 @@ class Progress:
         return seconds
 
 
-def log_policy(micro: Minibatch, clip_range: float | None) -> None:
+def log_policy(micro: Minibatch, clip_range: ClipRange | None) -> None:
     """Log how far the policy is from the one that sampled: KL(old || new) by k3, ratio, share of clipped tokens."""
     ratio = torch.exp(micro.new_logprobs - micro.logprobs)
+    low, high = clip_bounds(clip_range)
     means = {
         "approx_kl": kl_estimate(micro.logprobs, micro.new_logprobs, "k3"),
         "ratio": ratio,
-        "clip_fraction": ((ratio - 1).abs() > (clip_range or float("inf"))).float(),
+        "clip_fraction": ((ratio < low) | (ratio > high)).float(),
         "entropy": micro.new_entropy,
     }
     micro.log_all(means, extremes={"ratio": ratio})

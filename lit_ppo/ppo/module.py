@@ -20,7 +20,7 @@ from lit_ppo.ppo import build, evaluate, optimize, preflight, saved, text_loss
 from lit_ppo.ppo.collect import Policy, add_logprobs, exact_kl, sample_responses, score
 from lit_ppo.ppo.metrics import Progress, current_coefficients, log_update
 from lit_ppo.ppo.prompts import as_batch
-from lit_ppo.ppo.settings import Models, ModelSettings, ReferenceDtype
+from lit_ppo.ppo.settings import Models, ModelSettings, ReferenceDtype, checked_clip_range, checked_reduction
 from lit_ppo.rewards import Rewards, ScoreSource, as_source, eval_sources, source_names
 from lit_ppo.validate import integer, non_negative, non_negative_or_none, one_of, positive, positive_or_none
 
@@ -50,14 +50,15 @@ class LitPPO(L.LightningModule):
         samples_per_prompt: Responses per prompt; several where the estimator compares them.
         kl_coef: Weight of the KL to the reference in the token rewards.
         kl_estimator: ``"k1"``, ``"k2"`` or ``"k3"``.
-        clip_range: Of the probability ratio; None: no clipping.
+        clip_range: Of the probability ratio; ``[0.2, 0.28]``: below and above 1 (DAPO); None: no clipping.
         ppo_epochs: Passes over the experience.
         minibatch_size: Responses per optimizer step, over all ranks.
         micro_batch_size: Maximum number of responses in one forward of one rank. Sampling is not split.
         micro_batch_tokens: Instead: maximum number of tokens in one forward, padding included.
         sampling_logprobs_tolerance: Keep the log-probs of sampling if those of training agree within this on one
             micro-batch per rank; saves about 3% of an update. None: compute them again.
-        loss_reduction: ``"token_mean"``, or ``"sequence_mean"``: over each response's tokens, then over responses.
+        loss_reduction: ``"token_mean"``, ``"sequence_mean"`` (over each response, then over responses), or a number
+            of tokens, such as ``max_new_tokens``: the sum over (responses x this number), as in Dr. GRPO.
         actor_optimizer: From parameters to optimizer. The rate is usually a tenth of that of fine-tuning (SFT).
         critic_optimizer: From parameters to optimizer. The rate is usually about twice the actor's.
         actor_scheduler: From optimizer to learning-rate schedule, one step per update.
@@ -67,8 +68,7 @@ class LitPPO(L.LightningModule):
         activation_checkpointing: Recompute activations of actor and critic: less memory, about a third more time.
         compile_blocks: ``torch.compile`` the models, except for sampling; the first update takes a minute longer.
         reward_timeout: Seconds that scoring a rank's responses may take; then the run ends. None: no limit.
-        model_kwargs: For ``from_pretrained``, such as ``attn_implementation``. Code that comes with a model runs only
-            with ``trust_remote_code: true``.
+        model_kwargs: For ``from_pretrained``, such as ``trust_remote_code: true``, without which no model's code runs.
         seed: Of sampling and of minibatches; by default that of ``seed_everything``.
     """
 
@@ -95,7 +95,7 @@ class LitPPO(L.LightningModule):
         samples_per_prompt: int = 1,
         kl_coef: float = 0.05,
         kl_estimator: KLEstimator = "k1",
-        clip_range: float | None = 0.2,
+        clip_range: float | list[float] | None = 0.2,
         ppo_epochs: int = 4,
         minibatch_size: int = 32,
         micro_batch_size: int | None = None,
@@ -140,12 +140,12 @@ class LitPPO(L.LightningModule):
         self.samples_per_prompt = integer(self, "samples_per_prompt", samples_per_prompt)
         self.kl_coef = non_negative(self, "kl_coef", kl_coef)
         self.kl_estimator = one_of(self, "kl_estimator", kl_estimator, get_args(KLEstimator))
-        self.clip_range = positive_or_none(self, "clip_range", clip_range)
+        self.clip_range = checked_clip_range(self, clip_range)
         self.ppo_epochs = integer(self, "ppo_epochs", ppo_epochs)
         self.minibatch_size = integer(self, "minibatch_size", minibatch_size)
         self.limits = optimize.micro_batch_limits(self, micro_batch_size, micro_batch_tokens)
         self.tolerance = non_negative_or_none(self, "sampling_logprobs_tolerance", sampling_logprobs_tolerance)
-        self.loss_reduction = one_of(self, "loss_reduction", loss_reduction, get_args(LossReduction))
+        self.loss_reduction = checked_reduction(self, loss_reduction)
         self.reward_timeout = positive_or_none(self, "reward_timeout", reward_timeout)
         self.optimization = optimize.Optimization(self, max_grad_norm, max_skipped_steps)
         self.factories = {"actor": (actor_optimizer, actor_scheduler), "critic": (critic_optimizer, critic_scheduler)}

@@ -6,11 +6,13 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_ppo.experience import LossReduction
+from lit_ppo.functional import ClipRange
 from lit_ppo.generation.config import check_generation
 from lit_ppo.models.actor_critic import Actor, Critic, Reference
 from lit_ppo.models.load import load_causal_lm, load_tokenizer
 from lit_ppo.models.lora import WithoutAdapter, check_lora
-from lit_ppo.validate import one_of, refuse
+from lit_ppo.validate import number, one_of, positive_or_none, refuse
 
 ReferenceDtype = Literal["float32", "bfloat16"]
 
@@ -76,3 +78,25 @@ class Models:
     reference: Reference | WithoutAdapter | None
     tokenizer: PreTrainedTokenizerBase
     generation: GenerationConfig
+
+
+def checked_clip_range(owner: object, value: Any) -> ClipRange | None:
+    """The argument ``clip_range``: a finite number above 0, two of them for below and above 1, or None."""
+    if not isinstance(value, list | tuple):
+        return positive_or_none(owner, "clip_range", value)
+    if len(value) != 2:
+        refuse(owner, "clip_range", value, "give one number, or two: how far the ratio may go below 1, and above")
+    for side in value:
+        number(owner, f"clip_range={value!r}, side", side, above=0)
+    return tuple(value)
+
+
+def checked_reduction(owner: object, value: Any) -> LossReduction:
+    """The argument ``loss_reduction``."""
+    if value in ("token_mean", "sequence_mean") or (type(value) is int and value > 0):
+        return value  # type: ignore[no-any-return]
+    refuse(
+        owner, "loss_reduction", value,
+        "must be one of 'token_mean', 'sequence_mean', or a number of tokens, at least 1, by which each response's sum "
+        "is divided",
+    )  # fmt: skip

@@ -66,6 +66,13 @@ def test_the_modules_clip_range_is_the_one_in_force():
     assert losses["policy"].item() == pytest.approx((2 + 1 + 1.5 + 0.5 - 4) / 5, rel=1e-6)
 
 
+def test_two_sides_of_clipping():
+    """A ratio may go down to 0.75 and up to 1.5: the fourth token's loss is 0.75, the last one's -1.5."""
+    losses: dict[str, torch.Tensor] = {}
+    DualClip(c=2.0).on_actor_loss(None, SimpleNamespace(clip_range=[0.25, 0.5]), micro_batch(), losses)
+    assert losses["policy"].item() == pytest.approx((2 + 1 + 1.5 + 0.75 - 1.5) / 5, rel=1e-6)
+
+
 def test_a_bound_that_is_never_reached_changes_nothing():
     bounded, plain = run_updates(DualClip(1e6), 3), run_updates([], 3)
     assert [step["policy/dual_clip_fraction"] for step in bounded.steps] == [0.0] * 6

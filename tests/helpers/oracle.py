@@ -61,7 +61,8 @@ class Oracle:
             losses = []
             for t, advantage in enumerate(row["advantages"]):
                 ratio = torch.exp(new[t] - row["old"][t])
-                low, high = 1 - self.clip_range, 1 + self.clip_range
+                below, above = clip if isinstance(clip := self.clip_range, tuple) else (clip, clip)
+                low, high = 1 - below, 1 + above
                 losses.append(-min(ratio * advantage, ratio.clamp(low, high) * advantage, key=Tensor.item))
                 stats["ratio"].append(ratio.item())
                 stats["approx_kl"].append(ratio.item() - 1 - math.log(ratio.item()))
@@ -88,4 +89,6 @@ class Oracle:
     def reduce(self, rows: list[Tensor]) -> Tensor:
         if self.reduction == "token_mean":
             return torch.cat(rows).mean()
-        return torch.stack([row.mean() for row in rows]).mean()
+        if self.reduction == "sequence_mean":
+            return torch.stack([row.mean() for row in rows]).mean()
+        return torch.cat(rows).sum() / (len(rows) * self.reduction)

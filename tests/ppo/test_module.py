@@ -44,8 +44,9 @@ def gpt2(tmp_path_factory):
             "advantages": GAE(gamma=0.9, lam=0.5),
             "generation": {"max_new_tokens": 6, "eos_token_id": [1, 5, 9, 30, 33]},
         },
+        {"loss_reduction": 11, "clip_range": [0.004, 0.03], "kl_coef": 1.0},
     ],
-    ids=["defaults", "sequence mean, tempered, tightly clipped, discounted, several stop ids"],
+    ids=["defaults", "sequence mean, tempered, tightly clipped, discounted, several stop ids", "constant, two clips"],
 )
 def test_two_updates_are_those_of_the_oracle(tmp_path, lm, settings):
     """Weights and metrics; two updates of two epochs, so that ratios, KL and values have left where they start."""

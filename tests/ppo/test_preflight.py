@@ -39,6 +39,8 @@ from tests.helpers.toys import make_data, make_module, make_trainer
         ("advantages", len, "not an estimator: it lacks needs_values"),
         ("kl_estimator", "k4", "must be one of 'k1', 'k2', 'k3'"),
         ("loss_reduction", "mean", "must be one of 'token_mean', 'sequence_mean'"),
+        ("loss_reduction", True, "or a number of tokens, at least 1"),
+        ("clip_range", [0.2], "give one number, or two"),
         ("model_kwargs", {"dtype": "bfloat16"}, "give the Trainer a precision"),
         ("critic", None, "GAE needs values"),
     ],
