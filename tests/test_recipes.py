@@ -1,5 +1,6 @@
 """Published recipes: what sets each apart from ``ppo.yaml``, and that it runs."""
 
+import inspect
 import json
 from collections.abc import Callable
 from functools import cache
@@ -7,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import lit_ppo
 from tests.helpers.command import REPOSITORY, run_command
 from tests.helpers.ppo_command import RECIPES, ppo_arguments
 from tests.helpers.tiny import WORDS
@@ -74,6 +77,26 @@ def test_an_update_of_a_recipe_is_as_many_steps_as_its_source_says(effective: An
         assert rows / found["model.minibatch_size"] * found["model.ppo_epochs"] == number, name
 
 
+def test_learning_rates_follow_that_of_sft(effective: Any):
+    """The actor learns at a tenth of SFT's rate, the critic at about twice SFT's: 18 times the actor's."""
+    sft, ppo, lora = effective("sft"), effective("ppo"), flat(yaml.safe_load(recipe("lora").read_text()))
+    assert ppo["model.actor_optimizer.lr"] == pytest.approx(sft["model.optimizer.lr"] / 10)
+    assert ppo["model.critic_optimizer.lr"] == pytest.approx(18 * ppo["model.actor_optimizer.lr"])
+    assert (lit_ppo_default("LitSFT", "optimizer"), sft["model.optimizer.lr"]) == (5e-6, 5e-6)
+    for part in ("actor", "critic"):
+        assert lit_ppo_default("LitPPO", f"{part}_optimizer") == ppo[f"model.{part}_optimizer.lr"]
+        assert lora[f"model.{part}_optimizer.lr"] == pytest.approx(10 * ppo[f"model.{part}_optimizer.lr"])
+
+
+def lit_ppo_default(cls: str, argument: str) -> float:
+    """Learning rate of a constructor's default optimizer."""
+    optimizer = (
+        inspect.signature(getattr(lit_ppo, cls)).parameters[argument].default([torch.nn.Parameter(torch.ones(1))])
+    )
+    rate: float = optimizer.defaults["lr"]
+    return rate
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs_on_small_models(name: str, tmp_path: Path, tiny_lm: Path, tiny_reward: Path):
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"the {w} was good"}) + "\n" for w in WORDS))
@@ -93,3 +116,13 @@ def test_an_estimator_is_switched_on_from_the_command_line(tmp_path: Path, tiny_
     run_command("fit", *arguments, cwd=tmp_path).refused("LitPPO(critic='actor')", "Reinforce", "set critic to null")
     arguments += ["--model.critic=null", "--trainer.callbacks=null", "--trainer.max_steps=1"]
     run_command("fit", *arguments, cwd=tmp_path).ok()
+
+
+def test_ppo_yaml_runs_on_forty_prompts(tmp_path: Path, tiny_lm: Path, tiny_reward: Path):
+    """Sizes of batch, minibatch, validation and checkpoints as shipped; only paths and lengths change."""
+    rows = [{"prompt": f"{first} {second}"} for first in WORDS[:8] for second in WORDS[:5]]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [f"--model.actor={tiny_lm}", f"--model.rewards.model={tiny_reward}", "--data.path=prompts.jsonl"]
+    lengths = ["--model.generation.max_new_tokens=2", "--data.max_prompt_length=8", "--trainer.accelerator=cpu"]
+    run_command("fit", "--config", recipe("ppo"), *arguments, *lengths, cwd=tmp_path).ok()
+    assert list((tmp_path / "runs/ppo").rglob("model.safetensors"))

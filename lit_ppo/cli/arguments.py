@@ -4,6 +4,7 @@ from importlib import import_module
 from pkgutil import resolve_name
 from typing import Any
 
+import jsonargparse._typehints
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -12,15 +13,29 @@ from lit_ppo.run.errors import CommandError
 
 
 class LayeredParser(LightningArgumentParser):
-    """A parser whose configuration files may have a ``base``.
+    """A parser whose configuration files may have a ``base``, and in which another class starts without arguments.
 
     The parser's own nested ``config`` key merges plain values only: a class of the lower file keeps its arguments.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        jsonargparse._typehints.discard_init_args_on_class_path_change = _discard_arguments
+        super().__init__(*args, **kwargs)
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("action") is ActionConfigFile:
             kwargs["action"] = _LayeredConfigFile
         return super().add_argument(*args, **kwargs)
+
+
+def _discard_arguments(parser: Any, previous: Any, value: Any) -> None:
+    """Drop all arguments of the previous class of a setting where another class takes its place.
+
+    jsonargparse 4 keeps those whose names the new class knows too: SGD would get AdamW's weight decay.
+    """
+    if previous and previous.get("init_args") and previous["class_path"] != value["class_path"]:
+        for name in list(vars(previous["init_args"])):
+            del previous["init_args"][name]
 
 
 class _LayeredConfigFile(ActionConfigFile):

@@ -35,7 +35,7 @@ class RunReport(L.Callback):
         if before is None or after is None or not trainer.is_global_zero:
             return
         print(f"\nThe same {len(after['prompts'])} prompts before and after:")
-        for i in range(self.samples):
+        for i in range(min(self.samples, len(after["prompts"]))):
             print(f"  {printable(after['prompts'][i])!r}")
             for name, sampled in (("before", before), ("after", after)):
                 print(f"    {name:6} {sampled['scores'][i]:+7.2f}  {printable(sampled['responses'][i])}")

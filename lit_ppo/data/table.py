@@ -124,16 +124,19 @@ class Table:
         split on the same column: rows that one stage holds out, the next stage holds out too.
 
         Args:
-            fraction: Fraction to hold out; the fraction of distinct values comes close to it.
+            fraction: Fraction to hold out; the fraction of distinct values comes close to it. Where it leaves no
+                validation rows, those of one value are held out.
             columns: Columns with the values.
 
         Raises:
             ValueError: One side would be empty.
         """
         self.require(columns)
+        hashes = [unit_hash([self.cell(index, column) for column in columns]) for index in range(len(self))]
+        bound = fraction if min(hashes, default=0.0) < fraction or len(set(hashes)) < 2 else min(hashes) + 1e-15
         sides: list[list[int]] = [[], []]
-        for index in range(len(self)):
-            sides[unit_hash([self.cell(index, column) for column in columns]) < fraction].append(index)
+        for index, value in enumerate(hashes):
+            sides[value < bound].append(index)
         for name, side in zip(("training", "validation"), sides, strict=True):
             if not side:
                 raise ValueError(

@@ -60,7 +60,7 @@ class LitPPO(L.LightningModule):
         loss_reduction: ``"token_mean"``, ``"sequence_mean"`` (over each response, then over responses), or a number
             of tokens, such as ``max_new_tokens``: the sum over (responses x this number), as in Dr. GRPO.
         actor_optimizer: From parameters to optimizer. The rate is usually a tenth of that of fine-tuning (SFT).
-        critic_optimizer: From parameters to optimizer. The rate is usually about twice the actor's.
+        critic_optimizer: From parameters to optimizer. The rate is usually about twice that of SFT.
         actor_scheduler: From optimizer to learning-rate schedule, one step per update.
         critic_scheduler: From optimizer to learning-rate schedule, one step per update.
         max_grad_norm: Of actor and critic each; None: no clipping.
@@ -102,8 +102,8 @@ class LitPPO(L.LightningModule):
         micro_batch_tokens: int | None = None,
         sampling_logprobs_tolerance: float | None = None,
         loss_reduction: LossReduction = "token_mean",
-        actor_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.0, fused=True),
-        critic_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-6, weight_decay=0.0, fused=True),
+        actor_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-7, weight_decay=0.0, fused=True),
+        critic_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=9e-6, weight_decay=0.0, fused=True),
         actor_scheduler: LRSchedulerCallable | None = None,
         critic_scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,

@@ -42,7 +42,7 @@ class LitSFT(SupervisedModule):
         self,
         model: str | dict[str, Any],
         tokenizer: str | None = None,
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, fused=True),
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-6, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:

@@ -1,14 +1,17 @@
 """Names of classes in saved configurations, and what the command completes after parsing."""
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 
 from lit_ppo.cli.command import Command
 from lit_ppo.cli.session import Session
-from tests.helpers.command import REPOSITORY
+from tests.helpers.command import REPOSITORY, run_command
 
 CONFIGS = REPOSITORY / "configs"
 LONG_NAMES = """
@@ -70,3 +73,23 @@ def test_saved_configurations_name_no_module(tmp_path: Path) -> None:
     names = {path.rpartition(".")[2] for path in paths}
     assert names > {"LitPPO", "LitSFT", "LitRewardModel", "WarmupCosine", "GroupRelative", "RewardModel", "ReviewText"}
     assert names > {"RewardFunction", "FSDP2Strategy", "PTXLoss", "TextDataModule", "PreferenceDataModule"}
+
+
+@pytest.mark.parametrize("layers", [[], ["--config", "configs/sft.yaml"]])
+@pytest.mark.parametrize("given", ["yaml", "options"])
+def test_another_class_starts_with_its_own_defaults(tmp_path: Path, layers: list[str], given: str) -> None:
+    """Not with arguments of the class that it replaces: AdamW's weight decay, in SGD, is another loss."""
+    name = "model.init_args.optimizer"
+    overlay: dict[str, Any] = {
+        "model": {"class_path": "LitSFT", "init_args": {"model": "x"}},
+        "data": {"class_path": "TextDataModule", "init_args": {"path": "a"}},
+    }
+    if given == "yaml":
+        overlay["model"]["init_args"]["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.3}}
+    (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay))
+    options = [f"--{name}=torch.optim.SGD", f"--{name}.lr=0.3"] if given == "options" else []
+    last = ["--config", str(tmp_path / "overlay.yaml"), *options, "--print_config"]
+    shown = yaml.safe_load(run_command("fit", *layers, *last, cwd=REPOSITORY).ok().out)
+    found = shown["model"]["init_args"]["optimizer"]["init_args"]
+    expected = inspect.signature(torch.optim.SGD).parameters
+    assert found == {name: 0.3 if name == "lr" else expected[name].default for name in found}

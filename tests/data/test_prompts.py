@@ -347,8 +347,9 @@ def test_bad_rows_of_other_files_name_their_argument(tmp_path: Path) -> None:
 
 def test_a_split_that_cannot_be_made(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", ROWS)
-    with pytest.raises(ValueError, match=r"val_fraction=1e-09 leaves no validation rows of 3"):
-        ready(path, val_fraction=1e-9)
+    assert ready(path, val_fraction=1e-9).n_rows == 2  # at least one prompt is held out
+    with pytest.raises(ValueError, match=r"val_fraction=1e-09 leaves no validation rows of 1"):
+        ready(write(tmp_path / "one.jsonl", ROWS[:1]), val_fraction=1e-9)
     with pytest.raises(ValueError, match=r"val_fraction=0.999999 leaves no training rows of 3"):
         ready(path, val_fraction=0.999999)
     with pytest.raises(ValueError, match=r"p.jsonl has no column 'author', only \['prompt', 'id', 'label'\]"):
