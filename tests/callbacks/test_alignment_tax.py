@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -14,9 +13,8 @@ from transformers import AutoModelForCausalLM
 from lit_ppo import TextDataModule
 from lit_ppo.callbacks import AlignmentTax
 from tests.helpers.toy import Recorder, Toy, ToyTexts, run_updates, trainer_of
-from tests.helpers.toys import MemoryLogger, logged, make_data, make_module, make_trainer, texts
+from tests.helpers.toys import logged, make_data, make_module, make_trainer, texts
 from tests.helpers.trick import Trick
-from tests.helpers.two_ranks import train_on_two
 
 TRICK = {
     "AlignmentTax": Trick(
@@ -70,14 +68,7 @@ def test_the_loss_is_a_mean_over_the_tokens_of_the_first_rows(batches: int, rows
 
 
 def test_of_the_policy_that_samples_every_second_update_and_at_the_end():
-    """Step n is the policy after n updates, as it is of the scores."""
-    _, found = watch(5)
-    assert [*found["tax/loss"]] == [0, 2, 4, 5]
-    for n, loss in found["tax/loss"].items():
-        assert loss == pytest.approx(by_hand(run_updates([], n).actor if n else Toy().actor, 5), rel=1e-5)
-
-
-def test_nothing_is_measured_when_it_is_not_due():
+    """Step n is the policy after n updates, as it is of the scores; nothing is measured when it is not due."""
     asked: list[int] = []
 
     class Counting(Toy):
@@ -85,8 +76,11 @@ def test_nothing_is_measured_when_it_is_not_due():
             asked.append(int(self.updates))
             return super().loss_on_text(batch)
 
-    watch(6, module=Counting(), monitor={"every": 3, "batches": 1})
-    assert asked == [0, 3, 6]
+    _, found = watch(5, module=Counting())
+    assert [*found["tax/loss"]] == [0, 2, 4, 5]
+    assert asked == [step for step in (0, 2, 4, 5) for _ in range(3)]  # batches
+    for n, loss in found["tax/loss"].items():
+        assert loss == pytest.approx(by_hand(run_updates([], n).actor if n else Toy().actor, 5), rel=1e-5)
 
 
 def test_validation_rows_come_first():
@@ -113,38 +107,6 @@ def test_rows_may_be_batches():
     assert watch(1, data=Batches())[1]["tax/loss"][0] == pytest.approx(by_hand(Toy().actor, 5), rel=1e-5)
 
 
-def test_a_resumed_run_compares_with_the_whole_runs_start(tmp_path: Path):
-    _, whole = watch(6)
-    watch(3, save=tmp_path / "three.ckpt")
-    _, rest = watch(6, resume=tmp_path / "three.ckpt")
-    assert [*rest["tax/loss"]] == [4, 6]
-    for name, values in rest.items():
-        if name.startswith("tax/"):
-            assert values == {step: whole[name][step] for step in (4, 6)}
-
-
-def test_the_data_is_set_up_with_the_trainer_and_let_go():
-    class Closing(ToyTexts):
-        def teardown(self, stage: str) -> None:
-            assert stage == "fit"
-            self.calls.append("teardown" + (" with a trainer" if self.trainer is not None else ""))
-
-    data = Closing()
-    watch(2, data=data)
-    assert data.calls == ["prepare_data", "setup fit with a trainer", "teardown with a trainer"]
-    assert data.trainer is None
-
-
-def test_other_loaders_are_refused_before_the_first_rollout():
-    data, module = ToyTexts(), Toy()
-    data.train_dataloader = lambda: [1, 2]
-    with pytest.raises(
-        ValueError, match=r"AlignmentTax\(data=ToyTexts\): train_dataloader\(\) must return a DataLoader"
-    ):
-        watch(1, data=data, module=module)
-    assert module.experiences == []
-
-
 @pytest.mark.parametrize(("every", "logs"), [(1, True), (50, True), (50, False)])
 def test_loggers_that_do_not_get_every_update_are_warned_of(tmp_path: Path, every: int, logs: bool):
     """Lightning's own default: it logs updates 49, 99, ..., and what was measured at 0, 50, ... is lost."""
@@ -154,16 +116,6 @@ def test_loggers_that_do_not_get_every_update_are_warned_of(tmp_path: Path, ever
     words = r"AlignmentTax: Trainer\(log_every_n_steps=50\) can skip the updates that are measured; use"
     with pytest.warns(UserWarning, match=words) if logs and every > 1 else nullcontext():
         monitor.setup(trainer, Toy(), "fit")
-
-
-def test_module_that_cannot_read_text_is_refused_before_the_first_rollout():
-    class Mute(Toy):
-        loss_on_text = property()
-
-    module = Mute()
-    with pytest.raises(TypeError, match="AlignmentTax needs loss_on_text on the module, which Mute lacks"):
-        watch(1, module=module)
-    assert module.experiences == []
 
 
 # ---- on LitPPO
@@ -178,38 +130,21 @@ def stock_loss(folder: Path, model: Any) -> float:
         return float(model(**data.collate(data.train_rows)).loss)
 
 
-def two_rank_callbacks(folder: Path) -> list[L.Callback]:
-    return [AlignmentTax(texts(folder), every=1)]
-
-
-@pytest.mark.parametrize("micro_batch_size", [1, 3, None])
-def test_litppos_loss_is_the_stock_models_and_the_run_is_the_same(tmp_path, lm, micro_batch_size):
-    plain, watched = (make_module(lm, micro_batch_size=micro_batch_size, temperature=0.7) for _ in range(2))
-    make_trainer(tmp_path, max_steps=3).fit(plain, make_data(tmp_path))
-    logger = MemoryLogger()
-    trainer = make_trainer(tmp_path, max_steps=3, callbacks=[AlignmentTax(texts(tmp_path), every=2)], logger=logger)
-    trainer.fit(watched, make_data(tmp_path))
-    for name, value in plain.state_dict().items():
-        assert value.equal(watched.state_dict()[name])
+@pytest.mark.parametrize("micro_batch_size", [1, None])
+def test_litppos_loss_is_the_stock_models(tmp_path, lm, micro_batch_size):
+    """Seven texts in batches of three."""
+    module = make_module(lm, micro_batch_size=micro_batch_size, temperature=0.7)
+    trainer = make_trainer(tmp_path, max_steps=3, callbacks=[AlignmentTax(texts(tmp_path), every=2)])
+    trainer.fit(module, make_data(tmp_path))
     rows = logged(trainer)
     assert ["tax/loss" in row for row in rows] == [True, False, True]
     start = stock_loss(tmp_path, AutoModelForCausalLM.from_pretrained(lm).eval())
-    end = stock_loss(tmp_path, watched.actor.model)
+    end = stock_loss(tmp_path, module.actor.model)
     assert rows[0]["tax/loss"] == pytest.approx(start, rel=1e-5)
     assert rows[0]["tax/loss_increase"] == 0.0
-    assert logger.rows[-1]["tax/loss"] == pytest.approx(end, rel=1e-5)
-    assert logger.rows[-1]["tax/loss_increase"] == pytest.approx(end - start, rel=1e-3)
+    assert trainer.logger.rows[-1]["tax/loss"] == pytest.approx(end, rel=1e-5)
+    assert trainer.logger.rows[-1]["tax/loss_increase"] == pytest.approx(end - start, rel=1e-3)
     assert not math.isclose(start, end, rel_tol=1e-3)
-
-
-def test_two_ranks_measure_as_one(tmp_path, lm):
-    """Batches of three and of one text, which two ranks do not divide."""
-    trainer = make_trainer(tmp_path, callbacks=two_rank_callbacks(tmp_path))
-    trainer.fit(make_module(lm), make_data(tmp_path))
-    two = train_on_two(tmp_path, lm, callbacks=two_rank_callbacks)
-    for ours, theirs in zip(logged(trainer), two["logged"], strict=True):
-        assert theirs["tax/loss"] == pytest.approx(ours["tax/loss"], rel=1e-5)
-        assert theirs["tax/loss_increase"] == pytest.approx(ours["tax/loss_increase"], rel=1e-3, abs=1e-6)
 
 
 def test_litppo_reads_text_without_a_graph(tmp_path, lm):

@@ -6,7 +6,9 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
+from torch.utils.data import DataLoader, IterableDataset
 
 from lit_ppo.advantages import GAE
 from lit_ppo.callbacks import PPOCallback, fire
@@ -18,7 +20,8 @@ from lit_ppo.callbacks.checks import (
     require_token_rewards,
 )
 from lit_ppo.callbacks.trainer import of_first_process
-from tests.helpers.toy import Spy, Toy, run_updates
+from tests.helpers.toy import Spy, Toy, ToyTexts, run_updates
+from tests.helpers.trick import make_trick
 
 
 def test_hooks_reach_plain_callbacks_in_list_order_with_their_arguments():
@@ -55,16 +58,6 @@ def test_toy_fires_every_hook():
 def test_misspelt_hook_is_refused():
     with pytest.raises(TypeError, match=r"Mine\.on_score: nothing fires this hook; ours are .*on_scores"):
         type("Mine", (PPOCallback,), {"on_score": lambda self, trainer, pl_module, experience: None})
-
-
-def test_lightning_hooks_are_allowed():
-    type("Mine", (PPOCallback,), {"on_before_backward": lambda self, trainer, pl_module, loss: None})
-
-
-def test_module_that_fires_is_not_refused():
-    module = Toy()
-    run_updates(PPOCallback(), module=module)
-    assert module._fires_hooks
 
 
 def test_module_that_never_fires_is_refused():
@@ -104,6 +97,59 @@ def test_token_rewards_are_required_where_an_estimator_says_that_it_reads_none()
         ValueError, match=r"PPOCallback changes token rewards, .*\(advantages=ScoresAlone\) .*with KLLoss"
     ):
         require_token_rewards(PPOCallback(), SimpleNamespace(advantages=scores_alone))
+
+
+class Texts(ToyTexts):
+    """Says when it is let go."""
+
+    def teardown(self, stage: str) -> None:
+        assert stage == "fit"
+        self.calls.append("teardown" + (" with a trainer" if self.trainer is not None else ""))
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter([1, 2])
+
+
+READERS = {"PTXLoss": "backward_on_text", "AlignmentTax": "loss_on_text"}  # and what they call
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_tricks_data_is_prepared_set_up_to_train_and_let_go(name: str):
+    data = Texts()
+    make_trick(name, data=data).setup(L.Trainer(logger=False, barebones=True), Toy(), "validate")
+    assert data.calls == []
+    run_updates(make_trick(name, data=data), 2)
+    assert data.calls == ["prepare_data", "setup fit with a trainer", "teardown with a trainer"]
+    assert data.trainer is None
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize(
+    "loader",
+    [
+        [1, 2],
+        DataLoader(Stream()),
+        DataLoader(torch.arange(0)),  # type: ignore[arg-type]
+        DataLoader([1, 2], batch_sampler=[[0], [1]]),  # type: ignore[arg-type]
+    ],
+    ids=["no loader", "no length", "no rows", "batches of its own"],
+)
+def test_other_loaders_are_refused_before_the_first_rollout(name: str, loader: Any):
+    data, module = ToyTexts(), Toy()
+    data.train_dataloader = lambda: loader
+    with pytest.raises(ValueError, match=rf"{name}\(data=ToyTexts\): train_dataloader\(\) must return a DataLoader"):
+        run_updates(make_trick(name, data=data), module=module)
+    assert module.experiences == []
+
+
+@pytest.mark.parametrize(("name", "method"), READERS.items())
+def test_module_that_cannot_read_text_is_refused_before_the_first_rollout(name: str, method: str):
+    module = type("Mute", (Toy,), {method: property()})()
+    with pytest.raises(TypeError, match=f"{name} needs {method} on the module, which Mute lacks"):
+        run_updates(make_trick(name), module=module)
+    assert module.experiences == []
 
 
 def test_what_the_first_process_finds_or_fails_at_all_are_told() -> None:
