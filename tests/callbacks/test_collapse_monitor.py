@@ -1,9 +1,7 @@
-"""CollapseMonitor: each rule's distance and levels by hand, what is said and when, and that an alarm ends a run."""
+"""CollapseMonitor: each rule's distance and levels by hand, and what is said and when."""
 
 import math
 import warnings
-from collections.abc import Callable
-from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lit_ppo.callbacks import CollapseMonitor
-from tests.helpers.toys import logged, make_data, make_module, make_trainer
+from tests.helpers.recorder import record
+from tests.helpers.toys import logged
 from tests.helpers.trick import Trick
 
 RULES = ("kl", "length", "perplexity", "entropy", "distinct", "duplicates", "opening", "score_tail")
@@ -32,7 +31,7 @@ def falling(update: int) -> list[float]:
 
 TRICK = {
     "CollapseMonitor": Trick(
-        acts={**NO_RULES, "opening_tokens": 1},
+        acts={**NO_RULES, "opening_tokens": 1, "score_tail": (0.5, 1e6)},
         refuses={
             "kl": (0.6, 0.3),
             "length": (1.0, 2.0),
@@ -50,7 +49,10 @@ TRICK = {
             **KNOBS,
             "ngram": ({"ngram": 1}, {"ngram": 2}),
             "opening_tokens": ({"opening_tokens": 1}, {"opening_tokens": 2}),
-            "lookahead": ({"entropy": (1.25, 9.0), "lookahead": 0}, {"entropy": (1.25, 9.0), "lookahead": 100}),
+            "lookahead": (
+                {"score_tail": None, "entropy": (1.25, 9.0), "lookahead": 0},
+                {"score_tail": None, "entropy": (1.25, 9.0), "lookahead": 100},
+            ),
             "stop": ({"kl": TIGHT}, {"kl": TIGHT, "stop": True}),
         },
         toy={"scores": falling, "longest": lambda update: min(update + 2, 4)},
@@ -78,6 +80,19 @@ def rows(**changes: Any) -> Any:
     return SimpleNamespace(
         response_ids=x["ids"], response_mask=mask, logprobs=logprobs, ref_logprobs=ref, kl=kl, raw_scores=x["scores"]
     )
+
+
+def at_kl(*kls: float) -> list[Any]:
+    """Experiences whose tokens all have such a KL."""
+    return [rows(ref_logprobs=-1.0 - kl) for kl in kls]
+
+
+def one_rule(rule: str, *levels: float, **options: Any) -> CollapseMonitor:
+    return CollapseMonitor(**{**NO_RULES, rule: levels, **options})
+
+
+def levels_of(monitor: CollapseMonitor, *experiences: Any) -> list[float]:
+    return [log["collapse/level"] for log in watch(monitor, *experiences)[0]]
 
 
 def watch(monitor: CollapseMonitor, *experiences: Any) -> tuple[list[dict[str, float]], list[str], bool]:
@@ -121,8 +136,7 @@ def test_levels_of_each_rule(rule: str, factors: tuple[float, float], level: flo
     """Just over the level, just under it; the other rules are off."""
     changes, statistic, distance = CASES[rule]
     bounds = (max(factors[0] * distance, 1.001 if rule in FACTORS else 0.0), factors[1] * distance)
-    monitor = CollapseMonitor(**{**NO_RULES, rule: bounds, "lookahead": 0})
-    (first, second), said, stop = watch(monitor, rows(), rows(**changes))
+    (first, second), said, stop = watch(one_rule(rule, *bounds, lookahead=0), rows(), rows(**changes))
     assert first["collapse/level"] == 0.0
     assert second["collapse/level"] == level
     assert second[f"collapse/{rule}"] == pytest.approx(statistic, rel=1e-5)
@@ -135,63 +149,42 @@ def test_levels_of_each_rule(rule: str, factors: tuple[float, float], level: flo
 
 def test_levels_count_from_where_they_are() -> None:
     """In numbers that are exact: KL 0.25 is half way to 0.5, and would be there in one update; then 0.5, then 0.75."""
-    experiences = [rows(logprobs=-1.0, ref_logprobs=-1.0 - kl) for kl in (0.0, 0.25, 0.5, 0.75)]
-    monitor = CollapseMonitor(**{**NO_RULES, "kl": (0.5, 0.75), "lookahead": 1})
-    assert [log["collapse/level"] for log in watch(monitor, *experiences)[0]] == [0.0, 1.0, 1.0, 2.0]
+    assert levels_of(one_rule("kl", 0.5, 0.75, lookahead=1), *at_kl(0.0, 0.25, 0.5, 0.75)) == [0, 1, 1, 2]
 
 
 def test_what_is_nought_ends_no_run() -> None:
     """A policy without a choice left, or from the start; scores that were all alike, and then one of them is not."""
     sure, open_ = rows(logprobs=0.0, ref_logprobs=0.0), rows()
     for experiences, levels in (((open_, sure), [0, 2]), ((sure, open_), [0, 0]), ((sure, sure), [0, 0])):
-        monitor = CollapseMonitor(**{**NO_RULES, "entropy": (2.0, 4.0)})
-        assert [log["collapse/level"] for log in watch(monitor, *experiences)[0]] == levels
+        assert levels_of(one_rule("entropy", 2.0, 4.0), *experiences) == levels
     alike, worse = rows(scores=torch.ones(10)), rows(scores=torch.tensor([0.0] + [1.0] * 9))
-    monitor = CollapseMonitor(**{**NO_RULES, "score_tail": (1.0, 2.0)})
-    assert [log["collapse/level"] for log in watch(monitor, alike, alike, worse)[0]] == [0, 0, 2]
-
-
-def test_a_state_taken_is_not_changed_by_the_run_that_goes_on() -> None:
-    monitor = CollapseMonitor(**{**NO_RULES, "kl": (0.3, 0.6)})
-    watch(monitor, rows(), rows(ref_logprobs=-1.4))
-    state = monitor.state_dict()
-    before = deepcopy(state)
-    watch(monitor, rows(ref_logprobs=-1.7))
-    assert state == before
+    assert levels_of(one_rule("score_tail", 1.0, 2.0), alike, alike, worse) == [0, 0, 2]
 
 
 def test_a_length_that_grows_counts_as_one_that_shrinks() -> None:
     """2 to 4 tokens are a factor of 2."""
-    monitor = CollapseMonitor(**{**NO_RULES, "length": (1.999, 2.001), "lookahead": 0})
-    logs, said, _ = watch(monitor, rows(lengths=[2] * 10), rows())
-    assert [log["collapse/level"] for log in logs] == [0.0, 1.0]
+    logs, said, _ = watch(one_rule("length", 1.999, 2.001), rows(lengths=[2] * 10), rows())
+    assert [log["collapse/level"] for log in logs] == [0, 1]
     assert "4 tokens per response, 2 at the start" in said[0]
 
 
 def test_what_was_so_from_the_start_is_no_collapse() -> None:
     """All responses the same, all begin alike: the task may be so. KL is measured from 0."""
-    always = {"ids": torch.ones(10, 4, dtype=torch.long)}
-    logs, said, _ = watch(CollapseMonitor(), rows(**always), rows(**always), rows(**always))
-    assert [log["collapse/level"] for log in logs] == [0.0] * 3
+    always = rows(ids=torch.ones(10, 4, dtype=torch.long))
+    logs, said, _ = watch(CollapseMonitor(), always, always, always)
+    assert [log["collapse/level"] for log in logs] == [0] * 3
     assert said == []
     assert logs[0]["collapse/duplicates"] == pytest.approx(0.9)
     assert logs[0]["collapse/opening"] == 1.0
 
 
-def test_words_with_the_numbers_once_a_level() -> None:
-    """KL 0.4, 0.1, 0.4, 0.7, 0.9, 0.1, 0.4: a warning, an alarm, and no more."""
-    kls = (0.0, 0.4, 0.1, 0.4, 0.7, 0.9, 0.1, 0.4)
-    experiences = [rows(logprobs=-1.0, ref_logprobs=-1.0 - kl) for kl in kls]
-    monitor = CollapseMonitor(**{**NO_RULES, "kl": (0.3, 0.6)})
-    logs, said, _ = watch(monitor, *experiences)
-    assert [log["collapse/level"] for log in logs] == [0.0, 1.0, 0.0, 1.0, 2.0, 2.0, 0.0, 1.0]
+def test_it_says_once_a_level_what_is_wrong_with_the_numbers() -> None:
+    monitor = one_rule("kl", 0.3, 0.6)
+    logs, said, _ = watch(monitor, *at_kl(0.0, 0.4, 0.1, 0.4, 0.7, 0.9, 0.1, 0.4))
+    assert [log["collapse/level"] for log in logs] == [0, 1, 0, 1, 2, 2, 0, 1]
     assert monitor.told == ["warning at update 2 (kl)", "alarm at update 5 (kl)"]  # in the run's summary
-    assert said == [
-        "CollapseMonitor: warning at update 2: the policy is far from the reference: 0.4 nats per token (kl is at "
-        "0.4; warning from 0.3, alarm from 0.6)",
-        "CollapseMonitor: alarm at update 5: the policy is far from the reference: 0.7 nats per token (kl is at 0.7; "
-        "warning from 0.3, alarm from 0.6)",
-    ]
+    for words, kl in zip(said, (0.4, 0.7), strict=True):
+        assert f"far from the reference: {kl} nats per token (kl is at {kl}; warning from 0.3, alarm from 0.6)" in words
 
 
 @pytest.mark.parametrize(
@@ -205,33 +198,28 @@ def test_words_with_the_numbers_once_a_level() -> None:
     ],
 )
 def test_a_trend_is_followed_into_the_future(kls: tuple[float, ...], lookahead: int, levels: list[int]) -> None:
-    experiences = [rows(logprobs=-1.0, ref_logprobs=-1.0 - kl) for kl in kls]
-    monitor = CollapseMonitor(**{**NO_RULES, "kl": (0.3, 0.6), "lookahead": lookahead})
-    logs, said, _ = watch(monitor, *experiences)
+    logs, said, _ = watch(one_rule("kl", 0.3, 0.6, lookahead=lookahead), *at_kl(*kls))
     assert [log["collapse/level"] for log in logs] == levels
     assert all(f"warning from 0.3, which it would reach within {lookahead} updates" in words for words in said)
 
 
 def test_half_way_of_a_factor_is_between_it_and_one() -> None:
     """Entropy falls to 1 / 1.6 of itself; half way to 2 is 1.5, and 1.6 + 5 x 0.3 = 3.1. 1.4 is not half way."""
-    for second, level in ((1.6, 1.0), (1.4, 0.0)):
-        experiences = [rows(logprobs=-1.0 / f, ref_logprobs=-1.0 / f) for f in (1.0, 1.0, second)]
-        monitor = CollapseMonitor(**{**NO_RULES, "entropy": (2.0, 4.0), "lookahead": 5})
-        assert watch(monitor, *experiences)[0][-1]["collapse/level"] == level
+    for last, level in ((1.6, 1), (1.4, 0)):
+        experiences = [rows(logprobs=-1.0 / f, ref_logprobs=-1.0 / f) for f in (1.0, 1.0, last)]
+        assert levels_of(one_rule("entropy", 2.0, 4.0, lookahead=5), *experiences)[-1] == level
 
 
 @pytest.mark.parametrize("rule", ["length", "distinct", "duplicates", "opening", "score_tail"])
 def test_what_is_of_responses_has_no_trend(rule: str) -> None:
     """Over half way in one update, and over the level soon at that pace."""
     changes, _, distance = CASES[rule]
-    monitor = CollapseMonitor(**{**NO_RULES, rule: (1.1 * distance, 9.0)})
-    assert watch(monitor, rows(), rows(**changes))[0][-1]["collapse/level"] == 0.0
+    assert levels_of(one_rule(rule, 1.1 * distance, 9.0), rows(), rows(**changes)) == [0, 0]
 
 
 @pytest.mark.parametrize(("stop", "kl", "stopped"), [(True, 0.7, True), (True, 0.5, False), (False, 0.7, False)])
 def test_an_alarm_stops_the_run_if_it_may(stop: bool, kl: float, stopped: bool) -> None:
-    monitor = CollapseMonitor(kl=(0.3, 0.6), stop=stop)
-    assert watch(monitor, rows(), rows(ref_logprobs=-1.0 - kl))[2] == stopped
+    assert watch(CollapseMonitor(kl=(0.3, 0.6), stop=stop), *at_kl(0.0, kl))[2] == stopped
 
 
 def test_without_a_reference_its_rules_rest() -> None:
@@ -241,54 +229,24 @@ def test_without_a_reference_its_rules_rest() -> None:
     assert said == []
 
 
-def test_a_resumed_monitor_keeps_its_start_its_trend_and_what_it_said() -> None:
+def test_a_resumed_monitor_keeps_its_trend_and_what_it_said() -> None:
     """KL 0, 0.1, then 0.16 after the resume: the trend reaches 0.34. A warning given is not given again."""
-    experiences = [rows(logprobs=-1.0, ref_logprobs=-1.0 - kl) for kl in (0.0, 0.1, 0.16, 0.4)]
-    first, second, third = (CollapseMonitor(**{**NO_RULES, "kl": (0.3, 0.6)}) for _ in range(3))
+    first, second, third = (one_rule("kl", 0.3, 0.6) for _ in range(3))
+    *experiences, last = at_kl(0.0, 0.1, 0.16, 0.4)
     watch(first, *experiences[:2])
     second.load_state_dict(first.state_dict())
     logs, said, _ = watch(second, experiences[2])
-    assert logs[0]["collapse/level"] == 1.0
+    assert logs[0]["collapse/level"] == 1
     assert "at update 3" in said[0]
     third.load_state_dict(second.state_dict())
     assert third.told == ["warning at update 3 (kl)"]
-    assert watch(third, experiences[3])[1] == []
+    assert watch(third, last)[1] == []
 
 
-def test_a_resumed_monitor_measures_from_the_old_start() -> None:
-    """Entropy 1 before, 0.4 after: a factor of 2.5. From a start of its own it would be 1."""
-    first, second = (CollapseMonitor(**{**NO_RULES, "entropy": (2.0, 4.0)}) for _ in range(2))
-    watch(first, rows())
-    second.load_state_dict(first.state_dict())
-    logs, said, _ = watch(second, rows(logprobs=-0.4, ref_logprobs=-0.4))
-    assert logs[0]["collapse/level"] == 1.0
-    assert "0.4 nats per token, 1 at the start" in said[0]
-
-
-def fit(tmp_path: Any, lm: Any, monitor: CollapseMonitor, updates: int, **overrides: Any) -> list[dict[str, float]]:
-    trainer = make_trainer(tmp_path, callbacks=[monitor], max_steps=updates)
-    trainer.fit(make_module(lm, **overrides), make_data(tmp_path))
-    return logged(trainer)
-
-
-def test_on_the_real_module_the_numbers_are_those_it_logs(tmp_path: Any, lm: Any) -> None:
-    row = fit(tmp_path, lm, CollapseMonitor(**NO_RULES), 2)[1]
+def test_on_litppo_the_numbers_are_those_it_logs(tmp_path: Any, lm: Any) -> None:
+    row = logged(record(tmp_path, lm, CollapseMonitor(**NO_RULES))[2])[1]
     assert row["collapse/length"] == pytest.approx(row["response/length"])
     assert row["collapse/kl"] == pytest.approx(row["objective/kl"] / row["response/length"], rel=1e-5)
     assert row["collapse/entropy"] == pytest.approx(row["objective/entropy"] / row["response/length"], rel=1e-5)
     # log pi - log ref is the KL's estimate: the reference's perplexity is exp(entropy + KL)
     assert math.log(row["collapse/perplexity"]) == pytest.approx(row["collapse/entropy"] + row["collapse/kl"], rel=1e-4)
-
-
-def test_a_collapsing_run_is_ended_and_a_calm_one_is_not(tmp_path: Any, lm: Any) -> None:
-    """A learning rate of 3 and no KL; then one of 0.01."""
-    actor: Callable[[float], Any] = lambda rate: lambda params: torch.optim.SGD(params, lr=rate)  # noqa: E731
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        rows = fit(tmp_path, lm, CollapseMonitor(stop=True), 12, kl_coef=0.0, actor_optimizer=actor(3.0))
-    assert len(rows) < 12
-    assert any(f"CollapseMonitor: alarm at update {len(rows)}: " in str(warning.message) for warning in said)
-    assert [row["collapse/level"] for row in rows[-1:]] == [2.0]
-    calm = CollapseMonitor(duplicates=None, opening=None, distinct=None, score_tail=None)  # of seven responses
-    rows = fit(tmp_path, lm, calm, 12, actor_optimizer=actor(0.01))
-    assert [row["collapse/level"] for row in rows] == [0.0] * 12

@@ -18,7 +18,6 @@ from lit_ppo.callbacks import AdvantageNormalization, CollapseMonitor, RewardHac
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toys import GOOD, count_good, make_module, make_trainer, write_prompts
 
-UPDATES = 40
 NEVER = 1000
 
 
@@ -60,7 +59,9 @@ def actor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_causal_lm(tmp_path_factory.mktemp("lm") / "lm", scale=4.0)
 
 
-def run(folder: Path, actor: Path, gold: Callable[..., list[float]], rate: float, **options: Any) -> Course:
+def run(
+    folder: Path, actor: Path, gold: Callable[..., list[float]], rate: float, updates: int, **options: Any
+) -> Course:
     """32 responses an update, by Adam of a rate."""
     adam = partial(torch.optim.Adam, lr=rate)
     critic = partial(torch.optim.Adam, lr=0.01)
@@ -69,7 +70,7 @@ def run(folder: Path, actor: Path, gold: Callable[..., list[float]], rate: float
     module = make_module(
         actor, actor_optimizer=adam, critic_optimizer=critic, minibatch_size=16, micro_batch_size=32, **options
     )
-    trainer = make_trainer(folder, callbacks=[AdvantageNormalization(), *monitors], max_steps=UPDATES)
+    trainer = make_trainer(folder, callbacks=[AdvantageNormalization(), *monitors], max_steps=updates)
     files = [str(write_prompts(folder / f"{name}.jsonl", 32)) for name in ("prompts", "held_out")]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -80,13 +81,12 @@ def run(folder: Path, actor: Path, gold: Callable[..., list[float]], rate: float
     return Course(watch, *spoken, scores)
 
 
-@pytest.mark.parametrize("rate", [3e-3, 1e-2])
-def test_without_kl_and_with_a_high_rate_it_warns_before_gold_falls(tmp_path: Path, actor: Path, rate: float) -> None:
+def test_without_kl_and_with_a_high_rate_it_warns_before_gold_falls(tmp_path: Path, actor: Path) -> None:
     """The score climbs on to its end, 10 good words of 10; different ones became fewer long before."""
-    course = run(tmp_path, actor, kinds, rate, rewards=count_good, kl_coef=0.0)
+    course = run(tmp_path, actor, kinds, 1e-2, 28, rewards=count_good, kl_coef=0.0)
     assert course.scores[-1] > 9.5
-    assert course.reached(1) < course.reached(2) < course.fallen() < UPDATES
-    assert course.reached(1) < UPDATES / 4
+    assert course.reached(1) < course.reached(2) < course.fallen() < 28
+    assert course.reached(1) < 7
     assert any("CollapseMonitor: alarm at update" in line and "(kl is at" in line for line in course.collapse)
     assert len(course.hacking) == 1
     assert "RewardHackingMonitor: reward hacking at update" in course.hacking[0]
@@ -94,16 +94,16 @@ def test_without_kl_and_with_a_high_rate_it_warns_before_gold_falls(tmp_path: Pa
 
 def test_one_opening_takes_over_and_it_warns_before_a_reader_tires(tmp_path: Path, actor: Path) -> None:
     """A reward that pays for the first word alone, and hardly any KL: the rest stays as it was."""
-    course = run(tmp_path, actor, turns, 3e-3, rewards=first_letter, kl_coef=0.05, seed=5)
-    assert course.reached(1) < course.fallen() < UPDATES
+    course = run(tmp_path, actor, turns, 3e-3, 40, rewards=first_letter, kl_coef=0.05, seed=5)
+    assert course.reached(1) < course.fallen() < 40
     assert any("one opening dominates" in line for line in course.collapse)
     assert course.watch.gold[0] > 0.9
     assert course.watch.gold[-1] < 0.5
 
 
-@pytest.mark.parametrize(("seed", "rate", "kl_coef"), [(3, 1e-3, 1.5), (4, 5e-4, 1.0), (5, 2e-3, 2.0)])
+@pytest.mark.parametrize(("seed", "rate", "kl_coef"), [(4, 5e-4, 1.0), (5, 2e-3, 2.0)])
 def test_a_healthy_run_is_left_in_peace(tmp_path: Path, actor: Path, seed: int, rate: float, kl_coef: float) -> None:
     """It learns all the same."""
-    course = run(tmp_path, actor, kinds, rate, rewards=count_good, kl_coef=kl_coef, seed=seed)
+    course = run(tmp_path, actor, kinds, rate, 25, rewards=count_good, kl_coef=kl_coef, seed=seed)
     assert course.collapse == course.hacking == []
     assert sum(course.scores[-5:]) > 1.3 * sum(course.scores[:5])
