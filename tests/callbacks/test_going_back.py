@@ -57,14 +57,9 @@ class Weights(L.Callback):
 
 
 def fit(folder: Path, actor: Path, start: Path | None = None, **options: Any) -> tuple[Any, Any, Any, L.Trainer]:
-    """Monitor, weights, module and trainer; everything is written under ``folder``.
+    """Monitor, weights, module and trainer of a run in a folder, from a checkpoint if there is a ``start``.
 
-    Args:
-        folder: Of the run.
-        actor: The model's.
-        start: Checkpoint to go on from.
-        **options: ``then`` and ``gold`` of the monitor, ``strategy`` and ``max_steps`` of the trainer; the rest is of
-            the module.
+    Options are those of the monitor and the trainer that are named below, and of the module.
     """
     folder.mkdir(exist_ok=True)
     adam = partial(torch.optim.Adam, lr=0.01)
@@ -160,69 +155,67 @@ def test_going_on_from_there_is_the_same_run_to_the_bit(tmp_path: Path, gamed: A
     assert module.rollouts == trainer.global_step
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory, gamed: Any, actor: Path) -> Path:
+    """Folder of a run that was stopped after one update, and of its rest, stopped between best update and verdict."""
+    folder, best = tmp_path_factory.mktemp("stopped"), best_of(gamed[1])
+    assert 1 < best < gamed[-1].global_step - 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(folder / "first", actor, max_steps=1)
+        fit(folder / "second", actor, folder / "first/saved/step-000001.ckpt", max_steps=best + 1)
+    return folder
+
+
+def test_another_runs_best_is_left_alone(gamed: Any, stopped: Path) -> None:
+    """A new best of a run that goes on elsewhere replaces its own, not that of the run before."""
+    assert len(list((stopped / "first/saved").glob("best*"))) == 1
+    names = [path.name for path in (stopped / "second/saved").glob("best*")]
+    assert names == [f"best-step-{best_of(gamed[1]):06d}.ckpt"]
+
+
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
-def test_a_resumed_run_knows_where_its_best_lies(tmp_path: Path, gamed: Any, actor: Path) -> None:
-    """Stopped between the best update and the verdict, it goes back to the checkpoint in the folder of before."""
+def test_a_resumed_run_knows_where_its_best_lies(tmp_path: Path, gamed: Any, stopped: Path, actor: Path) -> None:
+    """It goes back to the checkpoint in the folder of before; where that is gone, the weights stay."""
     _, monitor, weights, _, trainer = gamed
     best = best_of(monitor)
-    assert trainer.global_step - best > 2
-    fit(tmp_path / "first", actor, max_steps=best + 1)
-    start = tmp_path / f"first/saved/step-{best + 1:06d}.ckpt"
-    _, again, _, other = fit(tmp_path / "second", actor, start)
+    start, kept = (
+        stopped / f"second/saved/{name}-{n:06d}.ckpt" for name, n in (("step", best + 1), ("best-step", best))
+    )
+    _, again, _, other = fit(tmp_path / "third", actor, start)
     assert other.global_step == trainer.global_step
     assert_same(again.end, weights.after[best])
-    assert (tmp_path / f"first/saved/best-step-{best:06d}.ckpt").exists()
-    assert not list((tmp_path / "second/saved").glob("best*"))
+    assert kept.exists()
+    assert not list((tmp_path / "third/saved").glob("best*"))
+    kept.rename(tmp_path / "gone")
+    with pytest.warns(UserWarning, match=rf"Monitor: no checkpoint of update {best} .*the weights do not change"):
+        _, again, _, _ = fit(tmp_path / "fourth", actor, start)
+    assert_same(again.end, weights.after[trainer.global_step])
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
-def test_another_runs_best_is_left_alone(tmp_path: Path, gamed: Any, actor: Path) -> None:
-    """A new best of a run that goes on elsewhere replaces its own, not that of the run before."""
-    fit(tmp_path / "first", actor, max_steps=1)
-    before = list((tmp_path / "first/saved").glob("best*"))
-    fit(tmp_path / "second", actor, tmp_path / "first/saved/step-000001.ckpt")
-    assert before == list((tmp_path / "first/saved").glob("best*"))
-    assert len(list((tmp_path / "second/saved").glob("best*"))) == 1
-
-
-@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
-def test_an_older_best_is_not_taken_for_the_best(tmp_path: Path, gamed: Any, actor: Path) -> None:
+def test_an_older_best_is_not_taken_for_the_best(tmp_path: Path, gamed: Any, stopped: Path, actor: Path) -> None:
     """The best update was passed while nobody kept it."""
     best = best_of(gamed[1])
-    fit(tmp_path / "first", actor, max_steps=1)
-    fit(tmp_path / "second", actor, tmp_path / "first/saved/step-000001.ckpt", then="warn", max_steps=best + 1)
+    fit(tmp_path / "second", actor, stopped / "first/saved/step-000001.ckpt", then="warn", max_steps=best + 1)
     start = tmp_path / f"second/saved/step-{best + 1:06d}.ckpt"
     with pytest.warns(UserWarning, match=rf"no checkpoint of update {best} \(.*first.saved.best-step-00000\d.ckpt"):
         _, again, _, other = fit(tmp_path / "third", actor, start)
     assert_same(again.end, gamed[2].after[other.global_step])
 
 
-@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
-def test_where_the_best_is_gone_the_weights_stay(tmp_path: Path, gamed: Any, actor: Path) -> None:
-    best = best_of(gamed[1])
-    fit(tmp_path / "first", actor, max_steps=best + 1)
-    (tmp_path / f"first/saved/best-step-{best:06d}.ckpt").unlink()
-    start = tmp_path / f"first/saved/step-{best + 1:06d}.ckpt"
-    with pytest.warns(
-        UserWarning, match=rf"RewardHackingMonitor: no checkpoint of update {best} .*the weights do not change"
-    ):
-        _, again, _, other = fit(tmp_path / "second", actor, start)
-    assert_same(again.end, gamed[2].after[other.global_step])
-
-
 def test_without_a_verdict_the_last_weights_stay(tmp_path: Path, actor: Path) -> None:
     """Gold is the score itself; its best is kept all the same, for whoever wants it."""
-    monitor, weights, _, _ = fit(tmp_path, actor, gold=count_good, max_steps=6)
-    assert_same(weights.end, weights.after[6])
+    monitor, weights, _, _ = fit(tmp_path, actor, gold=count_good, max_steps=4)
+    assert_same(weights.end, weights.after[4])
     (kept,) = (tmp_path / "saved").glob("best*")
     assert kept.name == f"best-step-{best_of(monitor):06d}.ckpt"
 
 
 @pytest.mark.parametrize("then", ["warn", "stop"])
 def test_nothing_is_kept_unless_asked_for(tmp_path: Path, actor: Path, then: str) -> None:
-    _, weights, _, trainer = fit(tmp_path, actor, then=then, max_steps=24)
-    assert [path.name for path in (tmp_path / "saved").iterdir()] == [f"step-{trainer.global_step:06d}.ckpt"]
-    assert_same(weights.end, weights.after[trainer.global_step])
+    fit(tmp_path, actor, then=then, max_steps=2)
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["step-000002.ckpt"]
 
 
 def unlike_the_start(responses: list[str]) -> list[float]:
@@ -249,22 +242,18 @@ def test_an_adapter_goes_back(tmp_path: Path, actor: Path) -> None:
 
 
 def on_two(folder: Path, actor: Path) -> None:
-    """Under each strategy."""
-    for name in ("ddp", "fsdp2"):
-        monitor, weights, _, trainer = fit(folder / name, actor, strategy=name)
-        best = best_of(monitor)
-        assert best < trainer.global_step < UPDATES
-        if rank() == 0:
-            assert_same(weights.end, weights.after[best])
-            torch.save((best, trainer.global_step, weights.end), folder / f"{name}.pt")
+    monitor, weights, _, trainer = fit(folder / "run", actor, strategy="fsdp2")
+    if rank() == 0:
+        assert_same(weights.end, weights.after[best_of(monitor)])
+        torch.save((best_of(monitor), trainer.global_step, weights.end), folder / "two.pt")
 
 
 def test_two_ranks_go_back_as_one(tmp_path: Path, gamed: Any, actor: Path) -> None:
+    """With weights that are dealt out."""
     _, monitor, _, _, trainer = gamed
     on_ranks(2, on_two, tmp_path, actor, folder=tmp_path / "ranks")
-    for name in ("ddp", "fsdp2"):
-        best, end, whole = torch.load(tmp_path / f"{name}.pt", weights_only=True)
-        assert (best, end) == (best_of(monitor), trainer.global_step), name
-        exported = AutoModelForCausalLM.from_pretrained(tmp_path / name / "model").state_dict()
-        for key, value in exported.items():
-            assert torch.equal(value, whole[f"actor.model.{key}"]), key
+    best, end, whole = torch.load(tmp_path / "two.pt", weights_only=True)
+    assert (best, end) == (best_of(monitor), trainer.global_step)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").state_dict()
+    for key, value in exported.items():
+        assert torch.equal(value, whole[f"actor.model.{key}"]), key
