@@ -75,7 +75,7 @@ def test_saved_configurations_name_no_module(tmp_path: Path) -> None:
     assert names > {"RewardFunction", "FSDP2Strategy", "PTXLoss", "TextDataModule", "PreferenceDataModule"}
 
 
-@pytest.mark.parametrize("layers", [[], ["--config", "configs/sft.yaml"]])
+@pytest.mark.parametrize("layers", [[], ["--config", str(CONFIGS / "sft.yaml")]])
 @pytest.mark.parametrize("given", ["yaml", "options"])
 def test_another_class_starts_with_its_own_defaults(tmp_path: Path, layers: list[str], given: str) -> None:
     """Not with arguments of the class that it replaces: AdamW's weight decay, in SGD, is another loss."""
@@ -89,7 +89,7 @@ def test_another_class_starts_with_its_own_defaults(tmp_path: Path, layers: list
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay))
     options = [f"--{name}=torch.optim.SGD", f"--{name}.lr=0.3"] if given == "options" else []
     last = ["--config", str(tmp_path / "overlay.yaml"), *options, "--print_config"]
-    shown = yaml.safe_load(run_command("fit", *layers, *last, cwd=REPOSITORY).ok().out)
+    shown = yaml.safe_load(run_command("fit", *layers, *last, cwd=tmp_path).ok().out)
     found = shown["model"]["init_args"]["optimizer"]["init_args"]
     expected = inspect.signature(torch.optim.SGD).parameters
     assert found == {name: 0.3 if name == "lr" else expected[name].default for name in found}
