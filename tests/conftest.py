@@ -38,20 +38,26 @@ def tiny_reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_reward_model(tmp_path_factory.mktemp("reward"))
 
 
-# Minutes rather than seconds: they start first, so that no worker is left alone with one of them.
+# The longest files, longest first: they start first, so that no worker is left alone with one of them.
 LONG = (
-    "run/test_killed.py",
     "parallel/test_equivalence.py",
-    "test_recipes.py",
     "parallel/test_elastic.py",
-    "test_knobs.py",
-    "test_configs.py",
-    "callbacks/test_contract.py",
-    "test_matrix.py",
-    "models/test_lora.py",
-    "supervised/test_configs.py",
-    "quickstart/test_run.py",
     "parallel/test_sharding.py",
+    "callbacks/test_monitors.py",
+    "run/test_killed.py",
+    "models/test_lora.py",
+    "callbacks/test_going_back.py",
+    "test_knobs.py",
+    "callbacks/test_contract.py",
+    "test_configs.py",
+    "quickstart/test_run.py",
+    "test_recipes.py",
+    "ppo/test_module.py",
+    "test_benchmarks.py",
+    "cli/test_stages.py",
+    "ppo/test_bf16_mixed.py",
+    "golden/test_golden.py",
+    "cli/test_ppo.py",
 )
 
 

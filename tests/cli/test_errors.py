@@ -8,7 +8,6 @@ from lit_ppo.cli.errors import nearest, parsing_error, running_error
 from lit_ppo.run.errors import CommandError
 from tests.helpers.command import run_command
 from tests.helpers.ppo_command import ppo_arguments
-from tests.helpers.tiny import make_causal_lm, make_tokenizer
 
 OVERLAYS = {
     "mistyped key": ("trainer:\n  max_stepz: 3\n", ["over.yaml:2", "trainer.max_stepz", "'trainer.max_steps'"]),
@@ -89,15 +88,10 @@ def test_a_reward_that_raises_is_named_with_its_line_before_the_first_update(
     assert "update 1" not in result.out
 
 
-def test_a_tokenizer_without_pad_token_trains(tmp_path: Path, tiny_reward: Path) -> None:
-    actor = make_causal_lm(tmp_path / "actor", tokenizer=make_tokenizer(pad=False))
-    run_command("fit", *ppo_arguments(tmp_path, actor, tiny_reward), "--trainer.max_steps=1", cwd=tmp_path).ok()
-
-
 def test_nearest() -> None:
     assert nearest("lrr", ["lr", "betas"]) == "did you mean 'lr'?"
     assert nearest("zzz", ["lr", "betas"]) == "known: betas, lr"
-    assert nearest("--max_steps", ["--trainer.max_steps", "--max"]) == "did you mean '--trainer.max_steps'?"
+    assert nearest("--lr", ["--model.actor_optimizer.lr", "--seed"]) == "did you mean '--model.actor_optimizer.lr'?"
 
 
 def test_nothing_in_an_error_is_obeyed_by_a_terminal() -> None:

@@ -91,15 +91,11 @@ def test_a_store_of_files_takes_one_reward(tmp_path: Path, tiny_lm: Path) -> Non
             watched(tmp_path, tiny_lm, logger, **options)
 
 
-def test_which_stores_are_of_files() -> None:
-    for uri, refused in (("./mlruns", True), ("sqlite:///m.db", False), ("http://localhost:5000", False)):
-        logger = SimpleNamespace(_tracking_uri=uri)
-        check_loggers([logger, SimpleNamespace()], [])
-        if refused:
-            with pytest.raises(ValueError, match="use a database"):
-                check_loggers([SimpleNamespace(), logger], ["judge"])
-        else:
-            check_loggers([logger], ["judge"])
+def test_stores_that_are_not_of_files_take_several_rewards() -> None:
+    for uri in ("sqlite:///m.db", "http://localhost:5000"):
+        check_loggers([SimpleNamespace(_tracking_uri=uri), SimpleNamespace()], ["judge"])
+    with pytest.raises(ValueError, match="use a database"):
+        check_loggers([SimpleNamespace(), SimpleNamespace(_tracking_uri="./mlruns")], ["judge"])
 
 
 def test_which_loggers_leave_the_run_without_a_folder(tmp_path: Path) -> None:

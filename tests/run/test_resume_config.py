@@ -136,12 +136,10 @@ def test_minibatches_and_samples_take_effect(tmp_path: Path, actor: Path) -> Non
     model, rows = fit(tmp_path, actor, updates=2, start=1, samples_per_prompt=2, minibatch_size=10, ppo_epochs=3)
     # 5 prompts are left in the epoch: 10 responses, one minibatch a pass, three steps of each optimizer
     assert rows[0]["optimizer/skipped_fraction"] == 0.0
-    steps = {name: int(state["step"]) for name in ("actor", "critic") for state in _states(model, name)}
-    assert steps == {"actor": 2 * 2 + 3, "critic": 2 * 2 + 3}  # before: 7 responses in minibatches of 5, twice
-
-
-def _states(model: Any, name: str) -> list[Any]:
-    return list(optimizers_of(model)[name].state.values())
+    optimizers = optimizers_of(model)
+    assert optimizers.keys() == {"actor", "critic"}
+    for optimizer in optimizers.values():  # before: 7 responses in minibatches of 5, twice
+        assert {int(state["step"]) for state in optimizer.state.values()} == {2 * 2 + 3}
 
 
 # The comparison of configurations
@@ -169,12 +167,9 @@ def test_callbacks_are_compared_by_class_not_by_place() -> None:
     assert twice["trainer.callbacks.AdaptiveKL+.target"] == (ABSENT, 3.0)
 
 
-def test_types_are_compared() -> None:
+def test_types_are_compared_and_names_ignored_at_the_top_level_only() -> None:
     assert changes({"a": 1, "b": 0}, {"a": 1.0, "b": False}) == {"a": (1, 1.0), "b": (0, False)}
     assert not changes({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]})
-
-
-def test_names_are_ignored_at_the_top_level_only() -> None:
     assert not changes({"config": "a", "stages": ["a"], "ckpt_path": None}, {"config": "b", "weights_only": True})
     assert changes({"model": {"config": "a"}}, {"model": {"config": "b"}}) == {"model.config": ("a", "b")}
 
