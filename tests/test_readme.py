@@ -79,7 +79,8 @@ def test_the_lambda_example_in_a_script_and_with_its_fit_run_twice(folder: Path,
     first = AutoModelForCausalLM.from_pretrained(folder / "runs/good/model")
     assert _distance(start, first) > 0
     cell = code[code.index("trainer = ") :]
-    exec(cell, names)  # as a cell of a notebook
+    exec(cell, names)  # as a cell of a notebook: training continues
+    assert names["model"].rollouts == 2  # one of each fit
     assert _distance(first, AutoModelForCausalLM.from_pretrained(folder / "runs/good/model")) > 0
 
 
