@@ -61,12 +61,19 @@ def test_parser_reads_reviews_written_by_hand(opening: str, rest: str, pattern: 
     "text",
     [
         "",
+        " ",
+        ".",
         "We read a novel in bed",
         "We read a novel in bed. The prose was truly superb",
+        "We read a novel in bed. The prose was truly superb. The cover was very dull.",
+        "We read a novel in bed. The prose was superb.",
         "We read a novel in bed. The sauce was truly superb.",  # of another subject
         "We read a pizza in bed. The sauce was truly superb.",
         "we read a novel in bed. The prose was truly superb.",
+        "We read a novel in bed. the prose was truly superb.",
+        "We read a novel  in bed. The prose was truly superb.",
         "We read a novel in bed . The prose was truly superb .",
+        "We read a novel in bed. The prose was superb truly.",
         "The prose was truly superb.",
         "{^when} {who} {took} {item}. The {noun} was {degree} {quality}.",
     ],
@@ -95,6 +102,16 @@ def test_parser_rejects_broken_reviews() -> None:
             survived[slip] += parse(" ".join(broken)) is not None
     assert {slip: number for slip, number in survived.items() if number > 75} == {}  # 5%
     assert survived["a foreign word"] == survived["cut short"] == survived["backwards"] == survived["twice"] == 0
+
+
+def test_parser_takes_any_token_soup_quickly() -> None:
+    rng = random.Random(3)
+    words = sorted({word for review in corpus(500) for word in re.findall(r"\w+|[^\w\s]", review)})
+    for length in (1, 10, 100, 3000):
+        for _ in range(50):
+            assert parse(" ".join(rng.choice(words) for _ in range(length))) is None
+    assert parse("".join(chr(rng.randrange(32, 5000)) for _ in range(5000))) is None
+    assert parse(corpus(1)[0] * 500) is None
 
 
 def test_grammar_is_rich() -> None:
