@@ -64,12 +64,11 @@ def test_sampling_follows_the_formula_token_by_token(lm):
 
 
 def test_responses_end_with_the_first_stop_token_and_rows_leave_one_by_one(lm):
-    model, config = make(lm, eos_token_id=[1, 20, 21, 22, 23, 24, 25, 26, 27, 28])
-    responses = sampled(model, *padded(PROMPTS * 8), config, seeds(32))
-    stops = set(stop_ids(config))
+    model, config = make(lm, eos_token_id=[0, 1, 20, 21, 22, 23, 24, 25, 26, 27, 28])
+    found = generate(model, *padded(PROMPTS * 8), config, seeds(32))
+    responses, stops = found.ids, set(stop_ids(config))  # 0, which pads, is one of them
     assert len({len(row) for row in responses}) > 3
-    ended = generate(model, *padded(PROMPTS * 8), config, seeds(32)).ended
-    assert ended == [row[-1] in stops for row in responses]
+    assert found.ended == [row[-1] in stops for row in responses]
     for row in responses:
         assert not stops & set(row[:-1])
         assert len(row) == 12 or row[-1] in stops

@@ -19,13 +19,6 @@ def module(tiny_lm):
     return make_module(tiny_lm)
 
 
-def test_rollout_and_score_work_without_a_trainer(module):
-    experience = module.rollout(PROMPTS)
-    assert experience.prompts == PROMPTS
-    assert len(experience.responses) == 3
-    assert module.score(experience).tolist() == count_good(PROMPTS, experience.responses)
-
-
 def test_fields_of_a_rollout(module):
     experience = module.rollout(PROMPTS, samples_per_prompt=2)
     assert experience.group.tolist() == [0, 0, 1, 1, 2, 2]

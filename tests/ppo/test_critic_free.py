@@ -154,17 +154,3 @@ def test_what_a_callback_sets_is_checked_before_its_rollout(tmp_path, lm, estima
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, callbacks=[Set()]).fit(module, make_data(tmp_path))
     assert module.rollouts == 0
-
-
-def test_more_samples_that_a_callback_asks_for_are_one_group(tmp_path, lm):
-    class Set(L.Callback):
-        def on_rollout_start(self, trainer: Any, pl_module: Any, prompts: Any) -> None:
-            pl_module.samples_per_prompt = 4
-
-    _, recorder, _ = record(tmp_path, lm, Set(), max_steps=1, **settings(LeaveOneOut(), kl_coef=0.0))
-    (experience,) = recorder.experiences
-    scores = score([], experience.responses)
-    for i in range(28):
-        group = scores[i // 4 * 4 : i // 4 * 4 + 4]
-        expected = scores[i] - (sum(group) - scores[i]) / 3
-        assert experience.advantages[i, 0].item() == pytest.approx(expected, rel=1e-5, abs=1e-6)

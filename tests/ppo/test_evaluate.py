@@ -21,23 +21,6 @@ def data(tmp_path):
     return make_data(tmp_path, val_path=held_out, test_path=held_out, predict_path=held_out, batch_size=3)
 
 
-def test_score_kl_and_length_are_means_over_the_held_out_prompts(tmp_path, tiny_lm, data):
-    """Batches of 3 and 2: a mean over prompts, not over batches."""
-    module = make_module(tiny_lm, samples_per_prompt=2, reference=None)
-    trainer = make_trainer(tmp_path)
-    trainer.test(module, data, verbose=False)
-    prompts = held_out(tmp_path)
-    batches = [module.rollout(prompts[i : i + 3], samples_per_prompt=1, stream=f"test/{i // 3}") for i in (0, 3)]
-    responses = [response for batch in batches for response in batch.responses]
-    lengths = [int(n) for batch in batches for n in batch.response_mask.sum(1)]
-    ended = [float(e) for batch in batches for e in batch.ended]
-    metrics = trainer.callback_metrics
-    assert metrics["test/score"].item() == pytest.approx(sum(count_good([], responses)) / 5)
-    assert metrics["test/length"].item() == pytest.approx(sum(lengths) / 5)
-    assert metrics["test/ended_fraction"].item() == pytest.approx(sum(ended) / 5)
-    assert metrics["test/kl"].item() == 0.0
-
-
 def test_validation_reports_its_phases_and_counts_for_no_update(tmp_path, tiny_lm, data):
     """Two batches, and each once more by the reference."""
     seen = []
@@ -77,7 +60,10 @@ def win_rate(ours, theirs):
 
 
 def test_the_start_is_measured_first(tmp_path, sharp_lm, data):
-    """Before the first update the actor is the reference: no KL, half of the wins, and scores by hand."""
+    """Before the first update the actor is the reference: no KL, half of the wins, and scores by hand.
+
+    Batches of 3 and 2: means over prompts, not over batches.
+    """
     logger = MemoryLogger()
     module = make_module(sharp_lm, eval_rewards={"long": long, "short": short}, minibatch_size=3)
     make_trainer(tmp_path, max_steps=4, val_check_interval=2, logger=logger).fit(module, data)
@@ -85,9 +71,11 @@ def test_the_start_is_measured_first(tmp_path, sharp_lm, data):
     assert order == ["val", "train", "train", "val", "train", "train", "val"]
     start, _, end = (row for row in logger.rows if "val/score" in row)
     fresh, prompts = make_module(sharp_lm), held_out(tmp_path)
-    both = [(m.rollout(p, stream=s).responses) for m in (fresh, module) for p, s in halves(prompts)]
-    before, after = both[0] + both[1], both[2] + both[3]
+    both = [m.rollout(p, stream=s) for m in (fresh, module) for p, s in halves(prompts)]
+    before, after = both[0].responses + both[1].responses, both[2].responses + both[3].responses
     assert before != after
+    assert end["val/length"] == pytest.approx(sum(int(e.response_mask.sum()) for e in both[2:]) / 5)
+    assert end["val/ended_fraction"] == pytest.approx(sum(int(e.ended.sum()) for e in both[2:]) / 5)
     for row, responses in ((start, before), (end, after)):
         for name, reward in (("", count_good), ("/long", long), ("/short", short)):
             ours, theirs = reward([], responses), reward([], before)

@@ -1,7 +1,6 @@
 """LitPPO against a slow oracle, and the invariances that make its numbers trustworthy."""
 
 import itertools
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,7 +41,7 @@ def gpt2(tmp_path_factory):
             "clip_range": 0.01,
             "kl_coef": 1.0,
             "advantages": GAE(gamma=0.9, lam=0.5),
-            "generation": {"max_new_tokens": 6, "eos_token_id": [1, 5, 9, 30, 33]},
+            "generation": {"max_new_tokens": 6, "eos_token_id": [0, 1, 5, 9, 30, 33]},  # 0 pads
         },
         {"loss_reduction": 11, "clip_range": [0.004, 0.03], "kl_coef": 1.0},
     ],
@@ -112,24 +111,6 @@ def test_hooks_fire_in_the_contracts_order(tmp_path, gpt2):
     assert seen == list(HOOKS)
 
 
-def test_the_response_mask_ends_with_the_first_stop_token_even_if_it_is_the_pad_token(tmp_path):
-    path = make_causal_lm(tmp_path / "lm", scale=4.0)
-    _, recorder, _ = record(
-        tmp_path, path, generation={"max_new_tokens": 12, "eos_token_id": [0, 1, 7, 8, 9, 20, 21]}, max_steps=1
-    )
-    experience = recorder.experiences[0]
-    stops = torch.isin(experience.response_ids, torch.tensor([0, 1, 7, 8, 9, 20, 21]))
-    for row in range(7):
-        n = int(experience.response_mask[row].sum())
-        assert experience.response_mask[row, :n].all()
-        assert not stops[row, : n - 1].any()
-        assert bool(experience.ended[row]) == bool(stops[row, n - 1])
-        score = experience.rewards[row, n - 1] + 0.1 * experience.kl[row, n - 1]
-        assert score.item() == pytest.approx(experience.scores[row].item(), abs=1e-6)
-    assert experience.ended.any()
-    assert not experience.ended.all()
-
-
 def test_one_temperature_for_sampling_and_log_probs(tmp_path, gpt2):
     _, cold, _ = record(tmp_path, gpt2, temperature=0.1, max_steps=1)
     _, warm, _ = record(tmp_path, gpt2, temperature=1.0, max_steps=1)
@@ -168,29 +149,20 @@ def test_each_metric_is_logged_under_its_name(tmp_path, gpt2):
     assert row["policy/ratio_min"] == min(m["ratio_min"] for m in last) < 0.99
     assert row["policy/ratio_max"] == max(m["ratio_max"] for m in last) > 1.01
     assert 0 <= row["rollout/sampling_logprob_difference"] < 1e-5
+    assert 0.1 < row["memory/peak_gib"] < 100  # a process with torch in it has over 100 MiB
 
 
 def test_each_updates_seconds_are_its_own(tmp_path, gpt2, monkeypatch):
     """By a clock that advances by one with each look: each of three phases takes 1 s, an update 3 s."""
     monkeypatch.setattr("lit_ppo.ppo.metrics.monotonic", itertools.count().__next__)
+    monkeypatch.setattr("lit_ppo.ppo.metrics.resource", None)  # as where the system does not tell the memory
     _, recorder, trainer = record(tmp_path, gpt2)
     for experience, row in zip(recorder.experiences, logged(trainer), strict=True):
         assert [row[f"time/{phase}"] for phase in ("rollout", "score", "update")] == [1.0, 1.0, 1.0]
         assert [row[f"time/share/{phase}"] for phase in ("rollout", "score", "update")] == pytest.approx([1 / 3] * 3)
-        assert "rollout/sampling_logprob_difference" not in row
+        assert not {"rollout/sampling_logprob_difference", "memory/peak_gib"} & row.keys()
         n_tokens = int(experience.response_mask.sum())
         assert row["throughput/tokens_per_second"] == pytest.approx(n_tokens / 3, rel=1e-6)
-
-
-def test_the_memory_logged_is_the_process_own(tmp_path, gpt2):
-    """As Linux has it, kB in /proc; a process with torch in it has over 100 MiB."""
-    _, trainer = record(tmp_path, gpt2)[1:]
-    status = Path("/proc/self/status")
-    if not status.exists():
-        pytest.skip("not Linux")
-    peak = float(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")))
-    for row in logged(trainer):
-        assert 0.1 < row["memory/peak_gib"] == pytest.approx(peak / 2**20, rel=0.05)
 
 
 def test_the_peak_is_the_gpus_own_on_one_and_in_bytes_on_every_system(monkeypatch):
@@ -202,12 +174,6 @@ def test_the_peak_is_the_gpus_own_on_one_and_in_bytes_on_every_system(monkeypatc
     for system, expected in (("linux", 3072), ("darwin", 3)):
         monkeypatch.setattr("lit_ppo.ppo.metrics.sys", SimpleNamespace(platform=system))
         assert peak_memory(torch.device("cpu")) == expected
-
-
-def test_where_the_system_does_not_tell_the_memory_none_is_logged(tmp_path, gpt2, monkeypatch):
-    monkeypatch.setattr("lit_ppo.ppo.metrics.resource", None)
-    _, trainer = record(tmp_path, gpt2)[1:]
-    assert all("memory/peak_gib" not in row for row in logged(trainer))
 
 
 def test_the_gradient_norm_is_clipped_and_logged_unclipped(tmp_path, gpt2):
@@ -249,21 +215,6 @@ def test_a_model_that_comes_to_rest_has_no_gradient_any_more(tmp_path, gpt2):
     assert ["policy/grad_norm" in row for row in logged(trainer)] == [True, False]
 
 
-def test_exhausted_cancels_the_step_and_ends_the_update(tmp_path, gpt2):
-    class Stop(L.Callback):
-        def on_minibatch_end(self, trainer: Any, pl_module: Any, experience: Any, metrics: Any) -> None:
-            if len(weights) == 1:
-                experience.exhausted = True
-            weights.append({name: value.clone() for name, value in pl_module.state_dict().items()})
-
-    weights: list[dict[str, torch.Tensor]] = []
-    module, _, trainer = record(tmp_path, gpt2, Stop(), max_steps=1)
-    assert len(weights) == 2
-    assert trainer.global_step == 1
-    assert all(value.equal(weights[1][name]) for name, value in module.state_dict().items())
-    assert any(not value.equal(weights[0][name]) for name, value in weights[1].items())
-
-
 def test_emptied_losses_leave_the_model_alone(tmp_path, gpt2):
     class Empty(L.Callback):
         def on_actor_loss(self, trainer: Any, pl_module: Any, minibatch: Any, losses: Any) -> None:
@@ -276,19 +227,6 @@ def test_emptied_losses_leave_the_model_alone(tmp_path, gpt2):
     start = make_module(gpt2)
     start.configure_model()
     assert all(v.equal(start.actor.state_dict()[k]) for k, v in module.actor.state_dict().items())
-
-
-def test_an_added_loss_is_trained_on_and_logged(tmp_path, gpt2):
-    class Push(L.Callback):
-        def on_actor_loss(self, trainer: Any, pl_module: Any, minibatch: Any, losses: Any) -> None:
-            losses["push"] = 3.0 * minibatch.mean(minibatch.new_logprobs)
-
-    module, recorder, trainer = record(tmp_path, gpt2, Push(), ppo_epochs=1, minibatch_size=7, max_steps=1)
-    experience = recorder.experiences[0]
-    mean = experience.logprobs.sum() / experience.response_mask.sum()
-    assert logged(trainer)[0]["policy/push_loss"] == pytest.approx(3 * mean.item(), rel=1e-4)
-    plain, _, _ = record(tmp_path, gpt2, ppo_epochs=1, minibatch_size=7, max_steps=1)
-    assert any(not v.equal(plain.state_dict()[k]) for k, v in module.state_dict().items())
 
 
 def test_a_critic_from_a_reward_model_of_several_labels_starts_at_the_rewards_own(tmp_path, gpt2):

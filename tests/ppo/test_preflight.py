@@ -98,11 +98,6 @@ def test_a_critic_from_rewards_that_are_no_model_is_refused(tiny_lm):
         make_module(tiny_lm, critic="reward").configure_model()
 
 
-def test_an_actor_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"LitPPO\(actor='missing'\): no such folder"):
-        make_trainer(tmp_path).fit(make_module("missing"), make_data(tmp_path))
-
-
 def test_a_minibatch_that_no_update_can_fill_is_refused(tmp_path, tiny_lm):
     with pytest.raises(ValueError, match=r"LitPPO\(minibatch_size=15\): more than the 14 responses .*7 prompts x 2"):
         make_trainer(tmp_path).fit(make_module(tiny_lm, minibatch_size=15, samples_per_prompt=2), make_data(tmp_path))

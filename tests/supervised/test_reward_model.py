@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from lit_ppo.supervised.reward_model import LitRewardModel
-from tests.helpers.supervised import HOW_TESTS_USE_LIGHTNING, fit, loader, make_trainer, pad, weights
+from tests.helpers.supervised import HOW_TESTS_USE_LIGHTNING, fit, loader, make_trainer, pad
 from tests.helpers.tiny import FAMILIES, make_reward_model, make_tokenizer
 
 pytestmark = HOW_TESTS_USE_LIGHTNING
@@ -118,19 +118,6 @@ def test_pairs_of_unequal_width_are_scored_as_single_texts(tmp_path: Path) -> No
     scores = [[stock(torch.tensor([row])).logits.item() for row in rows] for rows in (CHOSEN, REJECTED)]
     assert margins.tolist() == pytest.approx([c - r for c, r in zip(*scores, strict=True)], abs=1e-6)
     assert targets.tolist() == [1.0, 1.0]
-
-
-def test_one_step_of_plain_gradient_descent(tmp_path: Path) -> None:
-    path = make_reward_model(tmp_path, "llama")
-    module = LitRewardModel(str(path), optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
-    fit(module, [labelled(CHOSEN, [1.0, 0.0])], tmp_path)
-    stock = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
-    first, second = (stock(torch.tensor([row])).logits[0, 0] for row in CHOSEN)
-    ((torch.log1p(torch.exp(-first)) + torch.log1p(torch.exp(second))) / 2).backward()
-    with torch.no_grad():
-        for parameter in stock.parameters():
-            parameter -= 0.5 * parameter.grad
-    torch.testing.assert_close(weights(module), torch.cat([p.detach().flatten() for p in stock.parameters()]))
 
 
 def test_a_causal_lm_keeps_its_body_and_gets_a_new_head(tiny_lm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
