@@ -123,7 +123,6 @@ def main(folder: Path, actor: Path) -> None:
     (folder / rank).mkdir()
     seen = {
         "raises": attempt(folder, actor, rewards=on_second_rank(raises)),
-        "nan": attempt(folder, actor, rewards=on_second_rank(lambda n: [float("nan")] * n)),
         "hangs": attempt(folder, actor, rewards=on_second_rank(sleeps), reward_timeout=1.0),
         "gradient": attempt(folder, actor, BreakGradient(), max_skipped_steps=1),
     }
@@ -139,6 +138,6 @@ def hang(folder: Path, actor: Path) -> None:
     rank = os.environ["RANK"]
     (folder / rank).mkdir()
     os.environ[OTHER_RANK] = str(folder / "rank0.json")
-    seen = attempt(folder, actor, rewards=on_second_rank(never_returns), reward_timeout=1.0, timeout=6.0)
+    seen = attempt(folder, actor, rewards=on_second_rank(never_returns), reward_timeout=1.0, timeout=3.0)
     (folder / f"rank{rank}.json").write_text(json.dumps(seen))
     os._exit(0)

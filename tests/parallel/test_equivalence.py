@@ -1,6 +1,5 @@
 """One update on one process is the same update on two and three ranks, by every strategy."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,17 +7,14 @@ import torch
 
 from tests.helpers.equivalence import CASES, Case, compare
 
-ALL = [(n, case) for n, cases in CASES.items() for case in cases]
-
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, Case], dict[str, Any]]:
     """Ranks are started once for all cases: that takes longer than the cases."""
-    folder: Path = tmp_path_factory.mktemp("equivalence")
-    return {(n, case): found for n, cases in CASES.items() for case, found in compare(cases, n, folder).items()}
+    return compare(tmp_path_factory.mktemp("equivalence"))
 
 
-@pytest.mark.parametrize(("n", "case"), ALL, ids=lambda value: str(value))
+@pytest.mark.parametrize(("n", "case"), [(n, case) for n, cases in CASES.items() for case in cases], ids=str)
 def test_ranks_sample_learn_and_log_as_one_process(n, case, compared):
     """7 prompts, which neither 2 nor 3 ranks divide; plain SGD, unclipped; gradients and changes of every parameter.
 

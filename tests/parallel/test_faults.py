@@ -26,7 +26,6 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ("fault", "words"),
     [
         ("raises", ["raised KeyError", "no such film", "faulty_ranks.py"]),
-        ("nan", ["returned nan for response 0"]),
         ("hangs", ["reward_timeout", "no result within 1 s"]),
     ],
 )

@@ -32,7 +32,6 @@ from tests.helpers.toys import logged, make_data, make_module, make_trainer
 FAMILIES = {
     "gpt2": ("gpt2", {}),
     "llama": ("llama", {"tie_word_embeddings": False}),
-    "tied llama": ("llama", {"tie_word_embeddings": True}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
 }
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -137,17 +136,16 @@ class Counted(LitPPO):
 
 def count_collectives(folder: Path) -> None:
     found = {}
-    for name in ("fsdp2", "each", "ddp"):
-        for size in (1, 2):
-            strategy = FSDP2Strategy(sync_every_micro_batch=True) if name == "each" else name
-            options = {"minibatch_size": 8, "micro_batch_size": size, "ppo_epochs": 1}
-            module: Any = make_module(folder / "gpt2", **options)
-            module.__class__ = Counted
-            trainer = make_trainer(folder, devices=n_ranks(), strategy=strategy, max_steps=1)
-            trainer.fit(module, make_data(folder, batch_size=8))
-            full = full_weights(module.actor, "model.")
-            weights = module.actor.model.state_dict() if full is None else full
-            found[name, size] = module.collectives, module.of_text, weights
+    for name, size in (("fsdp2", 1), ("fsdp2", 2), ("each", 1), ("ddp", 1), ("ddp", 2)):
+        strategy = FSDP2Strategy(sync_every_micro_batch=True) if name == "each" else name
+        options = {"minibatch_size": 8, "micro_batch_size": size, "ppo_epochs": 1}
+        module: Any = make_module(folder / "gpt2", **options)
+        module.__class__ = Counted
+        trainer = make_trainer(folder, devices=n_ranks(), strategy=strategy, max_steps=1)
+        trainer.fit(module, make_data(folder, batch_size=8))
+        full = full_weights(module.actor, "model.")
+        weights = module.actor.model.state_dict() if full is None else full
+        found[name, size] = module.collectives, module.of_text, weights
     if rank() == 0:
         torch.save(found, folder / "counted.pt")
 
@@ -156,17 +154,10 @@ def adam(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=1e-3, fused=True)
 
 
-def sgd(params: Any) -> torch.optim.Optimizer:
-    """Lets two runs be compared: Adam would make full steps from gradients that are only rounding noise."""
-    return torch.optim.SGD(params, lr=0.1, momentum=0.9)
-
-
-def fit(
-    folder: Path, strategy: Any, *, updates: int, start: Path | None = None, name: str, optimizer: Any = adam
-) -> Any:
+def fit(folder: Path, strategy: Any, *, updates: int, start: Path | None = None, name: str) -> Any:
     """Train until update ``updates``, from a checkpoint; writes a checkpoint and an exported model under ``name``."""
     reward = RewardModel(str(folder / "reward"))
-    module = make_module(folder / "gpt2", rewards=reward, actor_optimizer=optimizer, critic_optimizer=optimizer)
+    module = make_module(folder / "gpt2", rewards=reward, actor_optimizer=adam, critic_optimizer=adam)
     callbacks = [
         CriticWarmup(updates=1),
         StepCheckpoint(every_n_train_steps=9, dirpath=str(folder / name)),
@@ -179,38 +170,27 @@ def fit(
     return module, trainer
 
 
-def save_and_load(folder: Path, n: int) -> None:
-    """Train; load checkpoints of one process and save them again; resume from them."""
-    fit(folder, "fsdp2", updates=2, name=f"fsdp2-{n}")
-    for step in (1, 2):
-        for name in ("fsdp2", "ddp"):
-            start = folder / f"one-{step}" / f"step-{step:06d}.ckpt"
-            _, trainer = fit(folder, name, updates=step, start=start, name=f"{name}-{n}-again-{step}")
-            trainer.save_checkpoint(folder / f"{name}-{n}-again-{step}.ckpt")
-    go_on(folder, n)
-
-
-def go_on(folder: Path, n: int) -> None:
-    """Resume in the middle of a run of one process, up to its end."""
-    for name in ("fsdp2", "ddp"):
-        start = folder / "one-sgd-2/step-000002.ckpt"
-        fit(folder, name, updates=4, start=start, name=f"{name}-{n}-on", optimizer=sgd)
+def save_and_load(folder: Path) -> None:
+    """Train; load checkpoints of one process and save them again."""
+    fit(folder, "fsdp2", updates=2, name="fsdp2-2")
+    for step, name in ((1, "fsdp2"), (2, "fsdp2"), (2, "ddp")):
+        start = folder / f"one-{step}" / f"step-{step:06d}.ckpt"
+        _, trainer = fit(folder, name, updates=step, start=start, name=f"{name}-2-again-{step}")
+        trainer.save_checkpoint(folder / f"{name}-2-again-{step}.ckpt")
 
 
 def three(folder: Path) -> None:
-    """Resume a run of two ranks, then one of one process."""
+    """Load the checkpoint of two ranks."""
     warnings.simplefilter("ignore")
     start = folder / "fsdp2-2/step-000002.ckpt"
     _, trainer = fit(folder, "fsdp2", updates=2, start=start, name="fsdp2-3-again")
     trainer.save_checkpoint(folder / "fsdp2-3-again.ckpt")
-    go_on(folder, 3)
 
 
 PRECISIONS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {  # of the strategy, the trainer, the module
     "offloaded": ({"offload_frozen": True}, "32-true", {}),
     "bf16 weights": ({"mixed_precision": "bfloat16"}, "32-true", {}),
     "bf16-mixed": ({}, "bf16-mixed", {}),
-    "bf16 both": ({"mixed_precision": "bfloat16"}, "bf16-mixed", {}),
     "bf16 reference": ({}, "32-true", {"reference_dtype": "bfloat16"}),
 }
 
@@ -309,13 +289,7 @@ def everything(folder: Path) -> None:
         print(part.__name__, flush=True)
         part(folder)
         dist.barrier()
-    save_and_load(folder, 2)
-
-
-def alone(folder: Path) -> None:
-    module, trainer = fit(folder, "auto", updates=2, start=folder / "fsdp2-2/step-000002.ckpt", name="one-export")
-    assert module.rollouts == 2
-    trainer.save_checkpoint(folder / "one-export.ckpt")
+    save_and_load(folder)
 
 
 # The tests
@@ -330,11 +304,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_reward_model(folder / "reward")
     for step in (1, 2):
         fit(folder, "auto", updates=step, name=f"one-{step}")
-    for step in (2, 4):
-        fit(folder, "auto", updates=step, name=f"one-sgd-{step}", optimizer=sgd)
     on_ranks(2, everything, folder, folder=folder / "ranks")
     on_ranks(3, three, folder, folder=folder / "three")
-    on_ranks(1, alone, folder, folder=folder / "alone")
+    module, trainer = fit(folder, "auto", updates=2, start=folder / "fsdp2-2/step-000002.ckpt", name="one-export")
+    assert module.rollouts == 2
+    trainer.save_checkpoint(folder / "one-export.ckpt")
     return folder
 
 
@@ -345,13 +319,12 @@ def test_gradients_are_exchanged_once_an_optimizer_step(folder):
     text = {key: counts for key, (_, counts, _) in found.items()}
     assert n["fsdp2", 1]["reduce_scatter_base"] == n["fsdp2", 2]["reduce_scatter_base"] == 7
     assert n["each", 1]["reduce_scatter_base"] == 4 * 7
-    assert n["each", 2]["reduce_scatter_base"] == 2 * 7
     assert n["ddp", 1] == n["ddp", 2]
     assert n["ddp", 1]["allreduce"] > 0
     assert text["fsdp2", 1]["reduce_scatter_base"] == text["fsdp2", 2]["reduce_scatter_base"] == 3
     assert text["each", 1]["reduce_scatter_base"] == 4 * 3
     assert text["ddp", 1] == text["ddp", 2]
-    expected = found["each", 2][2]
+    expected = found["each", 1][2]
     for _, _, weights in found.values():
         for name, tensor in weights.items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
@@ -370,7 +343,9 @@ def tensors(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("saved", "again"),
     [
-        *((f"one-{step}", f"{strategy}-2-again-{step}") for step in (1, 2) for strategy in ("fsdp2", "ddp")),
+        ("one-1", "fsdp2-2-again-1"),
+        ("one-2", "fsdp2-2-again-2"),
+        ("one-2", "ddp-2-again-2"),
         ("fsdp2-2", "fsdp2-3-again"),
         ("fsdp2-2", "one-export"),
     ],
@@ -384,19 +359,6 @@ def test_a_checkpoint_goes_through_other_ranks_unchanged(folder, saved, again):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert value.equal(found[name]) if isinstance(value, torch.Tensor) else value == found[name], name
-
-
-@pytest.mark.parametrize("n", [2, 3])
-@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
-def test_a_run_that_goes_on_under_another_strategy_ends_where_it_would_have(folder, strategy, n):
-    """Two more updates with momentum from before; the steps are of 1e-3 and more."""
-    start, one = (tensors(folder / f"one-sgd-{step}/step-{step:06d}.ckpt") for step in (2, 4))
-    on = tensors(folder / f"{strategy}-{n}-on/step-000004.ckpt")
-    assert on.keys() == one.keys()
-    assert max(float((one[name] - start[name]).abs().max()) for name in one if "actor" in name) > 1e-3
-    for name, value in one.items():
-        if isinstance(value, torch.Tensor):
-            torch.testing.assert_close(on[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_the_exported_model_is_the_same_byte_for_byte(folder):
@@ -426,7 +388,7 @@ def test_offloading_and_lower_precision(folder):
     assert found["bf16 reference"][0]["objective/kl"] != one["objective/kl"]
     for how, (row, dtypes) in found.items():
         assert dtypes["reduce_scatter_base"] == {torch.float32}, how
-        assert (torch.bfloat16 in dtypes["allgather_base"]) == ("weights" in how or "both" in how or "refer" in how)
+        assert (torch.bfloat16 in dtypes["allgather_base"]) == ("weights" in how or "refer" in how)
         assert row["policy/ratio"] == pytest.approx(1.0, abs=0.05), how
         assert row["policy/grad_norm"] == pytest.approx(one["policy/grad_norm"], rel=0.5), how
 
