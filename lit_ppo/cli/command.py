@@ -27,7 +27,7 @@ from lit_ppo.cli.stages import Stage, run_stages
 from lit_ppo.cli.summary import RunSummary
 from lit_ppo.parallel.environment import reserve_port
 from lit_ppo.run.checkpoint import StepCheckpoint, find_checkpoints
-from lit_ppo.run.continuation import Continuation
+from lit_ppo.run.continuation import Continuation, last_of_run
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.export import ExportModel
 from lit_ppo.run.folder import RunTrainer
@@ -129,8 +129,13 @@ class Command(LightningCLI):
         """Find the checkpoint to start from. Unlike in Lightning, its hyperparameters override no argument."""
         config, is_fit = self._config, self.config.subcommand == "fit"
         root, dirpath = Path(config.trainer.default_root_dir), config.checkpoint.dirpath
-        self.continuation = Continuation(config.ckpt_path, root, dirpath, keep_folder=is_fit)
+        files = [Path(str(file.absolute)) for file in config.config or []]
+        given = config.ckpt_path if is_fit or config.ckpt_path else last_of_run(files, dirpath)
+        self.continuation = Continuation(given, root, dirpath, keep_folder=is_fit)
         config.ckpt_path = self.continuation.path
+        if not is_fit:
+            untrained = "no checkpoint: the model as its configuration names it; give --ckpt_path to choose one"
+            self.heartbeat.say(f"{self.config.subcommand}: weights of {config.ckpt_path or untrained}")
         if is_fit and config.ckpt_path:
             changed = self.continuation.compare(self._effective(config))
             if changed:

@@ -1,5 +1,6 @@
 """A run that continues from a checkpoint: which one, what has changed since, and the folder that it keeps using."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -8,7 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_ppo.parallel.checkpoint_io import read_summary
 from lit_ppo.ppo.module import LitPPO
-from lit_ppo.run.checkpoint import RUN, find_last, steps_logged
+from lit_ppo.run.checkpoint import RUN, find_checkpoints, find_last, steps_logged
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.folder import PREFIX, claim_version
 from lit_ppo.run.resume import changes, check_changes, describe_changes
@@ -86,3 +87,15 @@ class Continuation:
             return str(self.folder)
         version = claim_version(root)
         return None if version is None else str(root / f"{PREFIX}{version}")
+
+
+def last_of_run(files: Sequence[Path], dirpath: str | None) -> str | None:
+    """The last checkpoint of the run whose saved configuration is among the files; None if there is no such run.
+
+    Args:
+        files: Configuration files; a run's lies in its folder.
+        dirpath: ``checkpoint.dirpath``, where the checkpoints are if it is given.
+    """
+    folders = [file.parent for file in files if file.name == "config.yaml" and file.parent.name.startswith(PREFIX)]
+    found = [path for folder in folders[-1:] for path in find_checkpoints(Path(dirpath or folder))]
+    return str(found[-1]) if found else None

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -138,3 +139,23 @@ def test_checkpoint_settings(config: Path, tmp_path: Path) -> None:
         "fit", "--config", config, *settings, "--ckpt_path=last", "--trainer.max_epochs=2", cwd=tmp_path
     )
     assert "saved/step-000008.ckpt" in result.ok().err
+
+
+def test_the_weights_that_are_tested_are_those_of_the_run(run: tuple[Result, Path]) -> None:
+    """A run folder's configuration means its last checkpoint; any other means the untrained model, which is said."""
+    folder = run[1]
+
+    def tested(*arguments: Any) -> tuple[str, float]:
+        out = run_command("test", "--config", *arguments, cwd=folder.parents[1]).ok().out
+        [line] = [line for line in out.splitlines() if line.startswith("test: weights of")]
+        return line.removeprefix("test: weights of "), float(re.findall(r"test/\S+ +\S? *([\d.e-]+)", out)[0])
+
+    last = folder / "checkpoints/step-000008.ckpt"
+    path, value = tested(folder / "config.yaml")
+    assert (path, value) == tested("toy.yaml", "--ckpt_path", last)
+    assert path == str(last)
+    first = folder / "checkpoints/step-000006.ckpt"
+    assert tested(folder / "config.yaml", "--ckpt_path", first)[0] == str(first)
+    untrained, other = tested("toy.yaml")
+    assert untrained.startswith("no checkpoint: ")
+    assert other != value
