@@ -36,7 +36,7 @@ from tests.helpers.command import REPOSITORY
 from tests.helpers.experiences import make_experience
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toy import Attach, Recorder, Spy, Toy, run_updates
-from tests.helpers.toys import count_good, make_data, make_module, make_trainer, texts, write_prompts
+from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer, texts, write_prompts
 from tests.helpers.trick import Trick
 from tests.helpers.two_ranks import train_on_two
 
@@ -131,33 +131,21 @@ def test_a_micro_batch_without_weight_adds_no_ratios(tmp_path: Path):
     ]
 
 
-def test_a_state_stays_what_it_was(tmp_path: Path):
-    """It may be written, or taken up, while the run goes on."""
-    cockpit = Cockpit(every=1)
-    run_updates(cockpit, 1, logger=Recorder(tmp_path))
-    state = cockpit.state_dict()
-    before = deepcopy(state)
-    other = Cockpit(every=1)
-    other.load_state_dict(state)
-    for one in (cockpit, other):
-        run_updates(one, 1, logger=Recorder(tmp_path))
-        assert len(one.state_dict()["score"]) == len(one.state_dict()["kl"]) == 2
-        assert state == before
-
-
 # ---- on LitPPO
 
 
 def two_rank_callbacks(folder: Path) -> list[L.Callback]:
-    return [Cockpit(every=1, figures_every=1, best_of_prompts=3, best_of=4), Attach(folder)]
+    cockpit = Cockpit(every=1, figures_every=1, best_of_prompts=3, best_of=4)
+    return [cockpit, AlignmentTax(texts(folder), every=1), Attach(folder)]
 
 
 def test_two_ranks_show_what_one_shows(tmp_path: Path):
     """But for the ratios, which are those of the first rank's rows: a part of one process's, and not all of them."""
     actor = make_causal_lm(tmp_path / "lm", scale=4.0)
-    make_trainer(tmp_path, callbacks=two_rank_callbacks(tmp_path)).fit(make_module(actor), make_data(tmp_path))
+    trainer = make_trainer(tmp_path, callbacks=two_rank_callbacks(tmp_path))
+    trainer.fit(make_module(actor), make_data(tmp_path))
     one = torch.load(tmp_path / "recorded.pt")
-    train_on_two(tmp_path, actor, callbacks=two_rank_callbacks)
+    of_two = train_on_two(tmp_path, actor, callbacks=two_rank_callbacks)["logged"]
     two = torch.load(tmp_path / "recorded.pt")
     assert [call[:2] for call in two] == [call[:2] for call in one]
     for (kind, tag, ours, _), (_, _, theirs, _) in zip(one, two, strict=True):
@@ -170,8 +158,14 @@ def test_two_ranks_show_what_one_shows(tmp_path: Path):
             assert theirs.keys() == ours.keys()
             for label, points in ours.items():
                 assert torch.allclose(torch.tensor(theirs[label]), torch.tensor(points), rtol=1e-4, atol=1e-5), label
-    tags = [call[1] for call in one]
-    assert [tags.count(tag) for tag in ("figure/score_against_kl", "figure/scores", "histogram/ratios")] == [1, 1, 2]
+    found = {tag: value for kind, tag, value, _ in one if kind == "add_figure"}
+    rows = logged(trainer)
+    points = [[row["objective/kl"], row["objective/score"]] for row in rows]
+    assert found["figure/score_against_kl"]["this run"] == [pytest.approx(point) for point in points]
+    assert len(found["figure/scores"]) > 2
+    for ours, theirs in zip(rows, of_two, strict=True):
+        assert theirs["tax/loss"] == pytest.approx(ours["tax/loss"], rel=1e-5)
+        assert theirs["tax/loss_increase"] == pytest.approx(ours["tax/loss_increase"], rel=1e-3, abs=1e-6)
 
 
 def letters(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
@@ -253,7 +247,7 @@ def test_charts_that_would_stay_empty_are_left_out(run_folder: Path, tmp_path: P
     assert titles == filled
 
 
-def layout_of(folder: Path, callbacks: list[L.Callback], **module: Any) -> set[str]:
+def layout_of(folder: Path, *callbacks: L.Callback, **module: Any) -> set[str]:
     """The charts of a module that has what is given, trained by a trainer without a data module."""
     logger = Recorder(folder)
     trainer: Any = SimpleNamespace(callbacks=callbacks, loggers=[logger], is_global_zero=True, datamodule=None)
@@ -263,25 +257,19 @@ def layout_of(folder: Path, callbacks: list[L.Callback], **module: Any) -> set[s
 
 
 def test_charts_that_nobody_can_tell_of_are_there(tmp_path: Path):
-    """A module that says nothing of itself; of other monitors one knows."""
+    """A module that says nothing of itself; of other monitors one knows. One reward needs no chart of each."""
     monitors = ("tax", "collapse", "hacking")
     titles = {title: tags for charts in LAYOUT.values() for title, tags in charts.items()}
     others = {title for title, (tag, *_) in titles.items() if tag.lstrip("^").startswith(monitors)}
     assert len(others) == 8
-    assert layout_of(tmp_path, []) == titles.keys() - others
-    collapse = layout_of(tmp_path, [CollapseMonitor()])
-    assert collapse - layout_of(tmp_path, [CollapseMonitor()], reference=None) == {
-        "perplexity under the reference", "win rate against the reference"
-    }  # fmt: skip
-    without_critic = layout_of(tmp_path, [CollapseMonitor()], critic=None)
-    assert collapse - without_critic == LAYOUT["Is the critic right?"].keys()
-
-
-@pytest.mark.parametrize(("rewards", "judges", "there"), [([], None, 0), (["good"], None, 1), ([], "judges", 1)])
-def test_one_reward_needs_no_chart_of_each_but_a_judge_does(tmp_path: Path, rewards: Any, judges: Any, there: int):
-    titles = layout_of(tmp_path, [], rewards=SimpleNamespace(sources=rewards), eval_rewards=judges)
-    assert ("each reward" in titles) == there
-    assert "score" in titles
+    assert layout_of(tmp_path) == titles.keys() - others
+    collapse = layout_of(tmp_path, CollapseMonitor())
+    of_reference = {"perplexity under the reference", "win rate against the reference"}
+    assert collapse - layout_of(tmp_path, CollapseMonitor(), reference=None) == of_reference
+    assert collapse - layout_of(tmp_path, CollapseMonitor(), critic=None) == LAYOUT["Is the critic right?"].keys()
+    for rewards, judges, absent in (([], None, {"each reward"}), (["good"], None, set()), ([], "judges", set())):
+        shown = layout_of(tmp_path, rewards=SimpleNamespace(sources=rewards), eval_rewards=judges)
+        assert titles.keys() - others - shown == absent
 
 
 def test_the_page_names_what_is_logged(events: EventAccumulator):
@@ -294,16 +282,12 @@ def test_the_page_names_what_is_logged(events: EventAccumulator):
     logged = {*events.Tags()["scalars"]}
     assert named <= logged
     charts = {title: tags for question in LAYOUT.values() for title, tags in question.items()}
-    silent = {title for title, tags in charts.items() if not any(matches(tags, name) for name in named)}
+    silent = {title for title, tags in charts.items() if not any(re.match(tag, name) for tag in tags for name in named)}
     assert silent == {
         "each reward", "fraction of tokens with a clipped value", "probability ratio, mean", "learning rates"
     }  # fmt: skip
     figures = {*re.findall(r"`(figure/\w+)`", page)}
     assert figures == {*events.Tags()["images"]}
-
-
-def matches(tags: list[str], name: str) -> bool:
-    return any(re.match(tag, name) for tag in tags)
 
 
 def test_figures_are_in_the_event_file(events: EventAccumulator):
@@ -356,13 +340,15 @@ def test_hyperparameters_come_with_the_outcome(run_folder: Path, events: EventAc
     assert "activation_checkpointing" not in hyperparameters  # False
 
 
-def test_the_run_is_the_same_and_other_loggers_are_left_alone(run_folder: Path, tmp_path: Path):
-    modules = []
-    for callbacks in ([], [Cockpit(every=1)]):
-        logger = CSVLogger(tmp_path, name=str(len(callbacks)), version=0)
+def test_monitors_leave_the_run_and_what_other_loggers_get_as_they_are(run_folder: Path, tmp_path: Path):
+    """But for the numbers of their own."""
+    tax, hacking = AlignmentTax(texts(tmp_path), every=1), RewardHackingMonitor(letters, prompts=4, every=1)
+    modules, read = [], []
+    for monitors in ([], [Cockpit(every=1), SampleLogger(every=1, prompts=3), tax, hacking]):
+        logger = CSVLogger(tmp_path, name=str(len(monitors)), version=0)
         modules.append(make_module(run_folder / "lm"))
-        make_trainer(tmp_path, callbacks=callbacks, logger=logger).fit(modules[-1], make_data(tmp_path))
+        make_trainer(tmp_path, callbacks=monitors, logger=logger).fit(modules[-1], make_data(tmp_path))
+        read.append(Path(logger.log_dir, "metrics.csv").read_text().splitlines()[0].split(","))
     one, other = (module.state_dict() for module in modules)
     assert all(value.equal(other[name]) for name, value in one.items())
-    read = [(tmp_path / f"{n}/version_0/metrics.csv").read_text().splitlines()[0] for n in (0, 1)]
-    assert read[0] == read[1]
+    assert [name for name in read[1] if not name.startswith(("tax/", "hacking/"))] == read[0] != read[1]

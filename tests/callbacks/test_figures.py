@@ -1,7 +1,6 @@
 """Cockpit's figures: the points, the line and the outlines that are drawn, by hand and by brute force."""
 
 import ast
-import json
 import math
 from contextlib import nullcontext
 from itertools import combinations
@@ -13,9 +12,7 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import Cockpit, figures
-from tests.helpers.tiny import make_causal_lm
-from tests.helpers.toy import Attach, Prompts, Recorder, Spy, Toy, ToyData, drawn, run_updates
-from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer, write_prompts
+from tests.helpers.toy import Prompts, Recorder, Spy, Toy, ToyData, drawn, run_updates
 
 
 def watch(folder: Path, updates: int, *others: Any, every: int = 2, **options: Any) -> tuple[Toy, Recorder]:
@@ -52,8 +49,9 @@ def test_the_tricks_scores_are_not_in_the_figures(tmp_path: Path):
     assert max(x for x, _ in shown(logger, "scores")[0]["at the start"]) < 2.1
 
 
-def test_the_line_is_the_best_of_the_starting_policys_samples(tmp_path: Path):
-    """Every choice of n of the 4 samples of each of 3 prompts, drawn again from a toy that has learnt nothing."""
+def test_the_line_is_the_best_of_the_starting_policys_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every choice of n of the 4 samples of each of 3 training prompts, drawn again from a toy that learnt nothing."""
+    monkeypatch.setattr(ToyData, "peeks", ("train",))
     logger = Recorder(tmp_path)
     run_updates([Cockpit(figures_every=1, best_of_prompts=3, best_of=4)], 2, logger=logger)
     start = Toy()
@@ -181,48 +179,3 @@ def test_what_draws_is_loaded_with_the_first_figure():
     tree = ast.parse(Path(figures.__file__).read_text())
     imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert not [node for node in imports if "matplotlib" in ast.unparse(node)]
-
-
-# ---- on LitPPO
-
-
-def test_points_are_what_is_logged_and_the_line_is_of_the_first_training_prompts(tmp_path: Path):
-    """The line by every choice of n among samples drawn again, from a module that has learnt nothing."""
-    actor = make_causal_lm(tmp_path / "lm", scale=4.0)
-    recorder = Attach(tmp_path)
-    held_out = tmp_path / "held_out.jsonl"
-    held_out.write_text("".join(write_prompts(held_out).read_text().splitlines(keepends=True)[6:]))
-    trainer = make_trainer(tmp_path, callbacks=[Cockpit(figures_every=1, best_of_prompts=3, best_of=4), recorder])
-    trainer.fit(make_module(actor), make_data(tmp_path, val_path=str(held_out)))
-    figure = shown(recorder.logger, "score_against_kl")[1]
-    rows = logged(trainer)
-    assert dots_of(figure) == [pytest.approx([row["objective/kl"], row["objective/score"]]) for row in rows]
-    start = make_module(actor)
-    start.configure_model()
-    prompts = [json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()[:3]]
-    samples = start.rollout(prompts, samples_per_prompt=4, stream="cockpit")
-    pairs = [*zip(samples.prompts, count_good([], samples.responses), strict=True)]
-    scores = [[score for prompt, score in pairs if prompt == asked] for asked in prompts]
-    assert [len(row) for row in scores] == [4, 4, 4]
-    best = [[max(chosen) for row in scores for chosen in combinations(row, n)] for n in range(1, 5)]
-    line = figure["starting policy, best of 1 to 4"]
-    assert [y for _, y in line] == pytest.approx([sum(values) / len(values) for values in best])
-    assert line[3][1] > line[0][1]
-
-
-def test_a_resumed_run_draws_the_whole_run(tmp_path: Path):
-    """And asks the policy that it started from, not the one it goes on with."""
-    actor = make_causal_lm(tmp_path / "lm", scale=4.0)
-
-    def last_figures(folder: Path, resume: Path | None = None, max_steps: int = 3) -> list[Any]:
-        folder.mkdir(exist_ok=True)
-        recorder, cockpit = Attach(folder), Cockpit(figures_every=2, best_of_prompts=3, best_of=4)
-        trainer = make_trainer(folder, callbacks=[cockpit, recorder], max_steps=max_steps)
-        trainer.fit(make_module(actor), make_data(folder), ckpt_path=resume)
-        trainer.save_checkpoint(folder / "last.ckpt")
-        return [call for call in recorder.logger.calls if call[0] == "add_figure" and call[3] == 2]
-
-    whole = last_figures(tmp_path / "whole")
-    last_figures(tmp_path / "parts", max_steps=2)
-    assert last_figures(tmp_path / "parts", resume=tmp_path / "parts/last.ckpt") == whole
-    assert [call[1] for call in whole] == ["figure/score_against_kl", "figure/scores"]

