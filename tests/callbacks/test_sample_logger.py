@@ -20,7 +20,7 @@ from tests.helpers.trick import Trick
 
 TRICK = {
     "SampleLogger": Trick(
-        acts={"every": 2, "prompts": 3},
+        acts={"every": 2, "prompts": 5},
         refuses={"every": 0, "prompts": 0},
         knobs={"every": ({}, {"every": 3}), "prompts": ({}, {"prompts": 4})},
         monitor=True,
