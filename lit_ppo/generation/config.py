@@ -7,20 +7,8 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from lit_ppo.validate import integer, refuse
 
-# Everything that changes the distribution is off: a checkpoint's own settings must not be inherited.
-NEUTRAL: dict[str, Any] = {
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "typical_p": 1.0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_new_tokens": 0,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "use_cache": True,
-}
-FILTERS = ("top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# transformers' own defaults for what is unset are neutral, except for this one
+NEUTRAL: dict[str, Any] = {"top_k": 0}
 ELSEWHERE = {
     "temperature": "it is LitPPO's own argument, since log-probs use it too",
     "do_sample": "training always samples; rollout(do_sample=False) is greedy",
@@ -30,6 +18,7 @@ ELSEWHERE = {
     "stop_strings": "responses end in a token: give eos_token_id, a list of ids if there are several",
     "use_cache": "sampling needs it",
     "max_time": "it would make samples depend on the clock",
+    "guidance_scale": "it mixes in a second distribution, without the prompt, which log-probs would not know",
 }
 
 
@@ -44,21 +33,22 @@ def check_generation(generation: dict[str, Any]) -> None:
     """
     known = GenerationConfig().to_dict()
     for name, value in generation.items():
-        if name in ELSEWHERE:
+        if name in ELSEWHERE and (name, value) not in (("guidance_scale", None), ("guidance_scale", 1)):
             refuse("LitPPO", "generation", {name: value}, f"{name} is not set here; {ELSEWHERE[name]}")
         if name not in known:
             refuse("LitPPO", "generation", {name: value}, f"transformers.GenerationConfig has no field {name!r}")
     integer("LitPPO", "generation.max_new_tokens", generation.get("max_new_tokens"))
-    mode = GenerationConfig(**{**NEUTRAL, **generation, "do_sample": True}).get_generation_mode()
+    try:
+        mode = neutral(**{**generation, "do_sample": True}).get_generation_mode()
+    except (ValueError, TypeError) as error:
+        refuse("LitPPO", "generation", generation, f"{str(error).splitlines()[0]}; correct it or leave it out")
     if mode != GenerationMode.SAMPLE:
         refuse("LitPPO", "generation", generation, f"asks for {mode.value}; PPO needs plain sampling")
 
 
-def reshaping_fields(generation: dict[str, Any]) -> list[str]:
-    """Fields with which sampling draws from another distribution than the one whose log-probs PPO compares."""
-    suspects = (*FILTERS, "repetition_penalty", "no_repeat_ngram_size")
-    given = {name: value for name, value in generation.items() if name in suspects and value is not None}
-    return [name for name, value in given.items() if name not in NEUTRAL or value != NEUTRAL[name]]
+def neutral(**fields: Any) -> GenerationConfig:
+    """A configuration that samples from the model's own distribution, with some fields set."""
+    return GenerationConfig(**{**NEUTRAL, **fields})
 
 
 def generation_config(
@@ -69,10 +59,49 @@ def generation_config(
     Args:
         generation: The user's fields.
         temperature: Of sampling and of all log-probs.
-        model: Its checkpoint names the stop ids.
-        tokenizer: Names the pad id, and the stop id where the checkpoint has none.
+        model: Its checkpoint names stop ids, and so may its tokenizer: a response ends at any of them.
+        tokenizer: Also names the pad id.
     """
-    own = model.generation_config
-    stop = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
-    ids = {"eos_token_id": stop, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    return GenerationConfig(**{**NEUTRAL, **ids, **generation, "do_sample": True, "temperature": temperature})
+    ids = {
+        "eos_token_id": named_stops(model, tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return neutral(**{**ids, **generation, "do_sample": True, "temperature": temperature})
+
+
+def say_stops(
+    config: GenerationConfig, generation: dict[str, Any], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """One line that names the stop tokens of a run; the arguments are those of :func:`generation_config`."""
+    sources = {} if "eos_token_id" in generation else stop_sources(model, tokenizer)
+    named = [
+        f"{tokenizer.convert_ids_to_tokens(stop)!r} (id {stop}, {' and '.join(sources.get(stop, ['generation']))})"
+        for stop in stop_ids(config)
+    ]
+    return (
+        f"Responses end at {', '.join(named)}" if named else "Responses end at max_new_tokens: no stop token is named"
+    )
+
+
+def stop_ids(config: GenerationConfig) -> list[int]:
+    """The tokens that end a response."""
+    ids = config.eos_token_id
+    return [int(i) for i in (ids if isinstance(ids, list | tuple) else [ids]) if i is not None]
+
+
+def named_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:
+    """All stop tokens that a checkpoint or its tokenizer names, as ``eos_token_id``; the tokenizer's comes first."""
+    stops = list(stop_sources(model, tokenizer))
+    return stops[0] if len(stops) == 1 else stops or None
+
+
+def stop_sources(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[int, list[str]]:
+    """The stop tokens that a checkpoint names, and where: its tokenizer, its generation_config.json, or both."""
+    own: Any = model.generation_config
+    sources: dict[int, list[str]] = {}
+    for where, ids in (("tokenizer", tokenizer.eos_token_id), ("generation_config", own and own.eos_token_id)):
+        for token_id in ids if isinstance(ids, list | tuple) else [ids]:
+            if token_id is not None:
+                sources.setdefault(int(token_id), []).append(where)
+    return sources

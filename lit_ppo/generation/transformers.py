@@ -3,17 +3,30 @@
 A sample depends on (seed, update, row, sample number) alone, not on how rows are batched or spread over ranks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+)
+from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.utils import ALL_CACHE_NAMES
 
 from lit_ppo.functional import token_logprobs
+from lit_ppo.generation.config import neutral, stop_ids
 from lit_ppo.generation.engine import Progress, Responses, Seed
+from lit_ppo.validate import refuse
+
+KEEP_DISTRIBUTION = (TemperatureLogitsWarper, LogitNormalization, InfNanRemoveLogitsProcessor)
 
 
 def generate(
@@ -40,8 +53,22 @@ def generate(
     Shapes:
         prompt_ids, prompt_mask (B, P).
     """
-    responses = Responses([[] for _ in prompt_ids], [[] for _ in prompt_ids], [])
     draws = None if seeds is None else uniforms(seeds, int(config.max_new_tokens))
+    return sample(model, prompt_ids, prompt_mask, config, draws, logprobs=logprobs, progress=progress)
+
+
+def sample(
+    model: PreTrainedModel,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    config: GenerationConfig,
+    draws: Tensor | None,
+    *,
+    logprobs: bool = False,
+    progress: Progress | None = None,
+) -> Responses:
+    """As :func:`generate`, with the random numbers (B, max_new_tokens) instead of seeds; None: greedy."""
+    responses = Responses([[] for _ in prompt_ids], [[] for _ in prompt_ids], [])
 
     def decode(
         model: Any,
@@ -54,15 +81,76 @@ def generate(
         _decode(model, input_ids, logits_processor, config, draws, responses, logprobs, progress, state)
 
     with _weights_cast_once(model, prompt_ids.device.type):
-        model.generate(  # type: ignore[operator]
-            input_ids=prompt_ids,
-            attention_mask=prompt_mask.long(),
-            generation_config=GenerationConfig(**{**config.to_dict(), "do_sample": draws is not None}),
-            custom_generate=decode,
-        )
+        call_generate(model, prompt_ids, prompt_mask, config, decode, do_sample=draws is not None)
     stops = stop_ids(config)
     responses.ended.extend(row[-1] in stops for row in responses.ids)
     return responses
+
+
+def call_generate(
+    model: PreTrainedModel,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    config: GenerationConfig,
+    decode: Callable[..., None],
+    *,
+    do_sample: bool = True,
+) -> None:
+    """Let transformers prepare cache and logits processors, then call ``decode`` with them.
+
+    The checkpoint's own generation settings take no part: transformers would fill every unset field from them.
+
+    Args:
+        model: Causal LM.
+        prompt_ids: Left-padded.
+        prompt_mask: True at prompt tokens.
+        config: From :func:`lit_ppo.generation.config.generation_config`.
+        decode: Gets what transformers hands to a ``custom_generate``.
+        do_sample: False: greedy.
+    """
+    own, model.generation_config = model.generation_config, neutral()
+    config = copy(config)
+    config.do_sample = do_sample
+    try:
+        model.generate(  # type: ignore[operator]
+            input_ids=prompt_ids, attention_mask=prompt_mask.long(), generation_config=config, custom_generate=decode
+        )
+    finally:
+        model.generation_config = own
+
+
+def reshaping_fields(model: PreTrainedModel, config: GenerationConfig, generation: dict[str, Any]) -> list[str]:
+    """Fields with which sampling draws from another distribution than the one whose log-probs PPO compares.
+
+    They are those for which transformers builds a logits processor that does more than apply the temperature. No
+    forward runs.
+
+    Args:
+        model: Causal LM.
+        config: From :func:`lit_ppo.generation.config.generation_config`.
+        generation: The user's fields.
+
+    Raises:
+        ValueError: transformers refuses a field's value.
+    """
+    found = []
+    one_token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    for name, value in generation.items():
+        built: list[Any] = []
+
+        def decode(model: Any, input_ids: Tensor, logits_processor: Any, built: list[Any] = built, **_: Any) -> None:
+            built.extend(logits_processor)
+
+        alone = neutral(max_new_tokens=config.max_new_tokens, eos_token_id=stop_ids(config) or None)
+        setattr(alone, name, getattr(config, name))
+        try:
+            call_generate(model, one_token, torch.ones_like(one_token, dtype=torch.bool), alone, decode)
+        except (ValueError, TypeError) as error:
+            refuse("LitPPO", "generation", {name: value}, f"{str(error).splitlines()[0]}; leave it out or correct it")
+        holds_nothing_back = (name, value) == ("min_new_tokens", 0)  # transformers builds a processor all the same
+        if any(not isinstance(processor, KEEP_DISTRIBUTION) for processor in built) and not holds_nothing_back:
+            found.append(name)
+    return found
 
 
 def uniforms(seeds: Sequence[Seed], n: int) -> Tensor:
@@ -73,12 +161,6 @@ def uniforms(seeds: Sequence[Seed], n: int) -> Tensor:
     """
     drawn = [np.random.default_rng(seed).random(n) for seed in seeds]
     return torch.from_numpy(np.stack(drawn)) if drawn else torch.zeros(0, n, dtype=torch.float64)
-
-
-def stop_ids(config: GenerationConfig) -> list[int]:
-    """The tokens that end a response."""
-    ids = config.eos_token_id
-    return [int(i) for i in (ids if isinstance(ids, list | tuple) else [ids]) if i is not None]
 
 
 @contextmanager
@@ -110,8 +192,8 @@ def _decode(
     progress: Progress | None,
     state: dict[str, Any],
 ) -> None:
-    """Decode token by token; rows that have ended leave the batch and the cache."""
-    rows = torch.arange(len(input_ids), device=input_ids.device)
+    """Decode token by token; rows that have ended leave the batch and the cache, if the cache can be cut."""
+    batch = rows = torch.arange(len(input_ids), device=input_ids.device)  # rows in the model's batch; still going
     stops = torch.tensor(stop_ids(config), device=input_ids.device)
     draws = None if draws is None else draws.to(input_ids.device, _cdf_dtype(input_ids.device))
     tokens, tokens_logprobs, alive_at = [], [], []
@@ -119,7 +201,8 @@ def _decode(
     for t in range(config.max_new_tokens):
         state = model._update_model_kwargs_for_generation(outputs, state)
         raw = outputs.logits[:, -1].float()
-        logits = logits_processor(input_ids, raw)
+        raw = raw if len(batch) == len(rows) else raw[rows]
+        logits = _process(logits_processor, input_ids, raw, rows)
         if progress is not None:
             progress.detail = f"token {t + 1}/{config.max_new_tokens}"
         token = logits.argmax(-1) if draws is None else inverse_cdf(logits, draws[rows, t])
@@ -128,17 +211,16 @@ def _decode(
             tokens_logprobs.append(token_logprobs(raw.unsqueeze(1), token.unsqueeze(1), config.temperature).squeeze(1))
         alive_at.append(rows)
         going = ~torch.isin(token, stops)
-        input_ids = torch.cat([input_ids, token.unsqueeze(1)], dim=1)
+        input_ids = torch.cat([input_ids, input_ids[:, -1:].index_put((rows,), token.unsqueeze(1))], dim=1)
         if t + 1 == config.max_new_tokens or not going.any():
             break
         if not going.all():
-            rows, input_ids = rows[going], input_ids[going]
-            state["past_key_values"].batch_select_indices(going)
-            state = _keep_rows(state, going)
-            for processor in logits_processor:  # some hold one number per row
-                for name, value in _keep_rows(vars(processor), going).items():
-                    setattr(processor, name, value)
-        inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **state)
+            rows = rows[going]
+            if _can_be_cut(state):
+                batch = rows
+                state["past_key_values"].batch_select_indices(going)
+                state = _keep_rows(state, going)
+        inputs = model.prepare_inputs_for_generation(input_ids[batch], next_sequence_length=1, **state)
         outputs = model(**inputs, return_dict=True)
     alive = torch.cat(alive_at).tolist()
     for row, token_id in zip(alive, torch.cat(tokens).tolist(), strict=True):
@@ -146,6 +228,28 @@ def _decode(
     if logprobs:
         for row, logprob in zip(alive, torch.cat(tokens_logprobs).tolist(), strict=True):
             responses.logprobs[row].append(logprob)
+
+
+def _process(processors: Any, input_ids: Tensor, raw: Tensor, rows: Tensor) -> Tensor:
+    """Apply the logits processors; some hold one entry per row, so that rows which have ended keep their place.
+
+    Shapes:
+        input_ids (B, L), raw (n, V), rows (n,) -> (n, V).
+    """
+    if len(rows) == len(input_ids) or all(isinstance(one, TemperatureLogitsWarper) for one in processors):
+        processed: Tensor = processors(input_ids[rows], raw)
+        return processed
+    everywhere = raw.new_zeros(len(input_ids), raw.shape[1]).index_put((rows,), raw)
+    processed = processors(input_ids, everywhere)
+    return processed[rows]
+
+
+def _can_be_cut(state: dict[str, Any]) -> bool:
+    """Whether all that a model keeps between tokens are keys and values, whose rows can leave."""
+    kept = [name for name in ALL_CACHE_NAMES if state.get(name) is not None]
+    cache = state.get("past_key_values")
+    plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    return kept == ["past_key_values"] and type(cache) is DynamicCache and all(type(x) in plain for x in cache.layers)
 
 
 def inverse_cdf(logits: Tensor, draws: Tensor) -> Tensor:

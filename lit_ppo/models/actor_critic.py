@@ -14,7 +14,7 @@ from transformers.activations import NewGELUActivation
 from lit_ppo.experience import ModelInputs
 from lit_ppo.generation.engine import Responses
 from lit_ppo.generation.transformers import generate
-from lit_ppo.models.family import check_causal, check_head
+from lit_ppo.models.family import check_causal, check_head, check_sampling
 from lit_ppo.models.head import HeadInputs, token_statistics
 from lit_ppo.models.packing import read_tokens, stock_attention, use_packing
 from lit_ppo.parallel.sharding import blocks
@@ -36,18 +36,22 @@ class Actor(_AlwaysEval):
 
     Args:
         model: Hugging Face causal LM.
+        checked: Another model of the same checkpoint was checked.
 
     Raises:
-        ValueError: The model changes its logits after the head, which the head applied by hand would not do.
+        ValueError: The model changes its logits after the head, which the head applied by hand would not do; or it
+            samples from another distribution than the one that is trained.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, checked: bool = False) -> None:
         super().__init__()
         self.model = model
         self.eval()
         use_fused_gelu(model)
         use_packing(model)
-        check_head(model, self._head_inputs)
+        if not checked:
+            check_head(model, self._head_inputs)
+            check_sampling(model, self._head_inputs)
 
     def forward(
         self,
@@ -101,8 +105,8 @@ class Actor(_AlwaysEval):
 class Reference(Actor):
     """A frozen actor."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(model)
+    def __init__(self, model: PreTrainedModel, *, checked: bool = False) -> None:
+        super().__init__(model, checked=checked)
         self.requires_grad_(False)
 
 

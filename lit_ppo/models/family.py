@@ -7,10 +7,16 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from lit_ppo.generation.config import neutral
+from lit_ppo.generation.transformers import sample
 from lit_ppo.models.head import HeadInputs
+from lit_ppo.models.packing import stock_attention
+
+Forward = Callable[[Tensor, Tensor, Tensor], HeadInputs]
+"""From ids, mask and target mask to the states and the head."""
 
 
-def check_head(model: PreTrainedModel, head_inputs: Callable[[Tensor, Tensor, Tensor], HeadInputs]) -> None:
+def check_head(model: PreTrainedModel, head_inputs: Forward) -> None:
     """Compare states and head applied by hand with the stock model's logits on a few tokens.
 
     A hook makes the head's output 100 times larger for the comparison, so that soft-capping or scaling after the head
@@ -18,7 +24,7 @@ def check_head(model: PreTrainedModel, head_inputs: Callable[[Tensor, Tensor, Te
 
     Args:
         model: Causal LM.
-        head_inputs: From ids, mask and target mask to the states and the head.
+        head_inputs: The training forward.
 
     Raises:
         ValueError: They differ, or the model has no linear head.
@@ -45,6 +51,53 @@ def check_head(model: PreTrainedModel, head_inputs: Callable[[Tensor, Tensor, Te
         raise ValueError(
             f"{type(model).__name__}: not supported, its logits are not its head's output "
             f"(relative difference {difference:.1e}); use a family like GPT-2, Llama or Qwen2"
+        )
+
+
+def check_sampling(model: PreTrainedModel, head_inputs: Forward) -> None:
+    """Compare the logits that tokens are sampled from with those of the training forward.
+
+    Two prompts of unequal length get the vocabulary's last token, until the longer one gets the first token and ends:
+    a state that reads padding, or that cannot lose a row, shows.
+
+    Args:
+        model: Causal LM.
+        head_inputs: The training forward.
+
+    Raises:
+        ValueError: They differ, or the model cannot sample.
+    """
+    head = model.get_output_embeddings()
+    prompts = torch.arange(8, device=model.device).reshape(2, 4) % head.out_features
+    mask = torch.tensor([[False, False, True, True], [True, True, True, True]], device=model.device)
+    last = 1.0 - 1e-9
+    draws = torch.tensor([[last, last, last], [last, 0.0, last]], dtype=torch.float64)
+    config = neutral(max_new_tokens=3, eos_token_id=0, pad_token_id=0)
+    sampled: list[Tensor] = []
+    handle = head.register_forward_hook(lambda module, inputs, output: sampled.append(output[:, -1]))
+    try:
+        with torch.no_grad(), stock_attention(model):
+            responses = sample(model, prompts, mask, config, draws).ids
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__}: not supported, it cannot sample prompts of unequal length "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); use a family like GPT-2, "
+            "Llama or Qwen2"
+        ) from error
+    finally:
+        handle.remove()
+    real = torch.tensor([[step < len(row) for step in range(3)] for row in responses], device=model.device)
+    ids = torch.tensor([row + [0] * (3 - len(row)) for row in responses], device=model.device)
+    with torch.no_grad():
+        trained = linear(*head_inputs(torch.cat([prompts, ids], 1), torch.cat([mask, real], 1), real)).float()
+    # the first row is the first of a step's batch, the second one the last, and it leaves first
+    theirs = torch.stack([sampled[step][-row] for row in range(2) for step in range(len(responses[row]))]).float()
+    spread = (trained - trained.mean(-1, keepdim=True)).abs().max().clamp(min=1e-6)
+    difference = float((trained - theirs).abs().max() / spread)
+    if not difference < (1e-4 if model.dtype == torch.float32 else 5e-2):
+        raise ValueError(
+            f"{type(model).__name__}: not supported, on rows of unequal length the log-probs of sampling are not those "
+            f"of training (relative difference {difference:.1e}); use a family like GPT-2, Llama or Qwen2"
         )
 
 

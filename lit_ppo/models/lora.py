@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_ppo.generation.engine import Responses
 from lit_ppo.models.actor_critic import Actor
+from lit_ppo.models.pretrained import adapter_base
 
 FIELDS = (
     "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern",
@@ -177,9 +178,15 @@ def check_has_adapter(where: str, module: object, adapter: bool) -> None:
         adapter: Whether to export an adapter.
 
     Raises:
-        ValueError: It trains none.
+        ValueError: It trains none, or one on top of another.
     """
-    if adapter and getattr(getattr(module, "model_settings", None), "actor_lora", None) is None:
+    settings = getattr(module, "model_settings", None)
+    if adapter and getattr(settings, "actor_lora", None) is None:
         raise ValueError(
             f"{where}: {type(module).__name__} trains no adapter; leave it out, or give LitPPO an actor_lora"
+        )
+    if adapter and settings is not None and adapter_base(settings.actor, settings.model_kwargs) is not None:
+        raise ValueError(
+            f"{where}: the actor {settings.actor!r} is itself an adapter, merged into its base model, and no folder "
+            "holds that model; leave it out, and the full model is written"
         )

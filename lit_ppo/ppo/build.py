@@ -5,11 +5,12 @@ from typing import Any, TypeVar
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_ppo.generation.config import generation_config
+from lit_ppo.generation.config import generation_config, say_stops
 from lit_ppo.models.actor_critic import Actor, Critic, Reference, checkpoint_activations, compile_blocks
 from lit_ppo.models.load import load_causal_lm, load_critic
 from lit_ppo.models.lora import WithoutAdapter, add_adapter
@@ -77,6 +78,7 @@ def build_models(
     """
     actor = _place(settings, strategy, lambda: _make_actor(settings))
     generation = generation_config(settings.generation, settings.temperature, actor.model, tokenizer)
+    rank_zero_info(say_stops(generation, settings.generation, actor.model, tokenizer))
     actor.model.generation_config = generation
     place_reward_models(strategy, rewards, eval_rewards)
     reference: Reference | WithoutAdapter | None = None
@@ -112,7 +114,8 @@ def _make_actor(settings: ModelSettings) -> Actor:
 def _make_reference(settings: ModelSettings) -> Reference:
     path = settings.actor if settings.reference == "actor" else str(settings.reference)
     dtype = getattr(torch, settings.reference_dtype)
-    return Reference(load_causal_lm(f"{settings.owner}(reference", path, settings.model_kwargs, dtype))
+    model = load_causal_lm(f"{settings.owner}(reference", path, settings.model_kwargs, dtype)
+    return Reference(model, checked=path == settings.actor)
 
 
 def _make_critic(settings: ModelSettings, rewards: Any) -> Critic:

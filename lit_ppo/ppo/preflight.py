@@ -13,7 +13,7 @@ from torch import nn
 
 from lit_ppo.data.batch import PromptBatch
 from lit_ppo.experience import Experience, Minibatch
-from lit_ppo.generation.config import reshaping_fields
+from lit_ppo.generation.transformers import reshaping_fields
 from lit_ppo.models.actor_critic import actor_forward, critic_forward
 from lit_ppo.models.lora import WithoutAdapter
 from lit_ppo.optim.settings import restore_settings
@@ -67,7 +67,7 @@ def _preflight(module: Any, trainer: L.Trainer) -> None:
     if module.checkpoint_reference:
         check_moving_reference(module.model_settings, module.reference)
     check_loggers(trainer.loggers, [*module.source_names, *source_names(module.eval_rewards)])
-    filters = reshaping_fields(module.model_settings.generation)
+    filters = reshaping_fields(module.actor.model, module.generation, module.model_settings.generation)
     if filters:
         rank_zero_warn(
             f"LitPPO(generation): {', '.join(filters)} sample from another distribution than the one whose log-probs "

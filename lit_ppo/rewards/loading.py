@@ -17,18 +17,15 @@ def load_classifier(path: str, model_kwargs: dict[str, Any]) -> Any:
     """
     from transformers import AutoModelForSequenceClassification  # slow to import; configurations are checked without it
 
+    from lit_ppo.models.pretrained import check_complete, load_pretrained
+
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, output_loading_info=True, **{"trust_remote_code": False, **model_kwargs}
-        )
+        model, missing = load_pretrained(AutoModelForSequenceClassification, path, **model_kwargs)
     except (OSError, ValueError) as error:
         raise _cannot_load("model", path, error) from error
-    if info["missing_keys"]:  # transformers would score with random weights
-        raise ValueError(
-            f"RewardModel(model={path!r}): the checkpoint lacks {', '.join(sorted(info['missing_keys']))}; "
-            "train it as a reward model first, or name a trained one"
-        )
-    return model.requires_grad_(False)  # from_pretrained gives eval mode
+    advice = "train it as a reward model first, or name a trained one"
+    check_complete(f"RewardModel(model={path!r})", model, missing, advice=advice)
+    return model.eval().requires_grad_(False)
 
 
 def load_tokenizer(path: str, trust_remote_code: bool, *, needs_offsets: bool) -> Any:
@@ -44,8 +41,10 @@ def load_tokenizer(path: str, trust_remote_code: bool, *, needs_offsets: bool) -
     """
     from transformers import AutoTokenizer
 
+    from lit_ppo.models.pretrained import tokenizer_path
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise _cannot_load("tokenizer", path, error) from error
     if needs_offsets and not tokenizer.is_fast:

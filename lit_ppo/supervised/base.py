@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_ppo.data.tokenization import save_tokenizer
+from lit_ppo.generation.config import named_stops
 from lit_ppo.optim.settings import BuiltOptimizer, build_optimizer, restore_settings
 from lit_ppo.parallel.full_state import full_weights
 from lit_ppo.parallel.ranks import rank
@@ -86,6 +87,8 @@ class SupervisedModule(L.LightningModule):
         """
         self.configure_model()
         assert self.model is not None
+        if self.model.can_generate():  # the token that training appended to every text
+            self.model.generation_config.eos_token_id = named_stops(self.model, self.tokenizer)
         weights = full_weights(self.model)
         if weights is None or rank() == 0:
             self.model.save_pretrained(str(dirpath), state_dict=weights)

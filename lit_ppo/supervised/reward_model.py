@@ -1,5 +1,6 @@
 """Train a reward model on pairs of texts or on labelled texts."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,8 +9,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryAccuracy
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from lit_ppo.models.pretrained import n_outputs
 from lit_ppo.supervised.base import SupervisedModule
 from lit_ppo.supervised.source import ModelSource
 from lit_ppo.validate import refuse
@@ -59,11 +61,10 @@ class LitRewardModel(SupervisedModule):
     def make_model(self) -> PreTrainedModel:
         source = self.source
         if isinstance(source.model, str) and not source.model_kwargs.get("ignore_mismatched_sizes"):
-            config = source.load("model", AutoConfig, source.model)
-            has_head = any("ForSequenceClassification" in name for name in config.architectures or [])
-            if has_head and config.num_labels != 1:
+            outputs = source.load("model", source.model, partial(n_outputs, source.model, source.model_kwargs))
+            if outputs not in (None, 1):
                 problem = (
-                    f"its head has {config.num_labels} outputs, but a reward model has 1; to train a new head, add "
+                    f"its head has {outputs} outputs, but a reward model has 1; to train a new head, add "
                     "model_kwargs={'ignore_mismatched_sizes': True}"
                 )
                 refuse(source.owner, "model", source.model, problem)

@@ -1,13 +1,17 @@
 """Load a Hugging Face model and its tokenizer, or build the model from scratch."""
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_ppo.data.tokenization import loads_the_same
+from lit_ppo.models.pretrained import check_causal_lm, check_complete, load_pretrained, tokenizer_path
 from lit_ppo.validate import refuse
+
+T = TypeVar("T")
 
 
 class ModelSource:
@@ -48,7 +52,11 @@ class ModelSource:
         """The tokenizer; if it has no pad token, it pads with its end-of-sequence token."""
         if self._tokenizer is None:
             trust = bool(self.model_kwargs.get("trust_remote_code"))
-            tokenizer = self.load("tokenizer", AutoTokenizer, self.tokenizer_path, trust_remote_code=trust)
+            path = self.tokenizer_path
+            tokenizer: PreTrainedTokenizerBase = self.load(
+                "tokenizer", path,
+                lambda: AutoTokenizer.from_pretrained(tokenizer_path(path), trust_remote_code=trust),
+            )  # fmt: skip
             if tokenizer.pad_token is None and tokenizer.eos_token is None:
                 problem = "it has no pad token and no end-of-sequence token; set pad_token and save it again"
                 refuse(self.owner, "tokenizer", self.tokenizer_path, problem)
@@ -57,15 +65,31 @@ class ModelSource:
             self._tokenizer = tokenizer
         return self._tokenizer
 
-    def load(self, argument: str, auto_class: Any, path: str, **kwargs: Any) -> Any:
-        """``from_pretrained``, with an error that names the module's argument."""
+    def load(self, argument: str, path: str, function: Callable[[], T]) -> T:
+        """What a function loads, with an error that names the module's argument."""
         try:
-            return auto_class.from_pretrained(path, **{"trust_remote_code": False, **kwargs})
+            return function()
         except OSError as error:  # transformers raises it for a missing folder, a missing file and an unknown hub name
             raise ValueError(
                 f"{self.owner}({argument}={path!r}): cannot be loaded from a folder or from the hub "
                 f"({str(error).splitlines()[0]}); check the path or name"
             ) from error
+        except ValueError as error:
+            raise ValueError(f"{self.owner}({argument}={path!r}): {str(error).splitlines()[0]}") from error
+
+    def _from_checkpoint(self, path: str) -> PreTrainedModel:
+        def load() -> tuple[PreTrainedModel, list[str]]:
+            return load_pretrained(self.auto_class, path, **self.config, **self.model_kwargs)
+
+        model, missing = self.load("model", path, load)
+        where = f"{self.owner}(model={path!r})"
+        if self.auto_class is AutoModelForCausalLM:
+            check_causal_lm(where, model, missing)
+        else:
+            backbone, pooler = f"{model.base_model_prefix}.", f"{model.base_model_prefix}.pooler."
+            head = {name for name in missing if not name.startswith(backbone) or name.startswith(pooler)}
+            check_complete(where, model, missing, may_be_new=tuple(head))
+        return model
 
     def make(self) -> PreTrainedModel:
         """The model in training mode; new weights depend only on the seed that Lightning was given."""
@@ -74,7 +98,7 @@ class ModelSource:
             if isinstance(self.model, dict):
                 model = self._from_scratch(self.model)
             else:
-                model = self.load("model", self.auto_class, self.model, **self.config, **self.model_kwargs)
+                model = self._from_checkpoint(self.model)
         embedded = len(model.get_input_embeddings().weight)
         if len(self.tokenizer) > embedded:
             problem = f"{len(self.tokenizer)} tokens, but the model embeds {embedded}; use the model's own tokenizer"

@@ -5,11 +5,13 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from lit_ppo.generation.config import check_generation, generation_config
-from lit_ppo.generation.transformers import generate, inverse_cdf, stop_ids, uniforms
+from lit_ppo import LitSFT
+from lit_ppo.generation.config import check_generation, generation_config, stop_ids
+from lit_ppo.generation.transformers import generate, inverse_cdf, reshaping_fields, uniforms
 from lit_ppo.models.actor_critic import Actor
 from lit_ppo.models.load import load_causal_lm, load_tokenizer
-from tests.helpers.tiny import make_causal_lm
+from tests.helpers.tiny import make_causal_lm, make_tokenizer
+from tests.helpers.toys import make_module
 
 PROMPTS = [[5, 6], [7, 8, 9, 10], [4, 5, 6], [11]]
 
@@ -140,9 +142,104 @@ def test_inverse_cdf_hits_each_token_as_often_as_its_probability_says():
         ({"max_new_tokens": 4, "num_beams": 2}, "plain sampling"),
         ({"max_new_tokens": 4, "num_return_sequences": 2}, "samples_per_prompt"),
         ({"max_new_tokens": 4, "stop_strings": ["."]}, "end in a token"),
+        ({"max_new_tokens": 4, "guidance_scale": 1.5}, "mixes in a second distribution"),
         ({"max_new_tokens": 4, "top_kk": 2}, "GenerationConfig has no field 'top_kk'"),
     ],
 )
 def test_what_generation_cannot_be_asked_is_refused(generation, message):
     with pytest.raises(ValueError, match=rf"^LitPPO\(generation.*{message}"):
         check_generation(generation)
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"min_new_tokens": 3},  # its four stop ids are as many as the rows
+        {"repetition_penalty": 3.0},
+        {"encoder_no_repeat_ngram_size": 2},
+    ],
+)
+def test_rows_that_end_leave_the_others_their_logits_processors(lm, knobs):
+    """Some processors hold a number per row, others one per stop token."""
+    model, config = make(lm, eos_token_id=[20, 24, 28, 32], pad_token_id=0, **knobs)
+    together = [sampled(model, *padded(PROMPTS), config, seeds(4, seed)) for seed in range(3)]
+    alone = [
+        [sampled(model, *padded([row]), config, seeds(4, seed)[i : i + 1])[0] for i, row in enumerate(PROMPTS)]
+        for seed in range(3)
+    ]
+    assert together == alone
+    assert len({len(row) for rows in together for row in rows}) > 2
+
+
+def test_no_setting_of_a_checkpoint_reaches_any_policy(tmp_path):
+    """The reference is the actor with other settings beside it: their samples must be the same."""
+    actor = make_causal_lm(tmp_path / "actor", scale=6.0)
+    reference = make_causal_lm(tmp_path / "reference", scale=6.0)
+    GenerationConfig(
+        do_sample=True, min_p=0.5, top_h=0.3, epsilon_cutoff=0.1, eta_cutoff=0.1, forced_bos_token_id=37,
+        forced_eos_token_id=1, suppress_tokens=[*range(4, 20)], begin_suppress_tokens=[*range(20, 36)],
+        bad_words_ids=[[21], [22]], sequence_bias=[[[30], 9.0]], exponential_decay_length_penalty=[0, 3.0],
+        encoder_repetition_penalty=4.0, no_repeat_ngram_size=1, min_new_tokens=7, guidance_scale=2.0, penalty_alpha=0.6,
+        stop_strings=["good"], eos_token_id=1,
+    ).save_pretrained(reference)  # fmt: skip
+    module = make_module(actor, reference=str(reference))
+    for greedy in (False, True):
+        ours, theirs = (
+            module.rollout(["the film", "a"] * 4, policy=policy, do_sample=not greedy, stream="test", logprobs=False)
+            for policy in ("actor", "reference")
+        )
+        assert ours.response_ids.equal(theirs.response_ids)
+
+
+def test_a_response_ends_at_every_stop_token_that_checkpoint_or_tokenizer_names(tmp_path, caplog):
+    """As with Qwen's base models after SFT; what is said names both, and SFT exports both, its own first."""
+    caplog.set_level("INFO")
+    path = make_causal_lm(tmp_path / "lm", scale=6.0)
+    GenerationConfig(eos_token_id=20).save_pretrained(path)
+    stops = {1, 20}
+    ids = [row for seed in range(9) for row in sampled(*_prompted(path), seeds(4, seed))]
+    assert {row[-1] for row in ids if len(row) < 12} == stops
+    make_module(path).configure_model()
+    (other,) = make_tokenizer().convert_ids_to_tokens([20])
+    assert f"Responses end at '[EOS]' (id 1, tokenizer), '{other}' (id 20, generation_config)" in caplog.text
+    LitSFT(str(path)).save_pretrained(tmp_path / "sft")
+    assert GenerationConfig.from_pretrained(tmp_path / "sft").eos_token_id == [1, 20]
+    assert make(path, eos_token_id=5)[1].eos_token_id == 5  # the user's own word is the last
+
+
+def _prompted(path):
+    model, config = make(path)
+    ids, mask = padded(PROMPTS)
+    return model, ids, mask, config
+
+
+@pytest.mark.parametrize(
+    ("knob", "reshapes"),
+    [
+        ({"min_new_tokens": 2}, True),
+        ({"suppress_tokens": [5]}, True),
+        ({"begin_suppress_tokens": [5]}, True),
+        ({"bad_words_ids": [[5]]}, True),
+        ({"sequence_bias": [[[5], -2.0]]}, True),
+        ({"exponential_decay_length_penalty": [2, 1.5]}, True),
+        ({"encoder_repetition_penalty": 1.5}, True),
+        ({"forced_eos_token_id": 1}, True),
+        ({"watermarking_config": {"greenlist_ratio": 0.5}}, True),
+        ({"min_p": 0.1}, True),
+        ({"top_k": 5}, True),
+        ({"no_repeat_ngram_size": 2}, True),
+        ({"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "min_new_tokens": 0, "epsilon_cutoff": 0.0}, False),
+        ({"renormalize_logits": True, "remove_invalid_values": True, "eos_token_id": [1, 5]}, False),
+    ],
+)
+def test_fields_that_reshape_the_distribution_are_those_that_make_transformers_process_logits(lm, knob, reshapes):
+    model, config = make(lm, temperature=0.7, **knob)
+    assert reshaping_fields(model, config, {"max_new_tokens": 12, **knob}) == (list(knob) if reshapes else [])
+
+
+def test_a_value_that_transformers_refuses_is_refused_in_our_words(lm):
+    model, config = make(lm, bad_words_ids=[])
+    with pytest.raises(
+        ValueError, match=r"^LitPPO\(generation={'bad_words_ids': \[\]}\): .*; leave it out or correct it"
+    ):
+        reshaping_fields(model, config, {"bad_words_ids": []})

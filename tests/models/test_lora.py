@@ -199,8 +199,10 @@ def test_exports_merged_and_alone(tmp_path: Path, lm: Path, trained: Any) -> Non
             assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
     torch.testing.assert_close(module.rollout(PROMPTS, stream="test").logprobs, experience.logprobs, rtol=0, atol=0)
     assert make(tmp_path / "merged").rollout(PROMPTS).kl.abs().max() == 0
-    with pytest.raises(ValueError, match=r"LitPPO\(actor=.*\): holds an adapter, not a full model; export it merged"):
-        make(tmp_path / "adapter").configure_model()
+    again = make(tmp_path / "adapter")  # an adapter on top of a merged one
+    torch.testing.assert_close(again.rollout(PROMPTS, stream="test").logprobs, experience.logprobs, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"the actor '.*adapter' is itself an adapter.*the full model is written"):
+        again.save_pretrained(tmp_path / "third", adapter=True)
 
 
 def test_a_merged_export_has_the_actors_dtype(tmp_path: Path, tiny_lm: Path) -> None:
