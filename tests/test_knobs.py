@@ -6,13 +6,13 @@ Tricks are tried in the same way in ``tests/callbacks/test_contract.py``.
 import contextlib
 import inspect
 import io
-import json
 import re
 import shutil
 import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -35,7 +35,8 @@ from lit_ppo import (
     WarmupCosine,
 )
 from lit_ppo.cli.report import RunReport
-from tests.helpers.tiny import WORDS, make_causal_lm, make_reward_model, make_tokenizer
+from lit_ppo.rewards import scores_of
+from tests.helpers.tiny import WORDS, make_causal_lm, make_reward_model, make_tokenizer, write_rows
 from tests.helpers.toys import count_good, make_module, make_trainer
 
 Arguments = dict[str, Any]
@@ -66,12 +67,12 @@ def offset(prompts: list[str], responses: list[str], by: float = 0.0) -> list[fl
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models and data of every kind, made once."""
     folder = tmp_path_factory.mktemp("knobs")
-    make_causal_lm(folder / "lm", scale=4.0)
-    make_causal_lm(folder / "lm2", scale=4.0, seed=7)
+    make_causal_lm(folder / "lm", scale=4.0, n_layer=1)
+    make_causal_lm(folder / "lm2", scale=4.0, seed=7, n_layer=1)
     make_tokenizer(folder / "reversed", words=[*reversed([*WORDS, "user", "assistant"])])
-    make_reward_model(folder / "reward")
-    make_reward_model(folder / "reward2", seed=5)
-    make_reward_model(folder / "two", num_labels=2)
+    make_reward_model(folder / "reward", n_layer=1)
+    make_reward_model(folder / "reward2", seed=5, n_layer=1)
+    make_reward_model(folder / "two", num_labels=2, n_layer=1)
     words = [" ".join(WORDS[i : i + 2 + i % 5]) for i in range(12)]
     rows = [
         {
@@ -81,11 +82,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i, text in enumerate(words)
     ]  # fmt: skip
     for name, some in {"rows": rows, "more": rows[::-1][:7], "held": rows[:3], "held2": rows[5:9]}.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+        write_rows(folder / f"{name}.jsonl", some)
     (folder / "sub").mkdir()
-    (folder / "sub/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[4:]))
+    write_rows(folder / "sub/rows.jsonl", rows[4:])
     loud = [row | {name: row[name].upper() for name in ("text", "prompt", "chosen")} for row in rows]
-    (folder / "loud.jsonl").write_text("".join(json.dumps(row) + "\n" for row in loud))
+    write_rows(folder / "loud.jsonl", loud)
     table = "".join(f"{row['text']},{row['other']},{row['chosen']},{row['rejected']}\n" for row in rows)
     (folder / "table.csv").write_text(table)
     return folder
@@ -95,11 +96,13 @@ def weights(module: Any) -> dict[str, float]:
     return {name: w.double().sum().item() for name, w in module.state_dict().items()}
 
 
-def run_ppo(**arguments: Any) -> Any:
-    """Two updates: the weights; and what was logged, times aside. An error is a result, too."""
-    data = PromptDataModule("rows.jsonl", val_path="held.jsonl", batch_size=7, seed=0)
-    trainer = make_trainer(Path(), num_sanity_val_steps=0)
-    module = make_module(arguments.pop("actor", Path("lm")), **arguments)
+def run_ppo(updates: int = 1, **arguments: Any) -> Any:
+    """The weights; and what was logged, times aside. An error is a result, too."""
+    data = PromptDataModule("rows.jsonl", val_path="held.jsonl", batch_size=6, seed=0)
+    trainer = make_trainer(Path(), max_steps=updates, num_sanity_val_steps=0, val_check_interval=updates)
+    small = {"generation": {"max_new_tokens": 4}, "minibatch_size": 4, "micro_batch_size": None}
+    small |= {"reference": "lm2"}  # so that the first update has a KL
+    module = make_module(arguments.pop("actor", Path("lm")), **small | arguments)
     try:
         trainer.fit(module, data)
     except Exception as error:
@@ -135,9 +138,10 @@ def run_supervised(module: type, data: type) -> Callable[..., str]:
     return run
 
 
-def run_with(argument: str, made: type) -> Callable[..., Any]:
-    """PPO with an object of the class as this argument."""
-    return lambda **arguments: run_ppo(**{argument: made(**arguments)})
+def run_scores(made: type) -> Callable[..., str]:
+    """Scores of two responses."""
+    rows = SimpleNamespace(prompts=["the film", "a"], responses=[" was good", " dull plot"], columns={})
+    return lambda **arguments: repr(scores_of(made(**arguments), rows))
 
 
 def run_schedule(optimizer: float = 1.0, **arguments: Any) -> str:
@@ -156,11 +160,11 @@ def run_callback(callback_class: type) -> Callable[..., str]:
     """PPO with one of the command's own callbacks: what it printed and the files it left."""
 
     def run(**arguments: Any) -> str:
-        module = make_module(Path("lm"), actor_lora={"r": 2}, ppo_epochs=1, minibatch_size=7)
-        trainer = make_trainer(Path(), callbacks=[callback_class(**arguments)], max_steps=4, enable_checkpointing=True)
+        module = make_module(Path("lm"), actor_lora={"r": 2}, ppo_epochs=1, generation={"max_new_tokens": 4})
+        trainer = make_trainer(Path(), callbacks=[callback_class(**arguments)], max_steps=3, enable_checkpointing=True)
         before, printed = set(Path().iterdir()), io.StringIO()
         with contextlib.redirect_stdout(printed):
-            trainer.fit(module, PromptDataModule("rows.jsonl", batch_size=7, seed=0))
+            trainer.fit(module, PromptDataModule("rows.jsonl", batch_size=5, seed=0))
         left = set(Path().iterdir()) - before
         files = sorted(str(file) for folder in left for file in folder.rglob("*"))
         for folder in left:  # the next run shall find none of it
@@ -245,7 +249,7 @@ KNOBS = {
         actor=Path("lm2"),
         tokenizer="reversed",
         critic="lm2",
-        reference="lm2",
+        reference="lm",
         reference_dtype="bfloat16",
         actor_lora={"r": 2},
         critic_lora={"r": 2},
@@ -266,8 +270,8 @@ KNOBS = {
         loss_reduction="sequence_mean",
         actor_optimizer=sgd(0.2),
         critic_optimizer=sgd(0.2),
-        actor_scheduler=halved,
-        critic_scheduler=halved,
+        actor_scheduler=Both(None, halved, {"updates": 2}),
+        critic_scheduler=Both(None, halved, {"updates": 2}),
         max_grad_norm=0.01,
         activation_checkpointing=Excused(
             "results stay the same (tests/parallel/test_equivalence.py); it bounds memory"
@@ -325,7 +329,7 @@ KNOBS = {
         max_length=3,
         column_names=Both(COLUMNS, COLUMNS[::-1], {"path": "table.csv"}),
     ),
-    "GAE": Knobs(run_with("advantages", GAE), {}, gamma=0.9, lam=0.5),
+    "GAE": Knobs(lambda **arguments: run_ppo(advantages=GAE(**arguments)), {}, gamma=0.9, lam=0.5),
     "GroupRelative": Knobs(
         lambda scale: run_ppo(advantages=GroupRelative(scale), samples_per_prompt=2, critic=None, kl_coef=0.0),
         {"scale": True},
@@ -334,7 +338,7 @@ KNOBS = {
     "LeaveOneOut": Knobs(run_ppo, {}),
     "Reinforce": Knobs(run_ppo, {}),
     "RewardModel": Knobs(
-        run_with("rewards", RewardModel),
+        run_scores(RewardModel),
         {"model": "reward"},
         model="reward2",
         tokenizer="reversed",
@@ -344,9 +348,7 @@ KNOBS = {
         batch_tokens=SCORED,
         model_kwargs={"layer_norm_epsilon": 0.1},
     ),
-    "RewardFunction": Knobs(
-        run_with("rewards", RewardFunction), {"function": offset}, function=count_good, kwargs={"by": 1.0}
-    ),
+    "RewardFunction": Knobs(run_scores(RewardFunction), {"function": offset}, function=count_good, kwargs={"by": 1.0}),
     "WarmupCosine": Knobs(
         run_schedule,
         {"warmup_steps": 2, "total_steps": 6},
@@ -360,7 +362,7 @@ KNOBS = {
     "StepCheckpoint": Knobs(
         run_callback(StepCheckpoint),
         {"every_n_train_steps": 1, "dirpath": "checkpoints"},
-        every_n_train_steps=2,
+        every_n_train_steps=3,
         keep=3,
         dirpath="other",
     ),

@@ -3,7 +3,6 @@
 One run has several tricks; every two that go together meet in some run. What is refused is tried on its own.
 """
 
-import json
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ import pytest
 
 from lit_ppo import PromptDataModule
 from lit_ppo.advantages import GroupRelative, LeaveOneOut, Reinforce
-from tests.helpers.tiny import WORDS, make_causal_lm
-from tests.helpers.toys import make_module, make_trainer
+from tests.helpers.tiny import make_causal_lm
+from tests.helpers.toys import make_module, make_trainer, texts, write_prompts
 from tests.helpers.trick import make_trick, tricks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Monitor")  # what monitors have to say is tested elsewhere
@@ -49,11 +48,9 @@ EXCLUSIVE = [pair for pair in REFUSED if TRICKS.keys() >= {*pair}]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model and the files that tricks read."""
     folder = tmp_path_factory.mktemp("matrix")
-    make_causal_lm(folder / "lm", scale=4.0)
-    rows = [{"prompt": " ".join(WORDS[i : i + 1 + i % 4]), "level": i} for i in range(12)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    texts = [{"text": " ".join(WORDS[i : i + 6])} for i in range(12)]
-    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    make_causal_lm(folder / "lm", scale=4.0, n_layer=1)
+    write_prompts(folder / "prompts.jsonl")
+    texts(folder)
     return folder
 
 
@@ -87,7 +84,7 @@ def groups(size: int) -> list[tuple[str, ...]]:
     return found
 
 
-TOGETHER = groups(size=9)
+TOGETHER = groups(size=12)
 ON_A_MODULE = [
     (module, tuple(trick for trick in TRICKS if trick not in left_out and (trick, module) not in REFUSED))
     for module in MODULES

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -129,24 +130,13 @@ def test_data_root_is_where_relative_paths_start(tmp_path: Path, monkeypatch: py
     assert read_table(WHERE, "~/a.jsonl", data_root="elsewhere").rows == [{"p": "there"}]
 
 
-class FakeDatasets:
-    """Stands in for the datasets package and writes down how it was called."""
-
-    def __init__(self) -> None:
-        self.calls: list[Any] = []
-
-    def load_dataset(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
-        self.calls.append((args, kwargs))
-        if args[0] == "no/such":
-            raise RuntimeError("not found\non the hub")
-        return [{"prompt": "from the hub"}]
-
-
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDatasets:
-    datasets = FakeDatasets()
-    monkeypatch.setitem(sys.modules, "datasets", datasets)  # type: ignore[arg-type]
-    return datasets
+def load_dataset(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Stands in for that of the datasets package."""
+    datasets = Mock()
+    datasets.load_dataset.return_value = [{"prompt": "from the hub"}]
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    return datasets.load_dataset
 
 
 @pytest.mark.parametrize(
@@ -158,24 +148,26 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDatasets:
         ("owner/name/main:train[:10%]", ("owner/name", "main"), "train[:10%]"),
     ],
 )
-def test_hub_data_sets(fake: FakeDatasets, path: str, args: tuple[Any, ...], split: str) -> None:
+def test_hub_data_sets(load_dataset: Mock, path: str, args: tuple[Any, ...], split: str) -> None:
     table = read_table(WHERE, path)
-    assert fake.calls == [(args, {"split": split})]
+    load_dataset.assert_called_once_with(*args, split=split)
     assert table.rows == [{"prompt": "from the hub"}]
     assert table.place(0) == f"{path}, row 1"
 
 
-def test_parquet_goes_through_datasets(tmp_path: Path, fake: FakeDatasets) -> None:
+def test_parquet_goes_through_datasets(tmp_path: Path, load_dataset: Mock) -> None:
     path = write(tmp_path / "a.parquet", "PAR1")
     assert read_table(WHERE, path).place(0) == f"{path}, row 1"
-    assert fake.calls == [(("parquet",), {"data_files": path, "split": "train"})]
+    load_dataset.assert_called_once_with("parquet", data_files=path, split="train")
     with pytest.raises(FileNotFoundError, match=r"b.parquet does not exist"):
         read_table(WHERE, str(tmp_path / "b.parquet"))
 
 
-@pytest.mark.usefixtures("fake")
-def test_hub_failures_say_what_was_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_hub_failures_say_what_was_looked_for(
+    load_dataset: Mock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
+    load_dataset.side_effect = RuntimeError("not found\non the hub")
     with pytest.raises(ValueError, match=r"there is no file .*no/such, and datasets .*'not found on the hub'"):
         read_table(WHERE, "no/such")
     monkeypatch.setitem(sys.modules, "datasets", None)  # type: ignore[arg-type]
@@ -193,7 +185,5 @@ def test_a_real_parquet_file(tmp_path: Path) -> None:
 
 def test_columns_are_those_of_all_rows(tmp_path: Path) -> None:
     table = read_table(WHERE, write(tmp_path / "a.jsonl", '{"a": 1}\n{"b": 2, "a": 3}\n'))
-    assert table.columns == ["a", "b"]
-    assert table.select([0]).columns == ["a", "b"]
-    assert table.select([1]).rows == [{"b": 2, "a": 3}]
-    assert table.select([1]).lines == [2]
+    assert table.columns == table.select([0]).columns == ["a", "b"]
+    assert (table.select([1]).rows, table.select([1]).lines) == ([{"b": 2, "a": 3}], [2])

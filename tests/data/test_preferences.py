@@ -1,6 +1,5 @@
 """Pairs and labelled texts: what a batch holds, by hand."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 
 from lit_ppo.data.preferences import PreferenceDataModule
-from tests.helpers.tiny import make_tokenizer
+from tests.helpers.tiny import make_tokenizer, write_rows
 
 PAIRS = [
     {"prompt": "the film ", "chosen": "was really good", "rejected": "was bad", "id": "a"},
@@ -20,11 +19,6 @@ LABELLED = [
 ]
 EDGES: dict[str, Any] = {"text_column": ["head", "tail"], "label_column": "label"}
 Rows = set[tuple[Any, ...]]
-
-
-def write(path: Path, rows: list[Any]) -> str:
-    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    return str(path)
 
 
 def ready(path: str, **options: Any) -> PreferenceDataModule:
@@ -53,7 +47,7 @@ def examples(loader: Any, tokenizer: Any = None) -> Rows:
 
 
 def test_pairs(tmp_path: Path) -> None:
-    data = ready(write(tmp_path / "p.jsonl", PAIRS))
+    data = ready(write_rows(tmp_path / "p.jsonl", PAIRS))
     [batch] = data.train_dataloader()
     assert {side: part["input_ids"].shape for side, part in batch.items()} == {"chosen": (2, 3), "rejected": (2, 4)}
     assert examples([batch]) == {("was really good", "was bad"), ("happy", "not happy but sad")}
@@ -63,7 +57,7 @@ def test_pairs(tmp_path: Path) -> None:
 
 
 def test_columns_of_pairs(tmp_path: Path) -> None:
-    path = write(tmp_path / "p.jsonl", PAIRS)
+    path = write_rows(tmp_path / "p.jsonl", PAIRS)
     swapped = ready(path, chosen_column="rejected", rejected_column="chosen")
     assert examples(swapped.train_dataloader()) == {("was bad", "was really good"), ("not happy but sad", "happy")}
     prompted = ready(path, prompt_column="prompt")
@@ -76,7 +70,7 @@ def test_columns_of_pairs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("label", [0, 0.0, False, "0"])
 def test_labelled_texts(tmp_path: Path, label: Any) -> None:
     """Each text column is an example of its own."""
-    path = write(tmp_path / "p.jsonl", [LABELLED[0] | {"head": "GOOD"}, LABELLED[1] | {"label": label}])
+    path = write_rows(tmp_path / "p.jsonl", [LABELLED[0] | {"head": "GOOD"}, LABELLED[1] | {"label": label}])
     [batch] = ready(path, lower_case=True, **EDGES).train_dataloader()
     assert batch.keys() == {"input_ids", "attention_mask", "labels"}
     assert batch["labels"].dtype == torch.float32
@@ -86,7 +80,7 @@ def test_labelled_texts(tmp_path: Path, label: Any) -> None:
 
 
 def test_long_texts_keep_their_end(tmp_path: Path) -> None:
-    path = write(tmp_path / "p.jsonl", PAIRS)
+    path = write_rows(tmp_path / "p.jsonl", PAIRS)
     with pytest.warns(UserWarning, match=r"PreferenceDataModule\(max_length=2\): 2 of 4 texts .* longest has 4"):
         data = ready(path, max_length=2)
     assert examples(data.train_dataloader()) == {("really good", "was bad"), ("happy", "but sad")}
@@ -114,19 +108,19 @@ WHOLE = {side: CHAT["prompt"] + CHAT[side] for side in ("chosen", "rejected")}
 def test_chats(tmp_path: Path, row: dict[str, Any], prompt_column: str | None, bos: bool) -> None:
     """By the template, with one BOS and no opening of a further answer."""
     tokenizer = make_tokenizer(bos=bos, chat=True)
-    path = write(tmp_path / "p.jsonl", [row])
+    path = write_rows(tmp_path / "p.jsonl", [row])
     data = ready(path, prompt_column=prompt_column, lower_case=True, tokenizer=tokenizer)
     front = ("[BOS] " if bos else "") + "user the film [EOS] assistant"
     assert examples(data.train_dataloader(), tokenizer) == {(f"{front} good [EOS]", f"{front} bad [EOS]")}
 
 
 def test_validation_rows(tmp_path: Path) -> None:
-    path = write(tmp_path / "p.jsonl", PAIRS)
-    data = ready(path, val_path=write(tmp_path / "v.jsonl", PAIRS[::-1]), batch_size=1)
+    path = write_rows(tmp_path / "p.jsonl", PAIRS)
+    data = ready(path, val_path=write_rows(tmp_path / "v.jsonl", PAIRS[::-1]), batch_size=1)
     assert [texts_of(batch["chosen"]) for batch in data.val_dataloader()] == [["happy"], ["was really good"]]
     assert ready(path).val_dataloader() == []
     rows: list[Any] = [{"head": " ".join(["the"] * (i % 20 + 1)), "tail": "film", "label": 1} for i in range(80)]
-    split = ready(write(tmp_path / "t.jsonl", rows), val_fraction=0.5, **EDGES)
+    split = ready(write_rows(tmp_path / "t.jsonl", rows), val_fraction=0.5, **EDGES)
     train, val = ({len(ids) for ids, _ in side} - {1} for side in (split.train_rows, split.val_rows))
     assert not train & val  # copies of a row are never on both sides
     assert len(split.train_rows) + len(split.val_rows) == 160
@@ -146,7 +140,7 @@ def test_validation_rows(tmp_path: Path) -> None:
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, row: dict[str, Any], options: dict[str, Any], message: str) -> None:
-    path = write(tmp_path / "p.jsonl", [LABELLED[0] if options else PAIRS[0], row])
+    path = write_rows(tmp_path / "p.jsonl", [LABELLED[0] if options else PAIRS[0], row])
     with pytest.raises(ValueError, match=r"^PreferenceDataModule\(path='.*p.jsonl'\): .*p.jsonl, " + message):
         ready(path, tokenizer=make_tokenizer(chat=True), **options)
 

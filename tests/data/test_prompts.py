@@ -1,6 +1,5 @@
 """Prompts: their ids against the tokenizer's own, what a batch holds, the split, and errors that name the place."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from lit_ppo.data.encoding import encode_prompts, padding_id
 from lit_ppo.data.prompts import PromptDataModule
 from lit_ppo.data.table import unit_hash
-from tests.helpers.tiny import make_tokenizer
+from tests.helpers.tiny import make_tokenizer, write_rows
 
 TURNS = [("user", "the plot"), ("assistant", "dull"), ("user", "but")]
 CHAT = [
@@ -23,11 +22,6 @@ ROWS = [
     {"prompt": "We SAW a movie", "id": "b", "label": 0},
     {"prompt": "music", "id": "c"},
 ]
-
-
-def write(path: Path, rows: list[Any]) -> str:
-    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    return str(path)
 
 
 def ready(path: str, stage: str = "fit", **options: Any) -> PromptDataModule:
@@ -137,7 +131,7 @@ def test_long_tokenising_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_a_batch_holds_prompts_rows_and_the_other_columns(tmp_path: Path) -> None:
-    data = ready(write(tmp_path / "p.jsonl", ROWS))
+    data = ready(write_rows(tmp_path / "p.jsonl", ROWS))
     first, second = data.train_dataloader()
     rows = np.random.default_rng([0, 0]).permutation(3).tolist()
     assert first.prompt_index.tolist() + second.prompt_index.tolist() == rows
@@ -151,7 +145,7 @@ def test_a_batch_holds_prompts_rows_and_the_other_columns(tmp_path: Path) -> Non
 
 
 def test_a_batch_moves_to_a_device(tmp_path: Path) -> None:
-    batch = next(iter(ready(write(tmp_path / "p.jsonl", ROWS)).train_dataloader()))
+    batch = next(iter(ready(write_rows(tmp_path / "p.jsonl", ROWS)).train_dataloader()))
     moved = batch.to("meta")
     assert moved.prompt_index.device.type == "meta"
     assert moved.prompt_ids is batch.prompt_ids
@@ -159,7 +153,7 @@ def test_a_batch_moves_to_a_device(tmp_path: Path) -> None:
 
 def test_chat_prompts_are_handed_on_as_messages(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(chat=True)
-    path = write(tmp_path / "p.jsonl", [{"conversation": chat, "id": i} for i, chat in enumerate(CHAT)])
+    path = write_rows(tmp_path / "p.jsonl", [{"conversation": chat, "id": i} for i, chat in enumerate(CHAT)])
     data = ready(path, prompt_column="conversation", tokenizer=tokenizer)
     assert data.columns == {"messages": CHAT, "id": [0, 1]}
     batch = next(iter(data.train_dataloader()))
@@ -168,7 +162,7 @@ def test_chat_prompts_are_handed_on_as_messages(tmp_path: Path) -> None:
 
 
 def test_drawing_prompts_leaves_the_global_random_state_alone(tmp_path: Path) -> None:
-    data = ready(write(tmp_path / "p.jsonl", ROWS))
+    data = ready(write_rows(tmp_path / "p.jsonl", ROWS))
     torch.manual_seed(0)
     list(data.train_dataloader())
     drawn = torch.rand(1)
@@ -177,14 +171,14 @@ def test_drawing_prompts_leaves_the_global_random_state_alone(tmp_path: Path) ->
 
 
 def test_max_prompt_length_and_prompt_column(tmp_path: Path) -> None:
-    path = write(tmp_path / "p.jsonl", [{"q": "the film was good"}])
+    path = write_rows(tmp_path / "p.jsonl", [{"q": "the film was good"}])
     with pytest.warns(UserWarning, match=r"PromptDataModule\(max_prompt_length=2\): 1 of 1 prompts"):
         data = ready(path, prompt_column="q", max_prompt_length=2)
     assert in_order(data) == {"the film was good": make_tokenizer()("was good")["input_ids"]}
 
 
 def test_the_seed_is_that_of_seed_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path / "p.jsonl", [{"prompt": "the"}] * 50)
+    path = write_rows(tmp_path / "p.jsonl", [{"prompt": "the"}] * 50)
 
     def order(**options: Any) -> list[list[int]]:
         return [batch.prompt_index.tolist() for batch in ready(path, **options).train_dataloader()]
@@ -197,7 +191,7 @@ def test_the_seed_is_that_of_seed_everything(tmp_path: Path, monkeypatch: pytest
 
 def test_tokenizer_from_a_folder_from_the_module_or_missing(tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "tokenizer", words=["music"])
-    path = write(tmp_path / "p.jsonl", [{"prompt": "music"}])
+    path = write_rows(tmp_path / "p.jsonl", [{"prompt": "music"}])
     assert in_order(ready(path, tokenizer=str(tmp_path / "tokenizer"))) == {"music": [3]}
     with pytest.raises(ValueError, match=r"PromptDataModule\(tokenizer=None\): there is no module being trained"):
         ready(path, tokenizer=None)
@@ -211,7 +205,7 @@ def test_tokenizer_from_a_folder_from_the_module_or_missing(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("container", [list, np.array, torch.tensor])
 def test_set_weights(tmp_path: Path, container: Any) -> None:
-    data = ready(write(tmp_path / "p.jsonl", ROWS))
+    data = ready(write_rows(tmp_path / "p.jsonl", ROWS))
     data.set_weights(container([0.0, 2.0, 0.0]))
     assert [batch.prompt_index.tolist() for batch in data.train_dataloader()] == [[1], [1]]
     data.setup("fit")  # holds for the run that follows
@@ -230,7 +224,7 @@ def test_set_weights(tmp_path: Path, container: Any) -> None:
     ],
 )
 def test_weights_are_checked(tmp_path: Path, weights: list[float], message: str) -> None:
-    data = ready(write(tmp_path / "p.jsonl", ROWS))
+    data = ready(write_rows(tmp_path / "p.jsonl", ROWS))
     with pytest.raises(ValueError, match=r"^PromptDataModule.set_weights: " + message):
         data.set_weights(weights)
 
@@ -239,7 +233,7 @@ def test_weights_are_checked(tmp_path: Path, weights: list[float], message: str)
 
 
 def test_held_out_files_come_in_order(tmp_path: Path) -> None:
-    paths = {name: write(tmp_path / f"{name}.jsonl", [{"prompt": p} for p in (name, "the")]) for name in "abcd"}
+    paths = {name: write_rows(tmp_path / f"{name}.jsonl", [{"prompt": p} for p in (name, "the")]) for name in "abcd"}
     options = {"val_path": paths["b"], "test_path": paths["c"], "predict_path": paths["d"], "batch_size": 1}
     for stage, name in {"fit": "b", "validate": "b", "test": "c", "predict": "d"}.items():
         data = ready(paths["a"], stage, **options)
@@ -250,7 +244,7 @@ def test_held_out_files_come_in_order(tmp_path: Path) -> None:
 
 
 def test_stages_without_data_are_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "p.jsonl", ROWS)
+    path = write_rows(tmp_path / "p.jsonl", ROWS)
     for stage, argument in {"validate": "val", "test": "test", "predict": "predict"}.items():
         with pytest.raises(ValueError, match=rf"PromptDataModule\({argument}_path=None\): there are no prompts"):
             ready(path, stage)
@@ -262,7 +256,7 @@ def test_stages_without_data_are_refused(tmp_path: Path) -> None:
 @pytest.fixture
 def many(tmp_path: Path) -> tuple[str, list[dict[str, Any]]]:
     rows = [{"prompt": f"the film {i}", "author": i // 2} for i in range(600)]
-    return write(tmp_path / "many.jsonl", rows), rows
+    return write_rows(tmp_path / "many.jsonl", rows), rows
 
 
 def sides(data: PromptDataModule) -> tuple[set[str], set[str]]:
@@ -277,8 +271,8 @@ def test_split_by_hash(many: tuple[str, list[dict[str, Any]]], tmp_path: Path) -
     assert train | val == {row["prompt"] for row in rows}
     assert not train & val
     assert abs(len(val) - 120) < 4 * np.sqrt(600 * 0.2 * 0.8)
-    assert sides(ready(write(tmp_path / "back.jsonl", rows[::-1]), val_fraction=0.2, seed=9)) == (train, val)
-    half = sides(ready(write(tmp_path / "half.jsonl", rows[:300]), val_fraction=0.2))
+    assert sides(ready(write_rows(tmp_path / "back.jsonl", rows[::-1]), val_fraction=0.2, seed=9)) == (train, val)
+    half = sides(ready(write_rows(tmp_path / "half.jsonl", rows[:300]), val_fraction=0.2))
     assert half[1] == val & {row["prompt"] for row in rows[:300]}
     assert sides(ready(path, val_fraction=0.4))[1] > val
     data = ready(path, "validate", val_fraction=0.2)
@@ -331,13 +325,13 @@ def test_columns_of_training_rows_follow_the_split(many: tuple[str, list[dict[st
 )
 def test_bad_rows_are_named(tmp_path: Path, rows: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        ready(write(tmp_path / "p.jsonl", rows), tokenizer=make_tokenizer(chat=True))
+        ready(write_rows(tmp_path / "p.jsonl", rows), tokenizer=make_tokenizer(chat=True))
     assert str(error.value).startswith(f"PromptDataModule(path='{tmp_path / 'p.jsonl'}'): ")
     assert "\n" not in str(error.value)
 
 
 def test_bad_rows_of_other_files_name_their_argument(tmp_path: Path) -> None:
-    good, bad = write(tmp_path / "p.jsonl", ROWS), write(tmp_path / "bad.jsonl", [{"prompt": ""}])
+    good, bad = write_rows(tmp_path / "p.jsonl", ROWS), write_rows(tmp_path / "bad.jsonl", [{"prompt": ""}])
     for stage, argument in {"fit": "val_path", "test": "test_path", "predict": "predict_path"}.items():
         with pytest.raises(ValueError, match=rf"^PromptDataModule\({argument}='.*bad.jsonl, line 1: empty 'prompt'"):
             ready(good, stage, **{argument: bad})
@@ -346,10 +340,10 @@ def test_bad_rows_of_other_files_name_their_argument(tmp_path: Path) -> None:
 
 
 def test_a_split_that_cannot_be_made(tmp_path: Path) -> None:
-    path = write(tmp_path / "p.jsonl", ROWS)
+    path = write_rows(tmp_path / "p.jsonl", ROWS)
     assert ready(path, val_fraction=1e-9).n_rows == 2  # at least one prompt is held out
     with pytest.raises(ValueError, match=r"val_fraction=1e-09 leaves no validation rows of 1"):
-        ready(write(tmp_path / "one.jsonl", ROWS[:1]), val_fraction=1e-9)
+        ready(write_rows(tmp_path / "one.jsonl", ROWS[:1]), val_fraction=1e-9)
     with pytest.raises(ValueError, match=r"val_fraction=0.999999 leaves no training rows of 3"):
         ready(path, val_fraction=0.999999)
     with pytest.raises(ValueError, match=r"p.jsonl has no column 'author', only \['prompt', 'id', 'label'\]"):
@@ -360,6 +354,6 @@ def test_a_split_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_a_messages_column_beside_plain_prompts_is_left_out_with_a_warning(tmp_path: Path) -> None:
     """Rewards take that column for chat prompts."""
-    path = write(tmp_path / "p.jsonl", [{"prompt": "the film", "messages": CHAT[0], "level": 1}])
+    path = write_rows(tmp_path / "p.jsonl", [{"prompt": "the film", "messages": CHAT[0], "level": 1}])
     with pytest.warns(UserWarning, match="the column 'messages' is left out"):
         assert ready(path).columns == {"level": [1]}

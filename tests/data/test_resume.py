@@ -1,6 +1,7 @@
 """A stopped run goes on with the next batch, under a real Trainer; the batches depend on seed and number alone."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from lit_ppo.data.batch import PromptBatch
 from lit_ppo.data.preferences import PreferenceDataModule
 from lit_ppo.data.prompts import PromptDataModule
 from lit_ppo.data.text import TextDataModule
+from lit_ppo.data.tokenization import train_tokenizer
 from tests.helpers import toys
 from tests.helpers.ranks import on_ranks
-from tests.helpers.tiny import WORDS, make_tokenizer
+from tests.helpers.tiny import WORDS, make_tokenizer, write_rows
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # Lightning's own use of torch
@@ -67,12 +69,11 @@ def rows_of(batch: Any) -> list[int]:
     return (mask.sum(1) - 2).tolist()
 
 
-def write_rows(path: Path, n_rows: int = N_ROWS) -> Path:
+def write(path: Path, n_rows: int = N_ROWS) -> Path:
     """Row i has i + 1 words, and differs from the others in each of its columns."""
     texts = [" ".join(WORDS[: i + 1]) for i in range(n_rows)]
     rows = [{"prompt": t, "text": t, "chosen": f"{t} the", "rejected": t, "id": i} for i, t in enumerate(texts)]
-    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    return path
+    return Path(write_rows(path, rows))
 
 
 def make_trainer(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
@@ -103,7 +104,7 @@ def expected_batches(n_epochs: int = EPOCHS, seed: int = SEED) -> list[Seen]:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    return write_rows(tmp_path / "rows.jsonl")
+    return write(tmp_path / "rows.jsonl")
 
 
 def prompts(file: Path, **options: Any) -> PromptDataModule:
@@ -200,17 +201,13 @@ def test_resume_on_other_data_is_refused(
         fit(tmp_path / "other", kind(str(file), **READ | change), ckpt_path=tmp_path / "run" / "step=1.ckpt")
 
 
-def test_resume_notices_changed_columns(tmp_path: Path, file: Path) -> None:
-    """The reward reads them."""
+def test_resume_notices_changed_columns_but_may_test_on_other_prompts(tmp_path: Path, file: Path) -> None:
+    """The reward reads the columns."""
     fit(tmp_path / "run", prompts(file), max_steps=1)
     file.write_text(file.read_text().replace('"id": 3', '"id": 33'))
     with pytest.raises(ValueError, match="the training prompts differ"):
         fit(tmp_path / "other", prompts(file), ckpt_path=tmp_path / "run" / "step=1.ckpt")
-
-
-def test_a_checkpoint_may_be_tested_on_other_prompts(tmp_path: Path, file: Path) -> None:
-    fit(tmp_path / "run", prompts(file), max_steps=1)
-    other, module = write_rows(tmp_path / "other.jsonl", 5), Recorder()
+    other, module = write(tmp_path / "other.jsonl", 5), Recorder()
     data = prompts(other, test_path=str(other), val_path=str(other), predict_path=str(other))
     trainer = make_trainer(tmp_path / "test", limit_val_batches=1.0)
     for run in (trainer.test, trainer.validate, trainer.predict):
@@ -230,41 +227,55 @@ class WeightsAfter(L.Callback):
             trainer.datamodule.set_weights(self.weights)  # type: ignore[attr-defined]
 
 
-def test_weights_hold_from_the_next_batch_on(tmp_path: Path, file: Path) -> None:
-    """Nothing is read ahead: after batch 1, mid-epoch, only rows 2, 4 and 6 are drawn; after None, the order again."""
-    weights = [0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
-    seen = fit(tmp_path / "run", prompts(file), WeightsAfter(2, weights), WeightsAfter(9, None)).seen
-    assert [sorted(rows) for _, _, rows in seen[2:9]] == [[2, 4, 6]] * 7
-    assert seen[:2] + seen[9:] == expected_batches()[:2] + expected_batches()[9:]
-
-
 def test_weighted_batches_are_the_documented_draws_and_survive_a_resume(tmp_path: Path, file: Path) -> None:
-    """From [seed, batch, 1]: with two keys it would be drawn from the numbers that shuffled the epochs."""
+    """From [seed, batch, 1]: with two keys it would be drawn from the numbers that shuffled the epochs.
+
+    Nothing is read ahead: they hold from the next batch on, mid-epoch; after None the usual order comes back.
+    """
     weights = np.array([0.0, 0.1, 0.2, 0.1, 1.0, 0.3, 0.4])
-    whole = fit(tmp_path / "whole", prompts(file), WeightsAfter(2, weights.tolist())).seen
-    for batch in range(2, 12):
+    given = WeightsAfter(2, weights.tolist()), WeightsAfter(9, None)
+    whole = fit(tmp_path / "whole", prompts(file), *given).seen
+    for batch in range(2, 9):
         generator = np.random.default_rng([SEED, batch, 1])
         drawn = generator.choice(N_ROWS, size=BATCH, replace=False, p=weights / weights.sum())
         assert whole[batch][2] == drawn.tolist()
-    resumed = fit(tmp_path / "from4", prompts(file), ckpt_path=tmp_path / "whole" / "step=4.ckpt").seen
+    assert whole[:2] + whole[9:] == expected_batches()[:2] + expected_batches()[9:]
+    resumed = fit(tmp_path / "from4", prompts(file), given[1], ckpt_path=tmp_path / "whole" / "step=4.ckpt").seen
     assert resumed == whole[4:]
 
 
+REVIEWS = [f"review {i} of film {i * i % 97} was {'good' if i % 3 else 'bad'}" for i in range(200)]
+
+
+def tokenizer_files(texts: Iterable[str], folder: Path) -> dict[str, str]:
+    train_tokenizer(texts, 400, folder)
+    return {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
+
+
 def on_each_rank(folder: Path, rows: Path) -> None:
-    report = {}
+    report: dict[str, Any] = {}
     data = [prompts(rows, val_path=str(rows)), *(kind(str(rows), batch_size=2, seed=SEED) for kind in ROWS_OF_TEXT)]
     for module in data:
         name = type(module).__name__
         recorder = fit(folder / name, module, devices=2, strategy="ddp", max_epochs=2, limit_val_batches=1.0)
         report[name] = [seen for _, _, seen in recorder.seen]
         report[name + " held out"] = [rows_of(batch) for batch in recorder.evaluated]
+    report["tokenizer"] = tokenizer_files(iter(REVIEWS), folder / f"tokenizer{recorder.global_rank}")
     (folder / f"rank{recorder.global_rank}.json").write_text(json.dumps(report))
 
 
-def test_two_ranks_see_the_same_prompts_and_share_the_texts(tmp_path: Path, file: Path) -> None:
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two processes report."""
+    folder = tmp_path_factory.mktemp("ranks")
+    on_ranks(2, on_each_rank, folder, write(folder / "rows.jsonl"), folder=folder / "ranks")
+    return [json.loads((folder / f"rank{i}.json").read_text()) for i in range(2)]
+
+
+def test_two_ranks_see_the_same_prompts_and_share_the_texts(
+    ranks: list[dict[str, Any]], tmp_path: Path, file: Path
+) -> None:
     """Prompts: the global batch on both, as with one process. Texts: two batches of 2 are the batch of 4 of one."""
-    on_ranks(2, on_each_rank, tmp_path, file, folder=tmp_path / "ranks")
-    ranks = [json.loads((tmp_path / f"rank{i}.json").read_text()) for i in range(2)]
     for rank in ranks:
         assert rank["PromptDataModule"] == [rows for _, _, rows in expected_batches(2)]
         assert rank["PromptDataModule held out"] == [[0, 1, 2], [3, 4, 5], [6]] * 2
@@ -273,3 +284,10 @@ def test_two_ranks_see_the_same_prompts_and_share_the_texts(tmp_path: Path, file
         first, second = (rank[kind.__name__] for rank in ranks)
         assert sorted(first[0] + second[0]) == sorted(one[0][2])
         assert {row for batch in first[:2] + second[:2] for row in batch} == set(range(N_ROWS))
+
+
+def test_another_process_trains_the_same_tokenizer(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    """Ranks are forked from a process with a hash seed of its own; they read an iterator, here it is a list."""
+    here = tokenizer_files(REVIEWS, tmp_path)
+    assert here.keys() >= {"tokenizer.json", "tokenizer_config.json"}
+    assert [rank["tokenizer"] for rank in ranks] == [here, here]

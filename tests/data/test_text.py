@@ -1,6 +1,5 @@
 """Text for next-token training: pieces, packing, padding, labels, the tokenizer trained on the text."""
 
-import json
 import os
 from collections import Counter
 from itertools import pairwise
@@ -12,15 +11,14 @@ import torch
 from transformers import AutoTokenizer
 
 from lit_ppo.data.text import TextDataModule
-from tests.helpers.tiny import make_tokenizer
+from tests.helpers.tiny import make_tokenizer, write_rows
 
 DOCUMENTS = ["the film was good", "a dull plot", "music"]
 PAD, EOS = 0, 1
 
 
-def write(path: Path, texts: list[str], column: str = "text") -> str:
-    path.write_text("\n".join(json.dumps({column: text, "id": i}) for i, text in enumerate(texts)), encoding="utf-8")
-    return str(path)
+def write(path: Path, texts: list[str]) -> str:
+    return write_rows(path, ({"text": text, "id": i} for i, text in enumerate(texts)))
 
 
 def ready(path: str, **options: Any) -> TextDataModule:
@@ -90,7 +88,7 @@ def test_append_eos(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("max_length", [2, 3, 4, 5, 100])
+@pytest.mark.parametrize("max_length", [2, 3, 5, 100])
 def test_every_token_but_the_first_is_predicted_once(tmp_path: Path, packing: bool, max_length: int) -> None:
     """Also the words where a document is cut, with the true word before each."""
     data = ready(write(tmp_path / "t.jsonl", DOCUMENTS), max_length=max_length, packing=packing)

@@ -1,8 +1,6 @@
 """The trained tokenizer: reversible, reproducible, loadable beside a model of any family."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,18 +21,13 @@ def test_decoding_gives_back_the_text_with_one_leading_space(tmp_path: Path) -> 
     assert saved["clean_up_tokenization_spaces"] is False  # transformers 4 takes silence for yes
 
 
-def test_word_has_one_token_at_the_start_and_inside(tmp_path: Path) -> None:
+def test_words_have_one_token_anywhere_and_nothing_is_added(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(TEXTS, 320, tmp_path)
     first, middle = tokenizer("film the")["input_ids"], tokenizer("the film the")["input_ids"]
     assert first == middle[1:]
     assert len(middle) == 3
-
-
-def test_adds_no_special_token_and_keeps_pad_and_eos_apart(tmp_path: Path) -> None:
-    tokenizer = train_tokenizer(TEXTS, 300, tmp_path)
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|pad|>", "<|endoftext|>")
-    assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    assert not {tokenizer.pad_token_id, tokenizer.eos_token_id} & set(tokenizer("the film")["input_ids"])
+    assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, *middle}) == 4
     assert tokenizer.padding_side == "right"
 
 
@@ -51,35 +44,19 @@ def test_merges_are_the_most_frequent_pairs(tmp_path: Path) -> None:
     assert tokenizer.convert_ids_to_tokens([259])[0] in ("abab", "Ġab")
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"qwen2"}))
-def test_loads_as_trained_beside_a_config_of_a_family(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_that_replaces_the_tokenizer_is_noticed(tmp_path: Path, family: str) -> None:
     tokenizer = train_tokenizer(TEXTS, 300, tmp_path)
     config = make_config(family, tokenizer)
     config.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    for text in TEXTS:
-        assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
-        assert loaded.decode(loaded(text)["input_ids"]) == tokenizer.decode(tokenizer(text)["input_ids"])
-    assert (loaded.pad_token_id, loaded.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    assert loads_the_same(tokenizer, config)
-
-
-def test_a_family_that_replaces_the_tokenizer_is_noticed(tmp_path: Path) -> None:
-    tokenizer = train_tokenizer(TEXTS, 300, tmp_path)
-    make_config("qwen2", tokenizer).save_pretrained(tmp_path)
-    assert AutoTokenizer.from_pretrained(tmp_path)("film")["input_ids"] != tokenizer("film")["input_ids"]
-    assert not loads_the_same(tokenizer, make_config("qwen2", tokenizer))
-
-
-def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
-    """Also from an iterator."""
-    texts = [f"review {i} of film {i * i % 97} was {'good' if i % 3 else 'bad'}" for i in range(200)]
-    train_tokenizer(texts, 400, tmp_path / "here")
-    there = str(tmp_path / "there")
-    code = f"from lit_ppo.data.tokenization import train_tokenizer as t; t(iter({texts!r}), 400, {there!r})"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
+    unchanged = family != "qwen2"
+    assert (loaded(TEXTS)["input_ids"] == tokenizer(TEXTS)["input_ids"]) == unchanged
+    assert loads_the_same(tokenizer, config) == unchanged
+    if unchanged:
+        ids = tokenizer(TEXTS)["input_ids"]
+        assert loaded.batch_decode(ids) == tokenizer.batch_decode(ids)
+        assert (loaded.pad_token_id, loaded.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
 
 
 def test_saved_alike_however_it_was_loaded(tmp_path: Path) -> None:
@@ -93,13 +70,15 @@ def test_saved_alike_however_it_was_loaded(tmp_path: Path) -> None:
     assert json.loads(one).keys() & {"pad_token", "is_local", "local_files_only"} == {"pad_token"}
 
 
-def test_too_small_a_vocabulary_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"train_tokenizer\(vocab_size=257\): must be an integer, at least 258"):
-        train_tokenizer(TEXTS, 257, tmp_path)
-
-
-@pytest.mark.parametrize("texts", [[], ["", ""]])
-def test_no_text_is_refused(tmp_path: Path, texts: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"train_tokenizer\(texts\): there is no text"):
-        train_tokenizer(texts, 300, tmp_path)
+@pytest.mark.parametrize(
+    ("texts", "size", "says"),
+    [
+        (TEXTS, 257, r"vocab_size=257\): must be an integer, at least 258"),
+        ([], 300, r"texts\): there is no text"),
+        (["", ""], 300, r"texts\): there is no text"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused(tmp_path: Path, texts: list[str], size: int, says: str) -> None:
+    with pytest.raises(ValueError, match=r"^train_tokenizer\(" + says):
+        train_tokenizer(texts, size, tmp_path)
     assert not list(tmp_path.iterdir())

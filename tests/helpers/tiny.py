@@ -1,5 +1,7 @@
 """Tiny local checkpoints and tokenizers that tests build themselves: real Hugging Face folders, no download."""
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "distilbert": {"dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2},
 }
 FAMILIES = {family: {"model_type": family, **sizes} for family, sizes in SIZES.items()}
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> str:
+    """A row a line, as JSON; returns the path as the arguments of data modules have it."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
 
 
 def make_tokenizer(

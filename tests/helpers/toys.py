@@ -1,6 +1,5 @@
 """A small PPO job that several tests run: prompts, a reward by counting words, a module with SGD."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from lightning.pytorch.loggers.logger import Logger
 
 from lit_ppo import LitPPO, PromptDataModule, TextDataModule
-from tests.helpers.tiny import WORDS
+from tests.helpers.tiny import WORDS, write_rows
 
 GOOD = ("good", "great", "loved", "bright", "happy")
 
@@ -43,15 +42,14 @@ def variety(prompts: list[str], responses: list[str]) -> list[float]:
 def write_prompts(path: Path, n: int = 12) -> Path:
     """Prompts of one to four words, all different."""
     rows = [{"prompt": " ".join(WORDS[i : i + 1 + i % 4]), "level": i} for i in range(n)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     return path
 
 
 def texts(folder: Path) -> TextDataModule:
     """Seven texts of two to seven words, in batches of three."""
     rows = [{"text": " ".join(WORDS[i : i + 2 + i % 6])} for i in range(7)]
-    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return TextDataModule(str(folder / "texts.jsonl"), max_length=8, batch_size=3, seed=0)
+    return TextDataModule(write_rows(folder / "texts.jsonl", rows), max_length=8, batch_size=3, seed=0)
 
 
 def make_module(actor: Path, **overrides: Any) -> LitPPO:

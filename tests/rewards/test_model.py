@@ -74,51 +74,45 @@ TOKENIZERS = [make_tokenizer, partial(make_tokenizer, pad=False), pad_is_eos]
 # score at the last token
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 32])
 @pytest.mark.parametrize("tokenizer", [*TOKENIZERS, partial(make_tokenizer, bos=True)])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "distilbert"])
-def test_last_is_what_the_stock_model_gives_for_each_text(family: str, tokenizer: Any, batch_size: int, tmp_path: Path):
+def test_last_is_what_the_stock_model_gives_for_each_text(family: str, tokenizer: Any, tmp_path: Path):
+    """In batches of three texts and of one."""
     path = make_reward_model(tmp_path, family, tokenizer=tokenizer(), **SHARP)
-    scores = RewardModel(str(path), batch_size=batch_size)(experience())
+    scores = RewardModel(str(path), batch_size=3)(experience())
     assert scores.dtype == torch.float32
     assert scores.tolist() == pytest.approx(stock(path, TEXTS), rel=1e-5, abs=1e-5)
     assert len({round(score, 3) for score in scores.tolist()}) == len(TEXTS)  # else the comparison says little
 
 
-@pytest.mark.parametrize(("options", "sizes"), [({"batch_size": 20}, [20, 13]), ({}, [32, 1])])
-def test_forwards_hold_batch_size_texts_each(options: dict[str, int], sizes: list[int], tiny_reward: Path):
-    source = built(tiny_reward, **options)
-    shapes = shapes_of_forwards(source)
-    source.score_texts(["a film"] * 33)
-    assert [n_texts for n_texts, _ in shapes] == sizes
-
-
 MIXED = [" ".join(WORDS[:length]) for length in (3, 20, 1, 7, 2, 6, 5, 1)]
 
 
-@pytest.mark.parametrize(
-    ("batch_tokens", "shapes"),
-    [  # texts, longest length: their product keeps to the budget, but for the text of 20
-        (14, [(1, 20), (2, 7), (2, 5), (3, 2)]),
-        (20, [(1, 20), (2, 7), (4, 5), (1, 1)]),
-        (1, [(1, 20), (1, 7), (1, 6), (1, 5), (1, 3), (1, 2), (1, 1), (1, 1)]),
-        (160, [(8, 20)]),
-        (159, [(7, 20), (1, 1)]),
-    ],
-)
 @pytest.mark.parametrize("aggregation", ["last", "mean"])
-def test_forwards_hold_at_most_batch_tokens_padding_included(
-    aggregation: Any, batch_tokens: int, shapes: list[tuple[int, int]], tmp_path: Path
-):
+def test_forwards_hold_what_the_budget_allows_padding_included(aggregation: Any, tmp_path: Path):
     """Lengths 20 7 6 5 3 2 1 1, cut by hand; scores are those of one text at a time."""
     path = make_reward_model(tmp_path, **SHARP)
     alone = RewardModel(str(path), aggregation=aggregation, batch_size=1).score_texts(MIXED)
-    source = built(path, aggregation=aggregation, batch_tokens=batch_tokens)
-    seen = shapes_of_forwards(source)
-    assert source.score_texts(MIXED).tolist() == pytest.approx(alone.tolist(), rel=1e-5, abs=1e-5)
-    assert seen == shapes
     if aggregation == "last":
         assert alone.tolist() == pytest.approx(stock(path, MIXED), rel=1e-5, abs=1e-5)
+    for budget, shapes in (  # texts, longest length: their product keeps to the tokens, but for the text of 20
+        ({"batch_size": 5}, [(5, 20), (3, 2)]),
+        ({"batch_tokens": 14}, [(1, 20), (2, 7), (2, 5), (3, 2)]),
+        ({"batch_tokens": 1}, [(1, 20), (1, 7), (1, 6), (1, 5), (1, 3), (1, 2), (1, 1), (1, 1)]),
+        ({"batch_tokens": 160}, [(8, 20)]),
+        ({"batch_tokens": 159}, [(7, 20), (1, 1)]),
+    ):
+        source = built(path, aggregation=aggregation, **budget)
+        seen = shapes_of_forwards(source)
+        assert source.score_texts(MIXED).tolist() == pytest.approx(alone.tolist(), rel=1e-5, abs=1e-5)
+        assert seen == shapes
+
+
+def test_a_forward_holds_32_texts_by_default(tiny_reward: Path):
+    source = built(tiny_reward)
+    shapes = shapes_of_forwards(source)
+    source.score_texts(["a film"] * 33)
+    assert shapes == [(32, 2), (1, 2)]
 
 
 def test_tokenizer_of_another_vocabulary(tmp_path: Path):
@@ -244,9 +238,8 @@ def test_label_by_index_and_by_name(tmp_path: Path):
 
 def test_mean_takes_the_label_too(tmp_path: Path):
     path = make_reward_model(tmp_path, num_labels=2, **SHARP)
-    one, two = (RewardModel(str(path), "", "mean", label)(experience(["a"], [" film"])) for label in (0, 1))
-    assert one.item() == pytest.approx(stock(path, ["a film"], label=0)[0], rel=1e-5)
-    assert two.item() == pytest.approx(stock(path, ["a film"], label=1)[0], rel=1e-5)
+    score = RewardModel(str(path), aggregation="mean", label=1)(experience(["a"], [" film"]))
+    assert score.item() == pytest.approx(stock(path, ["a film"], label=1)[0], rel=1e-5)
 
 
 def test_weights_are_float32_unless_model_kwargs_say_otherwise(tmp_path: Path):
@@ -259,29 +252,19 @@ def test_weights_are_float32_unless_model_kwargs_say_otherwise(tmp_path: Path):
     assert half.model.config._attn_implementation == "eager"
 
 
-def test_nothing_is_loaded_before_it_is_built():
-    source = RewardModel("no/such/folder")
-    assert source.model is None
-    assert not list(source.parameters())
-
-
-def test_stays_frozen_and_in_eval_mode(tmp_path: Path):
+def test_is_loaded_once_by_its_build_and_stays_frozen_in_eval_mode(tmp_path: Path):
     path = make_reward_model(tmp_path, resid_pdrop=0.5, embd_pdrop=0.5)
-    parent = nn.Sequential(RewardModel(str(path)))
-    parent[0].build()
-    parent.train()
-    assert not any(module.training for module in parent[0].modules())
-    assert not any(parameter.requires_grad for parameter in parent.parameters())
-    scores = parent[0](experience())
-    assert not scores.requires_grad
-    assert torch.equal(scores, parent[0](experience()))
-
-
-def test_is_loaded_once(tiny_reward: Path):
-    source = built(tiny_reward)
-    model = source.model
+    source = RewardModel(str(path))
+    assert not list(source.parameters())
     source.build()
-    source(experience())
+    model = source.model
+    nn.Sequential(source).train()
+    assert not any(module.training for module in source.modules())
+    assert not any(parameter.requires_grad for parameter in source.parameters())
+    scores = source(experience())
+    assert not scores.requires_grad
+    assert torch.equal(scores, source(experience()))
+    source.build()
     assert source.model is model
 
 
@@ -339,13 +322,15 @@ def test_model_that_gives_nan_is_refused(tiny_reward: Path):
         scores_of(source, experience())
 
 
-@pytest.mark.parametrize(("argument", "value"), [("aggregation", "max"), ("batch_size", 0), ("batch_tokens", 0)])
-def test_reward_model_arguments(argument: str, value: Any):
-    with pytest.raises(ValueError, match=re.escape(f"RewardModel({argument}={value!r}): must be")):
-        RewardModel("model", **{argument: value})
-
-
-def test_batch_size_and_batch_tokens_exclude_each_other():
-    message = re.escape("RewardModel(batch_size=32, batch_tokens=64): give at most one of batch_size")
-    with pytest.raises(ValueError, match=message):
-        RewardModel("model", batch_size=32, batch_tokens=64)
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"aggregation": "max"}, "(aggregation='max'): must be"),
+        ({"batch_size": 0}, "(batch_size=0): must be"),
+        ({"batch_tokens": 0}, "(batch_tokens=0): must be"),
+        ({"batch_size": 32, "batch_tokens": 64}, "(batch_size=32, batch_tokens=64): give at most one of batch_size"),
+    ],
+)
+def test_arguments_are_checked(arguments: dict[str, Any], says: str):
+    with pytest.raises(ValueError, match=re.escape(f"RewardModel{says}")):
+        RewardModel("model", **arguments)
