@@ -46,18 +46,14 @@ def examples(loader: Any, tokenizer: Any = None) -> Rows:
     return found
 
 
-def test_pairs(tmp_path: Path) -> None:
-    data = ready(write_rows(tmp_path / "p.jsonl", PAIRS))
-    [batch] = data.train_dataloader()
+def test_pairs_and_their_columns(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "p.jsonl", PAIRS)
+    [batch] = ready(path).train_dataloader()
     assert {side: part["input_ids"].shape for side, part in batch.items()} == {"chosen": (2, 3), "rejected": (2, 4)}
     assert examples([batch]) == {("was really good", "was bad"), ("happy", "not happy but sad")}
     short = texts_of(batch["chosen"]).index("happy")
     assert batch["chosen"]["attention_mask"][short].tolist() == [1, 0, 0]  # padded on the right
     assert batch["chosen"]["input_ids"][short, 1:].tolist() == [0, 0]
-
-
-def test_columns_of_pairs(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "p.jsonl", PAIRS)
     swapped = ready(path, chosen_column="rejected", rejected_column="chosen")
     assert examples(swapped.train_dataloader()) == {("was bad", "was really good"), ("not happy but sad", "happy")}
     prompted = ready(path, prompt_column="prompt")
@@ -67,7 +63,7 @@ def test_columns_of_pairs(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("label", [0, 0.0, False, "0"])
+@pytest.mark.parametrize("label", [0.0, False, "0"])
 def test_labelled_texts(tmp_path: Path, label: Any) -> None:
     """Each text column is an example of its own."""
     path = write_rows(tmp_path / "p.jsonl", [LABELLED[0] | {"head": "GOOD"}, LABELLED[1] | {"label": label}])

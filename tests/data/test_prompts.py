@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 
 from lit_ppo.data.encoding import encode_prompts, padding_id
 from lit_ppo.data.prompts import PromptDataModule
@@ -40,24 +41,18 @@ def in_order(data: PromptDataModule) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_plain_prompts_have_the_tokenizers_own_ids(bos: bool) -> None:
+def test_plain_prompts_have_the_tokenizers_own_ids_and_one_bos(bos: bool) -> None:
     tokenizer = make_tokenizer(bos=bos)
-    texts, ids = encode_prompts(tokenizer, ["the film", "good"])
-    assert texts == ["the film", "good"]
+    prompts = ["the film", "good", *(["[BOS] good"] if bos else [])]
+    texts, ids = encode_prompts(tokenizer, prompts)
+    assert texts == prompts
     words = tokenizer.convert_tokens_to_ids(["the", "film", "good"])
     front = [tokenizer.bos_token_id] if bos else []
-    assert ids == [[*front, *words[:2]], [*front, words[2]]]
-
-
-def test_a_prompt_with_its_own_bos_gets_no_second_one() -> None:
-    tokenizer = make_tokenizer(bos=True)
-    assert encode_prompts(tokenizer, ["[BOS] the film"])[1] == encode_prompts(tokenizer, ["the film"])[1]
+    assert ids == [[*front, *words[:2]], [*front, words[2]], [*front, words[2]]][: len(prompts)]
 
 
 def test_a_prompt_is_left_open() -> None:
     """A tokenizer that closes every text would have the model continue behind its end."""
-    from tokenizers import processors
-
     tokenizer = make_tokenizer()
     open_ids = encode_prompts(tokenizer, ["the film"])[1]
     eos = tokenizer.eos_token_id
@@ -142,13 +137,9 @@ def test_a_batch_holds_prompts_rows_and_the_other_columns(tmp_path: Path) -> Non
     assert len(first) == 2
     assert len(data.train_dataloader()) == 2
     assert data.longest_prompt == 4
-
-
-def test_a_batch_moves_to_a_device(tmp_path: Path) -> None:
-    batch = next(iter(ready(write_rows(tmp_path / "p.jsonl", ROWS)).train_dataloader()))
-    moved = batch.to("meta")
+    moved = first.to("meta")
     assert moved.prompt_index.device.type == "meta"
-    assert moved.prompt_ids is batch.prompt_ids
+    assert moved.prompt_ids is first.prompt_ids
 
 
 def test_chat_prompts_are_handed_on_as_messages(tmp_path: Path) -> None:
@@ -280,12 +271,15 @@ def test_split_by_hash(many: tuple[str, list[dict[str, Any]]], tmp_path: Path) -
 
 
 def test_rows_that_share_the_split_column_stay_together(many: tuple[str, list[dict[str, Any]]]) -> None:
+    """And the columns of training rows follow the split."""
     path, rows = many
     authors = {row["prompt"]: row["author"] for row in rows}
-    apart, together = (sides(ready(path, val_fraction=0.2, split_column=c)) for c in (None, "author"))
-    shared = [{authors[p] for p in side[0]} & {authors[p] for p in side[1]} for side in (apart, together)]
+    apart, together = (ready(path, val_fraction=0.2, split_column=column) for column in (None, "author"))
+    shared = [{authors[p] for p in side} & {authors[p] for p in other} for side, other in map(sides, (apart, together))]
     assert shared[0]
     assert not shared[1]
+    for batch in apart.train_dataloader():
+        assert [apart.columns["author"][i] for i in batch.prompt_index] == [authors[p] for p in batch.prompts]
 
 
 def test_the_split_is_the_same_on_every_machine() -> None:
@@ -293,14 +287,6 @@ def test_the_split_is_the_same_on_every_machine() -> None:
     assert unit_hash(["train/pos/5235"]) == int("dc43c2ee9bd9", 16) / 2**48
     assert unit_hash([12]) == unit_hash(["12"])
     assert unit_hash(["a", "b"]) != unit_hash(["ab"])
-
-
-def test_columns_of_training_rows_follow_the_split(many: tuple[str, list[dict[str, Any]]]) -> None:
-    path, rows = many
-    authors = {row["prompt"]: row["author"] for row in rows}
-    data = ready(path, val_fraction=0.2)
-    for batch in data.train_dataloader():
-        assert [data.columns["author"][i] for i in batch.prompt_index] == [authors[p] for p in batch.prompts]
 
 
 # ---- errors
@@ -312,7 +298,6 @@ def test_columns_of_training_rows_follow_the_split(many: tuple[str, list[dict[st
         ([{"prompt": "the"}, {"prompt": "  "}], r"p.jsonl, line 2: empty 'prompt'; fill it in or delete the row"),
         ([{"prompt": "the"}, {"prompt": 7}], r"p.jsonl, line 2: column 'prompt' holds int '7', not text"),
         ([{"prompt": "the"}, {"id": 7}], r"p.jsonl, line 2: no value for column 'prompt', only for \['id'\]"),
-        ([{"prompt": "the"}, {"prompt": None}], r"p.jsonl, line 2: no value for column 'prompt', only for \[\]"),
         ([{"text": "the", "id": 1}], r"p.jsonl has no column 'prompt', only \['text', 'id'\]; name one of these"),
         ([{"prompt": CHAT[0]}, {"prompt": "the"}], r"p.jsonl, line 2: plain and chat prompts are mixed"),
         ([{"prompt": "the"}, {"prompt": CHAT[0]}], r"p.jsonl, line 2: plain and chat prompts are mixed"),

@@ -70,9 +70,6 @@ def test_wrong_scores_of_one_of_several_name_it():
 def test_bad_combinations(rewards: Any, says: str):
     with pytest.raises(ValueError, match=says):
         as_source(rewards)
-
-
-def test_weight_of_nobody():
     with pytest.raises(ValueError, match="there is no source named b; there are a"):
         WeightedRewards({"a": ones}, {"b": 1.0})
 
