@@ -160,7 +160,7 @@ SYSTEM = {"role": "system", "content": "we"}
 def test_a_prompt_is_seen_once(tmp_path: Path, prompt: Any, start: list[Any]) -> None:
     rows = [{"prompt": prompt, "chosen": [*start, GOOD], "rejected": [*start, BAD]}]
     tokenizer = make_tokenizer(chat=True, words=["we", "it", "good", "bad", "user", "assistant", "system"])
-    data = ready(write(tmp_path / "p.jsonl", rows), prompt_column="prompt", tokenizer=tokenizer)
+    data = ready(write_rows(tmp_path / "p.jsonl", rows), prompt_column="prompt", tokenizer=tokenizer)
     system = "system we [EOS] " if SYSTEM in [*start, *prompt] else ""
     sides = tuple(f"{system}user it [EOS] assistant {word} [EOS]" for word in ("good", "bad"))
     assert examples(data.train_dataloader(), tokenizer) == {sides}
@@ -170,10 +170,10 @@ def test_plain_answers_that_all_begin_with_the_prompt_include_it(tmp_path: Path)
     full = [
         {**row, "chosen": row["prompt"] + row["chosen"], "rejected": row["prompt"] + row["rejected"]} for row in PAIRS
     ]
-    alone = ready(write(tmp_path / "alone.jsonl", PAIRS), prompt_column="prompt")
-    path = write(tmp_path / "full.jsonl", full)
+    alone = ready(write_rows(tmp_path / "alone.jsonl", PAIRS), prompt_column="prompt")
+    path = write_rows(tmp_path / "full.jsonl", full)
     assert examples(ready(path, prompt_column="prompt").train_dataloader()) == examples(alone.train_dataloader())
-    mixed = write(tmp_path / "mixed.jsonl", [*full, PAIRS[0]])
+    mixed = write_rows(tmp_path / "mixed.jsonl", [*full, PAIRS[0]])
     with pytest.raises(
         ValueError, match=r"mixed.jsonl, line 3: the answer does not begin with the prompt, but 4 of 6 do"
     ):
@@ -182,7 +182,7 @@ def test_plain_answers_that_all_begin_with_the_prompt_include_it(tmp_path: Path)
 
 def test_an_answer_that_begins_with_another_user_turn_is_refused(tmp_path: Path) -> None:
     other = {"role": "user", "content": "we"}
-    path = write(tmp_path / "p.jsonl", [{"prompt": "it", "chosen": [other, GOOD], "rejected": [other, BAD]}])
+    path = write_rows(tmp_path / "p.jsonl", [{"prompt": "it", "chosen": [other, GOOD], "rejected": [other, BAD]}])
     with pytest.raises(
         ValueError, match=r"p.jsonl, line 1: the answer begins with a user turn that is not the prompt's"
     ):
