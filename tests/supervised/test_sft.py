@@ -130,13 +130,13 @@ def test_one_step_of_plain_gradient_descent(tmp_path: Path) -> None:
     torch.testing.assert_close(weights(module), torch.cat([p.detach().flatten() for p in stock.parameters()]))
 
 
-@pytest.mark.parametrize("kind", [LitSFT, LitRewardModel])
-def test_the_default_optimizer_is_adamw_at_1e_5(tiny_llama: Path, kind: Any) -> None:
+@pytest.mark.parametrize(("kind", "rate"), [(LitSFT, 5e-6), (LitRewardModel, 1e-5)])
+def test_the_default_optimizer_is_adamw(tiny_llama: Path, kind: Any, rate: float) -> None:
     module = kind(str(tiny_llama))
     module.configure_model()
     optimizer = module.configure_optimizers()
     assert isinstance(optimizer, torch.optim.AdamW)
-    assert optimizer.param_groups[0]["lr"] == 1e-5
+    assert optimizer.param_groups[0]["lr"] == rate
 
 
 def test_scheduler_steps_with_every_optimizer_step(tiny_llama: Path, tmp_path: Path) -> None:
