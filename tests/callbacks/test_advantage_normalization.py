@@ -1,12 +1,15 @@
 """AdvantageNormalization against moments taken with the standard library."""
 
+import math
 import statistics
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from lit_ppo.callbacks import AdvantageNormalization
-from tests.helpers.toy import Rows, Spy, run_updates
+from tests.helpers.toy import Spy, run_updates
 from tests.helpers.trick import Trick
 
 TRICK = {
@@ -19,61 +22,45 @@ TRICK = {
 }
 
 
-def response_tokens(rows: Rows) -> list[float]:
-    return rows.advantages[rows.response_mask].tolist()
-
-
-def z_scores(values: list[float]) -> list[float]:
+def z_scores(values: list[float], clip: float) -> list[float]:
     mean, deviation = statistics.fmean(values), statistics.stdev(values)
-    return [(value - mean) / deviation for value in values]
+    return [min(max((value - mean) / deviation, -clip), clip) for value in values]
 
 
-def advantages_of(trick: AdvantageNormalization | None, hook: str) -> list[list[float]]:
-    """Advantages of response tokens that the hook's later listeners see in the first update."""
-    spy = Spy(hook, lambda module, rows: response_tokens(rows))
-    run_updates([spy] if trick is None else [trick, spy])
-    return spy.seen
+def advantages_of(*tricks: AdvantageNormalization) -> tuple[list[float], list[list[float]]]:
+    """Advantages of response tokens in the first update: those of the batch, and those of each minibatch."""
+
+    def look(module: Any, rows: Any) -> list[float]:
+        values: list[float] = rows.advantages[rows.response_mask].tolist()
+        return values
+
+    batch, minibatches = Spy("on_advantages", look), Spy("on_minibatch_start", look)
+    run_updates([*tricks, batch, minibatches])
+    return batch.seen[0], minibatches.seen
 
 
-@pytest.mark.parametrize(("scope", "hook"), [("batch", "on_advantages"), ("minibatch", "on_minibatch_start")])
-def test_z_scores_over_the_scope(scope: str, hook: str):
-    raw = advantages_of(None, hook)
-    expected = [z_scores(values) for values in raw]
-    seen = advantages_of(AdvantageNormalization(scope), hook)
-    assert len(seen) == {"batch": 1, "minibatch": 2}[scope]
-    for values, right in zip(seen, expected, strict=True):
-        assert values == pytest.approx(right, rel=1e-4, abs=1e-5)
-
-
-def test_batch_scope_leaves_minibatches_their_differences():
-    first, second = advantages_of(AdvantageNormalization("batch"), "on_minibatch_start")
-    assert statistics.fmean(first) == pytest.approx(-statistics.fmean(second), abs=1e-5)  # as many tokens each
-    assert abs(statistics.fmean(first)) > 0.01
-
-
-def test_minibatch_scope_leaves_the_experience_alone():
-    assert advantages_of(AdvantageNormalization("minibatch"), "on_advantages") == advantages_of(None, "on_advantages")
-
-
-@pytest.mark.parametrize(("scope", "hook"), [("batch", "on_advantages"), ("minibatch", "on_minibatch_start")])
-def test_clip_comes_after(scope: str, hook: str):
-    for values, raw in zip(
-        advantages_of(AdvantageNormalization(scope, clip=0.7), hook), advantages_of(None, hook), strict=True
-    ):
-        expected = [min(max(z, -0.7), 0.7) for z in z_scores(raw)]
+@pytest.mark.parametrize("clip", [None, 0.7])
+@pytest.mark.parametrize("scope", ["batch", "minibatch"])
+def test_z_scores_over_the_scope_and_then_clipped(scope: Any, clip: float | None):
+    """The moments of the batch leave minibatches their differences; those of minibatches leave the batch alone."""
+    raw_batch, raw_minibatches = advantages_of()
+    assert len(raw_minibatches) == 2
+    batch, minibatches = advantages_of(AdvantageNormalization(scope, clip))
+    bound = clip or math.inf
+    if scope == "batch":
+        expected = z_scores(raw_batch, bound)
+        assert batch == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        expected_minibatches = [expected[:10], expected[10:]]  # each of 1 + 2 + 3 + 4 tokens
+    else:
+        assert batch == raw_batch
+        expected_minibatches = [z_scores(values, bound) for values in raw_minibatches]
+    for values, expected in zip(minibatches, expected_minibatches, strict=True):
         assert values == pytest.approx(expected, rel=1e-4, abs=1e-5)
-        assert min(values) == pytest.approx(-0.7)
-        assert max(values) == pytest.approx(0.7)
+        assert clip is None or (min(values), max(values)) == pytest.approx((-0.7, 0.7))
 
 
-@pytest.mark.parametrize("hook", ["on_advantages", "on_minibatch_start"])
-def test_what_lies_outside_the_responses_changes_nothing(hook: str):
-    """Padding filled with NaN, and more of it, gives the same numbers; masked entries become 0."""
-    scope = "batch" if hook == "on_advantages" else "minibatch"
-    mask = torch.tensor([[True, False, False], [True, True, False]])
-    advantages = torch.tensor([[1.0, float("nan"), 7.0], [2.0, 6.0, float("inf")]])
-    rows = type("Rows", (), {"advantages": advantages, "response_mask": mask})()
-    getattr(AdvantageNormalization(scope), hook)(None, None, rows)
-    z = z_scores([1.0, 2.0, 6.0])
-    assert rows.advantages.flatten().tolist() == pytest.approx([z[0], 0, 0, z[1], z[2], 0], abs=1e-6)
-    assert advantages[0, 2] == 7.0  # rebound, not edited in place
+def test_advantages_are_rebound_not_edited_in_place():
+    rows: Any = SimpleNamespace(advantages=torch.tensor([[1.0, 2.0, 6.0]]), response_mask=torch.ones(1, 3).bool())
+    before = rows.advantages
+    AdvantageNormalization().on_advantages(None, None, rows)
+    assert before.tolist() == [[1.0, 2.0, 6.0]] != rows.advantages.tolist()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import CriticWarmup
-from tests.helpers.toy import Rows, Spy, Toy, run_updates, trainer_of
+from tests.helpers.toy import Spy, Toy, TwoUpdates, run_updates
 from tests.helpers.toys import logged, make_data, make_module, make_trainer
 from tests.helpers.trick import Trick
 
@@ -38,41 +38,20 @@ def moves(module: Toy, start: torch.Tensor) -> list[bool]:
 START = Toy().actor.weight.detach().clone()
 
 
-@pytest.mark.parametrize("updates", [1, 2, 3])
-def test_exactly_n_updates_are_frozen(updates: int):
+@pytest.mark.parametrize("updates", [1, 3])
+def test_exactly_n_updates_are_frozen_and_the_critic_learns_meanwhile(updates: int):
     module = run_updates(CriticWarmup(updates), 4)
     assert moves(module, START) == [False] * updates + [True] * (4 - updates)
     assert ["policy" in losses for losses in module.losses[::2]] == moves(module, START)
-
-
-def test_critic_learns_meanwhile():
-    module = run_updates(CriticWarmup(2), 2)
     critics = [Toy().critic.weight, *module.critics]
-    assert not torch.equal(critics[0], critics[1])
-    assert not torch.equal(critics[1], critics[2])
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(critics))
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3])
-def test_resume_before_at_and_after_the_end(stop: int, tmp_path: Path):
-    before = run_updates(CriticWarmup(2), stop, save=tmp_path / "last.ckpt")
-    after = run_updates(CriticWarmup(2), 5, resume=tmp_path / "last.ckpt")
-    assert moves(before, START) + moves(after, before.actors[-1]) == [False, False, True, True, True]
-
-
-@pytest.mark.parametrize("silent", ["on_rollout_start", "on_rewards"])
-def test_either_hook_suffices(silent: str):
-    module = run_updates(CriticWarmup(2), 4, fires=lambda hook: hook != silent)
-    assert moves(module, START) == [False, False, True, True]
-
-
-def test_two_updates_of_one_rollout_count_as_two():
-    class TwoUpdates(Toy):
-        def learn(self, experience: Rows) -> None:
-            super().learn(experience)
-            super().learn(experience)
-
-    module = run_updates(CriticWarmup(3), 2, module=TwoUpdates())
+def test_two_updates_of_one_rollout_count_as_two_and_both_have_more_passes():
+    module = run_updates(CriticWarmup(3, ppo_epochs=3), 2, module=TwoUpdates())
     assert moves(module, START) == [False, False, False, True]
+    assert len(module.steps) == 3 * 6 + 2
+    assert module.ppo_epochs == 1
 
 
 def test_leaves_the_switch_alone_afterwards():
@@ -83,18 +62,11 @@ def test_leaves_the_switch_alone_afterwards():
     assert moves(module, START) == [False, True, True, False, True]
 
 
-def test_module_without_the_switch_is_refused_before_the_first_rollout():
-    module = Toy()
-    del module.actor_frozen
-    with pytest.raises(TypeError, match="CriticWarmup needs actor_frozen on the module, which Toy lacks"):
-        run_updates(CriticWarmup(1), module=module)
-    assert module.experiences == []
-
-
 class Given(L.Callback):
     """Puts given value losses in place of those of each optimizer step, and values that explain so much of each update.
 
-    Half the returns leave a quarter of their variance: 0.75 is explained; zeros explain nothing.
+    Half the returns leave a quarter of their variance: 0.75 is explained; zeros explain nothing. What lies outside the
+    responses would spoil it.
     """
 
     def __init__(self, losses: Any = (), halves: Any = ()) -> None:
@@ -102,7 +74,8 @@ class Given(L.Callback):
 
     def on_advantages(self, trainer: Any, pl_module: Any, experience: Any) -> None:
         if self.halves:
-            experience.values = (0.5 if self.halves.pop(0) else 0.0) * experience.returns
+            values = (0.5 if self.halves.pop(0) else 0.0) * experience.returns
+            experience.values = values.masked_fill(~experience.response_mask, 1e3)
 
     def on_minibatch_end(self, trainer: Any, pl_module: Any, experience: Any, metrics: dict[str, float]) -> None:
         if self.losses:
@@ -112,8 +85,7 @@ class Given(L.Callback):
 @pytest.mark.parametrize(
     ("losses", "frozen"),
     [
-        ([2.0, 4.5, 4.0, 2.0, 9.0, 9.0, 9.0, 9.0], 2),  # 3.25, then 3: at the level is good enough
-        ([1.0, 1.0] * 4, 1),
+        ([2.0, 4.5, 4.0, 2.0, 9.0, 9.0, 9.0, 9.0], 2),  # 3.25, then 3: at the level is enough; it does not begin again
         ([9.0, 1.0, 9.0, 1.0, 9.0, 1.0, 3.0, 3.0], 4),  # the mean of two steps, neither the last nor the least
         ([float("nan"), 1.0, 1.0, 1.0, 9.0, 9.0, 9.0, 9.0], 2),  # a step that was skipped says nothing
     ],
@@ -129,17 +101,6 @@ def test_ends_after_the_update_whose_values_explained_enough(level: float, froze
     assert moves(module, START) == [False] * frozen + [True] * (4 - frozen)
 
 
-def test_variance_is_explained_of_response_tokens_alone():
-    """What lies outside the mask would spoil it."""
-
-    class Garbage(L.Callback):
-        def on_update_end(self, trainer: Any, pl_module: Any, experience: Any) -> None:
-            experience.values = experience.values.masked_fill(~experience.response_mask, 1e3)
-
-    tricks = [Given(halves=[True] * 3), Garbage(), CriticWarmup(explained_variance=0.74)]
-    assert moves(run_updates(tricks, 3), START) == [False, True, True]
-
-
 def test_returns_that_are_all_alike_say_nothing():
     tricks = [Given(halves=[True] * 3), CriticWarmup(explained_variance=0.5)]
     module = run_updates(tricks, 3, episodes=4, kl_coef=0.0, scores=lambda update: [2.0] * 4)
@@ -152,7 +113,6 @@ def test_returns_that_are_all_alike_say_nothing():
         ({"updates": 3, "value_loss": 3.0, "explained_variance": 0.7}, 1),
         ({"updates": 3, "value_loss": 1.0, "explained_variance": 0.7}, 2),
         ({"updates": 3, "value_loss": 1.0, "explained_variance": 0.9}, 3),
-        ({"value_loss": 1.0, "explained_variance": 0.9}, 4),
     ],
 )
 def test_whatever_is_reached_first_ends_it(arguments: dict[str, Any], frozen: int):
@@ -161,28 +121,21 @@ def test_whatever_is_reached_first_ends_it(arguments: dict[str, Any], frozen: in
     assert moves(run_updates([given, CriticWarmup(**arguments)], 4), START) == [False] * frozen + [True] * (4 - frozen)
 
 
-def test_it_does_not_begin_again():
-    """The loss rises after the end."""
-    module = run_updates([Given([1.0, 1.0, *[9.0] * 6]), CriticWarmup(value_loss=3.0)], 4)
-    assert moves(module, START) == [False, True, True, True]
-
-
-@pytest.mark.parametrize("stop", [1, 2, 3])
-def test_resume_with_a_level(stop: int, tmp_path: Path):
-    """Reached in the second update; after it the losses are high again."""
-    losses = [9.0, 9.0, 1.0, 1.0, 9.0, 9.0, 9.0, 9.0]
-    before = run_updates([Given(losses), CriticWarmup(value_loss=3.0)], stop, save=tmp_path / "last.ckpt")
-    rest = [Given(losses[2 * stop :]), CriticWarmup(value_loss=3.0)]
-    after = run_updates(rest, 4, resume=tmp_path / "last.ckpt")
-    assert moves(before, START) + moves(after, before.actors[-1]) == [False, False, True, True]
+def test_resume_after_a_level_was_reached(tmp_path: Path):
+    """In the second update; after it the losses are high again."""
+    given = Given([9.0, 9.0, 1.0, 1.0])
+    before = run_updates([given, CriticWarmup(value_loss=3.0)], 2, save=tmp_path / "last.ckpt")
+    after = run_updates([Given([9.0] * 4), CriticWarmup(value_loss=3.0)], 4, resume=tmp_path / "last.ckpt")
+    assert moves(after, before.actors[-1]) == [True, True]
 
 
 @pytest.mark.parametrize("silent", [None, "on_rollout_start", "on_rewards"])
 def test_more_passes_meanwhile(silent: str | None):
-    """Two steps a pass: three passes in each of two frozen updates, then the module's own one."""
+    """Two steps a pass: three passes in each of two frozen updates, then the module's own one; either hook suffices."""
     steps = Spy("on_update_end", lambda module, experience: len(module.steps))
     ppo_epochs = Spy("on_train_batch_end", lambda module, *_: module.ppo_epochs)
-    run_updates([CriticWarmup(2, ppo_epochs=3), steps, ppo_epochs], 4, fires=lambda hook: hook != silent)
+    module = run_updates([CriticWarmup(2, ppo_epochs=3), steps, ppo_epochs], 4, fires=lambda hook: hook != silent)
+    assert moves(module, START) == [False, False, True, True]
     assert steps.seen == [6, 12, 14, 16]
     assert ppo_epochs.seen == [1] * 4  # between updates it is the module's own
 
@@ -195,69 +148,20 @@ def test_a_run_resumed_in_mid_warm_up_ends_with_the_constructors_passes(tmp_path
         return steps.seen
 
     assert steps_of(1, 2, save=tmp_path / "last.ckpt") == [6]
-    assert steps_of(4, 2, resume=tmp_path / "last.ckpt") == [6, 10, 14]
     assert steps_of(4, 1, resume=tmp_path / "last.ckpt") == [6, 8, 10]
 
 
-def test_two_updates_of_one_rollout_both_have_more_passes():
-    class TwoUpdates(Toy):
-        def learn(self, experience: Rows) -> None:
-            super().learn(experience)
-            super().learn(experience)
+def test_what_litppo_logs_decides(tmp_path, lm):
+    """The actor learns from the update after the one whose ``value/loss`` or explained variance is at the level."""
 
-    module = run_updates(CriticWarmup(3, ppo_epochs=3), 2, module=TwoUpdates())
-    assert len(module.steps) == 3 * 6 + 2
-    assert module.ppo_epochs == 1
+    def rows_of(updates: int, trick: CriticWarmup) -> list[dict[str, float]]:
+        trainer = make_trainer(tmp_path, callbacks=[Given(halves=[False, True, False]), trick], max_steps=updates)
+        trainer.fit(make_module(lm), make_data(tmp_path))
+        return logged(trainer)
 
-
-def test_something_must_end_it():
-    with pytest.raises(ValueError, match="give updates, value_loss or explained_variance to end the warm-up"):
-        CriticWarmup(ppo_epochs=2)
-
-
-def test_module_without_passes_is_refused_where_they_are_set():
-    module = Toy()
-    del module.ppo_epochs
-    CriticWarmup(1).setup(trainer_of([], 1), module, "fit")
-    with pytest.raises(TypeError, match="CriticWarmup needs ppo_epochs on the module, which Toy lacks"):
-        run_updates(CriticWarmup(1, ppo_epochs=2), module=module)
-
-
-# On the real module
-
-
-def rows_of(
-    folder: Path, lm: Path, *callbacks: L.Callback, updates: int = 4, **overrides: Any
-) -> list[dict[str, float]]:
-    def halve(optimizer: Any) -> Any:
-        return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
-
-    trainer = make_trainer(folder, callbacks=list(callbacks), max_steps=updates)
-    trainer.fit(make_module(lm, actor_scheduler=halve, **overrides), make_data(folder))
-    return logged(trainer)
-
-
-def test_the_logged_value_loss_decides_on_the_real_module(tmp_path, lm):
-    """The actor learns from the update after the one whose ``value/loss`` is at the level; its schedule waits."""
-    losses = [row["value/loss"] for row in rows_of(tmp_path, lm, CriticWarmup(4))]
-    assert losses[0] > losses[1] > losses[2]
-    rows = rows_of(tmp_path, lm, CriticWarmup(4, value_loss=losses[1] * (1 + 1e-6)))
-    assert ["policy/loss" in row for row in rows] == [False, False, True, True]
-    assert [row["policy/lr"] for row in rows] == pytest.approx([0.1, 0.1, 0.1, 0.05])
-
-
-def test_the_logged_explained_variance_decides_on_the_real_module(tmp_path, lm):
-    given = Given(halves=[False, True, False, False])
-    rows = rows_of(tmp_path, lm, given, CriticWarmup(explained_variance=0.74))
-    assert [row["value/explained_variance"] for row in rows[:2]] == pytest.approx([0.0, 0.75], abs=1e-5)
-    assert ["policy/loss" in row for row in rows] == [False, False, True, True]
-
-
-def test_more_passes_bring_the_loss_down_further_on_the_real_module(tmp_path, lm):
-    """Minibatches of five: seven rows make two steps a pass, in six passes; then five rows one, in the module's two."""
-    count = Spy("on_minibatch_end", lambda module, experience, metrics: module.trainer.global_step)
-    slow = {"critic_optimizer": lambda params: torch.optim.SGD(params, lr=0.01)}
-    many = rows_of(tmp_path, lm, CriticWarmup(1, ppo_epochs=6), count, updates=2, **slow)
-    few = rows_of(tmp_path, lm, CriticWarmup(1), updates=2, **slow)
-    assert [count.seen.count(update) for update in (0, 1)] == [12, 2]
-    assert many[0]["value/loss"] < few[0]["value/loss"]
+    first, second = rows_of(2, CriticWarmup(4))
+    assert first["value/loss"] > second["value/loss"]
+    explained = [row["value/explained_variance"] for row in (first, second)]
+    assert explained == pytest.approx([0.0, 0.75], abs=1e-5)
+    for level in ({"value_loss": second["value/loss"] * (1 + 1e-6)}, {"explained_variance": 0.74}):
+        assert ["policy/loss" in row for row in rows_of(3, CriticWarmup(**level))] == [False, False, True]

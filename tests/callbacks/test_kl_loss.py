@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from lit_ppo.callbacks import KLLoss
 from lit_ppo.parallel.ranks import my_micro_batches
 from lit_ppo.ppo import optimize
+from tests.helpers.experiences import make_micro_batch
 from tests.helpers.tiny import make_causal_lm
-from tests.helpers.toy import Toy, run_updates
+from tests.helpers.toy import run_updates
 from tests.helpers.toys import logged, make_data, make_module, make_trainer
 from tests.helpers.trick import Trick
 
@@ -31,22 +32,6 @@ TRICK = {
     )
 }
 
-MASK = torch.tensor([[True, False], [True, True]])
-FORMS = [("k2", "reference"), ("k3", "reference"), ("k2", "old"), ("k3", "old")]
-
-
-def loss_of(trick: KLLoss, new: Tensor, *, ref: Tensor | None = None, old: Tensor | None = None) -> Tensor:
-    """The term on responses of 1 and 2 tokens."""
-    micro = SimpleNamespace(
-        new_logprobs=new, ref_logprobs=ref, logprobs=old, mean=lambda x: x.masked_fill(~MASK, 0.0).sum() / 3
-    )
-    losses = {"policy": torch.tensor(1.0)}
-    trick.on_actor_loss(None, None, micro, losses)
-    assert losses.keys() == {"policy", "kl"}
-    assert losses["policy"].item() == 1.0
-    return losses["kl"]
-
-
 NAN = float("nan")
 LOG_2 = math.log(2.0)
 
@@ -54,8 +39,7 @@ LOG_2 = math.log(2.0)
 @pytest.mark.parametrize(
     ("kind", "to", "kl"),
     [
-        ("k2", "reference", (LOG_2**2 + LOG_2**2 / 2) / 3),  # log(new / other) is log 2, -log 2 and 0
-        ("k2", "old", (LOG_2**2 + LOG_2**2 / 2) / 3),
+        ("k2", "reference", (LOG_2**2 + LOG_2**2 / 2) / 3),  # log(new / other) is log 2, log 2 and -log 2
         ("k3", "reference", ((0.5 - 1 + LOG_2) * 2 + (2 - 1 - LOG_2)) / 3),  # other / new - 1 + log(new / other)
         ("k3", "old", ((2 - 1 - LOG_2) * 2 + (0.5 - 1 + LOG_2)) / 3),  # new / old - 1 + log(old / new)
     ],
@@ -63,24 +47,12 @@ LOG_2 = math.log(2.0)
 def test_loss_is_coef_times_the_mean_over_response_tokens(kind: Any, to: Any, kl: float):
     """Tokens twice, twice and half as likely as under the other policy; k2 of each is log(2)^2 / 2."""
     new = torch.tensor([[-1.0, NAN], [-2.0, -3.0]], dtype=torch.float64)
-    other = new - torch.tensor([[LOG_2, NAN], [LOG_2, -LOG_2]])
-    loss = loss_of(KLLoss(0.1, kind, to), new, **{"ref" if to == "reference" else "old": other})
-    assert loss.item() == pytest.approx(0.1 * kl, rel=1e-6)
-
-
-@pytest.mark.parametrize(("kind", "to"), FORMS)
-def test_gradient_is_that_of_finite_differences(kind: Any, to: Any):
-    """Of a linear policy's weights, in float64."""
-    random = torch.Generator().manual_seed(0)
-    features, other = (torch.randn(*size, generator=random, dtype=torch.float64) for size in ((2, 2, 3), (2, 2)))
-    tokens = torch.tensor([[1, 0], [4, 2]])
-
-    def loss(weight: Tensor) -> Tensor:
-        new = (features @ weight).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
-        return loss_of(KLLoss(0.7, kind, to), new, ref=other, old=other)
-
-    weight = torch.randn(3, 5, generator=random, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(loss, weight)
+    others = {"reference": "ref_logprobs", "old": "logprobs"}
+    fields = {others[to]: new - torch.tensor([[LOG_2, NAN], [LOG_2, -LOG_2]])}
+    micro = make_micro_batch(torch.tensor([[True, False], [True, True]]), new_logprobs=new, **fields)
+    losses = {"policy": torch.tensor(1.0)}
+    KLLoss(0.1, kind, to).on_actor_loss(None, None, micro, losses)
+    assert {name: loss.item() for name, loss in losses.items()} == {"policy": 1.0, "kl": pytest.approx(0.1 * kl)}
 
 
 @pytest.mark.parametrize(
@@ -105,20 +77,6 @@ def test_which_divergence_each_kind_descends(kind: Any, to: Any, expected: str):
     }[expected]
     ours, theirs = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (losses["kl"], divergence))
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
-    k1 = torch.autograd.grad((new.detach().exp() * (new - ref)).sum(), logits)[0]
-    torch.testing.assert_close(k1, torch.zeros_like(k1), rtol=0, atol=1e-12)  # why it is refused
-
-
-def test_k1_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match=r"KLLoss\(kind='k1'\): its expected gradient is zero"):
-        KLLoss(0.1, kind="k1")
-
-
-def test_exact_to_the_old_policy_is_refused():
-    with pytest.raises(
-        ValueError, match=r"KLLoss\(kind='exact'\): with to='old' only the log-probs of the sampled tokens"
-    ):
-        KLLoss(0.1, kind="exact", to="old")
 
 
 def test_the_old_policy_needs_no_reference_and_the_reference_is_no_old_policy():
@@ -127,22 +85,6 @@ def test_the_old_policy_needs_no_reference_and_the_reference_is_no_old_policy():
     assert [losses["kl"] == 0.0 for losses in old.losses] == [True, False, True, False]
     reference = run_updates(KLLoss(0.5), 2)
     assert all(losses["kl"] > 0.0 for losses in reference.losses)
-
-
-def test_module_without_exact_kl_is_refused_before_the_first_rollout():
-    class Without(Toy):
-        exact_kl = property()  # raises AttributeError: as if it were not there
-
-    module = Without()
-    with pytest.raises(TypeError, match="KLLoss needs exact_kl on the module, which Without lacks"):
-        run_updates(KLLoss(0.5, "exact"), module=module)
-    assert module.experiences == []
-
-
-def test_the_penalty_holds_the_policy_near_the_old_one():
-    """PPO's penalty form: the larger the weight, the less a second step finds moved."""
-    kl = [run_updates(KLLoss(coef, to="old"), ppo_epochs=4).steps[-1]["approx_kl"] for coef in (1e-9, 2.0, 20.0)]
-    assert kl[0] > 1.3 * kl[1] > 1.3**2 * kl[2] > 0.0
 
 
 class TermAlone(L.Callback):
@@ -194,8 +136,7 @@ class Holes(L.Callback):
         experience.response_mask = experience.response_mask & (torch.arange(len(experience)) != 4)[:, None]
 
 
-@pytest.mark.parametrize("kind", ["k2", "k3", "exact"])
-@pytest.mark.parametrize("micro_batch_size", [1, 3, 7])
+@pytest.mark.parametrize(("kind", "micro_batch_size"), [("k2", 1), ("k3", 7), ("exact", 1), ("exact", 3)])
 def test_gradient_on_the_real_module_is_that_of_stock_models(tmp_path, models, kind, micro_batch_size, monkeypatch):
     """Whatever the micro-batches, an empty one (a row of zero weight) and one without tokens among them."""
     module = make_module(
@@ -212,29 +153,3 @@ def test_gradient_on_the_real_module_is_that_of_stock_models(tmp_path, models, k
     assert logged(trainer)[0]["policy/kl_loss"] == pytest.approx(0.3 * kl, rel=1e-4)
     for name, gradient in gradients.items():
         torch.testing.assert_close(alone.gradients[name].double(), 0.3 * gradient, rtol=1e-3, atol=1e-5)
-
-
-def test_the_reference_is_approached_at_the_derived_rate(tmp_path, models):
-    """A step of plain gradient descent against the gradient g of the loss takes rate x |g|^2 off it, to first order."""
-    module = make_module(
-        models[0], reference=str(models[1]), minibatch_size=7, ppo_epochs=1, max_grad_norm=None, kl_coef=0.0,
-        actor_optimizer=lambda params: torch.optim.SGD(params, lr=1e-4),
-    )  # fmt: skip
-    rows: list[Any] = []
-
-    class Measure(L.Callback):
-        def on_actor_loss(self, trainer: Any, pl_module: Any, minibatch: Any, losses: dict[str, Tensor]) -> None:
-            del losses["policy"]
-
-        def on_minibatch_end(self, trainer: Any, pl_module: Any, experience: Any, metrics: dict[str, float]) -> None:
-            rows.append(metrics)
-
-        def on_update_end(self, trainer: Any, pl_module: Any, experience: Any) -> None:
-            mask = experience.response_mask
-            with torch.no_grad():
-                rows.append({"after": (pl_module.exact_kl(experience) * mask).sum().item() / int(mask.sum())})
-
-    callbacks = [KLLoss(1.0, "exact"), Measure()]
-    make_trainer(tmp_path, callbacks=callbacks, max_steps=1).fit(module, make_data(tmp_path))
-    before, after = rows[0]["policy/kl_loss"], rows[1]["after"]
-    assert before - after == pytest.approx(1e-4 * rows[0]["actor_grad_norm"] ** 2, rel=0.05)

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from lit_ppo import PromptDataModule
-from lit_ppo.callbacks import CurriculumSampling, PrioritizedSampling, RewardNormalization
-from lit_ppo.run.checkpoint import StepCheckpoint
+from lit_ppo.callbacks import PrioritizedSampling, RewardNormalization
 from tests.helpers.tiny import WORDS
 from tests.helpers.toy import Spy, Toy, ToyData, run_updates
 from tests.helpers.toys import logged, make_module, make_trainer
@@ -59,11 +58,6 @@ def test_on_a_scale_responses_are_parts_of_a_success():
     assert weights == [0.375, 1.0, 0.3, 1.0]
 
 
-def test_what_is_always_solved_keeps_a_weight():
-    (_, weights) = weights_after([([0, 1, 2, 3], [1.0] * 4)], threshold=0.0, floor=0.2)
-    assert weights == [0.2] * 4
-
-
 def brute_force(experiences: list[Any], n_rows: int, threshold: float, floor: float = 0.05) -> list[float]:
     """Weights from everything seen, with plain numbers."""
     outcomes = defaultdict(list)
@@ -84,18 +78,6 @@ def test_raw_scores_are_judged_whatever_other_tricks_make_of_them():
     assert len({round(weight, 3) for weight in at_start.seen[3]}) > 2
 
 
-@pytest.mark.parametrize("arguments", [{}, {"threshold": 1.0, "scale": (0.0, 1.0)}])
-def test_exactly_one_of_threshold_and_scale(arguments: dict[str, Any]):
-    with pytest.raises(ValueError, match=r"PrioritizedSampling\(threshold=.*, scale=.*\): give exactly one of"):
-        PrioritizedSampling(**arguments)
-
-
-@pytest.mark.parametrize("scale", [(1.0, 1.0), (2.0, 1.0), (0.0, float("inf")), (float("nan"), 1.0), (0.0,)])
-def test_a_scale_is_two_numbers_in_order(scale: Any):
-    with pytest.raises(ValueError, match=r"PrioritizedSampling\(scale=.*\): must be two finite numbers"):
-        PrioritizedSampling(scale=scale)
-
-
 def test_data_without_a_number_of_rows_is_refused():
     trick, data = PrioritizedSampling(threshold=1.0), ToyData(3)
     data.columns = {}
@@ -106,72 +88,22 @@ def test_data_without_a_number_of_rows_is_refused():
         trick.setup(SimpleNamespace(callbacks=[trick], datamodule=data), Toy(), "fit")
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_two_that_set_the_weights_are_refused(order: int):
-    tricks = [CurriculumSampling("level", 2), PrioritizedSampling(threshold=1.0)][::order]
-    with pytest.raises(
-        ValueError, match="PrioritizedSampling and CurriculumSampling: both would set the sampling weig"
-    ):
-        run_updates(tricks)
-
-
-# On LitPPO
-
-THRESHOLD = 1.0
-
-
-def fit(folder: Path, actor: Path, updates: int, ckpt_path: Path | None = None) -> tuple[Any, list[Any], Any]:
+def test_litppos_rows_follow_the_weights_after_the_update_before(tmp_path: Path, lm: Path):
     """A data set of nothing but 10 prompts, 4 an update and two responses each; validated after every update."""
-    (folder / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": word}) for word in WORDS[:10]))
-    data = PromptDataModule(str(folder / "prompts.jsonl"), val_path=str(folder / "prompts.jsonl"), batch_size=4, seed=6)
-    trick, seen = PrioritizedSampling(threshold=THRESHOLD), Spy("on_update_end", lambda module, experience: experience)
-    callbacks = [trick, seen, StepCheckpoint(1, 9, str(folder / "saved"))]
-    module = make_module(actor, samples_per_prompt=2)
-    trainer = make_trainer(
-        folder, callbacks=callbacks, max_steps=updates, enable_checkpointing=True, val_check_interval=1
-    )
-    trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=False)
-    return trick, seen.seen, trainer
-
-
-def rows_of(experience: Any) -> list[int]:
-    return experience.prompt_index.tolist()[::2]
-
-
-def test_the_rows_of_an_update_follow_the_weights_after_the_one_before(tmp_path: Path, lm: Path):
-    trick, experiences, trainer = fit(tmp_path, lm, 5)
-    for update, experience in enumerate(experiences):
-        weights = np.array(brute_force(experiences[:update], 10, THRESHOLD))
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": word}) for word in WORDS[:10]))
+    data = PromptDataModule(str(path), val_path=str(path), batch_size=4, seed=6)
+    trick, spy = PrioritizedSampling(threshold=1.0), Spy("on_update_end", lambda module, experience: experience)
+    trainer = make_trainer(tmp_path, callbacks=[trick, spy], max_steps=4, val_check_interval=1)
+    trainer.fit(make_module(lm, samples_per_prompt=2), data)
+    assert len(spy.seen) == 4
+    for update, experience in enumerate(spy.seen):
+        weights = np.array(brute_force(spy.seen[:update], 10, threshold=1.0))
         rng = np.random.default_rng([6, update, 1])
-        assert rows_of(experience) == rng.choice(10, size=4, replace=False, p=weights / weights.sum()).tolist()
-    assert len(set(brute_force(experiences[:4], 10, THRESHOLD))) > 2
-    successes = [(experience.raw_scores >= THRESHOLD).float().mean().item() for experience in experiences]
+        drawn = rng.choice(10, size=4, replace=False, p=weights / weights.sum()).tolist()
+        assert experience.prompt_index.tolist()[::2] == drawn
+    assert len(set(weights)) > 2
+    successes = [(experience.raw_scores >= 1.0).float().mean().item() for experience in spy.seen]
     assert 0 < min(successes) < max(successes) < 1
     assert [row["data/success_rate"] for row in logged(trainer)] == pytest.approx(successes)
-    assert sum(trick.state_dict()["responses"]) == 5 * 4 * 2  # validation and the trial before the run count nothing
-
-
-@pytest.mark.parametrize("stop", [1, 3])
-def test_a_resumed_run_draws_the_same_rows(tmp_path: Path, lm: Path, stop: int):
-    trick, whole, _ = fit(tmp_path, lm, 4)
-    again, rest, _ = fit(tmp_path, lm, 4, tmp_path / f"saved/step-{stop:06d}.ckpt")
-    assert [rows_of(experience) for experience in rest] == [rows_of(experience) for experience in whole[stop:]]
-    assert again.state_dict() == trick.state_dict()
-
-
-def test_failed_prompts_come_more_often_by_their_weight(tmp_path: Path, tiny_lm: Path):
-    """One prompt a batch, rows 0 to 4 solved: floor 0.25 against 1, so they are a fifth of 600 draws."""
-    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": word}) for word in WORDS[:10]))
-    data = PromptDataModule(str(tmp_path / "prompts.jsonl"), batch_size=1, tokenizer=str(tiny_lm), seed=0)
-    data.setup("fit")
-    assert data.n_rows == 10
-    trick = PrioritizedSampling(threshold=1.0, floor=0.25)
-    trainer: Any = SimpleNamespace(callbacks=[trick], datamodule=data)
-    module: Any = SimpleNamespace(log=lambda *_: None)
-    trick.setup(trainer, module, "fit")
-    experience: Any = SimpleNamespace(prompt_index=torch.arange(10), raw_scores=torch.tensor([1.0] * 5 + [0.0] * 5))
-    trick.on_scores(trainer, module, experience)
-    trick.on_update_end(trainer, module, experience)
-    drawn = [int(batch.prompt_index) for _ in range(60) for batch in data.train_dataloader()]
-    assert len(drawn) == 600
-    assert sum(row < 5 for row in drawn) / 600 == pytest.approx(0.2, abs=0.05)  # 3 standard deviations
+    assert sum(trick.state_dict()["responses"]) == 4 * 4 * 2  # validation and the trial before the run count nothing

@@ -11,10 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lit_ppo.callbacks import CriticWarmup, EntropyBonus, RejectionSampling, ValueClipping
-from tests.helpers.forwards import logprobs_of
 from tests.helpers.recorder import record, rows_of
 from tests.helpers.toy import Spy, Toy, run_updates
-from tests.helpers.toys import count_good, logged, make_module
+from tests.helpers.toys import logged
 from tests.helpers.trick import Trick
 
 TRICK = {
@@ -37,7 +36,10 @@ def rows_a_rollout(*callbacks: L.Callback, updates: int, **toy: Any) -> list[int
 
 
 def test_the_best_of_each_prompt_is_imitated():
-    """Scores (1, 3) and (2, 2) in responses of 1 to 4 tokens: the second and third row win, 2 + 3 tokens."""
+    """Scores (1, 3) and (2, 2) in responses of 1 to 4 tokens: the second and third row win, 2 + 3 tokens.
+
+    The winners' mean is 2.5, that of all four 2.
+    """
     module = run_updates(RejectionSampling(2, every=1), episodes=2, scores=lambda update: [1.0, 3.0, 2.0, 2.0])
     (experience,) = module.experiences
     assert experience.response_mask.sum(1).tolist() == [2, 3]
@@ -49,11 +51,6 @@ def test_the_best_of_each_prompt_is_imitated():
     (gradient,) = torch.autograd.grad(loss, start.actor.weight)
     assert module.losses == [{"sft": pytest.approx(loss.item(), rel=1e-5)}]
     torch.testing.assert_close(module.actors[0], start.actor.weight - 0.05 * gradient, rtol=1e-5, atol=1e-6)
-
-
-def test_the_gain_in_score_is_logged():
-    """Winners 3 and 2 have a mean of 2.5, all four of 2."""
-    module = run_updates(RejectionSampling(2, every=1), episodes=2, scores=lambda update: [1.0, 3.0, 2.0, 2.0])
     assert module.trainer.callback_metrics["rejection/score_gain"].item() == pytest.approx(0.5)
 
 
@@ -69,15 +66,9 @@ def test_scores_are_those_that_callbacks_before_it_have_left():
         assert module.experiences[0].scores.tolist() == winners
 
 
-@pytest.mark.parametrize(
-    ("every", "rows"), [(1, [24] * 6), (2, [8, 24] * 3), (3, [8, 8, 24] * 2), (4, [8, 8, 8, 24, 8, 8])]
-)
+@pytest.mark.parametrize(("every", "rows"), [(1, [24] * 3), (2, [8, 24] * 2), (3, [8, 8, 24, 8, 8])])
 def test_every_so_many_updates(every: int, rows: list[int]):
-    assert rows_a_rollout(RejectionSampling(3, every), updates=6) == rows
-
-
-def test_every_second_by_default():
-    assert rows_a_rollout(RejectionSampling(3), updates=4) == [8, 24, 8, 24]
+    assert rows_a_rollout(RejectionSampling(3, every), updates=len(rows)) == rows
 
 
 def test_the_other_updates_are_plain_ppo():
@@ -92,9 +83,8 @@ def test_the_other_updates_are_plain_ppo():
     assert ["policy" in losses for losses in mixed.losses[::2]] == [True, False, True]
 
 
-@pytest.mark.parametrize("behind", [[], [ValueClipping(0.2)]], ids=["alone", "a value loss put back behind it"])
-def test_the_critic_does_not_step(behind: list[L.Callback]):
-    module = run_updates([RejectionSampling(2), *behind], 3)
+def test_the_critic_does_not_step_even_if_a_value_loss_is_put_back_behind_it():
+    module = run_updates([RejectionSampling(2), ValueClipping(0.2)], 3)
     assert not module.critics[0].equal(Toy().critic.weight)
     assert module.critics[1].equal(module.critics[0])
     assert not module.critics[2].equal(module.critics[1])
@@ -125,43 +115,22 @@ def test_other_terms_count_behind_it_and_not_before():
     assert not behind.actors[0].equal(alone.actors[0])
 
 
-def test_rests_while_the_actor_is_frozen():
+@pytest.mark.parametrize("turn", [1, -1])
+def test_rests_while_the_actor_is_frozen_also_after_a_resume(turn: int, tmp_path: Path):
     """The critic's warm-up goes on meanwhile, on all that is sampled; wherever the two stand in the list."""
-    assert rows_a_rollout(CriticWarmup(2), RejectionSampling(2, every=1), updates=4) == [8, 8, 16, 16]
-    assert rows_a_rollout(RejectionSampling(2, every=1), CriticWarmup(2), updates=4) == [8, 8, 16, 16]
+
+    def tricks() -> list[L.Callback]:
+        return [CriticWarmup(2), RejectionSampling(2, every=1)][::turn]
+
+    assert rows_a_rollout(*tricks(), updates=4) == [8, 8, 16, 16]
+    run_updates(tricks(), 1, save=tmp_path / "last.ckpt")
+    assert rows_a_rollout(*tricks(), updates=3, resume=tmp_path / "last.ckpt") == [8, 16]
 
 
 def test_a_module_that_never_freezes_its_actor_need_not_say_so():
     module: Any = SimpleNamespace(samples_per_prompt=1)
     RejectionSampling(2, every=1).on_rollout_start(None, module, [])
     assert module.samples_per_prompt == 2
-
-
-@pytest.mark.parametrize("turn", [1, -1])
-def test_rests_while_the_actor_is_frozen_also_after_a_resume(turn: int, tmp_path: Path):
-    def tricks() -> list[L.Callback]:
-        return [CriticWarmup(3), RejectionSampling(2, every=2)][::turn]
-
-    run_updates(tricks(), 1, save=tmp_path / "last.ckpt")
-    assert rows_a_rollout(*tricks(), updates=4, resume=tmp_path / "last.ckpt") == [8, 8, 16]
-
-
-def test_estimators_that_compare_samples_are_refused_before_the_first_rollout():
-    module = Toy()
-    module.advantages = type("Ranks", (), {"needs_groups": True})()
-    with pytest.raises(ValueError, match="RejectionSampling and Ranks: the first keeps one sample per prompt"):
-        run_updates(RejectionSampling(2), module=module)
-    assert module.experiences == []
-    module.advantages.needs_groups = False
-    RejectionSampling(2).setup(SimpleNamespace(callbacks=[]), module, "fit")
-
-
-def test_a_module_without_a_number_of_samples_is_refused_before_the_first_rollout():
-    module = Toy()
-    del module.samples_per_prompt
-    with pytest.raises(TypeError, match="RejectionSampling needs samples_per_prompt on the module, which Toy lacks"):
-        run_updates(RejectionSampling(2), module=module)
-    assert module.experiences == []
 
 
 # ---- on LitPPO
@@ -234,25 +203,3 @@ def test_metrics_are_of_what_ran_and_the_critic_waits(tmp_path, lm):
         assert present <= row.keys()
         assert not absent & row.keys()
         assert {"policy/approx_kl", "policy/grad_norm", "policy/entropy"} <= row.keys()
-
-
-@pytest.mark.parametrize("micro_batch_size", [1, None])
-def test_weights_do_not_depend_on_the_micro_batches(tmp_path, lm, micro_batch_size):
-    whole, _, _ = record(tmp_path, lm, RejectionSampling(2), loss_reduction="sequence_mean", micro_batch_size=3)
-    parts, _, _ = record(
-        tmp_path, lm, RejectionSampling(2), loss_reduction="sequence_mean", micro_batch_size=micro_batch_size
-    )
-    for name, value in whole.state_dict().items():
-        torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-5, atol=1e-6)
-
-
-def test_the_winners_become_likelier(tmp_path, lm):
-    """Responses of the first update, before and after it."""
-    module, recorder, _ = record(tmp_path, lm, RejectionSampling(4, every=1), max_steps=1)
-    experience = recorder.experiences[0]
-    assert experience.scores.tolist() == count_good([], experience.responses)
-    start = make_module(lm)
-    start.configure_model()
-    with torch.no_grad():
-        new, old = (logprobs_of(m, experience).sum().item() for m in (module, start))
-    assert new > old + 1.0

@@ -1,6 +1,10 @@
-"""An experience made by hand."""
+"""Experiences and micro-batches made by hand."""
+
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lit_ppo.experience import Experience
 
@@ -24,3 +28,15 @@ def make_experience(lengths=(3, 1, 4, 2, 4), prompts=(2, 3, 1, 3, 2)) -> Experie
     )
     experience.logprobs = torch.where(mask, -torch.rand(n, longest), 0.0)
     return experience
+
+
+def make_micro_batch(mask: Tensor, **fields: Tensor | None) -> Any:
+    """A micro-batch that is all of its optimizer step, by token mean; ``logged`` keeps the means that it logs."""
+
+    def mean(x: Tensor) -> Tensor:
+        return x[mask].mean()
+
+    logged: dict[str, float] = {}
+    return SimpleNamespace(
+        **fields, mean=mean, log=lambda name, x: logged.update({name: mean(x).item()}), logged=logged
+    )

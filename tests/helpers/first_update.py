@@ -11,6 +11,7 @@ from tests.helpers.recorder import record
 from tests.helpers.toys import logged
 
 LAMBDA = 0.95
+ENDS = [1, 5, 9, 30, 33]  # tokens
 
 
 def letters(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
@@ -27,7 +28,7 @@ def first_update(folder: Path, actor: Path, *tricks: L.Callback, **overrides: An
         *tricks: Callbacks.
         **overrides: Arguments of LitPPO; some responses end by themselves, the score is :func:`letters`.
     """
-    generation = {"max_new_tokens": 8, "eos_token_id": [1, 5, 9, 30, 33]}
+    generation = {"max_new_tokens": 8, "eos_token_id": ENDS}
     arguments = {"rewards": letters, "generation": generation, **overrides}
     module, recorder, trainer = record(folder, actor, *tricks, max_steps=1, **arguments)
     (experience,) = recorder.experiences

@@ -396,6 +396,14 @@ class Toy(L.LightningModule):
         self.kl_coefs.append(self.kl_coef)
 
 
+class TwoUpdates(Toy):
+    """Makes two updates of each rollout."""
+
+    def learn(self, experience: Rows) -> None:
+        super().learn(experience)
+        super().learn(experience)
+
+
 def _add(sums: dict[str, float], losses: dict[str, Tensor]) -> None:
     for name, value in losses.items():
         sums[name] = sums.get(name, 0.0) + float(value.detach())
@@ -549,3 +557,18 @@ def run_updates(
     if save is not None:
         trainer.save_checkpoint(save)
     return module
+
+
+def scores_after(callbacks: Any, *batches: Sequence[float]) -> tuple[list[list[float]], dict[str, float]]:
+    """What callbacks make of the scores of each update, and what is logged of the last one.
+
+    Asserts that raw scores stay and that token rewards, without a KL penalty, are the scores that the callbacks left.
+    """
+    module = run_updates(
+        callbacks, len(batches), episodes=len(batches[0]), kl_coef=0.0, scores=lambda update: batches[update]
+    )
+    for experience, batch in zip(module.experiences, batches, strict=True):
+        assert torch.equal(experience.raw_scores, torch.tensor(batch))
+        assert torch.equal(experience.rewards.sum(1), experience.scores)
+    logged = {name: value.item() for name, value in module.trainer.logged_metrics.items()}
+    return [experience.scores.tolist() for experience in module.experiences], logged
