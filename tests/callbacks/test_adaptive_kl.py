@@ -48,14 +48,6 @@ def test_kl_is_summed_over_each_response_or_averaged_over_all_tokens(per: Any, t
     assert module.kl_coefs == pytest.approx([0.1 * factor], rel=1e-6)
 
 
-def test_a_moving_target_is_a_straight_line_and_then_its_end():
-    """KL 1, targets 1, 0.95, 0.9, 0.9: errors 0, 1/19, 1/9, 1/9 in proportion; 8 episodes of a horizon of 8."""
-    trick = AdaptiveKL(target=1.0, horizon=8, final_target=0.9, decay_updates=2)
-    module = run_updates(trick, 4, episodes=8, kl_per_response=1.0, kl_coef=0.1)
-    factors = [1.0, 20 / 19, 20 / 19 * 10 / 9, 20 / 19 * (10 / 9) ** 2]
-    assert module.kl_coefs == pytest.approx([0.1 * factor for factor in factors], rel=1e-6)
-
-
 @pytest.mark.parametrize("turn", [1, -1])
 def test_coefficient_and_target_wait_while_the_actor_is_frozen(turn: int):
     """KL 0.9: after the warm-up the first update still aims at 1, an error of -0.1; then at 0.5, 0.8 clipped to 0.2."""

@@ -121,14 +121,6 @@ def test_whatever_is_reached_first_ends_it(arguments: dict[str, Any], frozen: in
     assert moves(run_updates([given, CriticWarmup(**arguments)], 4), START) == [False] * frozen + [True] * (4 - frozen)
 
 
-def test_resume_after_a_level_was_reached(tmp_path: Path):
-    """In the second update; after it the losses are high again."""
-    given = Given([9.0, 9.0, 1.0, 1.0])
-    before = run_updates([given, CriticWarmup(value_loss=3.0)], 2, save=tmp_path / "last.ckpt")
-    after = run_updates([Given([9.0] * 4), CriticWarmup(value_loss=3.0)], 4, resume=tmp_path / "last.ckpt")
-    assert moves(after, before.actors[-1]) == [True, True]
-
-
 @pytest.mark.parametrize("silent", [None, "on_rollout_start", "on_rewards"])
 def test_more_passes_meanwhile(silent: str | None):
     """Two steps a pass: three passes in each of two frozen updates, then the module's own one; either hook suffices."""

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import CriticWarmup, KLEarlyStop
+from tests.helpers.recorder import record
 from tests.helpers.toy import Spy, TwoUpdates, run_updates
-from tests.helpers.toys import logged, make_data, make_module, make_trainer
+from tests.helpers.toys import logged
 from tests.helpers.trick import Trick
 
 TRICK = {
@@ -67,43 +68,17 @@ def test_a_frozen_actor_has_no_kl_and_the_critic_learns_on():
     assert all("approx_kl" not in step for step in module.steps)
 
 
-class Weights(L.Callback):
-    """Weights and KL at each optimizer step, before it is taken, and how many steps optimizers took."""
-
-    def __init__(self) -> None:
-        self.kl: list[float] = []
-        self.weights: list[dict[str, torch.Tensor]] = []
-        self.steps = 0
-
-    def on_minibatch_end(self, trainer: Any, pl_module: Any, experience: Any, metrics: dict[str, float]) -> None:
-        self.kl.append(metrics["approx_kl"])
-        self.weights.append({name: value.clone() for name, value in pl_module.state_dict().items()})
-
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        self.steps += 1
-
-
-def test_on_the_real_module(tmp_path, lm):
-    """The run ends as the plain one stood before the step at which its KL passes the level."""
-
-    def fit(*tricks: L.Callback) -> tuple[Weights, Any, dict[str, float]]:
-        seen, module = Weights(), make_module(lm, ppo_epochs=4)
-        trainer = make_trainer(tmp_path, callbacks=[seen, *tricks], max_steps=1)
-        trainer.fit(module, make_data(tmp_path))
-        return seen, module, logged(trainer)[0]
-
-    plain, _, _ = fit()
-    assert len(plain.kl) == 8  # four passes of 5 and 2 rows
-    assert plain.steps == 16  # the actor's and the critic's
-    target = 0.9 * max(plain.kl)
-    last = next(i for i, kl in enumerate(plain.kl) if kl > target)
+def test_litppos_update_ends_before_the_step_whose_kl_is_over_the_target(tmp_path, lm):
+    """Up to there its steps are those of the plain run."""
+    options = {"ppo_epochs": 4, "max_steps": 1}
+    plain = [metrics["approx_kl"] for metrics in record(tmp_path, lm, **options)[1].metrics]
+    assert len(plain) == 8  # four passes of 5 and 2 rows
+    target = 0.9 * max(plain)
+    last = next(i for i, kl in enumerate(plain) if kl > target)
     assert 2 <= last < 7
-    ours, module, row = fit(KLEarlyStop(target))
-    assert ours.kl == plain.kl[: last + 1]
-    assert ours.steps == 2 * last
-    for name, value in module.state_dict().items():
-        torch.testing.assert_close(value, plain.weights[last][name], rtol=0, atol=0)
-    for name in ("actor.model.transformer.wte.weight", "critic.value_head.weight"):
-        assert not torch.equal(plain.weights[last][name], plain.weights[last - 1][name])
+    _, recorder, trainer = record(tmp_path, lm, KLEarlyStop(target), **options)
+    ours = [metrics["approx_kl"] for metrics in recorder.metrics]
+    assert ours == plain[: last + 1]
+    (row,) = logged(trainer)
     assert row["policy/early_stop"] == 1.0
-    assert row["policy/approx_kl"] == pytest.approx(sum(ours.kl) / len(ours.kl), rel=1e-6)
+    assert row["policy/approx_kl"] == pytest.approx(sum(ours) / len(ours), rel=1e-6)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from lit_ppo import PromptDataModule
-from lit_ppo.callbacks import PrioritizedSampling, RewardNormalization
+from lit_ppo.callbacks import PrioritizedSampling
 from tests.helpers.tiny import WORDS
-from tests.helpers.toy import Spy, Toy, ToyData, run_updates
+from tests.helpers.toy import Spy, Toy, ToyData
 from tests.helpers.toys import logged, make_module, make_trainer
 from tests.helpers.trick import Trick
 
@@ -66,16 +66,6 @@ def brute_force(experiences: list[Any], n_rows: int, threshold: float, floor: fl
             outcomes[row].append(score >= threshold)
     rates = [sum(outcomes[row]) / len(outcomes[row]) if outcomes[row] else 0.0 for row in range(n_rows)]
     return [max(1 - rate, floor) for rate in rates]
-
-
-def test_raw_scores_are_judged_whatever_other_tricks_make_of_them():
-    """Around 5 with deviation 3: normalised scores would never reach 5."""
-    at_start = Spy("on_rollout_start", lambda module, prompts: module.trainer.datamodule.weights.tolist())
-    module = run_updates([RewardNormalization(clip=1.0), PrioritizedSampling(threshold=5.0), at_start], 4)
-    assert module.experiences[0].scores.max() <= 1.0
-    for update, weights in enumerate(at_start.seen):
-        assert weights == pytest.approx(brute_force(module.experiences[:update], 8, threshold=5.0))
-    assert len({round(weight, 3) for weight in at_start.seen[3]}) > 2
 
 
 def test_data_without_a_number_of_rows_is_refused():

@@ -179,25 +179,21 @@ def test_litppos_step_is_the_stock_models_on_the_winners(tmp_path, lm):
 
 def test_metrics_are_of_what_ran_and_the_critic_waits(tmp_path, lm):
     """Seven prompts x 2 samples fill a minibatch of 14; the five winners of the second update make one of their own."""
-    critics: list[Any] = []
-
-    class Critics(L.Callback):
-        def on_update_end(self, trainer: Any, pl_module: Any, experience: Any) -> None:
-            critics.append({name: value.clone() for name, value in pl_module.critic.state_dict().items()})
+    critics = Spy("on_update_end", lambda module, _: {k: v.clone() for k, v in module.critic.state_dict().items()})
 
     def halve(optimizer: Any) -> Any:
         return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
 
     module, recorder, trainer = record(
-        tmp_path, lm, RejectionSampling(3), Critics(), samples_per_prompt=2, minibatch_size=14, ppo_epochs=1,
+        tmp_path, lm, RejectionSampling(3), critics, samples_per_prompt=2, minibatch_size=14, ppo_epochs=1,
         critic_scheduler=halve, critic_optimizer=lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1), max_steps=3,
     )  # fmt: skip
     assert [len(rows) for rows in recorder.minibatches] == [14, 5, 14]
     assert module.samples_per_prompt == 2
     first, second, third = logged(trainer)
     assert [row["value/lr"] for row in (first, second, third)] == pytest.approx([0.01, 0.005, 0.0025])
-    assert all(value.equal(critics[0][name]) for name, value in critics[1].items())
-    assert any(not value.equal(critics[1][name]) for name, value in critics[2].items())
+    assert all(value.equal(critics.seen[0][name]) for name, value in critics.seen[1].items())
+    assert any(not value.equal(critics.seen[1][name]) for name, value in critics.seen[2].items())
     ppos, ours = {"policy/loss", "value/loss", "value/grad_norm"}, {"policy/sft_loss", "rejection/score_gain"}
     for row, present, absent in ((first, ppos, ours), (second, ours, ppos), (third, ppos, ours)):
         assert present <= row.keys()
