@@ -33,7 +33,9 @@ def _discard_arguments(parser: Any, previous: Any, value: Any) -> None:
 
     jsonargparse 4 keeps those whose names the new class knows too: SGD would get AdamW's weight decay.
     """
-    if previous and previous.get("init_args") and previous["class_path"] != value["class_path"]:
+    if not previous or not previous.get("init_args"):
+        return
+    if resolve_name(previous["class_path"]) is not resolve_name(value["class_path"]):  # a class has several names
         for name in list(vars(previous["init_args"])):
             del previous["init_args"][name]
 
