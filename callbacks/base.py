@@ -20,6 +20,8 @@ One update, with every hook in its place::
         step of the optimizers, unless experience.exhausted
     on_update_end(experience)
 
+In a loop of the user's own, ``rollout`` calls the first two, and ``step`` all others.
+
 :func:`fire` calls a hook by name on every callback of the trainer that has it, so plain Lightning callbacks and other
 people's modules work too.
 """

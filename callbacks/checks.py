@@ -14,12 +14,18 @@ def require(callback: L.Callback, pl_module: Any, *names: str) -> None:
 
     Raises:
         TypeError: One is missing.
+        ValueError: It is ``score``, and the module has no rewards.
     """
     missing = [name for name in names if not hasattr(pl_module, name)]
     if missing:
         raise TypeError(
             f"{type(callback).__name__} needs {', '.join(missing)} on the module, "
             f"which {type(pl_module).__name__} lacks; add it, or remove the callback"
+        )
+    if "score" in names and getattr(pl_module, "rewards", True) is None:
+        raise ValueError(
+            f"{type(callback).__name__} scores responses of its own, for which there is nothing in "
+            f"{type(pl_module).__name__}(rewards=None); give it rewards, or remove the callback"
         )
 
 

@@ -68,6 +68,7 @@ class Experience:
     returns: Tensor | None = field(init=False)
     exhausted: bool = False
     extras: dict[str, Any] = field(default_factory=dict)
+    loop: Any = None  # the loop of your own, if any, whose callbacks have seen the rollout
 
     def __getattr__(self, name: str) -> Any:
         """Explain why a field cannot be read; Python calls this only for empty slots."""
@@ -77,7 +78,7 @@ class Experience:
 
     def __repr__(self) -> str:
         """The fields that are set, tensors by their shapes."""
-        values = {name: getattr(self, name) for name in _set_fields(self)}
+        values = {name: getattr(self, name) for name in set_fields(self) if name != "loop"}
         shown = {k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in values.items()}
         return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
@@ -111,7 +112,7 @@ class Experience:
         index = index.nonzero().squeeze(1) if index.dtype == torch.bool else index.long()
         n, listed = len(self), index.tolist()
         index = index.to(self.response_ids.device, non_blocking=True)
-        for name in _set_fields(self):
+        for name in set_fields(self):
             if name in ("metrics", "least", "greatest"):  # all micro-batches of a step add to the same dicts
                 continue
             setattr(self, name, _rows(getattr(self, name), index, listed, n))
@@ -186,7 +187,7 @@ class Minibatch(Experience):
         """
         chosen = experience.select(rows)
         minibatch = cls(**{f.name: getattr(chosen, f.name) for f in fields(Experience) if f.init})
-        for name in _set_fields(chosen):
+        for name in set_fields(chosen):
             setattr(minibatch, name, getattr(chosen, name))
         minibatch.reduction = reduction
         minibatch.lengths = chosen.lengths if lengths is None else lengths
@@ -273,7 +274,7 @@ def rows_or_stand_in(rows: Sequence[int]) -> Sequence[int]:
     return rows or [0]
 
 
-def _set_fields(experience: Experience) -> Iterable[str]:
+def set_fields(experience: Experience) -> Iterable[str]:
     """Names of the fields that have a value."""
     for f in fields(experience):
         try:

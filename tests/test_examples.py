@@ -1,4 +1,4 @@
-"""The tricks on a module that somebody else wrote."""
+"""The examples run: the tricks on a module that somebody else wrote, and a loop of the user's own."""
 
 import runpy
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from lit_ppo.callbacks import AdaptiveKL, CriticWarmup, RewardNormalization
 from tests.helpers.command import REPOSITORY
 
-EXAMPLE = REPOSITORY / "examples/own_module.py"
+EXAMPLES = REPOSITORY / "examples"
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers:", "ignore:.*LeafSpec:")
 
@@ -33,7 +33,7 @@ class Watch(L.Callback):
 
 @pytest.fixture(scope="module")
 def example() -> Any:
-    return SimpleNamespace(**runpy.run_path(str(EXAMPLE)))
+    return SimpleNamespace(**runpy.run_path(str(EXAMPLES / "own_module.py")))
 
 
 def test_each_trick_does_its_work_there(example: Any):
@@ -61,5 +61,13 @@ def test_each_trick_does_its_work_there(example: Any):
 def test_it_runs_as_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PL_TRAINER_LIMIT_TRAIN_BATCHES", "3")
-    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    runpy.run_path(str(EXAMPLES / "own_module.py"), run_name="__main__")
     assert "kl_coef" in capfd.readouterr().out
+
+
+def test_the_loop_of_its_own(tmp_path: Path, lm: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    scores = runpy.run_path(str(EXAMPLES / "own_loop.py"))["train"](str(lm), updates=2)
+    assert len(scores) == 2
+    assert min(scores) > 0
+    assert (tmp_path / "runs/own_loop/model/model.safetensors").exists()

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -102,6 +103,20 @@ def test_the_loop_example(folder: Path, tiny_lm: Path) -> None:
     exec(code.replace('response.count("good")', "len(response)"), {"Watched": Watched})
     assert [rows for rows, _ in seen] == [16]
     assert seen[0][1] > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*smaller than minibatch_size", "ignore:.*bf16", "ignore:.*log_every_n_steps")
+def test_the_loop_in_the_users_hands(folder: Path, tiny_lm: Path) -> None:
+    steps = example("for prompts in loader").replace("runs/quickstart/sft/model", str(tiny_lm))
+    names: dict[str, Any] = {"loader": [["the film", "a plot"]] * 2, "my_scores": lambda prompts, responses: [0.0, 1.0]}
+    exec(steps, names)
+    names["ppo"].loop.close()
+    assert names["metrics"]["objective/score"] == 0.5
+    attached = example("ppo.attach").replace("max_steps=100", "max_steps=1")
+    attached = attached.replace("...  # as above", steps[steps.index("experience =") :].replace("\n", "\n    "))
+    imports = {"L": L, "AdaptiveKL": lit_ppo.callbacks.AdaptiveKL, "StepCheckpoint": lit_ppo.StepCheckpoint}
+    exec(attached, names | imports | {"data": names["loader"]})
+    assert [path.name for path in folder.rglob("*.ckpt")] == ["step-000001.ckpt"]
 
 
 def test_the_trick_example(folder: Path, tiny_lm: Path, tiny_reward: Path) -> None:

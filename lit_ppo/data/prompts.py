@@ -159,6 +159,8 @@ class PromptDataModule(TableDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """The batches of one epoch, from the current position."""
         training = self._fit_state("train_dataloader")
+        # resumed from a checkpoint without a position, which a loop of the user's own has written
+        training.position = max(training.position, self._batches_trained() or 0)
         training.order.repeat = self._overfit_batches(len(training))
         return self._loader(training)
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from lit_ppo.advantages import check_estimator
+from lit_ppo.callbacks.base import fire
 from lit_ppo.data.batch import PromptBatch
 from lit_ppo.experience import Experience, ModelInputs
 from lit_ppo.functional import KLEstimator, kl_estimate
@@ -18,12 +20,36 @@ from lit_ppo.models.actor_critic import actor_forward, critic_forward
 from lit_ppo.models.lora import WithoutAdapter
 from lit_ppo.parallel.ranks import deal, map_rows, n_ranks
 from lit_ppo.parallel.sharding import gathered
+from lit_ppo.ppo.prompts import checked_batch
 from lit_ppo.ppo.settings import Models
 from lit_ppo.rewards.function import scores_of, source_names
 from lit_ppo.rewards.time_limit import time_limit
 
 Policy = Literal["actor", "reference"]
 Limits = dict[str, int | None]  # micro_batch_size, micro_batch_tokens
+
+
+def rollout_with_hooks(module: Any, prompts: Any, rollout: Callable[[Any], Experience]) -> Experience:
+    """The rollout of an update; calls the hooks before and after it.
+
+    Args:
+        module: The LitPPO.
+        prompts: What ``rollout`` takes.
+        rollout: Samples, silently.
+
+    Raises:
+        ValueError: The callbacks have removed all rows.
+    """
+    module.progress.start("rollout")
+    prompts = checked_batch(module, prompts)
+    fire(module, "on_rollout_start", prompts)
+    check_estimator(module, module.advantages, module.samples_per_prompt, module.kl_coef)
+    experience = rollout(prompts)
+    fire(module, "on_rollout_end", experience)
+    if not experience.responses:
+        raise ValueError("collect: callbacks removed all rows; on_rollout_end must leave at least one")
+    module.progress.start("score")
+    return experience
 
 
 def sample_responses(
@@ -184,29 +210,6 @@ def add_logprobs(
     else:
         experience.kl = kl_estimate(experience.logprobs, experience.ref_logprobs, kl_estimator)
     return difference
-
-
-def exact_kl(module: Any, minibatch: Experience) -> Tensor:
-    """KL of the actor to the reference over the whole vocabulary, per token and differentiable.
-
-    Args:
-        module: The LitPPO.
-        minibatch: Rows of one micro-batch.
-
-    Raises:
-        ValueError: There is no reference.
-
-    Shapes:
-        -> (B, T).
-    """
-    if module.reference is None:
-        raise ValueError("exact_kl: there is no reference; give LitPPO one")
-    inputs = minibatch.model_inputs()
-    ids, mask, target_mask = inputs
-    with torch.no_grad():
-        head = module.reference(ids, mask, target_mask=target_mask, head_inputs=True)
-    n_columns = minibatch.response_ids.shape[1]
-    return actor_forward(module.actor, inputs, n_columns, module.temperature, kl_to=head)[1]
 
 
 def score(source: Any, experience: Experience, *, timeout: float | None = None) -> dict[str, Tensor]:

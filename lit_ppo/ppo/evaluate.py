@@ -107,7 +107,7 @@ def _evaluate(module: Any, name: str, prompts: Any, batch_idx: int) -> None:
 
     def score_all(experience: Experience) -> Scores:
         module.progress.start("score")
-        scores = score(module.rewards, experience, timeout=module.reward_timeout)
+        scores = {} if module.rewards is None else score(module.rewards, experience, timeout=module.reward_timeout)
         if module.eval_rewards is not None:
             by_eval = score(module.eval_rewards, experience, timeout=module.reward_timeout)
             scores |= {reward: x for reward, x in by_eval.items() if reward}
@@ -125,7 +125,7 @@ def _evaluate(module: Any, name: str, prompts: Any, batch_idx: int) -> None:
 def predict_step(module: Any, prompts: Any, batch_idx: int) -> list[dict[str, Any]]:
     """Prompts, responses and scores of ``samples_per_prompt`` responses per prompt; several rewards by name."""
     experience = module.rollout(prompts, logprobs=False, stream=f"predict/{batch_idx}")
-    scores = score(module.rewards, experience, timeout=module.reward_timeout)
+    scores = {} if module.rewards is None else score(module.rewards, experience, timeout=module.reward_timeout)
     columns: dict[str, list[Any]] = {"prompt": experience.prompts, "response": experience.responses}
     columns |= {_key("score", reward): x.tolist() for reward, x in scores.items()}
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

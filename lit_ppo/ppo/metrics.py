@@ -106,15 +106,16 @@ def log_update(
         **of_experience(experience, coefficients["objective/kl_coef"]),
         **of_steps(steps),
         **{f"time/{phase}": value for phase, value in seconds.items()},
-        **{f"time/share/{phase}": value / total for phase, value in seconds.items()},
-        "throughput/tokens_per_second": int(experience.response_mask.sum()) / total,
     }
+    if "rollout" in seconds:  # not timed before a Trainer is attached
+        metrics |= {f"time/share/{phase}": value / total for phase, value in seconds.items()}
+        metrics["throughput/tokens_per_second"] = int(experience.response_mask.sum()) / total
     peak = peak_memory(module.device)
     if peak is not None:
         metrics["memory/peak_gib"] = peak / 2**30
     if module.sampling_difference is not None:
         metrics["rollout/sampling_logprob_difference"] = module.sampling_difference
-    for name in module.source_names:
+    for name in (name for name in module.source_names if name in experience.extras):
         metrics[f"objective/score/{name}"] = float(experience.extras[name].mean())
     for name, value in metrics.items():
         module.log(name, value, prog_bar=name in ON_THE_BAR, batch_size=1)

@@ -16,13 +16,13 @@ from lit_ppo.experience import Experience, LossReduction, Minibatch
 from lit_ppo.functional import KLEstimator, token_rewards
 from lit_ppo.models.actor_critic import Actor, Critic, Reference
 from lit_ppo.models.lora import WithoutAdapter
-from lit_ppo.ppo import build, evaluate, optimize, preflight, saved, text_loss
-from lit_ppo.ppo.collect import Policy, add_logprobs, exact_kl, sample_responses, score
+from lit_ppo.ppo import build, evaluate, optimize, own_loop, preflight, saved, text_loss
+from lit_ppo.ppo.collect import Policy, add_logprobs, rollout_with_hooks, sample_responses, score
 from lit_ppo.ppo.metrics import Progress, current_coefficients, log_update
 from lit_ppo.ppo.prompts import as_batch
 from lit_ppo.ppo.settings import Models, ModelSettings, ReferenceDtype, checked_clip_range, checked_reduction
 from lit_ppo.rewards import Rewards, ScoreSource, as_source, eval_sources, source_names
-from lit_ppo.validate import integer, non_negative, non_negative_or_none, one_of, positive, positive_or_none
+from lit_ppo.validate import integer, non_negative, non_negative_or_none, one_of, positive, positive_or_none, refuse
 
 
 class LitPPO(L.LightningModule):
@@ -42,7 +42,7 @@ class LitPPO(L.LightningModule):
             instead of the full actor, which is the reference without it. Usually with ten times the learning rate.
         critic_lora: The same for the critic, whose value head is always trained in full.
         rewards: A ``RewardModel``, a ``RewardFunction``, any callable ``(prompts, responses, **columns)``, or a dict
-            of these by name, each plain or as ``{source: ..., weight: ...}``.
+            of these by name, each plain or as ``{source: ..., weight: ...}``. None: scores come from your own loop.
         eval_rewards: Rewards by name for validation and test only: their means, and win rates over the reference.
         advantages: Estimator; of those in ``lit_ppo.advantages`` only ``GAE`` takes a critic.
         generation: Fields of ``transformers.GenerationConfig``; ``max_new_tokens`` is required.
@@ -87,7 +87,7 @@ class LitPPO(L.LightningModule):
         reference_dtype: ReferenceDtype = "float32",
         actor_lora: dict[str, Any] | None = None,
         critic_lora: dict[str, Any] | None = None,
-        rewards: Rewards,
+        rewards: Rewards | None = None,
         eval_rewards: dict[str, ScoreSource] | None = None,
         advantages: AdvantageEstimator = GAE(),  # noqa: B008  # stateless
         generation: dict[str, Any],
@@ -133,7 +133,7 @@ class LitPPO(L.LightningModule):
             generation=dict(generation), temperature=self.temperature, model_kwargs=dict(model_kwargs or {}),
             seed=self.seed,
         )  # fmt: skip
-        self.rewards = as_source(rewards)
+        self.rewards = None if rewards is None else as_source(rewards)
         self.source_names = source_names(self.rewards)  # scores of several rewards are in ``extras`` by name
         self.eval_rewards = None if eval_rewards is None else eval_sources(self, self.rewards, eval_rewards)
         self.advantages = advantages
@@ -157,6 +157,7 @@ class LitPPO(L.LightningModule):
         self.sampling_difference: float | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._built = False
+        self.loop: Any = None  # the OwnLoop after ``attach``, true while it runs
 
     # The arrow: prompts -> rollout -> scores -> token rewards -> advantages -> minibatch losses -> optimizer steps
 
@@ -165,22 +166,19 @@ class LitPPO(L.LightningModule):
         self.update(self.collect(prompts))
 
     def collect(self, prompts: Any) -> Experience:
-        """Sample responses to the prompts and score them; calls the hooks."""
-        self.progress.start("rollout")
-        prompts = preflight.checked_batch(self, prompts)
-        fire(self, "on_rollout_start", prompts)
-        check_estimator(self, self.advantages, self.samples_per_prompt, self.kl_coef)
-        experience = self.rollout(prompts)
-        fire(self, "on_rollout_end", experience)
-        if not experience.responses:
-            raise ValueError("collect: callbacks removed all rows; on_rollout_end must leave at least one")
-        self.progress.start("score")
-        experience.raw_scores = experience.scores = self.score(experience)
+        """Sample responses to the prompts and score them, or take what ``step`` was given; calls the hooks."""
+        if self.loop:
+            experience: Experience = self.loop.take()
+        else:
+            experience = rollout_with_hooks(self, prompts, self.rollout)
+            experience.raw_scores = experience.scores = self.score(experience)
         fire(self, "on_scores", experience)
         return experience
 
     def update(self, experience: Experience) -> None:
         """Learn from scored experience, as :meth:`collect` returns it; calls the hooks."""
+        if self.loop and self.loop.waiting:
+            raise RuntimeError(f"{type(self).__name__}.update: in a loop of your own call step(experience)")
         coefficients = current_coefficients(self.kl_coef, self.trainer.optimizers)
         self.progress.start("update")
         experience.rewards = token_rewards(experience.scores, experience.kl, experience.response_mask, self.kl_coef)
@@ -216,8 +214,8 @@ class LitPPO(L.LightningModule):
 
     # What callbacks call
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @own_loop.calls_hooks
+    @own_loop.without_gradients
     def rollout(
         self,
         prompts: Any,
@@ -255,10 +253,11 @@ class LitPPO(L.LightningModule):
             self.sampling_difference = self.sampling_difference if difference is None else difference
         return experience
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @own_loop.without_gradients
     def score(self, experience: Experience) -> Tensor:
         """Scores of the responses, (B,) float32; those of several rewards are also in ``extras`` by name."""
+        if self.rewards is None:
+            refuse(self, "rewards", None, "there is nothing to score with; give rewards, or set experience.scores")
         if not self._built:
             self.configure_model()
         scores = score(self.rewards, experience, timeout=self.reward_timeout)
@@ -286,10 +285,11 @@ class LitPPO(L.LightningModule):
 
     # More methods, each a function in the file that is named: what callbacks call, then Lightning's hooks.
 
-    exact_kl = exact_kl
+    exact_kl = optimize.exact_kl
     backward_on_text, loss_on_text = text_loss.backward_on_text, text_loss.loss_on_text
     save_pretrained, only_actor = saved.save_pretrained, saved.only_actor
     train = build.train
+    attach, step, on_before_batch_transfer = own_loop.attach, own_loop.step, own_loop.on_before_batch_transfer
     configure_model, configure_optimizers = build.configure_model, build.configure_optimizers
     setup = preflight.setup
     on_fit_start, on_train_start = preflight.on_fit_start, preflight.on_train_start

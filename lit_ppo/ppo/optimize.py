@@ -172,6 +172,29 @@ def optimizers_of(module: Any) -> dict[str, Optimizer]:
     return dict(zip(("actor", "critic"), optimizers if isinstance(optimizers, list) else [optimizers], strict=False))
 
 
+def exact_kl(module: Any, minibatch: Experience) -> Tensor:
+    """KL of the actor to the reference over the whole vocabulary, per token and differentiable.
+
+    Args:
+        module: The LitPPO.
+        minibatch: Rows of one micro-batch.
+
+    Raises:
+        ValueError: There is no reference.
+
+    Shapes:
+        -> (B, T).
+    """
+    if module.reference is None:
+        raise ValueError("exact_kl: there is no reference; give LitPPO one")
+    inputs = minibatch.model_inputs()
+    ids, mask, target_mask = inputs
+    with torch.no_grad():
+        head = module.reference(ids, mask, target_mask=target_mask, head_inputs=True)
+    n_columns = minibatch.response_ids.shape[1]
+    return actor_forward(module.actor, inputs, n_columns, module.temperature, kl_to=head)[1]
+
+
 def micro_batch_limits(owner: object, size: int | None, tokens: int | None) -> Limits:
     """The arguments that limit a micro-batch, checked; at most one is given."""
     if size is not None and tokens is not None:

@@ -11,7 +11,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lit_ppo.data.batch import PromptBatch
 from lit_ppo.experience import Experience, Minibatch
 from lit_ppo.generation.transformers import reshaping_fields
 from lit_ppo.models.actor_critic import actor_forward, critic_forward
@@ -23,9 +22,9 @@ from lit_ppo.parallel.trainer import check_trainer
 from lit_ppo.ppo.collect import check_length, score
 from lit_ppo.ppo.evaluate import validate_before_training
 from lit_ppo.ppo.metrics import forget_last_update
-from lit_ppo.ppo.prompts import as_batch
+from lit_ppo.ppo.prompts import check_batch
 from lit_ppo.ppo.settings import Models, ModelSettings
-from lit_ppo.rewards import check_columns, source_names
+from lit_ppo.rewards import source_names
 from lit_ppo.validate import refuse
 
 BYTES_PER_PARAMETER = 4 * 3  # float32 weights and the two moments of AdamW
@@ -34,8 +33,14 @@ CHECKPOINTS_KEPT = 2
 
 def setup(module: Any, stage: str) -> None:
     """Check the Trainer; Lightning's hook. Callbacks have checked theirs before."""
+    if module.loop and module.loop.waiting:
+        module.loop.end_here()
+    if stage == "fit" and module.rewards is None and not module.loop:
+        refuse(module, "rewards", None, "fit has nothing to score with; give rewards, or score in a loop of your own")
     # all models are always in eval mode: dropout is off in rollouts and updates
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+    # a loop of the user's own needs that hook
+    warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `LightningModule`")
     # this one appears when every step of the first update was skipped
     warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
     use_atomic_checkpoints(module.trainer)
@@ -91,38 +96,9 @@ def on_train_start(module: Any) -> None:
 
 
 def on_train_batch_start(module: Any, batch: Any, batch_idx: int) -> None:
-    """Drop what the last update logged."""
-    forget_last_update(module.trainer)
-
-
-def checked_batch(module: Any, prompts: Any) -> PromptBatch:
-    """The prompts of an update as a batch; in the first one, size and columns are checked.
-
-    Only some data modules tell these before training starts.
-    """
-    batch = as_batch(prompts, module.tokenizer)
-    if module.rollouts == 0:
-        check_batch(module, module.minibatch_size, module.samples_per_prompt, len(batch))
-        check_columns(batch.columns, module.rewards)
-    return batch
-
-
-def check_batch(owner: object, minibatch_size: int, samples_per_prompt: int, batch_size: int | None) -> None:
-    """Refuse a minibatch that no update can fill.
-
-    Args:
-        owner: The module.
-        minibatch_size: Responses in a minibatch.
-        samples_per_prompt: Responses per prompt.
-        batch_size: Prompts per update; None: unknown.
-    """
-    rows = (batch_size or 0) * samples_per_prompt
-    if batch_size is not None and minibatch_size > rows:
-        refuse(
-            owner, "minibatch_size", minibatch_size,
-            f"more than the {rows} responses of an update ({batch_size} prompts x {samples_per_prompt}); lower it, or "
-            "raise the data's batch_size",
-        )  # fmt: skip
+    """Drop what the last update logged. A loop of the user's own has done so before its rollout."""
+    if not module.loop:
+        forget_last_update(module.trainer)
 
 
 def check_disk(trainer: L.Trainer, model: nn.Module) -> None:
@@ -195,7 +171,8 @@ def try_prompts(module: Any, split: str, prompts: Any) -> None:
     """
     try:
         experience = module.rollout(prompts, samples_per_prompt=1, logprobs=False, stream="preflight")
-        module.score(experience)
+        if module.rewards is not None:
+            module.score(experience)
         if split == "val" and module.eval_rewards is not None:
             score(module.eval_rewards, experience, timeout=module.reward_timeout)
     except Exception as error:

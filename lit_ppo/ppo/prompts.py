@@ -1,15 +1,23 @@
-"""Everything that ``LitPPO.rollout`` takes as prompts, as one kind of batch."""
+"""What users hand over: everything that ``rollout`` takes as prompts, and the scored experience of ``step``."""
 
+import copy
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lit_ppo.callbacks.base import PPOCallback
 from lit_ppo.data.batch import PromptBatch
 from lit_ppo.data.encoding import encode_prompts
-from lit_ppo.experience import Experience
+from lit_ppo.experience import Experience, set_fields
+from lit_ppo.parallel.ranks import gather_shares
+from lit_ppo.rewards import check_columns
+from lit_ppo.rewards.function import check_scores
+from lit_ppo.validate import refuse
 
 ACCEPTED = (
     "give strings, lists of chat messages, rows or a mapping with a column 'prompt', or a mapping with 'input_ids' and "
@@ -121,3 +129,101 @@ def _of_tokens(
             _refuse(row, f"prompt {number} has " + ("an id outside the tokenizer's vocabulary" if row else "no token"))
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return PromptBatch(texts, ids, torch.arange(len(ids)), columns)
+
+
+def checked_batch(module: Any, prompts: Any) -> PromptBatch:
+    """The prompts of an update as a batch; in the first one, size and columns are checked.
+
+    Only some data modules tell these before training starts. In a loop of the user's own, both are the user's affair.
+    """
+    batch = as_batch(prompts, module.tokenizer)
+    if module.rollouts == 0 and not module.loop:
+        check_batch(module, module.minibatch_size, module.samples_per_prompt, len(batch))
+        check_columns(batch.columns, module.rewards)
+    return batch
+
+
+def check_batch(owner: object, minibatch_size: int, samples_per_prompt: int, batch_size: int | None) -> None:
+    """Refuse a minibatch that no update can fill.
+
+    Args:
+        owner: The module.
+        minibatch_size: Responses in a minibatch.
+        samples_per_prompt: Responses per prompt.
+        batch_size: Prompts per update; None: unknown.
+    """
+    rows = (batch_size or 0) * samples_per_prompt
+    if batch_size is not None and minibatch_size > rows:
+        refuse(
+            owner, "minibatch_size", minibatch_size,
+            f"more than the {rows} responses of an update ({batch_size} prompts x {samples_per_prompt}); lower it, or "
+            "raise the data's batch_size",
+        )  # fmt: skip
+
+
+def checked_experience(module: Any, experience: Experience) -> Experience:
+    """A copy of what ``step`` was given, with all that an update reads, on the module's device.
+
+    Args:
+        module: The LitPPO, in a loop of the user's own.
+        experience: Its own, with scores.
+
+    Raises:
+        ValueError: The module cannot learn from it, or ranks were given different ones.
+    """
+    ready: list[Experience] = []
+
+    def digest() -> int:
+        ready.append(_complete(module, experience))
+        parts = (ready[0].prompt_ids, ready[0].response_ids, ready[0].response_mask, ready[0].scores)
+        return zlib.crc32(b"".join(part.cpu().numpy().tobytes() for part in parts))
+
+    if len(set(gather_shares(digest))) > 1:
+        _refuse_experience(module, "ranks were given different responses or scores; broadcast one rank's scores")
+    return ready[0]
+
+
+def _complete(module: Any, experience: Experience) -> Experience:
+    if not isinstance(experience, Experience):
+        raise TypeError(f"{type(module).__name__}.step(experience={experience!r}): give what rollout returns")
+    found = set(set_fields(experience))
+    if not len(experience):
+        _refuse_experience(module, "it has no rows")
+    if not {"logprobs", "values", "kl"} <= found:
+        _refuse_experience(module, "it has no log-probs; roll out with logprobs=True")
+    if "scores" not in found:
+        _refuse_experience(module, "it has no scores; set experience.scores to one number per response")
+    if experience.loop not in (None, module.loop) or (experience.values is None) != (module.critic is None):
+        _refuse_experience(module, "it is of another run or another module; roll out again")
+    if experience.loop is None and (hook := _hook_of_rollouts(module.trainer)):
+        _refuse_experience(module, f"{hook} has not seen its rollout; roll out after attach, with the default options")
+    if len(experience) < module.minibatch_size:
+        rank_zero_warn(
+            f"{type(module).__name__}.step: {len(experience)} rows make one minibatch, which is smaller than "
+            f"minibatch_size={module.minibatch_size}"
+        )
+    ready = copy.copy(experience)
+    ready.extras = dict(experience.extras)
+    for name in ("scores", "raw_scores") if "raw_scores" in found else ("scores",):
+        scores = check_scores(getattr(experience, name), len(experience), f"experience.{name}", experience.responses)
+        setattr(ready, name, scores.clone())  # tensors of inference mode cannot be trained on
+    if "raw_scores" not in found:
+        ready.raw_scores = ready.scores
+    for name in set_fields(ready):
+        if isinstance(value := getattr(ready, name), Tensor):
+            setattr(ready, name, value.to(module.device))
+    return ready
+
+
+def _hook_of_rollouts(trainer: Any) -> str | None:
+    """A callback's hook before ``on_scores``, if there is one."""
+    for callback in trainer.callbacks:
+        for hook in ("on_rollout_start", "on_rollout_end"):
+            function = getattr(callback, hook, None)
+            if function is not None and getattr(function, "__func__", None) is not getattr(PPOCallback, hook):
+                return f"{type(callback).__name__}.{hook}"
+    return None
+
+
+def _refuse_experience(module: Any, problem: str) -> NoReturn:
+    raise ValueError(f"{type(module).__name__}.step(experience): {problem}")
