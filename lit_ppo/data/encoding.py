@@ -86,7 +86,9 @@ def tokenize(
     logged = time.monotonic()
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         encoded = tokenizer(list(texts[start : start + TEXTS_AT_ONCE]), **options)["input_ids"]
-        ids += [row[without_repeats(tokenizer, row)] for row in encoded] if add_special_tokens else encoded
+        if add_special_tokens:
+            encoded = [row[kept] for row, kept in zip(encoded, without_repeats(tokenizer, encoded), strict=True)]
+        ids += encoded
         if time.monotonic() - logged > SECONDS_BETWEEN_LOGS:
             rank_zero_info(f"Tokenised {len(ids)} of {len(texts)} texts")
             logged = time.monotonic()

@@ -1,6 +1,5 @@
 """Rewards that are Hugging Face sequence classifiers."""
 
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 from lit_ppo.functional import masked_mean
 from lit_ppo.parallel.ranks import deal
 from lit_ppo.parallel.sharding import build, shard
+from lit_ppo.rewards.inputs import Row, Span, conversations, encode, questions_and_answers, warn_too_long
 from lit_ppo.rewards.loading import find_label, load_classifier, load_tokenizer, max_tokens
-from lit_ppo.special_tokens import without_repeats
-from lit_ppo.validate import at_most_one, integer, one_of
+from lit_ppo.validate import at_most_one, boolean, integer, one_of, refuse
 
 BATCH_SIZE = 32
 
@@ -35,6 +34,11 @@ class RewardModel(nn.Module):
         batch_tokens: Instead: maximum number of tokens in one forward, padding included; a longer text is scored
             alone.
         model_kwargs: Passed to ``from_pretrained``; float32 unless ``dtype`` is among them.
+        append_eos: Append the end-of-sequence token to responses that ended, and only to those, as reward models expect
+            that were trained with it. None: what the model's config says, as ``LitRewardModel`` leaves it.
+        pairs: Score prompt and response as the two segments of ``tokenizer(question, answer)``, as models for
+            question-answer pairs expect, instead of one text. ``"auto"``: if the tokenizer puts a separator between the
+            two and the model does not come from ``LitRewardModel``.
 
     Reads ``experience.prompts``, ``responses`` and ``columns``.
     """
@@ -48,10 +52,16 @@ class RewardModel(nn.Module):
         batch_size: int | None = None,
         batch_tokens: int | None = None,
         model_kwargs: dict[str, Any] | None = None,
+        append_eos: bool | None = None,
+        pairs: bool | Literal["auto"] = False,
     ) -> None:
         super().__init__()
         self.path, self.tokenizer_path = str(model), str(tokenizer or model)
         self.aggregation, self.label = one_of(self, "aggregation", aggregation, ("last", "mean")), label
+        self.append_eos = None if append_eos is None else boolean(self, "append_eos", append_eos)
+        self.pairs = pairs if pairs == "auto" else boolean(self, "pairs", pairs)
+        if pairs and aggregation == "mean":
+            refuse(self, "pairs", pairs, "pairs have one score each; use aggregation='last'")
         at_most_one(self, batch_size=batch_size, batch_tokens=batch_tokens)
         self.batch_size = BATCH_SIZE if batch_size is None else integer(self, "batch_size", batch_size)
         self.batch_tokens = None if batch_tokens is None else integer(self, "batch_tokens", batch_tokens)
@@ -77,6 +87,12 @@ class RewardModel(nn.Module):
         self.label_index = find_label(self.label, self.path, model.config)
         if self.aggregation == "mean" and not isinstance(getattr(model, "score", None), nn.Module):
             raise _no_token_scores(model)
+        self._appends_eos = bool(
+            getattr(model.config, "append_eos", False) if self.append_eos is None else self.append_eos
+        )
+        self._pairs = self._reads_pairs(hasattr(model.config, "append_eos"))
+        if self._appends_eos and self.tokenizer.eos_token_id is None:
+            refuse(self, "append_eos", True, f"the tokenizer in {self.tokenizer_path!r} has no end-of-sequence token")
         text_config = model.config.get_text_config()
         self._finds_last = text_config.pad_token_id is not None
         if not self._finds_last:  # the stock forward then refuses batches; 0 only has to be a valid id
@@ -84,6 +100,20 @@ class RewardModel(nn.Module):
         self._pad_id = text_config.pad_token_id
         self._limit = max_tokens(model.config, self.tokenizer)
         self.model = shard(strategy, model, frozen=True)
+
+    def _reads_pairs(self, is_our_own: bool) -> bool:
+        """Whether to score pairs; refuses them where the model was trained on one text."""
+        added = [self.tokenizer.num_special_tokens_to_add(pair) for pair in (False, True)]
+        problem = "its tokenizer puts no token between" if added[0] == added[1] else ""
+        problem = "LitRewardModel trained it on joined text" if is_our_own else problem
+        if self.pairs is True and problem:
+            refuse(
+                self,
+                "pairs",
+                True,
+                f"{self.path!r} does not read question and answer apart: {problem}; set it to False",
+            )
+        return self.pairs is True or (self.pairs == "auto" and not problem)
 
     def __str__(self) -> str:
         return f"{type(self).__name__}(model={self.path!r})"
@@ -100,21 +130,20 @@ class RewardModel(nn.Module):
             -> (B,), float32.
         """
         self.build()
-        messages = experience.columns.get("messages")
-        if messages is None:
-            pairs = list(zip(experience.prompts, experience.responses, strict=True))
-            texts = [prompt + response for prompt, response in pairs]
-            spans = [(len(prompt), len(prompt) + len(response)) for prompt, response in pairs]
-        else:
-            rendered = [self._render(*turns) for turns in zip(messages, experience.responses, strict=True)]
-            texts, spans = [text for text, _ in rendered], [span for _, span in rendered]
-        return self.score_texts(texts, spans, add_special_tokens=messages is None)
+        ended = getattr(experience, "ended", None)
+        ended = [True] * len(experience.responses) if ended is None else [bool(end) for end in ended]
+        if self._pairs:
+            questions, answers = zip(*questions_and_answers(experience), strict=True)
+            return self._score(questions, pairs=answers, append_eos=ended)
+        texts, spans = conversations(self.tokenizer, str(self), experience, ended)
+        rendered = "messages" in experience.columns
+        return self._score(texts, spans=spans, append_eos=ended, add_special_tokens=not rendered)
 
     @torch.no_grad()
     def score_texts(
-        self, texts: Sequence[str], spans: Sequence[tuple[int, int]] | None = None, *, add_special_tokens: bool = True
+        self, texts: Sequence[str], spans: Sequence[Span] | None = None, *, add_special_tokens: bool = True
     ) -> Tensor:
-        """Scores of texts.
+        """Scores of complete texts.
 
         Args:
             texts: Prompt and response together.
@@ -127,9 +156,29 @@ class RewardModel(nn.Module):
         """
         self.build()
         spans = spans or [(0, len(text)) for text in texts]
-        rows = self._encode(texts, spans, add_special_tokens)
+        return self._score(texts, spans=spans, append_eos=[True] * len(texts), add_special_tokens=add_special_tokens)
+
+    def _score(
+        self,
+        texts: Sequence[str],
+        *,
+        append_eos: list[bool],
+        spans: Sequence[Span] | None = None,
+        pairs: Sequence[str] | None = None,
+        add_special_tokens: bool = True,
+    ) -> Tensor:
+        rows, too_long = encode(
+            self.tokenizer, texts, pairs=pairs, spans=spans if self.aggregation == "mean" else None,
+            append_eos=append_eos if self._appends_eos else None, add_special_tokens=add_special_tokens,
+            limit=self._limit,
+        )  # fmt: skip
+        if too_long and not self._warned:
+            self._warned = True
+            warn_too_long(str(self), too_long, len(texts), self._limit)
+        if empty := [i for i, row in enumerate(rows) if not row.ids]:
+            raise ValueError(f"{self}: text {empty[0]} ({texts[empty[0]]!r}) has no tokens to score")
         scores = torch.empty(len(rows), device=self.model.device)
-        for batch in self._batches([len(ids) for ids, _ in rows]):
+        for batch in self._batches([len(row.ids) for row in rows]):
             scores[batch] = self._score_batch([rows[row] for row in batch])
         return scores
 
@@ -138,35 +187,7 @@ class RewardModel(nn.Module):
         budget = {"micro_batch_size": self.batch_size, "micro_batch_tokens": self.batch_tokens}
         return deal(lengths, n_ranks=1, **budget)[0]
 
-    def _encode(
-        self, texts: Sequence[str], spans: Sequence[tuple[int, int]], add_special_tokens: bool
-    ) -> list[tuple[list[int], list[bool]]]:
-        """Token ids of each text, and a mask that is True where they belong to the response."""
-        wants_spans = self.aggregation == "mean"
-        options = {"add_special_tokens": add_special_tokens, "return_offsets_mapping": wants_spans, "verbose": False}
-        encoded = self.tokenizer(list(texts), **options)
-        too_long = sum(len(ids) > self._limit for ids in encoded["input_ids"])
-        if too_long:
-            encoded = self.tokenizer(list(texts), truncation=True, max_length=int(self._limit), **options)
-        if too_long and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"RewardModel(model={self.path!r}): {too_long} of {len(texts)} texts exceed its {self._limit:g} "
-                "positions and lose their beginning (warned once); shorten prompts or responses",
-                stacklevel=4,
-            )
-        rows = []
-        for i, (ids, (start, end)) in enumerate(zip(encoded["input_ids"], spans, strict=True)):
-            if not ids:
-                raise ValueError(f"RewardModel(model={self.path!r}): text {i} ({texts[i]!r}) has no tokens to score")
-            offsets = encoded["offset_mapping"][i] if wants_spans else []
-            if add_special_tokens:
-                kept = without_repeats(self.tokenizer, ids)
-                ids, offsets = ids[kept], offsets[kept]
-            rows.append((ids, [first < end and last > start for first, last in offsets]))
-        return rows
-
-    def _score_batch(self, rows: list[tuple[list[int], list[bool]]]) -> Tensor:
+    def _score_batch(self, rows: list[Row]) -> Tensor:
         """Scores (B,) of right-padded rows: each token has the same position as in its text alone."""
         device = self.model.device
         lengths = torch.tensor([len(ids) for ids, _ in rows], device=device)
@@ -174,7 +195,7 @@ class RewardModel(nn.Module):
         ids = torch.tensor([ids + [self._pad_id] * (width - len(ids)) for ids, _ in rows], device=device)
         attended = torch.arange(width, device=device) < lengths[:, None]
         logits, token_logits = _logits(self.model, {"input_ids": ids, "attention_mask": attended.long()})
-        if self.aggregation == "last" and (self._finds_last or token_logits is None):
+        if self.aggregation == "last" and (token_logits is None or (self._finds_last and not self._appends_eos)):
             return logits[:, self.label_index].float()
         if token_logits is None:
             raise _no_token_scores(self.model)
@@ -184,23 +205,6 @@ class RewardModel(nn.Module):
             return last
         mask = torch.tensor([mask + [False] * (width - len(mask)) for _, mask in rows], device=device)
         return torch.where(mask.any(1), masked_mean(scores, mask, dim=1), last)
-
-    def _render(self, messages: list[dict[str, Any]], response: str) -> tuple[str, tuple[int, int]]:
-        """The chat with the response as its last turn, and the first and one past the last character of it."""
-        if self.tokenizer.chat_template is None:
-            raise ValueError(
-                f"RewardModel(tokenizer={self.tokenizer_path!r}): prompts are chat messages, but this tokenizer has "
-                "no chat template; name one that has one, or use plain-text prompts"
-            )
-        turn = {"role": "assistant", "content": response}
-        text: str = self.tokenizer.apply_chat_template([*messages, turn], tokenize=False)
-        start = text.rfind(response.strip())  # templates may strip a turn
-        if start >= 0:
-            return text, (start, start + len(response.strip()))
-        # the template changed the response: everything after the prompt counts as the response
-        prompt: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        differ = (i for i, (ours, theirs) in enumerate(zip(prompt, text, strict=False)) if ours != theirs)
-        return text, (next(differ, min(len(prompt), len(text))), len(text))
 
 
 def _no_token_scores(model: nn.Module) -> ValueError:

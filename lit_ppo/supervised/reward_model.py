@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from lit_ppo.models.pretrained import n_outputs
 from lit_ppo.supervised.base import SupervisedModule
 from lit_ppo.supervised.source import ModelSource
-from lit_ppo.validate import refuse
+from lit_ppo.validate import boolean, refuse
 
 
 class LitRewardModel(SupervisedModule):
@@ -32,6 +32,8 @@ class LitRewardModel(SupervisedModule):
         scheduler: From optimizer to learning-rate schedule, one step per optimizer step.
         model_kwargs: More arguments of ``from_pretrained`` (for a new model, of ``from_config``), such as
             ``{attn_implementation: eager}``.
+        append_eos: Append the end-of-sequence token to every text that does not end with it. The exported config says
+            so, and ``RewardModel`` then does the same with responses that ended.
 
     Reads batches of ``chosen`` and ``rejected``, each with ``input_ids`` and ``attention_mask``; or of ``input_ids``,
     ``attention_mask`` and ``labels`` (0 or 1, or a probability). Logs ``train/loss``, ``train/accuracy``, ``val/loss``
@@ -50,11 +52,13 @@ class LitRewardModel(SupervisedModule):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         model_kwargs: dict[str, Any] | None = None,
+        append_eos: bool = False,
     ) -> None:
         source = ModelSource(
             type(self).__name__, AutoModelForSequenceClassification, model, tokenizer, model_kwargs, num_labels=1
         )
         super().__init__(source, optimizer, scheduler)
+        self.append_eos = boolean(self, "append_eos", append_eos)
         self.train_accuracy, self.val_accuracy = BinaryAccuracy(), BinaryAccuracy()
         self.val_loss = MeanMetric()
 
@@ -68,11 +72,18 @@ class LitRewardModel(SupervisedModule):
                     "model_kwargs={'ignore_mismatched_sizes': True}"
                 )
                 refuse(source.owner, "model", source.model, problem)
-        return super().make_model()
+        model = super().make_model()
+        model.config.append_eos = self.append_eos
+        if self.append_eos and self.tokenizer.eos_token_id in (None, model.config.pad_token_id):
+            problem = "the tokenizer needs an end-of-sequence token that it does not also pad with"
+            refuse(self, "append_eos", True, f"{problem}: the model scores the last token that is no padding")
+        return model
 
     def rewards(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores of a batch of right-padded texts, of shape (B,)."""
         assert self.model is not None
+        if self.append_eos:
+            input_ids, attention_mask = with_eos(input_ids, attention_mask, int(self.tokenizer.eos_token_id))
         scores: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
         return scores.squeeze(-1).float()
 
@@ -115,3 +126,17 @@ class LitRewardModel(SupervisedModule):
     def on_validation_epoch_end(self) -> None:
         self.log("val/loss", self.val_loss, prog_bar=True)
         self.log("val/accuracy", self.val_accuracy, prog_bar=True)
+
+
+def with_eos(input_ids: Tensor, attention_mask: Tensor, eos: int) -> tuple[Tensor, Tensor]:
+    """Right-padded texts with the end-of-sequence token appended where it is not the last token.
+
+    >>> ids, mask = with_eos(torch.tensor([[5, 6], [7, 0]]), torch.tensor([[1, 1], [1, 0]]), eos=2)
+    >>> ids.tolist(), mask.tolist()
+    ([[5, 6, 2], [7, 2, 0]], [[1, 1, 1], [1, 1, 0]])
+    """
+    ids, mask = F.pad(input_ids, (0, 1)), F.pad(attention_mask, (0, 1))
+    length = attention_mask.sum(1, keepdim=True)
+    lacks = ids.gather(1, (length - 1).clamp(min=0)) != eos
+    ids = ids.scatter(1, length, torch.where(lacks, eos, ids.gather(1, length)))
+    return ids, mask.scatter(1, length, lacks.to(mask.dtype))

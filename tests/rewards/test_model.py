@@ -334,3 +334,73 @@ def test_model_that_gives_nan_is_refused(tiny_reward: Path):
 def test_arguments_are_checked(arguments: dict[str, Any], says: str):
     with pytest.raises(ValueError, match=re.escape(f"RewardModel{says}")):
         RewardModel("model", **arguments)
+
+
+# question-answer pairs, end tokens, turns that were cut off
+
+
+def separating_tokenizer() -> Any:
+    """As an encoder's: a separator between two texts and after the last."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A [EOS]", pair="$A [EOS] $B [EOS]", special_tokens=[("[EOS]", tokenizer.eos_token_id)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("pairs", [True, "auto"])
+def test_pairs_are_two_segments(tmp_path: Path, pairs: Any):
+    path = make_reward_model(tmp_path, "distilbert", tokenizer=separating_tokenizer(), **SHARP)
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    answers = ["really good", "bad"]
+    expected = [
+        model(**tokenizer("the film was", answer, return_tensors="pt")).logits[0, 0].item() for answer in answers
+    ]
+    plain = experience(["the film was"] * 2, [f" {answer}" for answer in answers])
+    chats = experience([""] * 2, answers, messages=[[{"role": "user", "content": "the film was"}]] * 2)
+    for rows in (plain, chats):
+        assert built(path, pairs=pairs)(rows).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_pairs_are_refused_where_nothing_separates_them(tmp_path: Path):
+    path = make_reward_model(tmp_path, **SHARP)
+    with pytest.raises(ValueError, match=r"RewardModel\(pairs=True\): .* puts no token between; set it to False"):
+        built(path, pairs=True)
+    assert built(path, pairs="auto")(experience()).tolist() == built(path)(experience()).tolist()
+    with pytest.raises(ValueError, match=r"RewardModel\(pairs=True\): pairs have one score each"):
+        RewardModel(str(path), pairs=True, aggregation="mean")
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_responses_that_ended_are_scored_at_the_appended_end_token(tmp_path: Path, family: str, tokenizer: Any):
+    path = make_reward_model(tmp_path, family, tokenizer=tokenizer(), **SHARP)
+    source, eos = built(path, append_eos=True), AutoTokenizer.from_pretrained(path).eos_token_id
+    words = [(" really good", True), (" really good", False), (" bad [EOS]", True)]
+    rows = experience(["the film was"] * 3, [text for text, _ in words])
+    rows.ended = torch.tensor([ended for _, ended in words])
+    ids = [source.tokenizer("the film was" + text).input_ids for text, _ in words]
+    ids[0].append(eos)  # the second was cut off, the third has one
+    assert source(rows).tolist() == pytest.approx([token_scores(path, row)[-1] for row in ids], rel=1e-5)
+    assert built(path)(rows)[0].item() == pytest.approx(token_scores(path, ids[0][:-1])[-1], rel=1e-5)
+
+
+def test_the_turn_of_a_response_that_was_cut_off_stays_open(tmp_path: Path):
+    tokenizer = make_tokenizer(chat=True, words=[*WORDS, "user", "assistant"])
+    path = make_reward_model(tmp_path, "llama", tokenizer=tokenizer, **SHARP)
+    chat = [{"role": "user", "content": "the film"}]
+    rows = experience(["", "", ""], ["was good", "was good", ""], messages=[chat] * 3)
+    rows.ended = torch.tensor([True, False, False])
+    texts = ["user the film [EOS] assistant was good [EOS]", "user the film [EOS] assistant was good"]
+    expected = stock(path, [*texts, "user the film [EOS] assistant"])
+    assert built(path)(rows).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_end_token_that_does_not_exist_is_refused(tmp_path: Path):
+    path = make_reward_model(tmp_path)
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(path)
+    with pytest.raises(ValueError, match=r"RewardModel\(append_eos=True\): the tokenizer .* has no end-of-sequence"):
+        built(path, append_eos=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+from lit_ppo.rewards import RewardModel
 from lit_ppo.supervised.reward_model import LitRewardModel
 from tests.helpers.supervised import HOW_TESTS_USE_LIGHTNING, fit, loader, make_trainer, pad
 from tests.helpers.tiny import FAMILIES, make_reward_model, make_tokenizer
@@ -168,3 +169,24 @@ def test_saved_folder_gives_the_same_scores(tmp_path: Path) -> None:
 def test_a_batch_of_another_kind_is_refused(tiny_reward: Path) -> None:
     with pytest.raises(ValueError, match=r"batch with attention_mask, input_ids\): needs 'chosen' and"):
         built(tiny_reward).margins(pad(CHOSEN, 0))
+
+
+def test_texts_end_with_the_end_token_in_training_and_in_the_exported_model(tmp_path: Path) -> None:
+    """Row 0 gets the token 1, row 1 ends with it; RewardModel reads from the folder that it must do the same."""
+    path = make_reward_model(tmp_path / "start", "llama", scale=4.0)
+    module = built(path, append_eos=True)
+    ids, mask = torch.tensor([[3, 4, 5], [3, 1, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    stock = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    expected = [stock(torch.tensor([row])).logits.item() for row in ([3, 4, 5, 1], [3, 1])]
+    module.model.eval()
+    assert module.rewards(ids, mask).tolist() == pytest.approx(expected, rel=1e-5)
+    module.save_pretrained(tmp_path / "model")
+    source = RewardModel(str(tmp_path / "model"))
+    text = module.tokenizer.decode([3, 4, 5])
+    assert source.score_texts([text]).item() == pytest.approx(expected[0], rel=1e-5)
+
+
+def test_an_end_token_that_is_the_padding_is_refused(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(pad=False)
+    with pytest.raises(ValueError, match=r"LitRewardModel\(append_eos=True\): .* does not also pad with"):
+        built(make_reward_model(tmp_path, tokenizer=tokenizer), append_eos=True)
