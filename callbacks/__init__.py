@@ -9,8 +9,9 @@ if __name__ == "callbacks":
     raise ImportError("import lit_ppo.callbacks instead of callbacks: under two names every class would exist twice")
 
 from lit_ppo.callbacks.base import PPOCallback, fire
+from lit_ppo.callbacks.experience import Experience
 
-__all__ = ["PPOCallback", "fire"]
+__all__ = ["Experience", "PPOCallback", "fire"]
 
 # Every callback class of every file here is exported: a new file needs no entry in a list.
 for _file in pkgutil.iter_modules(__path__, f"{__name__}."):

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import lightning as L
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import refuse_beside, require, require_model
+from lit_ppo.callbacks.checks import refuse_beside, refuse_none, require
 from lit_ppo.functional import adaptive_kl_coef, linear_schedule, masked_mean
 from lit_ppo.validate import all_or_none, integer, one_of, positive, positive_or_none
 
@@ -14,7 +14,7 @@ class AdaptiveKL(PPOCallback):
     """Adapts ``kl_coef`` after every update to keep the KL to the reference near ``target``.
 
     Use it when a fixed ``kl_coef`` lets the policy drift late in training or holds it back early. It pauses while the
-    actor is frozen, when the coefficient cannot change the KL. Costs nothing. Needs a reference and an initial
+    actor is frozen, when the coefficient cannot change the KL. Costs nothing. Needs a KL to a reference and an initial
     ``kl_coef`` above 0.
 
     Args:
@@ -30,6 +30,8 @@ class AdaptiveKL(PPOCallback):
     ``objective/kl_coef``. Logs ``objective/kl_target``, the current target, if it changes.
     Source: Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
     """
+
+    reads = ("kl", "response_mask")
 
     def __init__(
         self,
@@ -55,7 +57,7 @@ class AdaptiveKL(PPOCallback):
         refuse_beside(self, trainer, AdaptiveKL, why="both would set kl_coef")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        require_model(self, pl_module, "reference")
+        refuse_none(self, pl_module, "reference")
         if not pl_module.kl_coef > 0:
             raise ValueError(
                 f"AdaptiveKL multiplies kl_coef, which has no effect on {type(pl_module).__name__}(kl_coef="

@@ -1,6 +1,6 @@
 """Normalise advantages to zero mean and unit variance."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 
@@ -24,9 +24,14 @@ class AdvantageNormalization(PPOCallback):
     ``ppo2``, per minibatch); compared by Andrychowicz et al. 2020, arXiv:2006.05990.
     """
 
+    reads = ("advantages", "response_mask")
+
     def __init__(self, scope: Literal["batch", "minibatch"] = "batch", clip: float | None = None) -> None:
         self.scope = one_of(self, "scope", scope, ("batch", "minibatch"))
         self.clip = positive_or_none(self, "clip", clip)
+
+    def waits_for(self, pl_module: Any) -> set[str]:
+        return {"on_advantages"} if self.scope == "batch" else {"on_minibatch_start"}
 
     def on_advantages(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
         if self.scope == "batch":

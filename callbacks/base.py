@@ -23,46 +23,20 @@ One update, with every hook in its place::
 In a loop of the user's own, ``rollout`` calls the first two, and ``step`` all others.
 
 :func:`fire` calls a hook by name on every callback of the trainer that has it, so plain Lightning callbacks and other
-people's modules work too.
+people's modules work too. It refuses what would leave a callback without effect; see ``docs/own_module.md``.
 """
 
 from collections.abc import Sized
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import lightning as L
+import torch
 from torch import Tensor
 
+from lit_ppo.callbacks.hooks import HOOKS, Fired, check_hooks, fire, refuse_ignored_end
 from lit_ppo.functional import ClipRange
 
-HOOKS: dict[str, str] = {
-    "on_rollout_start": "prompts",
-    "on_rollout_end": "experience",
-    "on_scores": "experience",
-    "on_rewards": "experience",
-    "on_advantages": "experience",
-    "on_minibatch_start": "minibatch",
-    "on_actor_loss": "minibatch, losses",
-    "on_critic_loss": "minibatch, losses",
-    "on_minibatch_end": "experience, metrics",
-    "on_update_end": "experience",
-}
-
-
-def fire(pl_module: L.LightningModule, hook: str, *args: Any) -> None:
-    """Call ``hook(trainer, pl_module, *args)`` on every callback of the trainer that has it, in list order.
-
-    Args:
-        pl_module: The module that is training; it needs a trainer.
-        hook: One of ``HOOKS``.
-        *args: What the hook hands over.
-    """
-    trainer = pl_module.trainer
-    pl_module._fires_hooks = True  # type: ignore[assignment]  # PPOCallback looks for it
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        function = getattr(callback, hook, None)
-        if function is not None:
-            with trainer.profiler.profile(f"[Callback]{type(callback).__name__}.{hook}"):  # type: ignore[attr-defined]
-                function(trainer, pl_module, *args)
+__all__ = ["HOOKS", "ExperienceLike", "MinibatchLike", "PPOCallback", "PPOModule", "fire"]
 
 
 class ExperienceLike(Protocol):
@@ -161,8 +135,11 @@ class PPOModule(Protocol):
 class PPOCallback(L.Callback):
     """Base of the tricks: every hook as a typed no-op.
 
-    A subclass that defines an ``on_...`` method which nothing fires is refused: it is a misspelt hook.
+    A subclass that defines an ``on_...`` method which nothing fires is refused: it is a misspelt hook. ``reads`` are
+    the fields of experience and minibatch that a subclass reads; their shapes and kinds are checked before each call.
     """
+
+    reads: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse hooks that nothing fires.
@@ -179,6 +156,10 @@ class PPOCallback(L.Callback):
         """Leave out the logging methods that Lightning binds to callbacks: they would drag the module along."""
         return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
 
+    def waits_for(self, pl_module: Any) -> set[str]:
+        """The hooks without which the callback does not work; by default all that it overrides."""
+        return {hook for hook in HOOKS if getattr(type(self), hook) is not getattr(PPOCallback, hook)}
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -187,11 +168,22 @@ class PPOCallback(L.Callback):
         Raises:
             TypeError: Naming both.
         """
-        if not getattr(pl_module, "_fires_hooks", False):
+        if not hasattr(pl_module, "_fired"):
             raise TypeError(
                 f"{type(self).__name__} waits for hooks that {type(pl_module).__name__} never fires; "
                 "call lit_ppo.callbacks.fire in its training_step, or remove the callback"
             )
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Refuse a step of an update that a callback has ended."""
+        refuse_ignored_end(pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse a module whose only update had no end."""
+        if "on_update_end" not in getattr(pl_module, "_fired", Fired()).ever and trainer.global_step:
+            check_hooks(trainer, pl_module)
 
     def on_rollout_start(self, trainer: L.Trainer, pl_module: PPOModule, prompts: Sized) -> None:
         """Before sampling; may set the module's contract attributes."""

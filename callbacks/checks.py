@@ -8,6 +8,13 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lit_ppo.validate import refuse
 
+# What a module of one's own computes for them, each a mean over the response tokens of the optimizer step.
+METRICS = {
+    "approx_kl": 'the mean of lit_ppo.functional.kl_estimate(logprobs, new_logprobs, "k3")',
+    "entropy": "the mean of new_entropy",
+    "value_loss": "the critic's loss",
+}
+
 
 def require(callback: L.Callback, pl_module: Any, *names: str) -> None:
     """Check that the module has the attributes that the callback needs.
@@ -58,6 +65,38 @@ def require_model(callback: L.Callback, pl_module: Any, name: str) -> None:
             f"{type(callback).__name__} needs a {name}, but {type(pl_module).__name__}({name}=None) has none; "
             f"give it a {name}, or remove the callback"
         )
+
+
+def refuse_none(callback: L.Callback, pl_module: Any, name: str) -> None:
+    """Refuse a module that says that it has no such model. One that has it under another name is accepted.
+
+    Args:
+        callback: The callback, which reads what the model computes, but not the attribute.
+        pl_module: The module.
+        name: ``critic`` or ``reference``.
+
+    Raises:
+        ValueError: The attribute is None.
+    """
+    if hasattr(pl_module, name):
+        require_model(callback, pl_module, name)
+
+
+def metric(callback: L.Callback, pl_module: Any, metrics: dict[str, float], name: str) -> float | None:
+    """A metric of the optimizer step; None for one of the actor's while the actor is frozen.
+
+    Raises:
+        TypeError: The module does not compute it.
+    """
+    fired = getattr(pl_module, "_fired", None)
+    frozen = getattr(pl_module, "actor_frozen", False) if fired is None else fired.frozen
+    if name not in metrics and (name == "value_loss" or not frozen):
+        module = type(pl_module).__name__
+        raise TypeError(
+            f"{type(callback).__name__} reads metrics[{name!r}] in on_minibatch_end, which {module} lacks; in {module} "
+            f"add it to the metrics ({METRICS[name]}), or remove the callback"
+        )
+    return metrics.get(name)
 
 
 def reward_names(pl_module: Any) -> list[str] | None:

@@ -102,6 +102,8 @@ class Cockpit(PPOCallback):
     al. 2022, arXiv:2210.10760 (score against KL, best of n).
     """
 
+    reads = ("raw_scores", "kl", "ref_logprobs", "advantages", "response_mask", "logprobs", "new_logprobs")
+
     def __init__(self, every: int = 10, figures_every: int = 50, best_of_prompts: int = 16, best_of: int = 16) -> None:
         self.every = integer(self, "every", every)
         self.figures_every = integer(self, "figures_every", figures_every)
@@ -118,6 +120,9 @@ class Cockpit(PPOCallback):
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         refuse_beside(self, trainer, Cockpit, why="both would write the same charts")
 
+    def waits_for(self, pl_module: Any) -> set[str]:
+        return {"on_update_end"}  # without on_actor_loss there is no histogram of ratios
+
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         absent = _absent(trainer, pl_module)
         layout = {
@@ -128,9 +133,6 @@ class Cockpit(PPOCallback):
             add_custom_scalars({question: charts for question, charts in layout.items() if charts})
         if self.best_of and not self._updates:
             self._best = self._best_of_the_start(trainer, pl_module)
-
-    def on_rewards(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
-        self._ratios = []
 
     def on_actor_loss(
         self, trainer: L.Trainer, pl_module: PPOModule, minibatch: MinibatchLike, losses: dict[str, Tensor]
@@ -151,6 +153,7 @@ class Cockpit(PPOCallback):
         if self._updates and self._updates % self.figures_every == 0:
             self._draw(trainer)
         self._updates += 1
+        self._ratios = []
 
     def _write_histograms(self, trainer: L.Trainer, experience: ExperienceLike) -> None:
         mask = experience.response_mask

@@ -63,6 +63,8 @@ class CollapseMonitor(PPOCallback):
     2016, arXiv:1510.03055 (distinct n-grams).
     """
 
+    reads = ("response_ids", "response_mask", "logprobs", "ref_logprobs", "kl", "raw_scores")
+
     def __init__(
         self,
         kl: Levels = (0.3, 0.6),

@@ -5,7 +5,8 @@ from typing import Any
 import lightning as L
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import refuse_beside, require, require_model
+from lit_ppo.callbacks.checks import metric, refuse_beside, refuse_none, require
+from lit_ppo.callbacks.fields import present
 from lit_ppo.functional import explained_variance as explained_variance_of
 from lit_ppo.validate import fraction_or_none, integer, positive_or_none, refuse
 
@@ -35,6 +36,8 @@ class CriticWarmup(PPOCallback):
     Source: Zheng et al. 2023, arXiv:2307.04964, section 5.3 (the critic is trained before the policy).
     """
 
+    reads = ("values", "returns", "response_mask")
+
     def __init__(
         self,
         updates: int | None = None,
@@ -53,12 +56,17 @@ class CriticWarmup(PPOCallback):
         self._value_losses: list[float] = []  # per optimizer step of this update
         self._own_ppo_epochs: int | None = None  # the module's value, while it is replaced
 
+    def waits_for(self, pl_module: Any) -> set[str]:
+        hooks = {"on_update_end"} | ({"on_minibatch_end"} if self.value_loss is not None else set())
+        freezes_late = self.ppo_epochs is not None and "on_rollout_start" not in pl_module._fired.ever
+        return hooks | ({"on_rewards"} if freezes_late else set())
+
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         require(self, pl_module, "actor_frozen", *(["ppo_epochs"] if self.ppo_epochs is not None else []))
         refuse_beside(self, trainer, CriticWarmup, why="both would set actor_frozen")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        require_model(self, pl_module, "critic")
+        refuse_none(self, pl_module, "critic")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Freeze the actor early, since callbacks earlier in the list may read ``actor_frozen``."""
@@ -74,8 +82,8 @@ class CriticWarmup(PPOCallback):
     def on_minibatch_end(
         self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike, metrics: dict[str, float]
     ) -> None:
-        if self._length is None and "value_loss" in metrics:
-            self._value_losses.append(metrics["value_loss"])
+        if self._length is None and self.value_loss is not None:
+            self._value_losses.append(metric(self, pl_module, metrics, "value_loss") or 0.0)
 
     def on_update_end(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
         self._done += 1
@@ -103,9 +111,8 @@ class CriticWarmup(PPOCallback):
             return True
         if self.explained_variance is None:
             return False
-        assert experience.values is not None  # there is a critic
-        assert experience.returns is not None
-        explained = explained_variance_of(experience.values, experience.returns, experience.response_mask)
+        values, returns = present(experience, "values"), present(experience, "returns")
+        explained = explained_variance_of(values, returns, experience.response_mask)
         return bool(explained >= self.explained_variance)
 
     def state_dict(self) -> dict[str, Any]:

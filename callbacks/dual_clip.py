@@ -26,6 +26,8 @@ class DualClip(PPOCallback):
     Source: Ye et al. 2020, arXiv:1912.09729, its section on dual-clip PPO.
     """
 
+    reads = ("new_logprobs", "logprobs", "advantages")
+
     def __init__(self, c: float = 3.0) -> None:
         self.c = number(self, "c", c, above=1)
 

@@ -6,7 +6,7 @@ import lightning as L
 from torch import Tensor
 
 from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import refuse_beside
+from lit_ppo.callbacks.checks import metric, refuse_beside
 from lit_ppo.validate import positive, positive_or_none
 
 
@@ -25,10 +25,15 @@ class EntropyBonus(PPOCallback):
     Source: Mnih et al. 2016, arXiv:1602.01783, section 4; Schulman et al. 2017, arXiv:1707.06347, equation 9.
     """
 
+    reads = ("new_entropy",)
+
     def __init__(self, coef: float = 0.01, target: float | None = None) -> None:
         self.coef = positive(self, "coef", coef)
         self.target = positive_or_none(self, "target", target)
         self._entropy: float | None = None  # of the previous step of the actor; None before the first
+
+    def waits_for(self, pl_module: Any) -> set[str]:
+        return {"on_actor_loss"} if self.target is None else {"on_actor_loss", "on_minibatch_end"}
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         refuse_beside(self, trainer, EntropyBonus, why="both would set losses['entropy']")
@@ -42,7 +47,9 @@ class EntropyBonus(PPOCallback):
     def on_minibatch_end(
         self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike, metrics: dict[str, float]
     ) -> None:
-        self._entropy = metrics.get("entropy", self._entropy)  # missing while the actor is frozen
+        if self.target is not None:
+            entropy = metric(self, pl_module, metrics, "entropy")
+            self._entropy = self._entropy if entropy is None else entropy
 
     def state_dict(self) -> dict[str, Any]:
         return {"entropy": self._entropy}

@@ -3,7 +3,7 @@
 import lightning as L
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import refuse_beside
+from lit_ppo.callbacks.checks import metric, refuse_beside
 from lit_ppo.validate import positive
 
 
@@ -30,14 +30,16 @@ class KLEarlyStop(PPOCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         refuse_beside(self, trainer, KLEarlyStop, why="only the lower target would have an effect")
 
-    def on_rewards(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
-        self._stopped = False
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stopped = False  # after a run that an error has ended
 
     def on_minibatch_end(
         self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike, metrics: dict[str, float]
     ) -> None:
-        if metrics.get("approx_kl", 0.0) > self.target:  # missing while the actor is frozen
+        kl = metric(self, pl_module, metrics, "approx_kl")
+        if kl is not None and kl > self.target:
             self._stopped = experience.exhausted = True
 
     def on_update_end(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
         pl_module.log("policy/early_stop", float(self._stopped))
+        self._stopped = False

@@ -6,7 +6,8 @@ import lightning as L
 from torch import Tensor
 
 from lit_ppo.callbacks.base import MinibatchLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import refuse_beside, require, require_model
+from lit_ppo.callbacks.checks import refuse_beside, refuse_none, require
+from lit_ppo.callbacks.fields import present
 from lit_ppo.functional import KLEstimator, kl_estimate
 from lit_ppo.validate import one_of, positive, refuse
 
@@ -35,6 +36,8 @@ class KLLoss(PPOCallback):
     to the reference in the loss).
     """
 
+    reads = ("new_logprobs", "ref_logprobs", "logprobs")
+
     def __init__(
         self,
         coef: float,
@@ -58,7 +61,7 @@ class KLLoss(PPOCallback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.to == "reference":
-            require_model(self, pl_module, "reference")
+            refuse_none(self, pl_module, "reference")
 
     def on_actor_loss(
         self, trainer: L.Trainer, pl_module: PPOModule, minibatch: MinibatchLike, losses: dict[str, Tensor]
@@ -71,5 +74,4 @@ class KLLoss(PPOCallback):
         kind: KLEstimator = "k2" if self.kind == "k2" else "k3"
         if self.to == "old":  # which sampled the tokens
             return kl_estimate(minibatch.logprobs, minibatch.new_logprobs, kind)
-        assert minibatch.ref_logprobs is not None  # there is a reference
-        return kl_estimate(minibatch.new_logprobs, minibatch.ref_logprobs, kind)
+        return kl_estimate(minibatch.new_logprobs, present(minibatch, "ref_logprobs"), kind)

@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import refuse_beside, require
+from lit_ppo.callbacks.checks import metric, refuse_beside, require
 from lit_ppo.functional import adaptive_learning_rate
 from lit_ppo.validate import number, positive
 
@@ -59,8 +59,8 @@ class LearningRateAdaptation(PPOCallback):
     def on_minibatch_end(
         self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike, metrics: dict[str, float]
     ) -> None:
-        if "approx_kl" in metrics:  # not while the actor is frozen
-            self._kls.append(metrics["approx_kl"])
+        kl = metric(self, pl_module, metrics, "approx_kl")
+        self._kls += [] if kl is None else [kl]
 
     def on_update_end(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
         if not self._kls:

@@ -28,6 +28,8 @@ class LengthPenalty(PPOCallback):
     Source: Yu et al. 2025, arXiv:2503.14476, section 3.4, equation 13.
     """
 
+    reads = ("response_mask", "scores")
+
     def __init__(self, budget: int, coef: float, max_penalty: float | None = None) -> None:
         self.budget = integer(self, "budget", budget, at_least=0)
         self.coef = positive(self, "coef", coef)

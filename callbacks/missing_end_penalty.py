@@ -26,6 +26,8 @@ class MissingEndPenalty(PPOCallback):
     Source: Huang et al. 2024, arXiv:2403.17031, the "EOS trick" (a score of -1); TRL's ``missing_eos_penalty``.
     """
 
+    reads = ("ended", "scores")
+
     def __init__(self, penalty: float | None = None, score: float | None = None) -> None:
         exactly_one(self, penalty=penalty, score=score)
         self.penalty = positive_or_none(self, "penalty", penalty)

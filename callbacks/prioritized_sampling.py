@@ -33,6 +33,8 @@ class PrioritizedSampling(PPOCallback):
     Source: Kimi Team 2025, arXiv:2501.12599, section 2.3 (prioritized sampling).
     """
 
+    reads = ("raw_scores", "prompt_index")
+
     def __init__(
         self, threshold: float | None = None, scale: tuple[float, float] | None = None, floor: float = 0.05
     ) -> None:

@@ -39,12 +39,18 @@ class RejectionSampling(PPOCallback):
     Source: Touvron et al. 2023, arXiv:2307.09288, section 3.2.3 (rejection sampling fine-tuning, combined with PPO).
     """
 
+    reads = ("scores", "group", "new_logprobs", "advantages")
+
     def __init__(self, k: int, every: int = 2) -> None:
         self.k = integer(self, "k", k, at_least=2)
         self.every = integer(self, "every", every)
         self._updates = 0
         self._rejects = False  # in this update
         self._samples_per_prompt: int | None = None  # the module's value, while it is replaced
+
+    def waits_for(self, pl_module: Any) -> set[str]:
+        has_critic = getattr(pl_module, "critic", None) is not None
+        return super().waits_for(pl_module) - (set() if has_critic else {"on_critic_loss", "on_minibatch_end"})
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         require(self, pl_module, "samples_per_prompt")

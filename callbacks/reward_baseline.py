@@ -5,7 +5,7 @@ from typing import Any, Literal
 import lightning as L
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import refuse_behind, refuse_beside, require, require_model
+from lit_ppo.callbacks.checks import refuse_behind, refuse_beside, refuse_none, require
 from lit_ppo.callbacks.reward_clipping import RewardClipping
 from lit_ppo.callbacks.reward_normalization import RewardNormalization
 from lit_ppo.callbacks.reward_scaling import RewardScaling
@@ -30,6 +30,8 @@ class RewardBaseline(PPOCallback):
     arXiv:2403.07708 (contrastive rewards; there, the responses of the starting policy are sampled, not greedy).
     """
 
+    reads = ("group", "scores")
+
     def __init__(self, policy: Literal["actor", "reference"] = "actor") -> None:
         self.policy = one_of(self, "policy", policy, ("actor", "reference"))
 
@@ -41,7 +43,7 @@ class RewardBaseline(PPOCallback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.policy == "reference":
-            require_model(self, pl_module, "reference")
+            refuse_none(self, pl_module, "reference")
 
     def on_scores(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
         greedy = pl_module.rollout(

@@ -25,6 +25,8 @@ class RewardClipping(PPOCallback):
     section 5.3 (after normalisation).
     """
 
+    reads = ("scores",)
+
     def __init__(self, limit: float) -> None:
         self.limit = positive(self, "limit", limit)
 

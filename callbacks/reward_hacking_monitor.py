@@ -63,6 +63,8 @@ class RewardHackingMonitor(PPOCallback):
     Source: Gao et al. 2022, arXiv:2210.10760 (gold and proxy diverge); the rule is ours.
     """
 
+    reads = ("raw_scores",)
+
     def __init__(
         self,
         gold: str | Callable[..., Any] | None = None,

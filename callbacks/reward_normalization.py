@@ -30,6 +30,8 @@ class RewardNormalization(PPOCallback):
     Source: Zheng et al. 2023, arXiv:2307.04964, section 5.3 (normalisation and clipping by running statistics).
     """
 
+    reads = ("scores",)
+
     def __init__(
         self,
         clip: float | None = None,

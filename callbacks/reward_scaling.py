@@ -31,6 +31,8 @@ class RewardScaling(PPOCallback):
     arXiv:2005.12729, section 3 (for control tasks, by the deviation of discounted sums).
     """
 
+    reads = ("scores",)
+
     def __init__(self, statistics: Literal["running", "batch"] = "running", decay: float | None = None) -> None:
         self.statistics = one_of(self, "statistics", statistics, ("running", "batch"))
         self.decay = fraction_or_none(self, "decay", decay)

@@ -28,6 +28,8 @@ class RewardWhitening(PPOCallback):
     ``unbiased=False``, on each rank's minibatch); TRL's ``whiten_rewards`` (on each rank's batch).
     """
 
+    reads = ("rewards", "response_mask")
+
     def __init__(self, rows: int | None = None, unbiased: bool = True) -> None:
         self.rows = None if rows is None else integer(self, "rows", rows)
         self.unbiased = boolean(self, "unbiased", unbiased)

@@ -6,7 +6,8 @@ import lightning as L
 from torch import Tensor
 
 from lit_ppo.callbacks.base import MinibatchLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import refuse_same_loss, require_model
+from lit_ppo.callbacks.checks import refuse_none, refuse_same_loss
+from lit_ppo.callbacks.fields import present
 from lit_ppo.functional import clipped_value_loss, value_loss
 from lit_ppo.validate import positive
 
@@ -26,6 +27,8 @@ class ValueClipping(PPOCallback):
     Source: Schulman et al. 2017's code (baselines ``ppo2``); Ziegler et al. 2019, arXiv:1909.08593, its code.
     """
 
+    reads = ("new_values", "values", "returns")
+
     def __init__(self, clip_range: float = 0.2) -> None:
         self.clip_range = positive(self, "clip_range", clip_range)
 
@@ -33,14 +36,13 @@ class ValueClipping(PPOCallback):
         refuse_same_loss(self, trainer, ValueClipping)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        require_model(self, pl_module, "critic")
+        refuse_none(self, pl_module, "critic")
 
     def on_critic_loss(
         self, trainer: L.Trainer, pl_module: PPOModule, minibatch: MinibatchLike, losses: dict[str, Tensor]
     ) -> None:
-        assert minibatch.values is not None  # there is a critic
-        assert minibatch.returns is not None
-        loss = clipped_value_loss(minibatch.new_values, minibatch.values, minibatch.returns, self.clip_range)
+        values, returns = present(minibatch, "values"), present(minibatch, "returns")
+        loss = clipped_value_loss(minibatch.new_values, values, returns, self.clip_range)
         losses["value"] = minibatch.mean(loss)
-        is_clipped = loss > value_loss(minibatch.new_values, minibatch.returns)
+        is_clipped = loss > value_loss(minibatch.new_values, returns)
         minibatch.log("value/clip_fraction", is_clipped.to(loss.dtype))

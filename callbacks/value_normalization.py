@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside, require, require_model
+from lit_ppo.callbacks.fields import present
 from lit_ppo.functional import merge_moments, popart_rescaling
 from lit_ppo.validate import fraction_or_none
 
@@ -34,6 +35,8 @@ class ValueNormalization(PPOCallback):
     Source: van Hasselt et al. 2016, arXiv:1602.07714, sections 2.1 and 2.2.
     """
 
+    reads = ("values", "returns", "response_mask")
+
     def __init__(self, decay: float | None = None) -> None:
         self.decay = fraction_or_none(self, "decay", decay)
         self._moments = (0.0, 0.0, 0.0)  # of returns: weight, mean, sum of squared deviations
@@ -46,22 +49,20 @@ class ValueNormalization(PPOCallback):
         require(self, pl_module.critic, "rescale_head")
 
     def on_rollout_end(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
-        assert experience.values is not None  # there is a critic
+        values = present(experience, "values")
         mean, std = self._mean_and_std()
-        experience.values = (experience.values * std + mean).masked_fill(~experience.response_mask, 0.0)
+        experience.values = (values * std + mean).masked_fill(~experience.response_mask, 0.0)
 
     def on_advantages(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
-        assert experience.returns is not None  # there is a critic
+        returns = present(experience, "returns")
         before, kept = self._mean_and_std(), self.decay or 1.0
         weight, mean, m2 = self._moments
-        self._moments = merge_moments(kept * weight, mean, kept * m2, experience.returns[experience.response_mask])
+        self._moments = merge_moments(kept * weight, mean, kept * m2, returns[experience.response_mask])
         pl_module.critic.rescale_head(*popart_rescaling(*before, *self._mean_and_std()))
 
     def on_minibatch_start(self, trainer: L.Trainer, pl_module: PPOModule, minibatch: MinibatchLike) -> None:
-        assert minibatch.values is not None
-        assert minibatch.returns is not None
-        minibatch.values = self._normalised(minibatch.values, minibatch.response_mask)
-        minibatch.returns = self._normalised(minibatch.returns, minibatch.response_mask)
+        minibatch.values = self._normalised(present(minibatch, "values"), minibatch.response_mask)
+        minibatch.returns = self._normalised(present(minibatch, "returns"), minibatch.response_mask)
 
     def _mean_and_std(self) -> tuple[float, float]:
         weight, mean, m2 = self._moments

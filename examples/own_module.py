@@ -2,12 +2,11 @@
 
     python examples/own_module.py
 
-For the tricks the module has four attributes (``kl_coef``, ``actor_frozen``, ``critic``, ``reference``), an experience
-whose fields have the usual names, and a call of ``fire`` at each place where a trick may act.
+For the tricks the module has attributes that they set (``kl_coef``, ``clip_range``, ``ppo_epochs``, ``actor_frozen``),
+an experience whose fields have the usual names, and a call of ``fire`` at each place where a trick may act.
 """
 
 import copy
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lit_ppo.callbacks import AdaptiveKL, CriticWarmup, RewardNormalization, fire
-from lit_ppo.functional import gae, kl_estimate, masked_mean, policy_loss, token_rewards, value_loss
+from lit_ppo.callbacks import AdaptiveKL, CriticWarmup, Experience, RewardNormalization, fire
+from lit_ppo.functional import entropy, gae, kl_estimate, policy_loss, token_logprobs, token_rewards, value_loss
 
 DIGITS, LENGTH, ROWS, WIDTH = 10, 8, 256, 32
 
@@ -37,12 +36,6 @@ class Recurrent(nn.Module):
         return outputs
 
 
-def logprobs_of(model: nn.Module, digits: Tensor) -> Tensor:
-    """Log-probabilities of the digits, (B, T)."""
-    logprobs: Tensor = model(digits).log_softmax(-1).gather(-1, digits.unsqueeze(-1)).squeeze(-1)
-    return logprobs
-
-
 class RisingDigits(L.LightningModule):
     """PPO written by hand, with hooks."""
 
@@ -51,55 +44,63 @@ class RisingDigits(L.LightningModule):
         self.automatic_optimization = False
         self.actor, self.critic = Recurrent(DIGITS), Recurrent(1)
         self.reference = copy.deepcopy(self.actor).requires_grad_(False)
-        self.kl_coef, self.actor_frozen = 0.1, False  # set by AdaptiveKL and CriticWarmup
+        self.kl_coef, self.clip_range, self.ppo_epochs, self.actor_frozen = 0.1, 0.2, 4, False  # callbacks may set them
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One update, with its hooks."""
         fire(self, "on_rollout_start", range(ROWS))
         experience = self.rollout()
+        fire(self, "on_rollout_end", experience)
+        experience.scores = 100.0 * (experience.digits.diff(dim=1) > 0).sum(dim=1)  # RewardNormalization is needed
         fire(self, "on_scores", experience)
         experience.rewards = token_rewards(
             experience.scores, experience.kl, experience.response_mask, kl_coef=self.kl_coef
         )
         fire(self, "on_rewards", experience)
         experience.advantages, experience.returns = gae(experience.rewards, experience.values, experience.response_mask)
-        for _ in range(4):
-            self.step(experience)
+        fire(self, "on_advantages", experience)
+        for minibatch in experience.minibatches(ROWS, epochs=self.ppo_epochs):
+            if experience.exhausted:  # set by KLEarlyStop
+                break
+            self.step(experience, minibatch)
         fire(self, "on_update_end", experience)
         kl = experience.kl.sum(dim=1).mean()
         self.log_dict({"score": experience.raw_scores.mean(), "kl": kl, "kl_coef": self.kl_coef}, prog_bar=True)
 
     @torch.no_grad()
-    def rollout(self) -> SimpleNamespace:
-        """Sample digits and score them."""
+    def rollout(self) -> Experience:
+        """Sample digits."""
         digits = torch.zeros(ROWS, LENGTH, dtype=torch.long)
         for t in range(LENGTH):
             digits[:, t] = torch.distributions.Categorical(logits=self.actor(digits)[:, t]).sample()
-        logprobs, ref_logprobs = logprobs_of(self.actor, digits), logprobs_of(self.reference, digits)
-        scores = 100.0 * (digits.diff(dim=1) > 0).sum(dim=1)  # far from variance 1: RewardNormalization is needed
-        return SimpleNamespace(
+        return Experience(  # response_mask and kl follow from log-probs
             digits=digits,
-            response_mask=torch.ones_like(digits, dtype=torch.bool),
-            logprobs=logprobs,
-            kl=kl_estimate(logprobs, ref_logprobs),
+            logprobs=token_logprobs(self.actor(digits), digits),
+            ref_logprobs=token_logprobs(self.reference(digits), digits),
             values=self.critic(digits).squeeze(-1),
-            raw_scores=scores,
-            scores=scores,
         )
 
-    def step(self, experience: SimpleNamespace) -> None:
+    def step(self, experience: Experience, minibatch: Experience) -> None:
         """One optimizer step of actor and critic."""
-        actor_optimizer, critic_optimizer = self.optimizers()
-        mask = experience.response_mask
-        if not self.actor_frozen:
-            loss = policy_loss(logprobs_of(self.actor, experience.digits), experience.logprobs, experience.advantages)
-            actor_optimizer.zero_grad()
-            self.manual_backward(masked_mean(loss, mask))
-            actor_optimizer.step()
-        loss = value_loss(self.critic(experience.digits).squeeze(-1), experience.returns)
-        critic_optimizer.zero_grad()
-        self.manual_backward(masked_mean(loss, mask))
-        critic_optimizer.step()
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        fire(self, "on_minibatch_start", minibatch)
+        digits = minibatch.digits
+        if not self.actor_frozen:  # set by CriticWarmup
+            logits, old, advantages = self.actor(digits), minibatch.logprobs, minibatch.advantages
+            minibatch.new_logprobs, minibatch.new_entropy = token_logprobs(logits, digits), entropy(logits)
+            minibatch.log("approx_kl", kl_estimate(old, minibatch.new_logprobs, "k3"))
+            losses = {"policy": minibatch.mean(policy_loss(minibatch.new_logprobs, old, advantages, self.clip_range))}
+            fire(self, "on_actor_loss", minibatch, losses)
+            self.manual_backward(torch.stack(list(losses.values())).sum())
+        minibatch.new_values = self.critic(digits).squeeze(-1)
+        losses = {"value": minibatch.mean(value_loss(minibatch.new_values, minibatch.returns))}
+        fire(self, "on_critic_loss", minibatch, losses)
+        self.manual_backward(torch.stack(list(losses.values())).sum())
+        metrics = {name: float(value) for name, value in minibatch.metrics.items()}
+        fire(self, "on_minibatch_end", experience, metrics)
+        for optimizer in [] if experience.exhausted else self.optimizers():
+            optimizer.step()
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return [torch.optim.Adam(model.parameters(), lr=0.01) for model in (self.actor, self.critic)]

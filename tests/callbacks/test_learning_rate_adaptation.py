@@ -45,6 +45,7 @@ def test_rate_after_an_update(kls: list[float], rate: float):
     trick = LearningRateAdaptation(0.01, **BOUNDS)
     for kl in kls:
         trick.on_minibatch_end(None, module, None, {"approx_kl": kl, "entropy": 1.0})
+    module.actor_frozen = True
     trick.on_minibatch_end(None, module, None, {"value_loss": 1.0})
     trick.on_update_end(None, module, None)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate, 10 * rate])

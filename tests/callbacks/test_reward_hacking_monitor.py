@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import RewardHackingMonitor, SampleLogger
+from lit_ppo.callbacks.hooks import Fired
 from tests.helpers.toy import Prompts, run_updates
 from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer, variety
 from tests.helpers.trick import Trick
@@ -54,7 +55,7 @@ class Given:
     """A module whose held-out and gold scores are given: two responses, the mean plus and minus 1."""
 
     rewards = SimpleNamespace(sources=("judge",))
-    _fires_hooks = True
+    _fired = Fired()
 
     def __init__(self, held_out: list[float], gold: list[float]) -> None:
         self.held_out, self.gold, self.log = list(held_out), list(gold), None
