@@ -182,7 +182,8 @@ class PPOCallback(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a module whose only update had no end."""
-        if "on_update_end" not in getattr(pl_module, "_fired", Fired()).ever and trainer.global_step:
+        fired: Fired = getattr(pl_module, "_fired", Fired())
+        if fired.now and "on_update_end" not in fired.ever and trainer.global_step > fired.step:
             check_hooks(trainer, pl_module)
 
     def on_rollout_start(self, trainer: L.Trainer, pl_module: PPOModule, prompts: Sized) -> None:

@@ -14,12 +14,13 @@ from lit_ppo.validate import ascending, exactly_one, fraction, number
 
 
 class PrioritizedSampling(PPOCallback):
-    """Draws each prompt with a probability proportional to one minus its success rate.
+    """Draws each prompt in proportion to one minus its success rate.
 
     Use it when some prompts are solved long before the rest and teach little more. The success rate is the mean over
     all training responses to the prompt so far, since a run visits a prompt too few times to forget old ones. An
     unseen prompt has a success rate of 0. Before ``RejectionSampling`` in the list it counts all responses, after it
-    only the winners. Costs nothing. Needs a ``PromptDataModule``.
+    only the winners. If few prompts are unsolved, an update has each of them several times, as prompts of their own.
+    Costs nothing. Needs a ``PromptDataModule``.
 
     Args:
         threshold: A response with at least this score is a success, any other is a failure. Give this or ``scale``.

@@ -145,11 +145,12 @@ class PromptDataModule(TableDataModule):
         return None if table is None else table.batch(list(range(min(n, len(table)))))
 
     def set_weights(self, weights: Sequence[float] | torch.Tensor | None) -> None:
-        """From the next batch on, draw the rows of each batch by weight, without replacement.
+        """From the next batch on, draw the rows of each batch by weight.
 
         Args:
-            weights: One non-negative number per training row. Rows with 0 are never drawn; a batch is smaller if
-                fewer than ``batch_size`` rows are left. None: every row once per epoch again.
+            weights: One non-negative number per training row. Rows come in proportion to it, so one with a large weight
+                can come several times in a batch. Rows with 0 are never drawn; a batch is smaller if fewer than
+                ``batch_size`` rows are left. None: every row once per epoch again.
         """
         training = self._fit_state("set_weights")
         where = f"{type(self).__name__}.set_weights"

@@ -10,6 +10,7 @@ import pytest
 
 from lit_ppo import PromptDataModule
 from lit_ppo.callbacks import CurriculumSampling
+from tests.helpers.draws import draws
 from tests.helpers.tiny import WORDS
 from tests.helpers.toy import Spy, Toy, ToyData, run_updates
 from tests.helpers.toys import logged, make_module, make_trainer
@@ -117,9 +118,9 @@ def test_litppos_batches_are_those_of_the_documented_draw_from_the_first_on(tmp_
     trainer.fit(module, PromptDataModule(str(tmp_path / "levels.jsonl"), batch_size=6, seed=4))
     easy_first = np.argsort(levels)
     for update, n in enumerate((5, 8, 10)):
-        p = np.isin(np.arange(12), easy_first[:n]) / n
-        rng = np.random.default_rng([4, update, 1])
-        assert seen.seen[update] == rng.choice(12, size=min(6, n), replace=False, p=p).tolist()
+        weights = np.isin(np.arange(12), easy_first[:n]).astype(float)
+        assert seen.seen[update] == draws(4, update, weights, min(6, n))
+        assert len(set(seen.seen[update])) == min(6, n)
     orders = [np.random.default_rng([4, epoch]).permutation(12).tolist() for epoch in (1, 2)]
     assert seen.seen[3:] == [orders[0][6:], orders[1][:6]]  # two batches an epoch
     fractions = [row["data/drawable_fraction"] for row in logged(trainer)]

@@ -6,12 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from lit_ppo import PromptDataModule
 from lit_ppo.callbacks import PrioritizedSampling
+from tests.helpers.draws import draws
 from tests.helpers.tiny import WORDS
 from tests.helpers.toy import Spy, Toy, ToyData
 from tests.helpers.toys import logged, make_module, make_trainer
@@ -82,16 +82,14 @@ def test_litppos_rows_follow_the_weights_after_the_update_before(tmp_path: Path,
     """A data set of nothing but 10 prompts, 4 an update and two responses each; validated after every update."""
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": word}) for word in WORDS[:10]))
-    data = PromptDataModule(str(path), val_path=str(path), batch_size=4, seed=6)
+    data = PromptDataModule(str(path), val_path=str(path), batch_size=4, seed=7)
     trick, spy = PrioritizedSampling(threshold=1.0), Spy("on_update_end", lambda module, experience: experience)
     trainer = make_trainer(tmp_path, callbacks=[trick, spy], max_steps=4, val_check_interval=1)
     trainer.fit(make_module(lm, samples_per_prompt=2), data)
     assert len(spy.seen) == 4
     for update, experience in enumerate(spy.seen):
-        weights = np.array(brute_force(spy.seen[:update], 10, threshold=1.0))
-        rng = np.random.default_rng([6, update, 1])
-        drawn = rng.choice(10, size=4, replace=False, p=weights / weights.sum()).tolist()
-        assert experience.prompt_index.tolist()[::2] == drawn
+        weights = brute_force(spy.seen[:update], 10, threshold=1.0)
+        assert experience.prompt_index.tolist()[::2] == draws(7, update, weights, 4)
     assert len(set(weights)) > 2
     successes = [(experience.raw_scores >= 1.0).float().mean().item() for experience in spy.seen]
     assert 0 < min(successes) < max(successes) < 1

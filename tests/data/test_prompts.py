@@ -9,6 +9,7 @@ import torch
 from tokenizers import processors
 
 from lit_ppo.data.encoding import encode_prompts, padding_id
+from lit_ppo.data.order import PromptOrder
 from lit_ppo.data.prompts import PromptDataModule
 from lit_ppo.data.table import unit_hash
 from tests.helpers.tiny import make_tokenizer, write_rows
@@ -218,6 +219,17 @@ def test_weights_are_checked(tmp_path: Path, weights: list[float], message: str)
     data = ready(write_rows(tmp_path / "p.jsonl", ROWS))
     with pytest.raises(ValueError, match=r"^PromptDataModule.set_weights: " + message):
         data.set_weights(weights)
+
+
+def test_rows_come_in_proportion_to_their_weights() -> None:
+    """10 to 1, at 100 rows and 64 a batch, where drawing without replacement gives 3.2 to 1."""
+    weights = np.repeat([10.0, 1.0], 50)
+    order = PromptOrder(100, batch_size=64, seed=0)
+    order.weights = weights
+    counts = np.array([np.bincount(order.rows(update), minlength=100) for update in range(1000)])
+    assert counts[:, :50].sum() / counts[:, 50:].sum() == pytest.approx(10, rel=0.02)
+    assert (abs(counts - 64 * weights / weights.sum()) < 1).all()  # rounded up or down
+    assert abs(np.corrcoef(counts[:, :50].T)[np.triu_indices(50, 1)]).max() < 0.2  # neighbours are not tied together
 
 
 # ---- stages and splits

@@ -18,6 +18,7 @@ from lit_ppo.data.prompts import PromptDataModule
 from lit_ppo.data.text import TextDataModule
 from lit_ppo.data.tokenization import train_tokenizer
 from tests.helpers import toys
+from tests.helpers.draws import draws
 from tests.helpers.ranks import on_ranks
 from tests.helpers.tiny import WORDS, make_tokenizer, write_rows
 
@@ -236,9 +237,7 @@ def test_weighted_batches_are_the_documented_draws_and_survive_a_resume(tmp_path
     given = WeightsAfter(2, weights.tolist()), WeightsAfter(9, None)
     whole = fit(tmp_path / "whole", prompts(file), *given).seen
     for batch in range(2, 9):
-        generator = np.random.default_rng([SEED, batch, 1])
-        drawn = generator.choice(N_ROWS, size=BATCH, replace=False, p=weights / weights.sum())
-        assert whole[batch][2] == drawn.tolist()
+        assert whole[batch][2] == draws(SEED, batch, weights, BATCH)
     assert whole[:2] + whole[9:] == expected_batches()[:2] + expected_batches()[9:]
     resumed = fit(tmp_path / "from4", prompts(file), given[1], ckpt_path=tmp_path / "whole" / "step=4.ckpt").seen
     assert resumed == whole[4:]
