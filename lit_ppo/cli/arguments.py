@@ -35,7 +35,8 @@ def _discard_arguments(parser: Any, previous: Any, value: Any) -> None:
     """
     if not previous or not previous.get("init_args"):
         return
-    if resolve_name(previous["class_path"]) is not resolve_name(value["class_path"]):  # a class has several names
+    names = previous["class_path"], value["class_path"]
+    if names[0] != names[1] and (None in names or resolve_name(names[0]) is not resolve_name(names[1])):
         for name in list(vars(previous["init_args"])):
             del previous["init_args"][name]
 

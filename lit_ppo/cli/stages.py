@@ -48,13 +48,8 @@ class Stage:
 
 
 def run_stages(session: Session, stages: dict[str, tuple[list[str], dict[str, Any]]]) -> None:
-    """Run every stage that is not complete, in order; a stage that fails ends the command.
-
-    Args:
-        session: The command's run; its interrupts end the stages.
-        stages: Arguments of ``lit-ppo fit`` and effective configuration of each stage, by name.
-    """
-    previous: dict[str, str] = {}
+    """Run every stage that is not complete, in order; ``stages`` has each one's arguments and full configuration."""
+    previous = ""
     for number, (name, (arguments, config)) in enumerate(stages.items(), 1):
         title = f"[stage {number}/{len(stages)}: {name}]"
         record = Path(config["trainer"]["default_root_dir"]) / f"{name}.stage.json"
@@ -74,7 +69,7 @@ def run_stages(session: Session, stages: dict[str, tuple[list[str], dict[str, An
             _run(session, name, arguments)
             record.write_text(json.dumps(digests(config, previous, files_of(config)), indent=1), encoding="utf-8")
             session.heartbeat.say(f"{title} done in {time.monotonic() - started:.0f} s")
-        previous = json.loads(record.read_text(encoding="utf-8"))
+        previous = _digest(record)
 
 
 def _run(session: Session, name: str, arguments: list[str]) -> None:
@@ -88,7 +83,7 @@ def _run(session: Session, name: str, arguments: list[str]) -> None:
         raise SystemExit(code)
 
 
-def outdated(record: Path, config: dict[str, Any], previous: dict[str, str]) -> str:
+def outdated(record: Path, config: dict[str, Any], previous: str) -> str:
     """What has changed since a stage was completed; empty if nothing has."""
     try:
         saved = json.loads(record.read_text(encoding="utf-8"))
@@ -98,13 +93,13 @@ def outdated(record: Path, config: dict[str, Any], previous: dict[str, str]) -> 
     return next((f"{what} has changed" for what in now if now[what] != saved.get(what)), "")
 
 
-def digests(config: dict[str, Any], previous: dict[str, str], files: Iterable[str | Path]) -> dict[str, str]:
-    """What a stage depends on and exports, by name."""
+def digests(config: dict[str, Any], previous: str, files: Iterable[str | Path]) -> dict[str, str]:
+    """What a stage depends on and exports, by name; ``previous`` is the digest of the earlier stage's record."""
     settings = {key: value for key, value in config.items() if key != "config"}  # not where they were read from
     return {
         **{str(file): _digest(file) for file in files},
-        "its configuration or seed": _sha256(settings),
-        "an earlier stage": _sha256(previous),
+        "its configuration or seed": json.dumps(settings, sort_keys=True, default=str),
+        "an earlier stage": previous,
     }
 
 
@@ -118,9 +113,7 @@ def files_of(config: dict[str, Any]) -> list[Path]:
 def _paths(value: Any, data_root: str = "") -> Iterator[Path]:
     """Paths that the strings may name: files of data lie under the ``data_root`` beside them, models do not."""
     if isinstance(value, str) and value:
-        yield Path(data_root, value)
-        if Path(value).is_dir():
-            yield Path(value)
+        yield from [Path(data_root, value)] if not os.path.isdir(value) else [Path(data_root, value), Path(value)]
     elif isinstance(value, dict):
         root = value.get("data_root") or data_root
         yield from (path for key, item in value.items() if key != "data_root" for path in _paths(item, root))
@@ -134,9 +127,4 @@ def _digest(file: str | Path) -> str:
         return ""
     if os.path.getsize(file) > LARGE:
         return f"{os.path.getsize(file)} {os.stat(file).st_mtime_ns}"
-    return _sha256(Path(file).read_bytes())
-
-
-def _sha256(content: Any) -> str:
-    as_bytes = content if isinstance(content, bytes) else json.dumps(content, sort_keys=True, default=str).encode()
-    return hashlib.sha256(as_bytes).hexdigest()
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()

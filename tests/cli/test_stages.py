@@ -136,9 +136,9 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[s
         "export": {"dirpath": str(tmp_path / "run/model")},
     }
     record = tmp_path / "run/first.stage.json"
-    assert outdated(record, config, {}) == "not done yet"
-    record.write_text(json.dumps(digests(config, {}, files_of(config))))
-    assert outdated(record, config, {}) == ""
+    assert outdated(record, config, "") == "not done yet"
+    record.write_text(json.dumps(digests(config, "", files_of(config))))
+    assert outdated(record, config, "") == ""
     return record, config
 
 
@@ -150,7 +150,7 @@ def test_files_that_make_a_stage_run_again(
         (tmp_path / file).unlink()
     else:
         (tmp_path / file).write_text(content)
-    found = outdated(*stage, {})
+    found = outdated(*stage, "")
     assert found.endswith(reason)
     assert bool(reason) == bool(found)
 
@@ -158,10 +158,10 @@ def test_files_that_make_a_stage_run_again(
 def test_settings_that_make_a_stage_run_again(stage: tuple[Path, dict[str, Any]]) -> None:
     record, config = stage
     changed = "its configuration or seed has changed"
-    assert outdated(record, {**config, "seed_everything": 2}, {}) == changed
-    assert outdated(record, {**config, "trainer": {**config["trainer"], "max_steps": 7}}, {}) == changed
-    assert outdated(record, {**config, "config": ["elsewhere.yaml"]}, {}) == ""
-    assert outdated(record, config, {"an earlier": "stage"}) == "an earlier stage has changed"
+    assert outdated(record, {**config, "seed_everything": 2}, "") == changed
+    assert outdated(record, {**config, "trainer": {**config["trainer"], "max_steps": 7}}, "") == changed
+    assert outdated(record, {**config, "config": ["elsewhere.yaml"]}, "") == ""
+    assert outdated(record, config, "other") == "an earlier stage has changed"
 
 
 def test_a_stage_that_has_changed_runs_again_and_so_do_those_after_it(
