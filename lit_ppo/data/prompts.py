@@ -135,9 +135,9 @@ class PromptDataModule(TableDataModule):
         return len(self._fit_state("n_rows").table)
 
     @property
-    def longest_prompt(self) -> int:
-        """Tokens of the longest prompt of all splits."""
-        return max((len(ids) for table in self._tables.values() for ids in table.prompt_ids), default=0)
+    def prompt_lengths(self) -> set[int]:
+        """Numbers of tokens that the prompts of all splits have."""
+        return {len(ids) for table in self._tables.values() for ids in table.prompt_ids}
 
     def peek(self, split: str, n: int = 1) -> PromptBatch | None:
         """The first prompts of ``"train"`` or ``"val"``, or None; the training position does not change."""

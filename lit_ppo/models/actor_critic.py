@@ -126,14 +126,13 @@ class Critic(_AlwaysEval):
     def __init__(self, backbone: PreTrainedModel, head: Tensor | None = None) -> None:
         super().__init__()
         self.backbone = backbone
-        self.value_head = nn.Linear(_hidden_size(backbone), 1)
-        with torch.no_grad():
-            self.value_head.weight.copy_(torch.zeros_like(self.value_head.weight) if head is None else head)
-            self.value_head.bias.zero_()
         self.eval()
         use_fused_gelu(backbone)
         use_packing(backbone)
-        check_causal(backbone)
+        self.value_head = nn.Linear(check_causal(backbone), 1)
+        with torch.no_grad():
+            self.value_head.weight.copy_(torch.zeros_like(self.value_head.weight) if head is None else head)
+            self.value_head.bias.zero_()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *, target_mask: Tensor) -> Tensor:
         """Values in float32; the arguments are the actor's.
@@ -226,7 +225,3 @@ def use_fused_gelu(model: nn.Module) -> None:
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
-
-
-def _hidden_size(backbone: PreTrainedModel) -> int:
-    return int(backbone.config.get_text_config().hidden_size)

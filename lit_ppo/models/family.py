@@ -101,8 +101,11 @@ def check_sampling(model: PreTrainedModel, head_inputs: Forward) -> None:
         )
 
 
-def check_causal(backbone: PreTrainedModel) -> None:
+def check_causal(backbone: PreTrainedModel) -> int:
     """Check that changing the last token does not change earlier states.
+
+    Returns:
+        Width of the states, which is not ``hidden_size`` everywhere (OPT-350m projects them).
 
     Raises:
         ValueError: They change: values would depend on tokens that come later.
@@ -115,3 +118,4 @@ def check_causal(backbone: PreTrainedModel) -> None:
             f"{type(backbone).__name__} reads later tokens (its attention is not causal): it cannot be a critic; "
             "use critic='actor' or the path of a causal model"
         )
+    return int(states.shape[-1])

@@ -12,6 +12,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lit_ppo.models.positions import rope_bound, row_groups
+
 NAME = "lit_ppo_packed_sdpa"
 
 
@@ -121,6 +123,16 @@ def read_tokens(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) 
     Shapes:
         (B, L), (B, L) -> (N, H), and (B, L) with each real token's number, on the mask's device.
     """
+    if rope_bound(backbone) is None or not len(input_ids):
+        return _read(backbone, input_ids, attention_mask)
+    number = (attention_mask.flatten().cumsum(0) - 1).view(attention_mask.shape)
+    groups = row_groups(backbone, attention_mask.sum(1).tolist())
+    states = torch.cat([_read(backbone, input_ids[rows], attention_mask[rows])[0] for rows in groups])
+    found = torch.cat([number[rows][attention_mask[rows].bool()] for rows in groups])
+    return states[found.argsort().to(states.device)], number
+
+
+def _read(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     tokens = RealTokens.of(input_ids, attention_mask)
     if getattr(backbone.config, "_attn_implementation", None) == NAME:
         states: Tensor = backbone(**tokens.packed(), use_cache=False).last_hidden_state[0]

@@ -18,10 +18,11 @@ from lit_ppo.functional import KLEstimator, kl_estimate
 from lit_ppo.generation.engine import Engine, Progress, Responses, Seed
 from lit_ppo.models.actor_critic import actor_forward, critic_forward
 from lit_ppo.models.lora import WithoutAdapter
+from lit_ppo.models.positions import row_groups
 from lit_ppo.parallel.ranks import deal, map_rows, n_ranks
 from lit_ppo.parallel.sharding import gathered
 from lit_ppo.ppo.prompts import checked_batch
-from lit_ppo.ppo.settings import Models
+from lit_ppo.ppo.settings import Models, check_length
 from lit_ppo.rewards.function import scores_of, source_names
 from lit_ppo.rewards.time_limit import time_limit
 
@@ -83,7 +84,7 @@ def sample_responses(
     """
     if not batch.prompts:
         raise ValueError("rollout(prompts=[]): is empty; give at least one prompt")
-    check_length(models, max(map(len, batch.prompt_ids)))
+    check_length(models, [len(ids) for ids in batch.prompt_ids])
     model = models.actor if policy == "actor" else models.reference
     if model is None:
         raise ValueError("rollout(policy='reference'): there is no reference; give LitPPO one")
@@ -96,12 +97,17 @@ def sample_responses(
     def generate(rows: list[int]) -> tuple[list[list[int]], Responses]:
         if not rows:
             return batch.prompt_ids, Responses([], [], [])
-        width = max(len(row_ids[row]) for row in rows)
-        responses = engine.generate(
-            prompt_ids[rows, -width:], prompt_mask[rows, -width:], models.generation,
-            None if seeds is None else [seeds[row] for row in rows], logprobs=sampling_logprobs, progress=progress,
-        )  # fmt: skip
-        return batch.prompt_ids, responses
+        together: dict[int, tuple[list[int], list[float], bool]] = {}
+        for group in row_groups(model.model, [len(row_ids[row]) for row in rows], is_gathered=True):
+            some = [rows[i] for i in group]
+            width = max(len(row_ids[row]) for row in some)
+            responses = engine.generate(
+                prompt_ids[some, -width:], prompt_mask[some, -width:], models.generation,
+                None if seeds is None else [seeds[row] for row in some], logprobs=sampling_logprobs, progress=progress,
+            )  # fmt: skip
+            together |= zip(some, zip(*responses, strict=True), strict=True)
+        ids, logprobs, ended = zip(*(together[row] for row in rows), strict=True)
+        return batch.prompt_ids, Responses(list(ids), list(logprobs), list(ended))
 
     module = model.actor if isinstance(model, WithoutAdapter) else model
     with gathered(module) if module.sharded else nullcontext():
@@ -134,27 +140,6 @@ def sample_responses(
     if not sampling_logprobs:
         return experience, None
     return experience, pad_sequence([torch.tensor(row) for row in logprobs], batch_first=True).to(device)
-
-
-def check_length(models: Models, longest_prompt: int) -> None:
-    """Check that prompt plus new tokens fit every model that reads them.
-
-    Raises:
-        ValueError: They do not.
-    """
-    new = int(models.generation.max_new_tokens)
-    readers = {
-        "actor": models.actor.model,
-        "reference": models.reference and models.reference.model,
-        "critic": models.critic and models.critic.backbone,
-    }
-    for name, model in readers.items():
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) if model else None
-        if limit is not None and longest_prompt + new > limit:
-            raise ValueError(
-                f"LitPPO(generation={{'max_new_tokens': {new}}}): a prompt of {longest_prompt} tokens plus {new} new "
-                f"tokens exceeds the token limit of the {name}, {limit}; lower max_new_tokens or max_prompt_length"
-            )
 
 
 def add_logprobs(

@@ -19,11 +19,11 @@ from lit_ppo.optim.settings import restore_settings
 from lit_ppo.parallel.checkpoint_io import use_atomic_checkpoints
 from lit_ppo.parallel.sharding import shards
 from lit_ppo.parallel.trainer import check_trainer
-from lit_ppo.ppo.collect import check_length, score
+from lit_ppo.ppo.collect import score
 from lit_ppo.ppo.evaluate import validate_before_training
 from lit_ppo.ppo.metrics import forget_last_update
 from lit_ppo.ppo.prompts import check_batch
-from lit_ppo.ppo.settings import Models, ModelSettings
+from lit_ppo.ppo.settings import Models, ModelSettings, check_length
 from lit_ppo.rewards import source_names
 from lit_ppo.validate import refuse
 
@@ -82,7 +82,9 @@ def _preflight(module: Any, trainer: L.Trainer) -> None:
         first = data.peek(split) if hasattr(data, "peek") else None
         if first is not None:
             try_prompts(module, split, first)
-    try_longest(module, getattr(data, "longest_prompt", None) or 1)
+    lengths = getattr(data, "prompt_lengths", None) or {1}
+    check_length(module.models, sorted(lengths))
+    try_longest(module, max(lengths))
 
 
 def on_train_start(module: Any) -> None:
@@ -181,7 +183,6 @@ def try_prompts(module: Any, split: str, prompts: Any) -> None:
 
 def try_longest(module: Any, n_prompt: int) -> None:
     """Run forward and backward of one micro-batch with as many tokens as any can have."""
-    check_length(module.models, n_prompt)
     micro = longest_micro_batch(module.models, n_prompt, module.minibatch_size, **module.limits)
     module.optimization.zero_gradients(module)
     inputs, n_columns = micro.model_inputs(), micro.response_ids.shape[1]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lit_ppo.experience import rows_or_stand_in
 from lit_ppo.models.actor_critic import Actor
+from lit_ppo.models.positions import token_limit
 from lit_ppo.parallel.ranks import my_micro_batches, n_ranks, sum_over_ranks
 from lit_ppo.ppo.optimize import accumulate, total_norm
 
@@ -64,8 +65,7 @@ def loss_on_text(module: Any, batch: dict[str, Tensor]) -> tuple[float, int]:
 def _prepare(actor: Actor, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, int]:
     """The batch on the host, which tokens are predicted, and how many."""
     batch = {name: tensor.cpu() for name, tensor in batch.items()}
-    limit = getattr(actor.model.config.get_text_config(), "max_position_embeddings", None)
-    targets = text_targets(batch, limit)
+    targets = text_targets(batch, token_limit(actor.model))
     return batch, targets, max(1, int(targets.sum()))
 
 

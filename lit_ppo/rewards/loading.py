@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from lit_ppo.models.positions import token_limit
+
 
 def load_classifier(path: str, model_kwargs: dict[str, Any]) -> Any:
     """A frozen sequence classifier in eval mode.
@@ -80,10 +82,9 @@ def find_label(label: int | str | None, path: str, config: Any) -> int:
     )
 
 
-def max_tokens(config: Any, tokenizer: Any) -> float:
+def max_tokens(model: Any, tokenizer: Any) -> float:
     """The longest text that model and tokenizer can take; tokenizers report 1e30 for "unknown"."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
-    return float(min(positions, tokenizer.model_max_length))
+    return float(min(token_limit(model) or math.inf, tokenizer.model_max_length))
 
 
 def _cannot_load(argument: str, path: str, error: Exception) -> ValueError:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_ppo.functional import masked_mean
+from lit_ppo.models.positions import row_groups
+from lit_ppo.models.scoring import score_in_float32
 from lit_ppo.parallel.ranks import deal
 from lit_ppo.parallel.sharding import build, shard
 from lit_ppo.rewards.inputs import Row, Span, conversations, encode, questions_and_answers, warn_too_long
@@ -98,8 +100,8 @@ class RewardModel(nn.Module):
         if not self._finds_last:  # the stock forward then refuses batches; 0 only has to be a valid id
             text_config.pad_token_id = 0
         self._pad_id = text_config.pad_token_id
-        self._limit = max_tokens(model.config, self.tokenizer)
-        self.model = shard(strategy, model, frozen=True)
+        self._limit = max_tokens(model, self.tokenizer)
+        self.model = shard(strategy, score_in_float32(model), frozen=True)
 
     def _reads_pairs(self, is_our_own: bool) -> bool:
         """Whether to score pairs; refuses them where the model was trained on one text."""
@@ -185,7 +187,9 @@ class RewardModel(nn.Module):
     def _batches(self, lengths: list[int]) -> list[list[int]]:
         """Rows of each forward; texts of similar length go together, which saves padding."""
         budget = {"micro_batch_size": self.batch_size, "micro_batch_tokens": self.batch_tokens}
-        return deal(lengths, n_ranks=1, **budget)[0]
+        groups = row_groups(self.model, lengths, is_gathered=True)
+        plans = [(rows, deal([lengths[row] for row in rows], n_ranks=1, **budget)[0]) for rows in groups]
+        return [[rows[i] for i in batch] for rows, batches in plans for batch in batches]
 
     def _score_batch(self, rows: list[Row]) -> Tensor:
         """Scores (B,) of right-padded rows: each token has the same position as in its text alone."""

@@ -6,10 +6,12 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_ppo.data.tokenization import save_tokenizer
 from lit_ppo.generation.config import named_stops
+from lit_ppo.models.positions import rope_bound, row_groups, token_limit
 from lit_ppo.optim.settings import BuiltOptimizer, build_optimizer, restore_settings
 from lit_ppo.parallel.full_state import full_weights
 from lit_ppo.parallel.ranks import rank
@@ -52,10 +54,14 @@ class SupervisedModule(L.LightningModule):
         """Load or build the model on the CPU."""
         return self.source.make()
 
+    def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Change how a model computes; it is not sharded yet."""
+        return model
+
     def configure_model(self) -> None:
         strategy = None if self._trainer is None else self._trainer.strategy
         if self.model is None:
-            self.model = shard(strategy, build(strategy, self.make_model))
+            self.model = shard(strategy, self.prepare(build(strategy, self.make_model)))
         else:
             check_placed(strategy, self)
 
@@ -76,6 +82,24 @@ class SupervisedModule(L.LightningModule):
         if self._resumed is not None:
             restore_settings(self.trainer, self._built, *self._resumed, steps=self.trainer.global_step)
             self._resumed = None
+
+    def groups(self, attention_mask: Tensor) -> list[tuple[list[int] | slice, int]]:
+        """Rows of a right-padded batch that share a forward, and its width: all rows, unless positions forbid it.
+
+        Raises:
+            ValueError: A row has more tokens than the model has positions.
+        """
+        assert self.model is not None
+        limit, width = token_limit(self.model), attention_mask.shape[1]
+        if limit is not None and width > limit:
+            raise ValueError(
+                f"{type(self).__name__}(model={self.source.model!r}): a text of {width} tokens exceeds its {limit} "
+                "positions; lower the data's max_length"
+            )
+        if rope_bound(self.model) is None:
+            return [(slice(None), width)]
+        lengths = attention_mask.sum(1).tolist()
+        return [(rows, max(lengths[row] for row in rows)) for rows in row_groups(self.model, lengths)]
 
     def save_pretrained(self, dirpath: str | Path) -> None:
         """Write weights, config and tokenizer to a folder; for a causal LM, also the generation config.

@@ -12,6 +12,7 @@ from torchmetrics.classification import BinaryAccuracy
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lit_ppo.models.pretrained import n_outputs
+from lit_ppo.models.scoring import score_in_float32
 from lit_ppo.supervised.base import SupervisedModule
 from lit_ppo.supervised.source import ModelSource
 from lit_ppo.validate import boolean, refuse
@@ -79,12 +80,21 @@ class LitRewardModel(SupervisedModule):
             refuse(self, "append_eos", True, f"{problem}: the model scores the last token that is no padding")
         return model
 
+    def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
+        return score_in_float32(model)  # type: ignore[no-any-return]
+
     def rewards(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores of a batch of right-padded texts, of shape (B,)."""
         assert self.model is not None
         if self.append_eos:
             input_ids, attention_mask = with_eos(input_ids, attention_mask, int(self.tokenizer.eos_token_id))
-        scores: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        groups = self.groups(attention_mask)
+        found = [
+            self.model(input_ids=input_ids[rows, :width], attention_mask=attention_mask[rows, :width]).logits
+            for rows, width in groups
+        ]
+        order = torch.cat([torch.arange(len(input_ids))[rows] for rows, _ in groups]).argsort()
+        scores: Tensor = torch.cat(found)[order.to(input_ids.device)]
         return scores.squeeze(-1).float()
 
     def margins(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

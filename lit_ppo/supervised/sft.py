@@ -53,12 +53,15 @@ class LitSFT(SupervisedModule):
     def token_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Sum of a batch's next-token losses in nats, and the number of tokens with a loss."""
         assert self.model is not None
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-        logits = self.model(**inputs, use_cache=False).logits
         # shift the labels, because a copy of the logits is large
         targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        return loss, (targets != IGNORED).sum()
+        losses = []
+        for rows, width in self.groups(batch["attention_mask"]):
+            inputs = {key: batch[key][rows, :width] for key in ("input_ids", "attention_mask")}
+            logits = self.model(**inputs, use_cache=False).logits.float().flatten(0, 1)
+            labels = targets[rows, :width].flatten()
+            losses.append(F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"))
+        return torch.stack(losses).sum(), (targets != IGNORED).sum()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         total, tokens = self.token_losses(batch)

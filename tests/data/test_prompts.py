@@ -137,7 +137,7 @@ def test_a_batch_holds_prompts_rows_and_the_other_columns(tmp_path: Path) -> Non
     assert data.columns == {"id": ["a", "b", "c"], "label": [1, 0, None]}
     assert len(first) == 2
     assert len(data.train_dataloader()) == 2
-    assert data.longest_prompt == 4
+    assert max(data.prompt_lengths) == 4
     moved = first.to("meta")
     assert moved.prompt_index.device.type == "meta"
     assert moved.prompt_ids is first.prompt_ids

@@ -178,3 +178,20 @@ def test_one_compiled_graph_serves_all_blocks_and_lengths_and_sampling_none(tmp_
         first, second = (actor.generate(ids, mask, config, [(0,), (1,)]) for actor in actors)
     assert first == second
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_states_narrower_than_hidden_size(tmp_path):
+    """OPT-350M projects its states; the value head must fit what comes out."""
+    path = make_causal_lm(tmp_path / "lm", "opt", word_embed_proj_dim=8, scale=4.0)
+    critic = load_critic("critic", str(path), {})
+    torch.nn.init.normal_(critic.value_head.weight, generator=torch.Generator().manual_seed(0))
+    ids, mask, target_mask = batch()
+    states = AutoModel.from_pretrained(path).eval()(input_ids=torch.tensor([ROWS[0]])).last_hidden_state[0, -3:-1]
+    assert states.shape[-1] == 8
+    values = critic(ids, mask, target_mask=target_mask)
+    torch.testing.assert_close(values[0], states @ critic.value_head.weight[0], rtol=1e-5, atol=1e-5)
+    logprobs, _ = Actor(load_causal_lm("actor", str(path), {}))(ids, mask, target_mask=target_mask)
+    stock = AutoModelForCausalLM.from_pretrained(path).eval()(input_ids=torch.tensor([ROWS[0]])).logits[0]
+    torch.testing.assert_close(logprobs[0], stock.log_softmax(-1)[[-3, -2], ROWS[0][-2:]], rtol=1e-5, atol=1e-5)
+    reward = make_reward_model(tmp_path / "rm", "opt", word_embed_proj_dim=8)
+    assert load_critic("critic", str(reward), {}, 0).value_head.weight.shape == (1, 8)
