@@ -68,7 +68,7 @@ class Experience:
     returns: Tensor | None = field(init=False)
     exhausted: bool = False
     extras: dict[str, Any] = field(default_factory=dict)
-    loop: Any = None  # the loop of your own, if any, whose callbacks have seen the rollout
+    origin: Any = None  # where it was rolled out, for ``step``
 
     def __getattr__(self, name: str) -> Any:
         """Explain why a field cannot be read; Python calls this only for empty slots."""
@@ -78,7 +78,7 @@ class Experience:
 
     def __repr__(self) -> str:
         """The fields that are set, tensors by their shapes."""
-        values = {name: getattr(self, name) for name in set_fields(self) if name != "loop"}
+        values = {name: getattr(self, name) for name in set_fields(self) if name != "origin"}
         shown = {k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in values.items()}
         return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in shown.items())})"
 

@@ -37,6 +37,8 @@ def configure_model(module: Any) -> None:
     module.actor, module.critic, module.reference = models.actor, models.critic, models.reference
     module.generation = models.generation
     module._built = True
+    if module._trainer is None:
+        module.to(module.device)  # where ``to`` has put the module before it had models
 
 
 def train(module: Any, mode: bool = True) -> Any:

@@ -30,7 +30,7 @@ class LitPPO(L.LightningModule):
 
     One global step is one update: sample responses, score them, turn scores into token rewards and advantages, then
     take ``ppo_epochs`` passes of optimizer steps over them. ``collect`` and ``update`` call the hooks of
-    ``lit_ppo.callbacks``; override ``collect`` or ``training_step`` for another loop.
+    ``lit_ppo.callbacks``; override ``collect`` or ``training_step``, or write the loop yourself with ``step``.
 
     Args:
         actor: Folder or hub name of the causal LM to train.

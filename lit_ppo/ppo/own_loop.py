@@ -20,7 +20,7 @@ from lit_ppo.experience import Experience
 from lit_ppo.parallel.ranks import n_ranks
 from lit_ppo.ppo.collect import rollout_with_hooks
 from lit_ppo.ppo.metrics import forget_last_update
-from lit_ppo.ppo.prompts import checked_experience
+from lit_ppo.ppo.prompts import Origin, checked_experience
 from lit_ppo.validate import refuse
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -120,7 +120,7 @@ class OwnLoop:
                 raise RuntimeError("attach(data=...): the last prompts had no update; call step once for each batch")
 
     def __reduce__(self) -> Any:
-        return type(None), ()  # a copy of the module, or of an experience, belongs to no loop
+        return type(None), ()  # a copy of the module has no loop
 
     @contextmanager
     def as_in_a_step(self) -> Iterator[None]:
@@ -136,7 +136,7 @@ class OwnLoop:
                 experience = rollout_with_hooks(self._module, prompts, sample)
         finally:
             self._module._current_fx_name = None
-        experience.loop = self
+        experience.origin = Origin(self._module, self)
         return experience
 
     def wait(self, prompts: Any) -> Any:
@@ -177,8 +177,9 @@ class OwnLoop:
             limits = f"max_steps={self.trainer.max_steps}, max_epochs={self.trainer.max_epochs}"
             self._end = f"after {self.trainer.global_step} updates ({limits}, a callback's stop, or close)"
         except BaseException as error:
-            self._end = f"with {type(error).__name__}: {error}"
-            if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+            interrupted = isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
+            self._end = "with an interrupt" if interrupted else f"with {type(error).__name__}: {error}"
+            if interrupted:
                 raise KeyboardInterrupt from None  # Lightning has made an exit of it
             raise
         finally:
@@ -200,7 +201,8 @@ class OwnLoop:
 def attach(module: Any, trainer: L.Trainer | None = None, data: Any = None, *, ckpt_path: str | None = None) -> OwnLoop:
     """Start the run of a loop of your own: build models and optimizers, with every check that ``fit`` makes.
 
-    Call it before the first rollout. Without it, ``step`` attaches a Trainer on one device without callbacks. ::
+    Call it before the first rollout. Without it, ``step`` attaches a Trainer on one device without callbacks, and the
+    rollout before runs where ``ppo.to(device)`` says. ::
 
         with ppo.attach(L.Trainer(max_steps=100, callbacks=[AdaptiveKL()]), data) as batches:
             for prompts in batches:
@@ -270,7 +272,9 @@ def calls_hooks(rollout: Method) -> Method:
         trains = all(options.get(name, value) == value for name, value in TRAINING.items())
         if trains and module.loop and module.loop.waiting:
             return module.loop.rollout(prompts, lambda prompts: rollout(module, prompts, **options))
-        return rollout(module, prompts, **options)
+        experience = rollout(module, prompts, **options)
+        experience.origin = Origin(module)
+        return experience
 
     return run  # type: ignore[return-value]
 

@@ -4,6 +4,7 @@ import copy
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
+from weakref import ref
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -161,6 +162,21 @@ def check_batch(owner: object, minibatch_size: int, samples_per_prompt: int, bat
         )  # fmt: skip
 
 
+class Origin:
+    """Where an experience was rolled out. Its copies, and what is read from a file, have none.
+
+    Args:
+        module: The LitPPO.
+        loop: The loop of the user's own, if any, whose callbacks have seen the rollout.
+    """
+
+    def __init__(self, module: Any, loop: Any = None) -> None:
+        self.module, self.loop = ref(module), loop
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
 def checked_experience(module: Any, experience: Experience) -> Experience:
     """A copy of what ``step`` was given, with all that an update reads, on the module's device.
 
@@ -193,9 +209,11 @@ def _complete(module: Any, experience: Experience) -> Experience:
         _refuse_experience(module, "it has no log-probs; roll out with logprobs=True")
     if "scores" not in found:
         _refuse_experience(module, "it has no scores; set experience.scores to one number per response")
-    if experience.loop not in (None, module.loop) or (experience.values is None) != (module.critic is None):
+    origin: Origin = experience.origin or Origin(module)
+    foreign = origin.loop not in (None, module.loop) or origin.module() is not module
+    if foreign or (experience.values is None) != (module.critic is None):
         _refuse_experience(module, "it is of another run or another module; roll out again")
-    if experience.loop is None and (hook := _hook_of_rollouts(module.trainer)):
+    if origin.loop is None and (hook := _hook_of_rollouts(module.trainer)):
         _refuse_experience(module, f"{hook} has not seen its rollout; roll out after attach, with the default options")
     if len(experience) < module.minibatch_size:
         rank_zero_warn(
@@ -205,8 +223,8 @@ def _complete(module: Any, experience: Experience) -> Experience:
     ready = copy.copy(experience)
     ready.extras = dict(experience.extras)
     for name in ("scores", "raw_scores") if "raw_scores" in found else ("scores",):
-        scores = check_scores(getattr(experience, name), len(experience), f"experience.{name}", experience.responses)
-        setattr(ready, name, scores.clone())  # tensors of inference mode cannot be trained on
+        given = getattr(experience, name)
+        setattr(ready, name, check_scores(given, len(experience), f"experience.{name}", experience.responses))
     if "raw_scores" not in found:
         ready.raw_scores = ready.scores
     for name in set_fields(ready):

@@ -13,7 +13,7 @@ VARY = ("time/", "throughput/", "memory/", "epoch")  # metrics that no two runs 
 
 
 class Hooks(callbacks.PPOCallback):
-    """Keeps the names of all hooks of an update, in order."""
+    """Keeps the names of all hooks of an update, in order; logs in an early one."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -22,6 +22,9 @@ class Hooks(callbacks.PPOCallback):
         if name in callbacks.base.HOOKS or name in ("on_train_batch_end", "on_validation_end", "on_train_end"):
             self.names.append(name)
         return super().__getattribute__(name)
+
+    def on_rollout_end(self, trainer: Any, pl_module: Any, experience: Any) -> None:
+        pl_module.log("rows", float(len(experience)))
 
 
 def tricks() -> list[Any]:

@@ -59,22 +59,23 @@ def test_without_attach_in_any_mode(tmp_path, lm):
     module.loop.close()
     check_same({**fit, "logged": [*map(numbers, steps)], "weights": module.state_dict()}, fit)
     assert module.loop.ended
+    moved = make_module(lm).to("meta")
+    assert {parameter.device.type for parameter in moved.models.actor.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("own_first", [True, False])
 def test_each_resumes_what_the_other_has_saved(own_first, tmp_path, lm):
-    """Two updates by one, two by the other; also where the Trainer of the own loop does not draw its prompts."""
-    data = {"batch_size": 5}  # three batches per epoch: the second update is in the middle of one
-    full = by_fit(tmp_path, lm, callbacks=tricks(), data=data)
+    """Two updates by one and the third of their epoch by the other."""
+    job = {"data": {"batch_size": 5}, "max_steps": -1, "max_epochs": 1}
+    full = by_fit(tmp_path, lm, callbacks=tricks(), **job)
     checkpoint = StepCheckpoint(every_n_train_steps=100, dirpath=str(tmp_path / "saved"))
-    saving = {"callbacks": [*tricks(), checkpoint], "enable_checkpointing": True}
-    if own_first:  # closed after two of four updates
-        by_hand(tmp_path, lm, updates=2, data=data, **saving)
+    saving = {**job, "callbacks": [*tricks(), checkpoint], "enable_checkpointing": True}
+    if own_first:
+        by_hand(tmp_path, lm, updates=2, **saving)
     else:
-        by_fit(tmp_path, lm, max_steps=2, data=data, **saving)
+        by_fit(tmp_path, lm, **{**saving, "max_steps": 2})
     (path,) = (tmp_path / "saved").iterdir()
-    rest = (by_fit if own_first else by_hand)(tmp_path, lm, ckpt_path=path, callbacks=tricks(), data=data)
-    del rest["hooks"]
+    rest = (by_fit if own_first else by_hand)(tmp_path, lm, ckpt_path=path, callbacks=tricks(), **job)
     check_same({**rest, "hooks": full["hooks"]}, {**full, "logged": full["logged"][2:]})
 
 
@@ -131,7 +132,9 @@ def test_errors_arrive_and_end_the_run(error, tmp_path, lm):
     module, ends, kind = make_module(lm), Ends(error), type(error)
     with pytest.raises(kind), module.attach(make_trainer(tmp_path, callbacks=[ends])):
         one_step(module)
-    with pytest.raises(RuntimeError, match=f"ended with {kind.__name__ if kind is ValueError else 'SystemExit'}"):
+    with pytest.raises(
+        RuntimeError, match=f"ended with {'ValueError: mine' if kind is ValueError else 'an interrupt'}"
+    ):
         one_step(module)
     ends.error = None
     with pytest.raises(kind), module.attach(make_trainer(tmp_path, callbacks=[ends])):
@@ -214,12 +217,14 @@ def test_what_a_loop_cannot_take(attached, tmp_path, lm):
     other = make_module(lm)
     with other.attach(make_trainer(tmp_path)), pytest.raises(ValueError, match="of another run or another module"):
         other.step(experience)
-    experience.loop, experience.values = None, None  # as of a module without critic, and without a loop
-    with other.attach(make_trainer(tmp_path)), pytest.raises(ValueError, match="of another run or another module"):
-        other.step(experience)
+    unattached = make_module(lm).rollout(PROMPTS)
+    copied = copy.deepcopy(experience)  # may be of any module, but not of one without a critic
+    unattached.scores, copied.values = experience.scores, None
+    for foreign in (unattached, copied):
+        with other.attach(make_trainer(tmp_path)), pytest.raises(ValueError, match="of another run or another module"):
+            other.step(foreign)
     with pytest.raises(RuntimeError, match="its own loop ends here"):
         other.attach() and make_trainer(tmp_path).validate(other, make_data(tmp_path, val_fraction=0.5))
     assert other.loop.ended
     with ThreadPoolExecutor() as threads, pytest.raises(RuntimeError, match="in the same one"):
         threads.submit(attached.step, experience).result()
-    assert copy.deepcopy(experience).loop is None
