@@ -118,11 +118,15 @@ def test_an_estimator_is_switched_on_from_the_command_line(tmp_path: Path, tiny_
     run_command("fit", *arguments, cwd=tmp_path).ok()
 
 
-def test_ppo_yaml_runs_on_forty_prompts(tmp_path: Path, tiny_lm: Path, tiny_reward: Path):
-    """Sizes of batch, minibatch, validation and checkpoints as shipped; only paths and lengths change."""
+@pytest.mark.parametrize("name", ["ppo", "rloo"])
+def test_a_recipe_runs_on_forty_prompts(name: str, tmp_path: Path, tiny_lm: Path, tiny_reward: Path):
+    """Sizes of batch, minibatch, validation and checkpoints as shipped; only paths and lengths change.
+
+    RLOO's minibatch of 256 is larger than all responses.
+    """
     rows = [{"prompt": f"{first} {second}"} for first in WORDS[:8] for second in WORDS[:5]]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = [f"--model.actor={tiny_lm}", f"--model.rewards.model={tiny_reward}", "--data.path=prompts.jsonl"]
     lengths = ["--model.generation.max_new_tokens=2", "--data.max_prompt_length=8", "--trainer.accelerator=cpu"]
-    run_command("fit", "--config", recipe("ppo"), *arguments, *lengths, cwd=tmp_path).ok()
-    assert list((tmp_path / "runs/ppo").rglob("model.safetensors"))
+    run_command("fit", "--config", recipe(name), *arguments, *lengths, cwd=tmp_path).ok()
+    assert list((tmp_path / f"runs/{name}").rglob("model.safetensors"))

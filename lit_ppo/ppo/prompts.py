@@ -139,7 +139,15 @@ def checked_batch(module: Any, prompts: Any) -> PromptBatch:
     """
     batch = as_batch(prompts, module.tokenizer)
     if module.rollouts == 0 and not module.loop:
-        check_batch(module, module.minibatch_size, module.samples_per_prompt, len(batch))
+        told = getattr(
+            module.trainer.datamodule, "batch_size", None
+        )  # the data may be fewer, and then are one minibatch
+        check_batch(module, module.minibatch_size, module.samples_per_prompt, told or len(batch))
+        rows = len(batch) * module.samples_per_prompt
+        if rows < module.minibatch_size:
+            rank_zero_warn(
+                f"LitPPO(minibatch_size={module.minibatch_size}): the data give an update only {rows} responses"
+            )
         check_columns(batch.columns, module.rewards)
     return batch
 
