@@ -6,7 +6,7 @@ import lightning as L
 
 from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule
 from lit_ppo.functional import whiten
-from lit_ppo.validate import one_of, positive_or_none
+from lit_ppo.validate import boolean, one_of, positive_or_none
 
 
 class AdvantageNormalization(PPOCallback):
@@ -18,6 +18,7 @@ class AdvantageNormalization(PPOCallback):
     Args:
         scope: Compute the moments over the full ``"batch"``, once per update, or over each ``"minibatch"``.
         clip: Maximum absolute value of a normalised advantage; None for no bound.
+        unbiased: Divide the sum of squares by the number of tokens minus one. Both sources divide by the number.
 
     Reads and writes ``experience.advantages`` (``"batch"``) or ``minibatch.advantages`` (``"minibatch"``).
     Source: Ziegler et al. 2019, arXiv:1909.08593, its code (per batch); Schulman et al. 2017's code (baselines
@@ -26,9 +27,12 @@ class AdvantageNormalization(PPOCallback):
 
     reads = ("advantages", "response_mask")
 
-    def __init__(self, scope: Literal["batch", "minibatch"] = "batch", clip: float | None = None) -> None:
+    def __init__(
+        self, scope: Literal["batch", "minibatch"] = "batch", clip: float | None = None, unbiased: bool = True
+    ) -> None:
         self.scope = one_of(self, "scope", scope, ("batch", "minibatch"))
         self.clip = positive_or_none(self, "clip", clip)
+        self.unbiased = boolean(self, "unbiased", unbiased)
 
     def waits_for(self, pl_module: Any) -> set[str]:
         return {"on_advantages"} if self.scope == "batch" else {"on_minibatch_start"}
@@ -42,5 +46,5 @@ class AdvantageNormalization(PPOCallback):
             self._normalize(minibatch)
 
     def _normalize(self, rows: ExperienceLike) -> None:
-        advantages = whiten(rows.advantages, rows.response_mask)
+        advantages = whiten(rows.advantages, rows.response_mask, self.unbiased)
         rows.advantages = advantages if self.clip is None else advantages.clamp(-self.clip, self.clip)

@@ -135,19 +135,28 @@ class LeaveOneOut(AdvantageEstimator):
 class Reinforce(AdvantageEstimator):
     """REINFORCE++: the sum of rewards from each token on, whitened over the update's response tokens; no critic.
 
-    Use it with one response per prompt and large batches: the batch is the only baseline.
+    Use it with one response per prompt and large batches: the batch is the only baseline. With several responses per
+    prompt, use ``group_baseline``.
 
-    Reads ``experience.rewards`` and ``response_mask``.
+    Args:
+        group_baseline: Subtract the mean return of the prompt's responses first (REINFORCE++-baseline). Unlike
+            ``GroupRelative`` it divides by one deviation for the batch, so hard and easy prompts keep their weights.
+
+    Reads ``experience.rewards``, ``response_mask`` and, with ``group_baseline``, ``group``.
     Source: Hu et al. 2025, arXiv:2501.03262.
     """
 
     needs_values = False
 
+    def __init__(self, group_baseline: bool = False) -> None:
+        self.group_baseline = self.needs_groups = boolean(self, "group_baseline", group_baseline)
+
     def __call__(self, experience: Any) -> tuple[Tensor, None]:
-        return reinforce_advantages(experience.rewards, experience.response_mask), None
+        group = experience.group if self.group_baseline else None
+        return reinforce_advantages(experience.rewards, experience.response_mask, group), None
 
     def __repr__(self) -> str:
-        return "Reinforce()"
+        return f"Reinforce(group_baseline={self.group_baseline})"
 
 
 def _unit_interval(owner: object, name: str, value: Any) -> float:

@@ -275,13 +275,21 @@ def _group_moments(x: Tensor, group: Tensor, mask: Tensor) -> tuple[Tensor, Tens
     return mean[place], variance[place], size[place]
 
 
-def reinforce_advantages(rewards: Tensor, mask: Tensor) -> Tensor:
+def reinforce_advantages(rewards: Tensor, mask: Tensor, group: Tensor | None = None) -> Tensor:
     r"""REINFORCE++'s advantages: rewards to go, whitened over all response tokens of the batch.
 
     .. math:: G_{i,t} = \sum_{u \ge t} r_{i,u} = s_i - \beta \sum_{u \ge t} KL_{i,u}, \quad
         \hat A_{i,t} = (G_{i,t} - \mu_G) / \sqrt{\sigma_G^2 + 10^{-8}}
 
-    Source: Hu et al. 2025, arXiv:2501.03262, section 3.
+    With groups, the mean return of its group is first subtracted from each response's G: of :math:`G_{j,1}` over the
+    responses j to its prompt. Without a KL in the rewards this is the mean score of the prompt.
+
+    Args:
+        rewards: Per token.
+        mask: True at response tokens.
+        group: (B,), rows with the same number belong together; None: no baseline but the batch's mean.
+
+    Source: Hu et al. 2025, arXiv:2501.03262, section 3 (with groups: REINFORCE++-baseline).
 
     Shapes:
         rewards, mask (B, T) -> (B, T), 0 where masked.
@@ -292,6 +300,9 @@ def reinforce_advantages(rewards: Tensor, mask: Tensor) -> Tensor:
             [ 1.,  0.]])
     """
     to_go = rewards.masked_fill(~mask, 0.0).flip(1).cumsum(1).flip(1)
+    if group is not None:
+        mean, _, _ = _group_moments(to_go[:, 0], group, mask)
+        to_go = to_go - mean.unsqueeze(1)
     return whiten(to_go, mask)
 
 
@@ -502,6 +513,30 @@ def sampling_priorities(successes: Tensor, responses: Tensor, floor: float) -> T
     tensor([1.0000, 0.7500, 0.1000])
     """
     return (1.0 - successes / responses.clamp(min=1)).clamp(min=floor)
+
+
+def groups_alike(scores: Tensor, group: Tensor, tolerance: float = 0.0) -> Tensor:
+    r"""True for the rows of each group whose scores are all alike.
+
+    .. math:: \max_{j \in g} s_j - \min_{j \in g} s_j \le tolerance
+
+    Args:
+        scores: One a row.
+        group: Rows of one group share a number.
+        tolerance: Largest difference of scores that are alike.
+
+    Source: Yu et al. 2025, arXiv:2503.14476, section 3.2 (dynamic sampling).
+
+    Shapes:
+        (B,), (B,) -> (B,), boolean.
+
+    >>> groups_alike(torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([7, 4, 7, 4]))
+    tensor([ True, False,  True, False])
+    """
+    numbers, place = group.unique(return_inverse=True)
+    low = scores.new_full((len(numbers),), torch.inf).scatter_reduce(0, place, scores, "amin")
+    high = scores.new_full((len(numbers),), -torch.inf).scatter_reduce(0, place, scores, "amax")
+    return (high - low <= tolerance)[place]
 
 
 def best_of_groups(scores: Tensor, group: Tensor) -> Tensor:

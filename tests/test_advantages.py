@@ -1,5 +1,6 @@
 """Estimators behind the protocol."""
 
+import statistics
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +66,7 @@ def test_group_relative_by_hand():
         (GroupRelative(), False, True, False),
         (LeaveOneOut(), False, True, True),
         (Reinforce(), False, False, True),
+        (Reinforce(group_baseline=True), False, True, True),
     ],
 )
 def test_what_estimators_say_they_need(estimator: AdvantageEstimator, values: bool, groups: bool, rewards: bool):
@@ -73,10 +75,27 @@ def test_what_estimators_say_they_need(estimator: AdvantageEstimator, values: bo
 
 
 def test_text_forms_have_every_argument():
-    texts = [repr(estimator) for estimator in (GAE(0.5, 0.25), GroupRelative(False), LeaveOneOut(), Reinforce())]
-    assert texts == ["GAE(gamma=0.5, lam=0.25)", "GroupRelative(scale=False)", "LeaveOneOut()", "Reinforce()"]
+    estimators = GAE(0.5, 0.25), GroupRelative(False), LeaveOneOut(), Reinforce()
+    texts = [repr(estimator) for estimator in estimators]
+    assert texts[:3] == ["GAE(gamma=0.5, lam=0.25)", "GroupRelative(scale=False)", "LeaveOneOut()"]
+    assert texts[3:] == ["Reinforce(group_baseline=False)"]
 
 
 def test_scale_is_true_or_false():
     with pytest.raises(ValueError, match=r"GroupRelative\(scale='std'\): must be True or False"):
         GroupRelative(scale="std")
+
+
+def test_the_group_baseline_is_the_mean_return_of_the_prompts_responses():
+    """Returns 4.7 and 2.7 to one prompt, 1 and 6 to the other, of 3, 1, 1 and 2 tokens; whitened over the 7 tokens."""
+    nan, t, f = NAN, True, False
+    rewards = torch.tensor([[-0.1, -0.1, 4.9], [2.7, nan, nan], [1.0, nan, nan], [2.0, 4.0, nan]])
+    mask = torch.tensor([[t, t, t], [t, f, f], [t, f, f], [t, t, f]])
+    less = [[4.7 - 3.7, 4.8 - 3.7, 4.9 - 3.7], [2.7 - 3.7], [1.0 - 3.5], [6.0 - 3.5, 4.0 - 3.5]]
+    flat = [x for row in less for x in row]
+    mean, deviation = statistics.fmean(flat), statistics.stdev(flat)
+    rows = SimpleNamespace(rewards=rewards, response_mask=mask, group=torch.tensor([3, 3, 1, 1]))
+    advantages, returns = Reinforce(group_baseline=True)(rows)
+    assert advantages[mask].tolist() == pytest.approx([(x - mean) / deviation for x in flat], rel=1e-5)
+    assert returns is None
+    assert (advantages[~mask] == 0).all()

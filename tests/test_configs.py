@@ -14,7 +14,10 @@ from tests.helpers.trick import tricks
 
 CONFIGS = REPOSITORY / "configs"
 TRICKS = {path.stem: path for path in sorted([*CONFIGS.glob("tricks/*"), *CONFIGS.glob("monitors/*")])}
-EXCLUSIVE = [("curriculum_sampling", "reward_normalization"), ("prioritized_sampling", "reward_scaling")]
+EXCLUSIVE = [
+    ("curriculum_sampling", "dynamic_sampling", "reward_normalization"),
+    ("prioritized_sampling", "rejection_sampling", "reward_scaling"),
+]
 ELSEWHERE = {  # which test runs the others
     "supervised/test_configs.py": ("sft.yaml", "reward.yaml", "sentiment"),
     "cli/test_ppo.py": ("ppo.yaml",),
@@ -46,7 +49,7 @@ def test_tricks_are_switched_on_by_their_files(names, tmp_path, tiny_lm, tiny_re
     overlays = [path for name, path in TRICKS.items() if name in names]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"the {w} was good"}) + "\n" for w in WORDS))
     arguments = ppo_arguments(tmp_path, tiny_lm, tiny_reward)
-    arguments += ["--trainer.callbacks=null", "--trainer.max_steps=2"]
+    arguments += ["--trainer.callbacks=null", "--trainer.max_steps=2", "--model.samples_per_prompt=2"]
     arguments += [part for path in overlays for part in ("--config", str(path))]
     run_command("fit", *arguments, cwd=tmp_path).ok()
     saved = yaml.safe_load((tmp_path / "runs/ppo/version_0/config.yaml").read_text())

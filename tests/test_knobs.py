@@ -28,6 +28,7 @@ from lit_ppo import (
     LitSFT,
     PreferenceDataModule,
     PromptDataModule,
+    Reinforce,
     RewardFunction,
     RewardModel,
     StepCheckpoint,
@@ -336,7 +337,11 @@ KNOBS = {
         scale=False,
     ),
     "LeaveOneOut": Knobs(run_ppo, {}),
-    "Reinforce": Knobs(run_ppo, {}),
+    "Reinforce": Knobs(
+        lambda **arguments: run_ppo(advantages=Reinforce(**arguments), samples_per_prompt=2, critic=None),
+        {},
+        group_baseline=True,
+    ),
     "RewardModel": Knobs(
         run_scores(RewardModel),
         {"model": "reward"},

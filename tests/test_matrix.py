@@ -15,7 +15,9 @@ from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toys import make_module, make_trainer, texts, write_prompts
 from tests.helpers.trick import make_trick, tricks
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*Monitor")  # what monitors have to say is tested elsewhere
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*Monitor", "ignore:DynamicSampling"
+)  # what monitors have to say is tested elsewhere
 
 TRICKS = tricks()
 LORA = {"r": 2, "target_modules": "all-linear"}
@@ -36,6 +38,7 @@ REFUSED: dict[tuple[str, str], str] = {
     ("ReferenceUpdate", "lora"): "LitPPO's reference to its actor: they share",
     ("AdaptiveKL", "GroupRelative"): "LitPPO(kl_coef=0.0)",  # the estimator itself refuses another
     ("RewardWhitening", "GroupRelative"): "LitPPO(advantages=GroupRelative)",
+    ("DynamicSampling", "RejectionSampling"): "RejectionSampling",
     ("RejectionSampling", "GroupRelative"): "GroupRelative",
     ("RejectionSampling", "LeaveOneOut"): "LeaveOneOut",
     ("CurriculumSampling", "PrioritizedSampling"): "PrioritizedSampling",
@@ -56,7 +59,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def two_updates(names: tuple[str, ...], **module: Any) -> tuple[str | None, int]:
     """The refusal, if there was one, and the number of updates made."""
-    made_module = make_module(Path("lm"), **{"generation": {"max_new_tokens": 4}, "minibatch_size": 4, **module})
+    samples = {"samples_per_prompt": 2} if "DynamicSampling" in names else {}
+    given = {"generation": {"max_new_tokens": 4}, "minibatch_size": 4, **samples, **module}
+    made_module = make_module(Path("lm"), **given)
     trainer = make_trainer(Path(), callbacks=[make_trick(name, live=True) for name in names])
     try:
         trainer.fit(made_module, PromptDataModule("prompts.jsonl", batch_size=6, seed=0))

@@ -15,8 +15,12 @@ from tests.helpers.trick import Trick
 TRICK = {
     "AdvantageNormalization": Trick(
         acts={"clip": 0.5},
-        refuses={"scope": "epoch", "clip": 0.0},
-        knobs={"scope": ({}, {"scope": "minibatch"}), "clip": ({}, {"clip": None})},
+        refuses={"scope": "epoch", "clip": 0.0, "unbiased": 1},
+        knobs={
+            "scope": ({}, {"scope": "minibatch"}),
+            "clip": ({}, {"clip": None}),
+            "unbiased": ({}, {"unbiased": False}),
+        },
         twice=True,
     )
 }

@@ -30,7 +30,9 @@ from tests.helpers.trick import made, make_trick, tricks
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*Monitor")  # what monitors have to say is tested elsewhere
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*Monitor", "ignore:DynamicSampling"
+)  # what monitors have to say is tested elsewhere
 
 TRICKS = tricks()
 MONITORS = [name for name, trick in TRICKS.items() if trick.monitor]

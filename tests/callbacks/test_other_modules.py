@@ -20,7 +20,9 @@ from tests.helpers.traced import Seen, traced
 from tests.helpers.trick import made, make_trick, tricks
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-pytestmark = pytest.mark.filterwarnings("ignore:.*Monitor", "ignore:.*does not have many workers:")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*Monitor", "ignore:DynamicSampling", "ignore:.*does not have many workers:"
+)
 
 
 def traced_row(name: str) -> list[list[str]]:

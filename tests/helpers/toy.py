@@ -148,6 +148,7 @@ class Toy(L.LightningModule):
         kl_coef: At the start.
         clip_range: Of the ratio; None is no clipping.
         ppo_epochs: Passes over the experience.
+        samples_per_prompt: Responses to each of ``episodes`` prompts.
         critic: Whether there is one.
         reference: Whether there is one.
         fires: The hooks that it fires.
@@ -163,6 +164,7 @@ class Toy(L.LightningModule):
         kl_coef: float = 0.1,
         clip_range: float | None = None,
         ppo_epochs: int = 1,
+        samples_per_prompt: int = 1,
         critic: bool = True,
         reference: bool = True,
         fires: Callable[[str], bool] = lambda hook: True,
@@ -172,7 +174,7 @@ class Toy(L.LightningModule):
         self.episodes, self.minibatch_size, self.kl_per_response = episodes, minibatch_size, kl_per_response
         self.given_scores, self.longest, self.fires = scores, longest, fires
         self.kl_coef, self.actor_frozen, self.checkpoint_reference = kl_coef, False, False
-        self.clip_range, self.ppo_epochs, self.samples_per_prompt = clip_range, ppo_epochs, 1
+        self.clip_range, self.ppo_epochs, self.samples_per_prompt = clip_range, ppo_epochs, samples_per_prompt
         with torch.random.fork_rng():
             torch.manual_seed(1)
             self.actor = nn.Linear(FEATURES, TOKENS)
