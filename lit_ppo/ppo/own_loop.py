@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import warnings
+from collections import UserList
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import copy_context
@@ -57,8 +58,7 @@ class OwnLoop:
 
     def start(self) -> None:
         """Run ``fit`` up to its first update: all checks, the checkpoint to resume, the first validation."""
-        if self._data is None:
-            warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`")
+        warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`")
         self._resume(self._fit.switch)
         if not self.ended:
             atexit.register(self._at_exit)
@@ -173,6 +173,7 @@ class OwnLoop:
     def _run(self) -> None:
         try:
             data = itertools.repeat(()) if self._data is None else self._data
+            data = UserList(data) if isinstance(data, list | tuple) else data  # Lightning takes a list for many loaders
             self.trainer.fit(self._module, data, ckpt_path=self._ckpt_path)
             limits = f"max_steps={self.trainer.max_steps}, max_epochs={self.trainer.max_epochs}"
             self._end = f"after {self.trainer.global_step} updates ({limits}, a callback's stop, or close)"
@@ -213,7 +214,7 @@ def attach(module: Any, trainer: L.Trainer | None = None, data: Any = None, *, c
     Args:
         module: The LitPPO.
         trainer: With its strategy, precision, callbacks, loggers and limits.
-        data: Data module or loader from which the Trainer draws prompts; None: your loop has prompts of its own.
+        data: Data module, loader or list of batches from which the Trainer draws prompts; None: you bring them.
         ckpt_path: Checkpoint to resume.
 
     Returns:

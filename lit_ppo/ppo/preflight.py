@@ -90,6 +90,12 @@ def _preflight(module: Any, trainer: L.Trainer) -> None:
 def on_train_start(module: Any) -> None:
     """Apply the learning rates of the configuration to a resumed run, then measure where training starts."""
     optimization, trainer = module.optimization, module.trainer
+    if isinstance(trainer.train_dataloader, list | tuple | dict):
+        kind, problem = (
+            type(trainer.train_dataloader).__name__,
+            "give one loader, such as DataLoader(batches, batch_size=None)",
+        )
+        refuse("Trainer.fit", "train_dataloaders", kind, f"Lightning reads it as several loaders; {problem}")
     if optimization.resumed is not None:
         settings, states = optimization.resumed
         restore_settings(trainer, optimization.built, settings, states, trainer.global_step)

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import lightning as L
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from lit_ppo import StepCheckpoint, callbacks
 from tests.helpers.own_loops import by_fit, by_hand, check_same, numbers, on_each_rank, tricks
@@ -15,7 +16,10 @@ from tests.helpers.ranks import on_ranks
 from tests.helpers.toys import count_good, make_data, make_module, make_trainer
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*bf16 matrix products take", "ignore:.*smaller than minibatch_size", "ignore:.*LeafSpec"
+    "ignore:.*bf16 matrix products take",
+    "ignore:.*many workers",
+    "ignore:.*smaller than minibatch_size",
+    "ignore:.*LeafSpec",
 )
 PROMPTS = ["the film", "a story was", "we saw", "it felt", "that plot", "they loved", "music"]
 
@@ -94,6 +98,17 @@ def test_fit_resumes_prompts_of_a_loader(tmp_path, lm):
 
 def test_ranks_give_the_numbers_of_fit(tmp_path, lm):
     on_ranks(2, on_each_rank, tmp_path, lm, folder=tmp_path / "ranks")
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter, lambda batches: DataLoader(batches, batch_size=None)])
+def test_prompts_are_drawn_as_they_are_given(kind, tmp_path, lm):
+    batches, drawn = [PROMPTS[:5], PROMPTS[2:]], []
+    module = make_module(lm)
+    with module.attach(make_trainer(tmp_path, max_steps=-1, max_epochs=1), kind(batches)) as prompts:
+        for batch in prompts:
+            drawn.append(batch)
+            one_step(module, batch)
+    assert drawn == batches
 
 
 class Ends(L.Callback):
