@@ -86,14 +86,30 @@ def _of_columns(columns: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
     if isinstance(prompts, str) or not isinstance(prompts, Iterable):
         _refuse(f"a mapping with {keys}", f"{given[0]!r} is {type(prompts).__name__}, not one value per prompt")
     prompts = list(prompts)
+    if prompts and all(isinstance(turn, Mapping) and isinstance(turn.get("role"), list | tuple) for turn in prompts):
+        prompts = list(map(list, zip(*map(_rows, prompts), strict=True)))  # chats of as many turns, collated by torch
+    others = {}
     for name, values in columns.items():
-        count = len(values) if hasattr(values, "__len__") and not isinstance(values, str | Mapping) else None
-        if count != len(prompts):
-            _refuse(f"a mapping with {keys}", f"{name!r} has {count or 'no'} values for {len(prompts)} prompts")
-    others = {name: values.tolist() if hasattr(values, "tolist") else list(values) for name, values in columns.items()}
+        others[name] = _listed(values) if isinstance(values, Iterable) and not isinstance(values, str) else []
+        if len(others[name]) != len(prompts):
+            count = len(others[name]) or "no"
+            _refuse(f"a mapping with {keys}", f"{name!r} has {count} values for {len(prompts)} prompts")
     if mask is None and given == ["prompt"]:
         return _encoded(prompts, others, tokenizer)
     return _of_tokens(prompts, mask, others, tokenizer)
+
+
+def _rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A mapping of columns as rows: what the default collation of torch makes of a mapping in each row."""
+    parts = {name: _listed(values) for name, values in columns.items()}
+    return [dict(zip(parts, row, strict=True)) for row in zip(*parts.values(), strict=True)]
+
+
+def _listed(values: Any) -> list[Any]:
+    """The values of a column, one per row."""
+    if isinstance(values, Mapping):
+        return _rows(values)
+    return list(values.tolist() if hasattr(values, "tolist") else values)
 
 
 def _encoded(prompts: list[Any], columns: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase) -> PromptBatch:
