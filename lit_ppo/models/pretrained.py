@@ -24,6 +24,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 INSIDE = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # and what DDP, DeepSpeed, TRL's value heads, peft and modules around a model put before it
 BEFORE = ("module", "_forward_module", "pretrained_model", "base_model", "model", "actor", "policy")
+OTHER_HEADS = re.compile("Classification|Reward|Score|QuestionAnswering")
 HUB = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 
 
@@ -135,7 +136,7 @@ def check_causal_lm(where: str, model: PreTrainedModel, missing: list[str]) -> N
     Raises:
         ValueError: It is a classifier, or weights are missing.
     """
-    kinds = [kind for kind in getattr(model.config, "architectures", None) or [] if "Classification" in kind]
+    kinds = [kind for kind in getattr(model.config, "architectures", None) or [] if OTHER_HEADS.search(kind)]
     if kinds:
         head = model.get_output_embeddings()
         names = [name for name, module in model.named_modules() if module is head]

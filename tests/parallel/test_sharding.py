@@ -204,8 +204,8 @@ def precisions(folder: Path) -> None:
         trainer = make_trainer(folder, devices=n_ranks(), strategy=strategy, precision=precision, max_steps=1)
         with Counting() as counting:
             trainer.fit(module, make_data(folder))
-        # the reward model and the reference: two blocks and the rest each
-        assert len(strategy._offloaded) == (6 if name == "offloaded" else 0)
+        # the reward model and the reference: two blocks and the rest each, and a scoring head in float32
+        assert len(strategy._offloaded) == (7 if name == "offloaded" else 0)
         trained = {p.dtype for model in (module.actor, module.critic) for p in model.parameters()}
         assert trained == {torch.float32}
         reference = getattr(torch, module.model_settings.reference_dtype)
