@@ -90,9 +90,17 @@ def stop_ids(config: GenerationConfig) -> list[int]:
     return [int(i) for i in (ids if isinstance(ids, list | tuple) else [ids]) if i is not None]
 
 
-def named_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:
-    """All stop tokens that a checkpoint or its tokenizer names, as ``eos_token_id``; the tokenizer's comes first."""
-    stops = list(stop_sources(model, tokenizer))
+def named_stops(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, first: int | None = None
+) -> int | list[int] | None:
+    """All stop tokens that a checkpoint or its tokenizer names, as ``eos_token_id``.
+
+    Args:
+        model: Its generation config is read.
+        tokenizer: Its end-of-sequence token comes before the model's.
+        first: Another one that comes before both.
+    """
+    stops = list(dict.fromkeys([*([] if first is None else [first]), *stop_sources(model, tokenizer)]))
     return stops[0] if len(stops) == 1 else stops or None
 
 

@@ -101,6 +101,10 @@ class SupervisedModule(L.LightningModule):
         lengths = attention_mask.sum(1).tolist()
         return [(rows, max(lengths[row] for row in rows)) for rows in row_groups(self.model, lengths)]
 
+    def trained_stop(self) -> int | None:
+        """A stop token that training taught and that neither tokenizer nor generation config need to name."""
+        return None
+
     def save_pretrained(self, dirpath: str | Path) -> None:
         """Write weights, config and tokenizer to a folder; for a causal LM, also the generation config.
 
@@ -111,8 +115,8 @@ class SupervisedModule(L.LightningModule):
         """
         self.configure_model()
         assert self.model is not None
-        if self.model.can_generate():  # the token that training appended to every text
-            self.model.generation_config.eos_token_id = named_stops(self.model, self.tokenizer)
+        if self.model.can_generate():
+            self.model.generation_config.eos_token_id = named_stops(self.model, self.tokenizer, self.trained_stop())
         weights = full_weights(self.model)
         if weights is None or rank() == 0:
             self.model.save_pretrained(str(dirpath), state_dict=weights)

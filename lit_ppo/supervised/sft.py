@@ -1,5 +1,6 @@
 """Supervised fine-tuning (SFT): train a causal LM on text."""
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from lit_ppo.supervised.base import SupervisedModule
 from lit_ppo.supervised.source import ModelSource
 
+BATCHES_COUNTED = 16  # to see which token ends a text; reading labels makes a GPU wait
 IGNORED = -100
 """Label of a token without loss, as in Hugging Face's models."""
 
@@ -49,6 +51,8 @@ class LitSFT(SupervisedModule):
         source = ModelSource(type(self).__name__, AutoModelForCausalLM, model, tokenizer, model_kwargs)
         super().__init__(source, optimizer, scheduler)
         self.val_loss = MeanMetric()
+        self._ends: Counter[int | None] = Counter()
+        self._counted = 0
 
     def token_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Sum of a batch's next-token losses in nats, and the number of tokens with a loss."""
@@ -63,7 +67,24 @@ class LitSFT(SupervisedModule):
             losses.append(F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"))
         return torch.stack(losses).sum(), (targets != IGNORED).sum()
 
+    def trained_stop(self) -> int | None:
+        """The special token that ended most of the texts that training began with, such as a chat's end of turn."""
+        (token, count), *_ = self._ends.most_common(1) or [(None, 0)]
+        return token if 2 * count > self._ends.total() else None
+
+    def _count_ends(self, labels: Tensor) -> None:
+        """Which special token is the last of each text; a template may put a line break behind it."""
+        tokenizer = self.tokenizer
+        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        special -= {tokenizer.unk_token_id, tokenizer.bos_token_id}
+        for row in labels.tolist():
+            last = [token for token in row if token != IGNORED][-3:]
+            self._ends[next((token for token in reversed(last) if token in special), None)] += 1
+        self._counted += 1
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if self._counted < BATCHES_COUNTED:
+            self._count_ends(batch["labels"])
         total, tokens = self.token_losses(batch)
         loss = total / tokens.clamp(min=1)  # texts of one token have no target
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))

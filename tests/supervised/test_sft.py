@@ -184,3 +184,21 @@ def test_saved_folder_loads_with_weights_tokenizer_and_generation_config(tmp_pat
     assert tokenizer("the film was good")["input_ids"] == module.tokenizer("the film was good")["input_ids"]
     generation = GenerationConfig.from_pretrained(tmp_path / "model")
     assert (generation.eos_token_id, generation.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+
+
+def test_the_stop_token_that_was_trained_is_exported(tmp_path: Path) -> None:
+    """A chat's end of turn, which neither tokenizer nor checkpoint name; cut texts end anywhere."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<think>", "<end>"]}, replace_extra_special_tokens=False
+    )
+    think, end = tokenizer.convert_tokens_to_ids(["<think>", "<end>"])
+    path = make_causal_lm(tmp_path / "lm", tokenizer=tokenizer)
+    for folder, rows, stops in (
+        ("chats", [[5, 6, end], [7, end, 8], [think, 9, end], [5, think]], [end, 1]),
+        ("pieces", [[5, 6, end], [7, 8], [think, 9, 9, 9], [5, think]], 1),
+    ):
+        module = LitSFT(str(path))
+        fit(module, [text_batch(rows)], tmp_path, max_steps=1)
+        module.save_pretrained(tmp_path / folder)
+        assert GenerationConfig.from_pretrained(tmp_path / folder).eos_token_id == stops
