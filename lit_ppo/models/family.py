@@ -44,6 +44,8 @@ def check_head(model: PreTrainedModel, head_inputs: Forward) -> None:
                 model(input_ids=row, attention_mask=torch.ones_like(row)).logits[0] for row in (ids[:1, 1:], ids[1:])
             ]
             stock = torch.cat([alone[0][:1], alone[1][:2]])
+    except Exception as error:
+        raise _cannot(model, "run a padded row", error) from error
     finally:
         handle.remove()
     difference = float((ours.float() - stock.float()).abs().max() / stock.float().abs().max().clamp(min=1e-6))
@@ -79,11 +81,7 @@ def check_sampling(model: PreTrainedModel, head_inputs: Forward) -> None:
         with torch.no_grad(), stock_attention(model):
             responses = sample(model, prompts, mask, config, draws).ids
     except Exception as error:
-        raise ValueError(
-            f"{type(model).__name__}: not supported, it cannot sample prompts of unequal length "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); use a family like GPT-2, "
-            "Llama or Qwen2"
-        ) from error
+        raise _cannot(model, "sample prompts of unequal length", error) from error
     finally:
         handle.remove()
     real = torch.tensor([[step < len(row) for step in range(3)] for row in responses], device=model.device)
@@ -99,6 +97,13 @@ def check_sampling(model: PreTrainedModel, head_inputs: Forward) -> None:
             f"{type(model).__name__}: not supported, on rows of unequal length the log-probs of sampling are not those "
             f"of training (relative difference {difference:.1e}); use a family like GPT-2, Llama or Qwen2"
         )
+
+
+def _cannot(model: PreTrainedModel, what: str, error: Exception) -> ValueError:
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return ValueError(
+        f"{type(model).__name__}: not supported, it cannot {what} ({reason}); use a family like GPT-2, Llama or Qwen2"
+    )
 
 
 def check_causal(backbone: PreTrainedModel) -> int:

@@ -25,6 +25,43 @@ def score_in_float32(model: Any) -> Any:
     return model
 
 
+@torch.no_grad()
+def check_scores_alone(where: str, model: Any) -> None:
+    """Check that the score of a text is the same beside a longer one, where that can be tried.
+
+    Some encoders mix all positions of a forward, padding included (FNet, Nystromformer).
+
+    Args:
+        where: Class, argument and value, for messages.
+        model: Sequence classifier.
+
+    Raises:
+        ValueError: It is not.
+    """
+    config = model.config.get_text_config()
+    if model.dtype not in (torch.float32, torch.float64):
+        return  # rounding would differ as well
+    pad, config.pad_token_id = config.pad_token_id, config.pad_token_id or 0
+    ids = torch.tensor([i for i in range(2, 12) if i != config.pad_token_id][:8], device=model.device)
+    rows = torch.stack([ids, ids.flip(0)]) % config.vocab_size
+    rows[1, 3:] = config.pad_token_id
+    mask = torch.ones_like(rows)
+    mask[1, 3:] = 0
+    try:
+        together = model(input_ids=rows, attention_mask=mask).logits[1]
+        alone = model(input_ids=rows[1:, :3], attention_mask=mask[1:, :3]).logits[0]
+    except Exception:  # some need tokens of their own in every text
+        return
+    finally:
+        config.pad_token_id = pad
+    difference = float((together - alone).abs().max() / alone.abs().max().clamp(min=1e-3))
+    if not difference < 1e-2:
+        raise ValueError(
+            f"{where}: a text's score depends on the texts beside it (relative difference {difference:.1e}); use "
+            "batch_size=1"
+        )
+
+
 def _float32(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     def cast(x: Any) -> Any:
         return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x

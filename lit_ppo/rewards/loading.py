@@ -7,19 +7,21 @@ from typing import Any
 from lit_ppo.models.positions import token_limit
 
 
-def load_classifier(path: str, model_kwargs: dict[str, Any]) -> Any:
+def load_classifier(path: str, model_kwargs: dict[str, Any], *, alone: bool = False) -> Any:
     """A frozen sequence classifier in eval mode.
 
     Args:
         path: Local folder or hub name.
         model_kwargs: Passed to ``from_pretrained``.
+        alone: No two texts share a forward.
 
     Raises:
-        ValueError: It cannot be loaded, or its head was never trained.
+        ValueError: It cannot be loaded, its head was never trained, or scores depend on the texts beside them.
     """
     from transformers import AutoModelForSequenceClassification  # slow to import; configurations are checked without it
 
     from lit_ppo.models.pretrained import check_complete, load_pretrained
+    from lit_ppo.models.scoring import check_scores_alone
 
     try:
         model, missing = load_pretrained(AutoModelForSequenceClassification, path, **model_kwargs)
@@ -27,6 +29,8 @@ def load_classifier(path: str, model_kwargs: dict[str, Any]) -> Any:
         raise _cannot_load("model", path, error) from error
     advice = "train it as a reward model first, or name a trained one"
     check_complete(f"RewardModel(model={path!r})", model, missing, advice=advice)
+    if not alone:
+        check_scores_alone(f"RewardModel(model={path!r})", model.eval())
     return model.eval().requires_grad_(False)
 
 

@@ -83,7 +83,7 @@ class RewardModel(nn.Module):
         """
         if self.model is not None:
             return
-        model = build(strategy, partial(load_classifier, self.path, self.model_kwargs))
+        model = build(strategy, partial(load_classifier, self.path, self.model_kwargs, alone=self.batch_size == 1))
         trust = bool(self.model_kwargs.get("trust_remote_code"))
         self.tokenizer = load_tokenizer(self.tokenizer_path, trust, needs_offsets=self.aggregation == "mean")
         self.label_index = find_label(self.label, self.path, model.config)

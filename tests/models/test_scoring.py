@@ -46,3 +46,12 @@ def test_margins_of_a_trained_reward_model_too(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     saved = RewardModel(str(tmp_path / "saved"))(SimpleNamespace(prompts=TEXTS, responses=[""] * 256, columns={}))
     assert saved.shape == (256,)
+
+
+def test_a_score_that_depends_on_the_texts_beside_it_is_refused(tmp_path: Path) -> None:
+    """FNet mixes all positions of a forward, padding included."""
+    path = str(make_reward_model(tmp_path, "fnet", initializer_range=0.5))
+    with pytest.raises(ValueError, match=r"RewardModel\(model=.*depends on the texts beside it.*use batch_size=1"):
+        RewardModel(path).build()
+    one_by_one = RewardModel(path, batch_size=1)
+    assert one_by_one.score_texts(TEXTS[:2])[0] == one_by_one.score_texts(TEXTS[:1])[0]
