@@ -119,14 +119,20 @@ def require_token_rewards(callback: L.Callback, pl_module: Any) -> None:
         )
 
 
-def require_weighted_rows(callback: L.Callback, trainer: L.Trainer, pl_module: Any) -> Any:
+def require_weighted_rows(callback: L.Callback, trainer: L.Trainer, pl_module: Any, *names: str) -> Any:
     """The data module, after its setup, if it can draw rows by weight.
+
+    Args:
+        callback: The callback.
+        trainer: The trainer.
+        pl_module: The module, for the message.
+        *names: What the callback needs besides ``set_weights``.
 
     Raises:
         TypeError: It cannot, or there is none.
     """
     data = getattr(trainer, "datamodule", None)
-    missing = [name for name in ("columns", "set_weights") if not hasattr(data, name)]
+    missing = [name for name in (*names, "set_weights") if not hasattr(data, name)]
     if missing:
         lacks = (
             "without a data module" if data is None else f"on {type(data).__name__}, which lacks {', '.join(missing)}"

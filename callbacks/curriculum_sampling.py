@@ -40,7 +40,7 @@ class CurriculumSampling(PPOCallback):
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         refuse_beside(self, trainer, CurriculumSampling, why="both would set the sampling weights")
         if stage == "fit":
-            difficulty = self._difficulty(require_weighted_rows(self, trainer, pl_module).columns)
+            difficulty = self._difficulty(require_weighted_rows(self, trainer, pl_module, "columns").columns)
             self._easy_first = sorted(range(len(difficulty)), key=difficulty.__getitem__)  # stable: ties stay in order
 
     def _difficulty(self, columns: dict[str, list[Any]]) -> list[float]:

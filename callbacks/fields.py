@@ -63,10 +63,11 @@ def missing_field(where: str, argument: str, rows: Any, error: AttributeError, h
     """
     owner, name = type(rows).__name__, str(error.name)
     reason = f" ({error})" if str(error).startswith(f"{owner}.") else ""
-    what = "use" if name in ("mean", "log", "keep") else f'set it before fire(self, "{hook}", ...), or use'
+    ways = [] if name in ("mean", "log", "keep") else [f'set it before fire(self, "{hook}", ...)']
+    ways += [] if type(rows).__module__.startswith("lit_ppo.") else ["use lit_ppo.callbacks.Experience"]
     return TypeError(
-        f"{where} needs {argument}.{name}: {described(name)}; {owner} lacks it{reason}; {what} "
-        "lit_ppo.callbacks.Experience, or remove the callback"
+        f"{where} needs {argument}.{name}: {described(name)}; {owner} lacks it{reason}; {', '.join(ways)}, or remove "
+        "the callback"
     )
 
 

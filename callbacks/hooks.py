@@ -1,7 +1,7 @@
 """Call the hooks, and refuse what would leave a callback without effect, unnoticed."""
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import FrozenInstanceError, dataclass, field
 from typing import Any
 
 import lightning as L
@@ -45,6 +45,7 @@ class Fired:
     now: set[str] = field(default_factory=set)  # in this update
     step: int = 0  # optimizer steps before this update
     frozen: bool = False  # whether the actor was frozen at some time in this update
+    starts_frozen: bool = False  # whether it was at its start
     exhausted_by: str | None = None  # the callback that has ended this update
 
     def start_update(self) -> None:
@@ -92,14 +93,22 @@ def _before(trainer: Any, pl_module: Any, hook: str, args: tuple[Any, ...]) -> F
     if hook in fired.now and hook not in OF_STEPS and "on_update_end" not in fired.ever and step > fired.step:
         check_hooks(trainer, pl_module)  # a second update starts, and the first one had no end
         fired.start_update()
+    frozen = getattr(pl_module, "actor_frozen", False)
+    if not fired.now:
+        fired.step, fired.starts_frozen = step, frozen
+    if hook == "on_actor_loss" and fired.starts_frozen and frozen:
+        module = type(pl_module).__name__
+        raise TypeError(
+            f"a callback has set actor_frozen, but {module} trains its actor; in {module} add if not actor_frozen: "
+            "before the actor's forward and step, or remove the callback"
+        )
     if hook in OF_STEPS:
         refuse_ignored_end(pl_module)
     elif hook == "on_update_end" or not getattr(args[0] if args else None, "exhausted", False):
         fired.exhausted_by = None
-    fired.step = fired.step if fired.now else step
     fired.ever.add(hook)
     fired.now.add(hook)
-    fired.frozen = fired.frozen or getattr(pl_module, "actor_frozen", False)
+    fired.frozen = fired.frozen or frozen
     return fired
 
 
@@ -111,9 +120,14 @@ def _call(callback: Any, hook: str, function: Any, args: tuple[Any, ...]) -> Non
     try:
         function(*args)
     except AttributeError as error:
-        if rows is None or error.obj is not rows:
-            raise
-        raise missing_field(where, argument, rows, error, hook) from error
+        if rows is not None and error.obj is rows:
+            raise missing_field(where, argument, rows, error, hook) from error
+        if isinstance(error, FrozenInstanceError) or "can't set attribute" in str(error):
+            raise TypeError(
+                f"{where} sets fields of the {argument}, but {type(rows).__name__} does not allow it ({error}); use a "
+                "class whose fields can be set, such as lit_ppo.callbacks.Experience"
+            ) from error
+        raise
     except (TypeError, RuntimeError, ValueError, IndexError) as error:
         problem = first_malformed(where, argument, rows)
         if problem is None:
@@ -181,7 +195,7 @@ def _check_losses(name: str, before: dict[str, Tensor], losses: dict[str, Tensor
         if key in before and key in setters and not _uses(loss, before[key]):
             raise ValueError(
                 f"{setters[key]} and {name}: both replace the same loss term, losses[{key!r}], and only the second "
-                "would have an effect; keep one of them"
+                "would have an effect; put one that only changes the value last, or keep one of them"
             )
         setters[key] = name
 

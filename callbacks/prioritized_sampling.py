@@ -86,7 +86,7 @@ class PrioritizedSampling(PPOCallback):
 
 def _n_rows(data: Any) -> int:
     """Number of training rows of a data module: ``n_rows``, or the length of its columns."""
-    n_rows: int = getattr(data, "n_rows", 0) or max(map(len, data.columns.values()), default=0)
+    n_rows: int = getattr(data, "n_rows", 0) or max(map(len, getattr(data, "columns", {}).values()), default=0)
     if not n_rows:
         raise TypeError(
             f"PrioritizedSampling needs the number of training rows, but {type(data).__name__} has neither columns nor "

@@ -76,8 +76,13 @@ class RejectionSampling(PPOCallback):
 
     def on_scores(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
         if self._rejects:
-            mean = experience.scores.mean()
-            experience.keep(best_of_groups(experience.scores, experience.group))
+            mean, best = experience.scores.mean(), best_of_groups(experience.scores, experience.group)
+            if len(best) == len(experience.scores):
+                raise ValueError(
+                    f"RejectionSampling(k={self.k}): each of the {len(best)} responses is alone in its group; sample "
+                    "samples_per_prompt responses to a prompt and give them the same number in experience.group"
+                )
+            experience.keep(best)
             pl_module.log("rejection/score_gain", experience.scores.mean() - mean)
 
     def on_actor_loss(

@@ -20,7 +20,7 @@ def test_attributes_that_a_callback_sets_are_in_force(tmp_path, lm):
     class Set(L.Callback):
         def on_rollout_start(self, trainer: Any, pl_module: Any, prompts: Any) -> None:
             pl_module.samples_per_prompt, pl_module.ppo_epochs = 2, 1
-            pl_module.kl_coef, pl_module.kl_estimator, pl_module.clip_range = 0.7, "k3", 1e-6
+            pl_module.kl_coef, pl_module.kl_estimator, pl_module.clip_range = 0.7, "k3", [1e-6, 2e-6]
 
     _, recorder, trainer = record(tmp_path, lm, Set())
     first, second = recorder.experiences

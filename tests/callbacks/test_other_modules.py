@@ -2,6 +2,9 @@
 
 import re
 import runpy
+from collections import namedtuple
+from contextlib import nullcontext
+from dataclasses import make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +14,7 @@ import pytest
 import torch
 
 import lit_ppo.callbacks as tricks_of
-from lit_ppo.callbacks import Experience, PPOCallback
+from lit_ppo.callbacks import Experience, PPOCallback, fire
 from lit_ppo.callbacks.fields import FIELDS, OTHERS
 from lit_ppo.callbacks.hooks import HOOKS
 from tests.helpers.command import REPOSITORY
@@ -202,6 +205,41 @@ def test_a_module_that_goes_on_after_the_end_is_refused(at: str) -> None:
     assert module.actor.weight.equal(weights)
 
 
+def test_a_module_that_ignores_what_callbacks_set_is_refused() -> None:
+    class Deaf(Toy):
+        def rollout(self, prompts: Any, **kwargs: Any) -> Any:
+            self.samples_per_prompt = 1
+            return super().rollout(prompts, **kwargs)
+
+        def backward_of(self, micro: Any, sums: Any) -> None:
+            self.fire("on_actor_loss", micro, {})
+
+    with pytest.raises(TypeError, match=r"^a callback has set actor_frozen, but Deaf trains its actor"):
+        run_updates(make_trick("CriticWarmup"), module=Deaf())
+    with pytest.raises(ValueError, match=r"^RejectionSampling\(k=\d\): each of the 8 responses is alone in its group"):
+        run_updates(make_trick("RejectionSampling", every=1), module=Deaf())
+
+
+@pytest.mark.parametrize("made_of", [{"mask": True}, (1, 2), "frozen"])
+def test_rows_whose_fields_cannot_be_set_are_named(made_of: Any) -> None:
+    """A dict, a named tuple, a frozen dataclass."""
+    fields = ["scores", "response_mask"]
+    kinds = {
+        dict: lambda **rows: rows,
+        tuple: namedtuple("Rows", fields),
+        str: make_dataclass("Rows", fields, frozen=True),
+    }
+    rows = kinds[type(made_of)](scores=torch.zeros(2), response_mask=torch.ones(2, 3, dtype=torch.bool))
+    module = SimpleNamespace(log=lambda *_: None)
+    trick = make_trick("RewardClipping")
+    module.trainer = SimpleNamespace(callbacks=[trick], profiler=SimpleNamespace(profile=lambda _: nullcontext()))
+    words = (
+        "needs experience.scores" if isinstance(made_of, dict) else "sets fields of the experience, but Rows does not"
+    )
+    with pytest.raises(TypeError, match=rf"^RewardClipping.on_scores {words}"):
+        fire(module, "on_scores", rows)
+
+
 @pytest.mark.parametrize("name", ["AdaptiveKL", "CriticWarmup", "KLLoss", "ValueClipping"])
 def test_a_model_under_another_name_is_accepted(name: str) -> None:
     """None of them reads the attribute."""
@@ -232,7 +270,7 @@ def test_the_second_of_two_that_replace_a_loss_term_is_refused() -> None:
         ([make_trick("ValueClipping"), sets("value", new["value"], hook="on_critic_loss")], "ValueClipping and Mine"),
     ]:
         with pytest.raises(
-            ValueError, match=rf"^{names}: both replace the same loss term, losses\['.*; keep one of them$"
+            ValueError, match=rf"^{names}: both replace the same loss term, losses\['.*keep one of them$"
         ):
             run_updates(callbacks, clip_range=0.2)
 
