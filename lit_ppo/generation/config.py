@@ -8,7 +8,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from lit_ppo.validate import integer, refuse
 
 # transformers' own defaults for what is unset are neutral, except for this one
-NEUTRAL: dict[str, Any] = {"top_k": 0}
+NEUTRAL: dict[str, Any] = {"do_sample": True, "top_k": 0}
 ELSEWHERE = {
     "temperature": "it is LitPPO's own argument, since log-probs use it too",
     "do_sample": "training always samples; rollout(do_sample=False) is greedy",
@@ -39,7 +39,7 @@ def check_generation(generation: dict[str, Any]) -> None:
             refuse("LitPPO", "generation", {name: value}, f"transformers.GenerationConfig has no field {name!r}")
     integer("LitPPO", "generation.max_new_tokens", generation.get("max_new_tokens"))
     try:
-        mode = neutral(**{**generation, "do_sample": True}).get_generation_mode()
+        mode = neutral(**generation).get_generation_mode()
     except (ValueError, TypeError) as error:
         refuse("LitPPO", "generation", generation, f"{str(error).splitlines()[0]}; correct it or leave it out")
     if mode != GenerationMode.SAMPLE:
@@ -67,7 +67,7 @@ def generation_config(
         "bos_token_id": tokenizer.bos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    return neutral(**{**ids, **generation, "do_sample": True, "temperature": temperature})
+    return neutral(**{**ids, **generation, "temperature": temperature})
 
 
 def say_stops(

@@ -108,9 +108,11 @@ def call_generate(
         decode: Gets what transformers hands to a ``custom_generate``.
         do_sample: False: greedy.
     """
-    own, model.generation_config = model.generation_config, neutral()
+    own, model.generation_config = model.generation_config, GenerationConfig()
     config = copy(config)
     config.do_sample = do_sample
+    if not do_sample:  # transformers warns about settings that only sampling reads
+        config.top_k = config.temperature = None
     try:
         model.generate(  # type: ignore[operator]
             input_ids=prompt_ids, attention_mask=prompt_mask.long(), generation_config=config, custom_generate=decode
@@ -141,7 +143,8 @@ def reshaping_fields(model: PreTrainedModel, config: GenerationConfig, generatio
         def decode(model: Any, input_ids: Tensor, logits_processor: Any, built: list[Any] = built, **_: Any) -> None:
             built.extend(logits_processor)
 
-        alone = neutral(max_new_tokens=config.max_new_tokens, eos_token_id=stop_ids(config) or None)
+        special = {"eos_token_id": stop_ids(config) or None, "pad_token_id": config.pad_token_id}
+        alone = neutral(max_new_tokens=config.max_new_tokens, **special)
         setattr(alone, name, getattr(config, name))
         try:
             call_generate(model, one_token, torch.ones_like(one_token, dtype=torch.bool), alone, decode)

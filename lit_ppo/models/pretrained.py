@@ -234,7 +234,13 @@ def _merged(auto: Any, path: str, kwargs: dict[str, Any]) -> tuple[PreTrainedMod
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     lost = sorted(expected.keys() - weights.keys())
     if not lost:
-        set_peft_model_state_dict(model, weights)
+        try:
+            set_peft_model_state_dict(model, weights)
+        except RuntimeError as error:  # sizes that differ
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"it holds an adapter that does not fit its base model {base_path!r} ({reason})"
+            ) from error
     brought = {name.removeprefix("base_model.model.") for name in weights}
     full: PreTrainedModel = model.merge_and_unload()
     if full.can_generate() and (Path(path) / "generation_config.json").exists():

@@ -141,7 +141,11 @@ def test_what_of_an_adapter_is_missing_is_named(tmp_path: Path, tiny_lm: Path) -
     with pytest.raises(ValueError, match=r"lacks base_model\S+h\.1\.attn\.c_attn\.lora_A\.weight"):
         LOADERS["LitSFT(model"](path)
     settings = tmp_path / "a" / "adapter_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": "/gone"}))
+    wide = str(make_causal_lm(tmp_path / "wide", n_embd=32))
+    for base, problem in ((wide, "does not fit its base model"), ("/gone", "base model '/gone' cannot be loaded")):
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": base}))
+        with pytest.raises(ValueError, match=rf"LitPPO\(actor=.*{problem}"):
+            LOADERS["LitPPO(actor"](str(tmp_path / "a"))
     module = LitPPO(str(tiny_lm), reference=str(tmp_path / "a"), rewards=count_good, generation={"max_new_tokens": 2})
     with pytest.raises(ValueError, match=r"LitPPO\(reference=.*base model '/gone' cannot be loaded"):
         module.configure_model()
