@@ -230,6 +230,7 @@ def test_the_longest_micro_batch_is_tried_and_leaves_no_trace(tmp_path, tiny_lm,
     assert all(torch.equal(v, start.state_dict()[k]) for k, v in module.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")
 def test_a_list_of_batches_is_refused(tmp_path, tiny_lm):
     """Lightning would make its first update from the first prompt of every batch."""
     with pytest.raises(ValueError, match=r"train_dataloaders='list'\): .*several loaders; give one"):
