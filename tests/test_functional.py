@@ -1,4 +1,7 @@
-"""The mathematics against brute force: plain Python loops over float64 numbers, and examples worked by hand."""
+"""The mathematics against brute force: plain Python loops over float64 numbers.
+
+Small examples by hand are in the docstrings, which tests/test_docstrings.py runs.
+"""
 
 import inspect
 import itertools
@@ -6,6 +9,7 @@ import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,15 +72,6 @@ def test_masked_var_whiten_and_scale(unbiased: bool, variance: Callable[[list[fl
     assert kept(F.scale(x, MASK, unbiased)) == pytest.approx(scaled, rel=1e-12)
 
 
-def test_whiten_by_hand():
-    """1, 2, 3: mean 2, variance 1 (over n - 1) or 2/3 (over n)."""
-    x, mask = torch.tensor([[1.0, 2.0], [3.0, 50.0]]), torch.tensor([[True, True], [True, False]])
-    assert F.masked_var(x, mask).item() == 1.0
-    assert F.whiten(x, mask).flatten().tolist() == pytest.approx([-1, 0, 1, 0])
-    assert F.whiten(x, mask, unbiased=False).flatten().tolist() == pytest.approx([-(1.5**0.5), 0, 1.5**0.5, 0])
-    assert F.scale(x, mask).flatten().tolist() == pytest.approx([1, 2, 3, 0])
-
-
 def test_whiten_of_a_single_value_and_of_equal_values_is_zero():
     for mask in (torch.tensor([[True, False]]), torch.tensor([[True, True]])):
         assert F.whiten(torch.full((1, 2), 3.0), mask).tolist() == [[0.0, 0.0]]
@@ -107,18 +102,11 @@ def test_merged_moments_take_float32_without_losing_digits():
 # scores
 
 
-@pytest.mark.parametrize(
-    ("budget", "coef", "bound", "expected"),
-    [
-        (3, 0.5, None, [0.0, 0.0, 1.0, 0.0, 1.0]),  # lengths 1, 3, 5, 2, 5
-        (2, 0.5, 1.0, [0.0, 0.5, 1.0, 0.0, 1.0]),
-        (0, 1.0, 2.5, [1.0, 2.5, 2.5, 2.0, 2.5]),
-        (9, 1.0, None, [0.0] * 5),
-    ],
-)
-def test_length_penalty_by_hand(budget: int, coef: float, bound: float | None, expected: list[float]):
-    assert F.length_penalty(MASK, budget, coef, bound).tolist() == expected
-    assert F.length_penalty(torch.nn.functional.pad(MASK, (0, 4)), budget, coef, bound).tolist() == expected
+def test_length_penalty_without_a_bound():
+    """Lengths 1, 3, 5, 2, 5; columns of padding are no tokens."""
+    padded = torch.nn.functional.pad(MASK, (0, 4))
+    for mask in (MASK, padded):
+        assert F.length_penalty(mask, budget=2, coef=0.5).tolist() == [0.0, 0.5, 1.5, 0.0, 1.5]
 
 
 # distributions
@@ -168,12 +156,17 @@ def test_entropy_gradient_agrees_with_finite_differences():
 
 @pytest.mark.parametrize(
     ("kind", "formula"),
-    [("k1", lambda d: d), ("k2", lambda d: d * d / 2), ("k3", lambda d: math.exp(-d) - 1 + d)],
+    [
+        ((), lambda d: d),
+        (("k1",), lambda d: d),
+        (("k2",), lambda d: d * d / 2),
+        (("k3",), lambda d: math.exp(-d) - 1 + d),
+    ],
 )
-def test_kl_estimates_per_token(kind: str, formula: Callable[[float], float]):
+def test_kl_estimates_per_token(kind: tuple[str, ...], formula: Callable[[float], float]):
     logprobs, reference = -normal(B, T).abs(), -normal(B, T, seed=1).abs()
     expected = [[formula(logprobs[b, t].item() - reference[b, t].item()) for t in range(T)] for b in range(B)]
-    close(F.kl_estimate(logprobs, reference, kind), expected)
+    close(F.kl_estimate(logprobs, reference, *kind), expected)
 
 
 def test_k3_keeps_its_digits_near_zero():
@@ -213,22 +206,6 @@ def test_score_lands_on_the_last_token_and_kl_on_every_one():
         for t in range(T):
             expected = 0.0 if t >= n else -0.3 * kl[b, t].item() + (scores[b].item() if t == n - 1 else 0.0)
             assert rewards[b, t].item() == pytest.approx(expected, abs=1e-15)
-
-
-def test_numbers_of_a_response_by_hand():
-    """By the defaults: k1, gamma 1, lambda 0.95. The fourth token is padding.
-
-    KL log 2 = 0.693 a token; rewards -0.1, -0.1, 4.9 of a KL of 1 and a score of 5. Against values 2, 3, 4:
-    4.9 - 4 = 0.9; (-0.1 + 4 - 3) + 0.95 * 0.9 = 1.755; (-0.1 + 3 - 2) + 0.95 * 1.755 = 2.56725.
-    """
-    mask = torch.tensor([[True, True, True, False]])
-    half, quarter = torch.tensor([0.5]).log(), torch.tensor([0.25]).log()
-    assert F.kl_estimate(half, quarter).item() == pytest.approx(0.693147)
-    rewards = F.token_rewards(torch.tensor([5.0]), torch.ones(1, 4), mask, 0.1)
-    assert rewards.tolist() == [pytest.approx([-0.1, -0.1, 4.9, 0.0])]
-    advantages, returns = F.gae(rewards, torch.tensor([[2.0, 3.0, 4.0, 9.0]]), mask)
-    assert advantages.tolist() == [pytest.approx([2.56725, 1.755, 0.9, 0.0])]
-    assert returns.tolist() == [pytest.approx([4.56725, 4.755, 4.9, 0.0])]
 
 
 def brute_force_gae(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
@@ -304,75 +281,43 @@ def test_responses_that_are_all_alike_teach_exactly_nothing(score: float, n: int
     assert not F.leave_one_out_advantages(rewards, group, mask).any()
 
 
-def test_alone_in_its_group_a_response_gets_zero_and_the_others_their_due():
-    group, mask = torch.tensor([0, 1, 0]), torch.ones(3, 1, dtype=torch.bool)
-    rewards = torch.tensor([[1.0], [9.0], [2.0]])
-    assert F.leave_one_out_advantages(rewards, group, mask)[:, 0].tolist() == [-1.0, 0.0, 1.0]
-    expected = [-(0.5**0.5), 0.0, 0.5**0.5]
+def test_a_response_that_is_alone_gets_zero_and_one_without_tokens_counts_for_nothing():
+    """The row of 9 is alone in its group; the row of 50 is masked out: 1 and 2 are all that there is to compare."""
+    group, mask = torch.tensor([0, 1, 0, 0]), torch.tensor([[True], [True], [False], [True]])
+    rewards = torch.tensor([[1.0], [9.0], [50.0], [2.0]])
+    assert F.leave_one_out_advantages(rewards, group, mask)[:, 0].tolist() == [-1.0, 0.0, 0.0, 1.0]
+    expected = [-(0.5**0.5), 0.0, 0.0, 0.5**0.5]
     assert F.group_relative_advantages(rewards[:, 0], group, mask)[:, 0].tolist() == pytest.approx(expected, rel=1e-6)
-
-
-def test_a_response_without_tokens_counts_for_nothing_in_its_group():
-    """The row of 50 is masked out: 1 and 3 are all that there is to compare."""
-    group, mask = torch.tensor([0, 0, 0]), torch.tensor([[True], [False], [True]])
-    rewards = torch.tensor([[1.0], [50.0], [3.0]])
-    assert F.leave_one_out_advantages(rewards, group, mask)[:, 0].tolist() == [-2.0, 0.0, 2.0]
-    assert F.group_relative_advantages(rewards[:, 0], group, mask, scale=False)[:, 0].tolist() == [-1.0, 0.0, 1.0]
 
 
 # losses
 
 
-CLIP_TABLE = [(1.5, 1.2), (1.3, 1.2), (1.1, 1.1), (0.9, 0.9), (0.5, 0.5)]
-
-
-def test_clip_table():
-    """A = 1 and clip 0.2: the objective stops growing at 1.2, and is not bounded below."""
-    ratios = torch.tensor([[ratio for ratio, _ in CLIP_TABLE]])
-    loss = F.policy_loss(ratios.log(), torch.zeros_like(ratios), torch.ones_like(ratios))
-    assert (-loss).tolist() == [pytest.approx([objective for _, objective in CLIP_TABLE])]
-
-
-@pytest.mark.parametrize("clip_range", [0.2, 0.05, None])
-def test_policy_loss_per_token(clip_range: float | None):
+@pytest.mark.parametrize(
+    ("clip_range", "low", "high"),
+    [((), 0.8, 1.2), ((0.05,), 0.95, 1.05), (([0.1, 0.3],), 0.9, 1.3), ((None,), -math.inf, math.inf)],
+)
+def test_policy_losses_per_token(clip_range: tuple[Any, ...], low: float, high: float):
+    """The second bound, by default 3 times the advantage, is for negative advantages only."""
     new, old, advantages = normal(9, 9), normal(9, 9, seed=1), normal(9, 9, seed=2)
-    loss = F.policy_loss(new, old, advantages, clip_range)
+    loss, dual = (f(new, old, advantages, *clip_range) for f in (F.policy_loss, F.dual_clip_policy_loss))
+    near = F.dual_clip_policy_loss(new, old, advantages, *(clip_range or (0.2,)), c=1.5)
     for b in range(9):
         for t in range(9):
             ratio, a = math.exp(new[b, t].item() - old[b, t].item()), advantages[b, t].item()
-            objective = ratio * a
-            if clip_range is not None:
-                objective = min(objective, min(max(ratio, 1 - clip_range), 1 + clip_range) * a)
+            objective = min(ratio * a, min(max(ratio, low), high) * a)
             assert loss[b, t].item() == pytest.approx(-objective, rel=1e-12)
+            for bounded, c in ((dual, 3.0), (near, 1.5)):
+                assert bounded[b, t].item() == pytest.approx(-max(objective, c * a) if a < 0 else -objective, rel=1e-12)
 
 
-def test_policy_gradient_is_zero_where_clipped_and_minus_the_advantage_at_a_ratio_of_one():
-    new = torch.tensor([0.0, math.log(1.5), math.log(0.5)], requires_grad=True)
-    F.policy_loss(new, torch.zeros(3), torch.tensor([3.0, 1.0, -1.0])).sum().backward()
-    assert new.grad.tolist() == [-3.0, 0.0, 0.0]
-
-
-DUAL_CLIP_TABLE = [
-    (5.0, -1.0, -3.0),  # over c: bounded, at c times the advantage
-    (5.0, -2.0, -6.0),
-    (2.9, -1.0, -2.9),  # under c: as without the bound
-    (0.5, -1.0, -0.8),  # the clip
-    (5.0, 1.0, 1.2),  # no bound on the other side
-    (0.5, 1.0, 0.5),
-    (5.0, 0.0, 0.0),
-]
-
-
-def test_dual_clip_table():
-    """Clip 0.2 and c = 3: objective of each ratio and advantage, and where there is no gradient."""
-    ratios, advantages, objectives = (torch.tensor(column) for column in zip(*DUAL_CLIP_TABLE, strict=True))
-    new = ratios.log().requires_grad_()
-    loss = F.dual_clip_policy_loss(new, torch.zeros_like(new), advantages)
-    assert (-loss).tolist() == pytest.approx(objectives.tolist(), rel=1e-6)
-    loss.sum().backward()
-    assert new.grad.tolist() == pytest.approx([0.0, 0.0, 2.9, 0.0, 0.0, -0.5, 0.0], rel=1e-6)
-    bounded = F.dual_clip_policy_loss(ratios.log(), torch.zeros_like(new), advantages, clip_range=None, c=1.5)
-    assert (-bounded).tolist() == pytest.approx([-1.5, -3.0, -1.5, -0.5, 5.0, 0.5, 0.0], rel=1e-6)
+def test_policy_gradient_is_zero_where_clipped_and_minus_ratio_times_advantage_elsewhere():
+    new = torch.tensor([1.0, 1.5, 0.5, 2.9, 5.0]).log().requires_grad_()
+    advantages = torch.tensor([3.0, 1.0, -1.0, -1.0, -1.0])
+    for loss, at_five in ((F.policy_loss, 5.0), (F.dual_clip_policy_loss, 0.0)):
+        new.grad = None
+        loss(new, torch.zeros(5), advantages).sum().backward()
+        assert new.grad.tolist() == pytest.approx([-3.0, 0.0, 0.0, 2.9, at_five], rel=1e-6)
 
 
 def test_value_losses_per_token():
@@ -397,25 +342,12 @@ def test_explained_variance():
     assert not F.explained_variance(values, torch.ones(B, T), MASK).isfinite()  # nothing to explain
 
 
-def test_popart_rescaling_keeps_predictions():
-    """Mean 10, deviation 4 to mean -2, deviation 0.5: 1.5 is 16 in score units, and (16 + 2) / 0.5 = 36 afterwards."""
-    factor, shift = F.popart_rescaling(10.0, 4.0, -2.0, 0.5)
-    assert (factor, shift) == (8.0, 24.0)
-    assert 1.5 * factor + shift == 36.0
-
-
 # the controller
 
 
-@pytest.mark.parametrize(
-    ("kl", "expected"),
-    [(12.0, 0.15 * 1.00512), (6.0, 0.15), (0.0, 0.15 * 0.99488), (6.6, 0.15 * 1.00256), (5.4, 0.15 * 0.99744)],
-)
+@pytest.mark.parametrize(("kl", "expected"), [(6.0, 0.15), (0.0, 0.15 * 0.99488), (6.6, 0.15 * 1.00256)])
 def test_adaptive_kl_coef_by_hand(kl: float, expected: float):
     assert F.adaptive_kl_coef(0.15, kl, target=6.0, horizon=10_000, n_steps=256) == pytest.approx(expected, rel=1e-12)
-
-
-def test_adaptive_kl_coef_error_bound():
     assert F.adaptive_kl_coef(1.0, 12.0, target=6.0, horizon=10, n_steps=5, max_error=0.5) == 1.25
 
 
@@ -440,9 +372,22 @@ EVERY_MASKED = pytest.mark.parametrize("function", MASKED.values(), ids=MASKED.k
 @EVERY_MASKED
 @pytest.mark.parametrize("garbage", [NAN, torch.inf, -torch.inf, 1e30])
 def test_what_lies_outside_the_mask_never_leaks_in(function: Callable[[Tensor, Tensor], object], garbage: float):
-    x = normal(B, T)
-    actual, expected = function(filled(x, garbage), MASK), function(filled(x, 0.0), MASK)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    """Nor do further columns, and arguments stay as they are."""
+    x, mask = filled(normal(B, T), garbage), MASK.clone()
+    before, expected = x.clone(), _tensors(function(filled(x, 0.0), MASK))
+    for actual, clean in zip(_tensors(function(x, mask)), expected, strict=True):
+        torch.testing.assert_close(actual, clean, rtol=0, atol=0)
+    torch.testing.assert_close(x, before, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(mask, MASK)
+    wide = (torch.nn.functional.pad(one, (0, 4), value=value) for one, value in ((x, garbage), (MASK, False)))
+    for actual, clean in zip(_tensors(function(*wide)), expected, strict=True):
+        if clean.ndim == 2:
+            clean = torch.nn.functional.pad(clean, (0, 4))
+        torch.testing.assert_close(actual, clean, rtol=1e-12, atol=1e-12)
+
+
+def _tensors(result: object) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
 
 
 @EVERY_MASKED
@@ -455,50 +400,12 @@ def test_gradient_is_zero_and_never_nan_outside_the_mask(function: Callable[[Ten
     assert not x.grad[~MASK].any()
 
 
-@EVERY_MASKED
-@pytest.mark.parametrize("extra", [1, 4])
-def test_padding_changes_nothing(function: Callable[[Tensor, Tensor], object], extra: int):
-    x = normal(B, T)
-    wide = torch.nn.functional.pad(x, (0, extra), value=NAN)
-    wide_mask = torch.nn.functional.pad(MASK, (0, extra), value=False)
-    actual, expected = function(wide, wide_mask), function(x, MASK)
-    for a, e in zip(_tensors(actual), _tensors(expected), strict=True):
-        if a.ndim == 2:
-            assert not a[:, T:].any()
-            a = a[:, :T]
-        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
-
-
-@EVERY_MASKED
-def test_arguments_are_not_edited_in_place(function: Callable[[Tensor, Tensor], object]):
-    x, mask = filled(normal(B, T)), MASK.clone()
-    before = x.clone()
-    function(x, mask)
-    torch.testing.assert_close(x, before, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(mask, MASK)
-
-
-def _tensors(result: object) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
-
-
 # schedules, weights and averages
 
 
-@pytest.mark.parametrize(("step", "expected"), [(0, 0.7), (1, 0.6), (3, 0.4), (4, 0.3), (9, 0.3)])
-def test_linear_schedule_is_a_line_and_then_its_end(step, expected):
-    assert F.linear_schedule(0.7, 0.3, step, steps=4) == pytest.approx(expected, rel=1e-12)
-    assert F.linear_schedule(0.7, 0.3, 4, steps=4) == 0.3  # exactly
-
-
-def test_sampling_priorities_are_shares_of_failures():
-    priorities = F.sampling_priorities(torch.tensor([0.0, 3.0, 8.0]), torch.tensor([0.0, 4.0, 8.0]), floor=0.125)
-    assert priorities.tolist() == [1.0, 0.25, 0.125]
-
-
-def test_moving_average():
-    """A quarter of the way; and, to the last bit, none where there is none to go."""
-    assert F.moving_average(torch.tensor([2.0, -1.0]), torch.tensor([4.0, 1.0]), 0.75).tolist() == [2.5, -0.5]
+def test_to_the_last_bit():
+    """A schedule ends exactly at its end, and an average that has nowhere to go stays."""
+    assert F.linear_schedule(0.9, 0.1, 9, steps=4) == 0.1
     goal = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     assert F.moving_average(goal, goal.clone(), 0.99).equal(goal)
 
@@ -516,9 +423,11 @@ def test_adaptive_learning_rate_keeps_to_a_factor_of_two_and_to_its_bounds(kl, e
 # the file itself
 
 
-def test_wins_count_ties_by_half():
-    ours, theirs = torch.tensor([0.1, -3.0, 2.0, 5.0, 0.0]), torch.tensor([0.2, -4.0, 2.0, -5.0, -0.0])
-    assert F.wins(ours, theirs).tolist() == [0.0, 1.0, 0.5, 1.0, 0.5]
+def test_every_function_is_tested_here_or_by_an_example_in_its_docstring():
+    text = Path(__file__).read_text()
+    for name, function in inspect.getmembers(F, inspect.isfunction):
+        if function.__module__ == F.__name__ and not name.startswith("_"):
+            assert f"F.{name}" in text or ">>>" in str(function.__doc__), f"nothing tests {name}"
 
 
 @pytest.mark.parametrize(
@@ -537,17 +446,10 @@ def test_diverging_by_hand(falling: list[float], rising: list[list[float]], expe
     assert F.diverging(falling, rising, fall=0.5) is expected
 
 
-def test_every_function_is_tested_here():
-    text = Path(__file__).read_text()
-    for name, function in inspect.getmembers(F, inspect.isfunction):
-        if function.__module__ == F.__name__ and not name.startswith("_"):
-            assert f"F.{name}(" in text, f"tests/test_functional.py does not test {name}"
-
-
 # ---- best of groups
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_best_of_groups_by_going_through_the_rows(seed):
     """Few different scores, so that groups have ties: the first of the best wins."""
     generator = torch.Generator().manual_seed(seed)
@@ -568,17 +470,6 @@ def test_best_of_n_by_every_choice_of_n_samples(n):
     best = [max(chosen) for row in scores.tolist() for chosen in itertools.combinations(row, n)]
     close(F.best_of_n_score(scores, n), statistics.fmean(best))
     assert F.best_of_n_score(scores.float(), n).item() == pytest.approx(statistics.fmean(best), rel=1e-5)
-
-
-@pytest.mark.parametrize("n", [1, 2, 16])
-def test_the_kl_of_best_of_n_by_integrating_its_definition(n):
-    """The best of n has density n u^(n - 1) where a sample's own score has rank u, uniform on (0, 1)."""
-    cells = 50_000
-    total = 0.0
-    for i in range(cells):
-        density = n * ((i + 0.5) / cells) ** (n - 1)
-        total += density * math.log(density) / cells if density else 0.0
-    assert F.best_of_n_kl(n) == pytest.approx(total, abs=1e-6)
 
 
 def test_distinct_ngrams_by_hand() -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from lit_ppo.callbacks import AdaptiveKL, CriticWarmup
-from tests.helpers.toy import Toy, run_updates
+from tests.helpers.toy import Toy
+from tests.helpers.toy_runs import run_updates
 from tests.helpers.toys import logged, make_data, make_module, make_trainer
 from tests.helpers.trick import Trick
 

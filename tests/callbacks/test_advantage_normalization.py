@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import AdvantageNormalization
-from tests.helpers.toy import Spy, run_updates
+from tests.helpers.spies import Spy
+from tests.helpers.toy_runs import run_updates
 from tests.helpers.trick import Trick
 
 TRICK = {

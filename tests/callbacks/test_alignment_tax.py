@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from lit_ppo import TextDataModule
 from lit_ppo.callbacks import AlignmentTax
-from tests.helpers.toy import Recorder, Toy, ToyTexts, run_updates, trainer_of
+from tests.helpers.spies import Recorder
+from tests.helpers.toy import Toy
+from tests.helpers.toy_data import ToyTexts
+from tests.helpers.toy_runs import run_updates, trainer_of
 from tests.helpers.toys import logged, make_data, make_module, make_trainer, texts
 from tests.helpers.trick import Trick
 

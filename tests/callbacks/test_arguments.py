@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from lit_ppo import callbacks
-from tests.helpers.toy import Critic, Toy, run_updates
+from tests.helpers.toy import Critic, Toy
+from tests.helpers.toy_runs import run_updates
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,10 @@ from lit_ppo.callbacks.checks import (
     require_token_rewards,
 )
 from lit_ppo.callbacks.trainer import of_first_process
-from tests.helpers.toy import Spy, Toy, ToyTexts, run_updates
+from tests.helpers.spies import Spy
+from tests.helpers.toy import Toy
+from tests.helpers.toy_data import ToyTexts
+from tests.helpers.toy_runs import run_updates
 from tests.helpers.trick import make_trick
 
 

@@ -34,8 +34,10 @@ from lit_ppo.callbacks.cockpit import LAYOUT
 from lit_ppo.experience import Minibatch
 from tests.helpers.command import REPOSITORY
 from tests.helpers.experiences import make_experience
+from tests.helpers.spies import Attach, Recorder, Spy
 from tests.helpers.tiny import make_causal_lm
-from tests.helpers.toy import Attach, Recorder, Spy, Toy, run_updates
+from tests.helpers.toy import Toy
+from tests.helpers.toy_runs import run_updates
 from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer, texts, write_prompts
 from tests.helpers.trick import Trick
 from tests.helpers.two_ranks import train_on_two
@@ -85,9 +87,9 @@ def test_they_hold_the_response_tokens_and_rows_of_the_update(tmp_path: Path):
     assert found["advantages"] == pytest.approx(rows)
     assert len(found["ratios"]) == 20
     assert found["ratios"][:10] == pytest.approx([1.0] * 10)  # nothing has been learnt in the first step
-    expected = (module.logprobs(experience.features, experience.actions, actors.seen[1]) - experience.logprobs).exp()[
-        4:
-    ]
+    expected = (
+        module.logprobs(experience.features, experience.response_ids, actors.seen[1]) - experience.logprobs
+    ).exp()[4:]
     assert found["ratios"][10:] == pytest.approx(expected[experience.response_mask[4:]].tolist(), rel=1e-4)
     assert max(abs(ratio - 1) for ratio in found["ratios"]) > 1e-3
 

@@ -24,7 +24,9 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers.logger import Logger
 
 import lit_ppo.callbacks
-from tests.helpers.toy import Recorder, Spy, Toy, run_updates
+from tests.helpers.spies import Recorder, Spy
+from tests.helpers.toy import Toy
+from tests.helpers.toy_runs import run_updates
 from tests.helpers.toys import MemoryLogger
 from tests.helpers.trick import made, make_trick, tricks
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import CriticWarmup
-from tests.helpers.toy import Spy, Toy, TwoUpdates, run_updates
+from tests.helpers.spies import Spy
+from tests.helpers.toy import Toy, TwoUpdates
+from tests.helpers.toy_runs import run_updates
 from tests.helpers.toys import logged, make_data, make_module, make_trainer
 from tests.helpers.trick import Trick
 

@@ -11,8 +11,11 @@ import pytest
 from lit_ppo import PromptDataModule
 from lit_ppo.callbacks import CurriculumSampling
 from tests.helpers.draws import draws
+from tests.helpers.spies import Spy
 from tests.helpers.tiny import WORDS
-from tests.helpers.toy import Spy, Toy, ToyData, run_updates
+from tests.helpers.toy import Toy
+from tests.helpers.toy_data import ToyData
+from tests.helpers.toy_runs import run_updates
 from tests.helpers.toys import logged, make_module, make_trainer
 from tests.helpers.trick import Trick
 

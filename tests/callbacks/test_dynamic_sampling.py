@@ -9,7 +9,9 @@ import torch
 
 from lit_ppo.advantages import GroupRelative
 from lit_ppo.callbacks import DynamicSampling
-from tests.helpers.toy import Recorder, Spy, Toy, run_updates
+from tests.helpers.spies import Recorder, Spy
+from tests.helpers.toy import Toy
+from tests.helpers.toy_runs import run_updates
 from tests.helpers.toys import logged, make_data, make_module, make_trainer
 from tests.helpers.trick import Trick
 

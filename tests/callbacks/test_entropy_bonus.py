@@ -5,7 +5,8 @@ import torch
 
 from lit_ppo.callbacks import EntropyBonus
 from tests.helpers.experiences import make_micro_batch
-from tests.helpers.toy import Spy, run_updates
+from tests.helpers.spies import Spy
+from tests.helpers.toy_runs import run_updates
 from tests.helpers.trick import Trick
 
 TRICK = {

@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import Cockpit, figures
-from tests.helpers.toy import Prompts, Recorder, Spy, Toy, ToyData, drawn, run_updates
+from tests.helpers.spies import Recorder, Spy, drawn
+from tests.helpers.toy import Toy
+from tests.helpers.toy_data import Prompts, ToyData
+from tests.helpers.toy_runs import run_updates
 
 
 def watch(folder: Path, updates: int, *others: Any, every: int = 2, **options: Any) -> tuple[Toy, Recorder]:

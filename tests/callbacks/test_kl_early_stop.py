@@ -8,7 +8,9 @@ import torch
 
 from lit_ppo.callbacks import CriticWarmup, KLEarlyStop
 from tests.helpers.recorder import record
-from tests.helpers.toy import Spy, TwoUpdates, run_updates
+from tests.helpers.spies import Spy
+from tests.helpers.toy import TwoUpdates
+from tests.helpers.toy_runs import run_updates
 from tests.helpers.toys import logged
 from tests.helpers.trick import Trick
 

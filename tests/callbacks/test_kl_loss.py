@@ -15,7 +15,7 @@ from lit_ppo.parallel.ranks import my_micro_batches
 from lit_ppo.ppo import optimize
 from tests.helpers.experiences import make_micro_batch
 from tests.helpers.tiny import make_causal_lm
-from tests.helpers.toy import run_updates
+from tests.helpers.toy_runs import run_updates
 from tests.helpers.toys import logged, make_data, make_module, make_trainer
 from tests.helpers.trick import Trick
 

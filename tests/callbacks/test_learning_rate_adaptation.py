@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lit_ppo.callbacks import LearningRateAdaptation
-from tests.helpers.toy import Toy, run_updates
+from tests.helpers.toy import Toy
+from tests.helpers.toy_runs import run_updates
 from tests.helpers.toys import logged, make_data, make_module, make_trainer
 from tests.helpers.trick import Trick
 

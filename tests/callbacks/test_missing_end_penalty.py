@@ -3,7 +3,7 @@
 import pytest
 
 from lit_ppo.callbacks import MissingEndPenalty
-from tests.helpers.toy import scores_after
+from tests.helpers.toy_runs import scores_after
 from tests.helpers.trick import Trick
 
 TRICK = {

@@ -18,7 +18,9 @@ from lit_ppo.callbacks import Experience, PPOCallback, fire
 from lit_ppo.callbacks.fields import FIELDS, OTHERS
 from lit_ppo.callbacks.hooks import HOOKS
 from tests.helpers.command import REPOSITORY
-from tests.helpers.toy import Recorder, Spy, Toy, run_updates
+from tests.helpers.spies import Recorder, Spy
+from tests.helpers.toy import Toy
+from tests.helpers.toy_runs import run_updates
 from tests.helpers.traced import Seen, traced
 from tests.helpers.trick import made, make_trick, tricks
 

@@ -12,8 +12,10 @@ import torch
 from lit_ppo import PromptDataModule
 from lit_ppo.callbacks import PrioritizedSampling
 from tests.helpers.draws import draws
+from tests.helpers.spies import Spy
 from tests.helpers.tiny import WORDS
-from tests.helpers.toy import Spy, Toy, ToyData
+from tests.helpers.toy import Toy
+from tests.helpers.toy_data import ToyData
 from tests.helpers.toys import logged, make_module, make_trainer
 from tests.helpers.trick import Trick
 

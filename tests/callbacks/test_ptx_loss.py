@@ -16,7 +16,10 @@ from lit_ppo.callbacks import CriticWarmup, PTXLoss
 from tests.helpers.command import REPOSITORY, run_command
 from tests.helpers.ppo_command import ppo_arguments
 from tests.helpers.recorder import record
-from tests.helpers.toy import Spy, Toy, ToyTexts, run_updates
+from tests.helpers.spies import Spy
+from tests.helpers.toy import Toy
+from tests.helpers.toy_data import ToyTexts
+from tests.helpers.toy_runs import run_updates
 from tests.helpers.toys import logged, texts
 from tests.helpers.trick import Trick
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from lit_ppo.callbacks import ReferenceUpdate
-from tests.helpers.toy import Toy, run_updates
+from tests.helpers.toy import Toy
+from tests.helpers.toy_runs import run_updates
 from tests.helpers.toys import logged, make_data, make_module, make_trainer
 from tests.helpers.trick import Trick
 

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from lit_ppo.callbacks import CriticWarmup, EntropyBonus, RejectionSampling, ValueClipping
 from tests.helpers.recorder import record, rows_of
-from tests.helpers.toy import Spy, Toy, run_updates
+from tests.helpers.spies import Spy
+from tests.helpers.toy import Toy
+from tests.helpers.toy_runs import run_updates
 from tests.helpers.toys import logged
 from tests.helpers.trick import Trick
 
@@ -46,7 +48,7 @@ def test_the_best_of_each_prompt_is_imitated():
     assert experience.scores.tolist() == [3.0, 2.0]
     start = Toy()
     logits = torch.cat([start.actor(experience.features[0, :2]), start.actor(experience.features[1, :3])])
-    actions = torch.cat([experience.actions[0, :2], experience.actions[1, :3]])
+    actions = torch.cat([experience.response_ids[0, :2], experience.response_ids[1, :3]])
     loss = torch.nn.functional.cross_entropy(logits, actions)  # the mean over 5 tokens
     (gradient,) = torch.autograd.grad(loss, start.actor.weight)
     assert module.losses == [{"sft": pytest.approx(loss.item(), rel=1e-5)}]

@@ -14,7 +14,8 @@ from lit_ppo.callbacks import RewardBaseline, RewardClipping, RewardNormalizatio
 from tests.helpers.first_update import ENDS, first_update, return_mean
 from tests.helpers.recorder import record
 from tests.helpers.tiny import make_causal_lm
-from tests.helpers.toy import Rows, Toy, run_updates
+from tests.helpers.toy import Rows, Toy
+from tests.helpers.toy_runs import run_updates
 from tests.helpers.trick import Trick
 
 TRICK = {

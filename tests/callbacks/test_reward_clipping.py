@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from lit_ppo.callbacks import RewardClipping, RewardNormalization, RewardScaling
-from tests.helpers.toy import scores_after
+from tests.helpers.toy_runs import scores_after
 from tests.helpers.trick import Trick
 
 TRICK = {

@@ -9,14 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 
-from lit_ppo.callbacks import RewardHackingMonitor, SampleLogger
+from lit_ppo.callbacks import RewardHackingMonitor
 from lit_ppo.callbacks.hooks import Fired
-from tests.helpers.toy import Prompts, run_updates
-from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer, variety
+from tests.helpers.toy_data import Prompts
+from tests.helpers.toy_runs import run_updates
 from tests.helpers.trick import Trick
 
 LETTERS = "abcde"
@@ -120,31 +119,48 @@ def by_hand(**arguments: Any) -> RewardHackingMonitor:
 UP = [0.0, 1.0, 2.0, 3.0, 4.0]  # smoothed by halves: 0, 0.5, 1.25, 2.125, 3.0625
 
 
-def test_train_and_held_out_up_and_gold_down_is_reward_hacking() -> None:
-    """Gold 0, 1, 0.4, 0, 0 is 0, 0.5, 0.45, 0.225, 0.1125 smoothed: 0.05, 0.275, 0.3875 below its best."""
-    logs, said, stop, _ = watch(by_hand(), UP, UP, [0.0, 1.0, 0.4, 0.0, 0.0])
-    assert [log["hacking/verdict"] for log in logs] == [0, 0, 0, 2, 2]
-    assert [log["hacking/gold"] for log in logs] == pytest.approx([0, 0.5, 0.45, 0.225, 0.1125])
+DOWN = [0.0, 1.0, 0.4, 0.0, 0.0]  # 0, 0.5, 0.45, 0.225, 0.1125: 0.05, 0.275, 0.3875 below its best
+
+
+@pytest.mark.parametrize(
+    ("gold", "held_out", "verdict", "words"),
+    [
+        (
+            "judge",
+            UP,
+            2,
+            ["reward hacking at update 3: since update 1, where gold", "the held-out score from 0.5 to 2.12"],
+        ),
+        (
+            "judge",
+            DOWN,
+            1,
+            ["overfitting at update 3: since update 1, where the held-out score", "more prompts, or fewer"],
+        ),
+        (None, DOWN, 1, ["overfitting at update 3"]),
+    ],
+)
+def test_what_falls_while_training_scores_rise(
+    gold: Any, held_out: list[float], verdict: int, words: list[str]
+) -> None:
+    """Gold alone is reward hacking, held-out scores are overfitting, whatever gold does. It is said once."""
+    logs, said, stop, _ = watch(by_hand(gold=gold), UP, held_out, DOWN)
+    assert [log["hacking/verdict"] for log in logs] == [0, 0, 0, verdict, verdict]
     assert [log["hacking/train"] for log in logs] == pytest.approx([0, 0.5, 1.25, 2.125, 3.0625])
+    assert [log["hacking/gold" if gold else "hacking/held_out"] for log in logs] == pytest.approx(SMOOTHED)
     assert [log["hacking/best_update"] for log in logs] == [0, 1, 1, 1, 1]
-    (words,) = said
-    assert "RewardHackingMonitor: reward hacking at update 3: since update 1, where gold was best" in words
-    assert "training score rose from 0.5 to 2.12 and the held-out score from 0.5 to 2.12" in words
-    assert "fell from 0.5 to 0.225, more than 0.25 times their standard deviation of 1; resume from there" in words
-    assert words.endswith("raise kl_coef, or correct the reward")
+    (message,) = said
+    for part in (
+        *words,
+        "score rose from 0.5 to 2.12",
+        "from 0.5 to 0.225, more than 0.25 times",
+        "deviation of 1; resume",
+    ):
+        assert part in message
     assert not stop
 
 
-def test_train_up_and_held_out_down_is_overfitting_with_or_without_gold() -> None:
-    """Held-out scores as gold's above; gold falls too, and that is then no reward hacking."""
-    for gold in ("judge", None):
-        logs, said, _, _ = watch(by_hand(gold=gold), UP, [0.0, 1.0, 0.4, 0.0, 0.0], [0.0, 1.0, 0.4, 0.0, 0.0])
-        assert [log["hacking/verdict"] for log in logs] == [0, 0, 0, 1, 1]
-        assert [log["hacking/best_update"] for log in logs] == [0, 1, 1, 1, 1]
-        (words,) = said
-        assert "RewardHackingMonitor: overfitting at update 3: since update 1, where the held-out score" in words
-        assert "training score rose from 0.5 to 2.12, while held-out scores fell from 0.5 to 0.225, more than" in words
-        assert words.endswith("resume from there, use more prompts, or fewer epochs")
+SMOOTHED = [0, 0.5, 0.45, 0.225, 0.1125]
 
 
 @pytest.mark.parametrize(
@@ -163,18 +179,18 @@ def test_other_courses_are_neither(train: list[float], held_out: list[float], go
 
 
 def test_measures_every_so_many_updates_on_the_same_draws() -> None:
+    """Without held-out prompts of the first training prompts. Of several best updates the first is marked."""
     monitor = by_hand(every=3, prompts=7, decay=0.25)
-    logs, _, _, module = watch(monitor, [0.0, 9.0, 9.0, 1.0, 9.0, 9.0, 2.0], [5.0, 6.0, 7.0], [1.0, 2.0, 4.0])
+    logs, _, _, module = watch(monitor, [0.0, 9.0, 9.0, 1.0, 9.0, 9.0, 2.0], [5.0, 6.0, 7.0], [1.0, 2.0, 2.0])
     assert [update for update, log in enumerate(logs) if log] == [0, 3, 6]
     # 0.25 x 0 + 0.75 x 1, then 0.25 x 0.75 + 0.75 x 2
     assert [log["hacking/train"] for log in logs if log] == pytest.approx([0.0, 0.75, 1.6875])
-    assert [log["hacking/best_update"] for log in logs if log] == [0, 3, 6]
+    assert [log["hacking/best_update"] for log in logs if log] == [0, 3, 6]  # 1, 1.75, 1.9375
     asked = {"samples_per_prompt": 1, "logprobs": False, "stream": "reward_hacking"}
     assert module.asked == [("7 of val", asked)] * 3  # before the first update, after three, after six
-
-
-def test_of_several_best_updates_the_first_is_marked() -> None:
-    assert [log["hacking/best_update"] for log in watch(by_hand(), UP[:3], UP[:3], [2.0] * 3)[0]] == [0, 0, 0]
+    logs, _, _, module = watch(by_hand(), UP[:3], UP[:3], [2.0] * 3, splits=("train",))
+    assert [log["hacking/best_update"] for log in logs] == [0, 0, 0]
+    assert module.asked[0][0] == "64 of train"
 
 
 def test_an_update_that_is_begun_again_counts_once() -> None:
@@ -186,10 +202,6 @@ def test_an_update_that_is_begun_again_counts_once() -> None:
         module: Any = SimpleNamespace(log=lambda name, value: None)
         monitor.on_scores(SimpleNamespace(), module, experience)  # type: ignore[arg-type]
         assert monitor.state_dict()["courses"]["train"] == {0: 0.0, 1: smoothed}
-
-
-def test_without_held_out_prompts_it_asks_the_first_training_prompts() -> None:
-    assert watch(by_hand(), [0.0], [0.0], [0.0], splits=("train",))[3].asked[0][0] == "64 of train"
 
 
 def test_falls_are_in_deviations_the_largest_so_far() -> None:
@@ -209,18 +221,15 @@ def test_falls_are_in_deviations_the_largest_so_far() -> None:
         assert "more than 0.25 times their standard deviation of 4;" in said[0]
 
 
-@pytest.mark.parametrize("then", ["warn", "stop"])
+@pytest.mark.parametrize("then", ["warn", "stop", "go_back"])
 def test_a_verdict_stops_the_run_if_it_may(then: str) -> None:
-    series = ([0.0, 1.0], [0.0, 1.0], [1.0, 0.0])
-    assert watch(by_hand(then=then), *series)[2] == (then == "stop")
-    assert not watch(by_hand(then=then), *series[:2], gold=[0.0, 1.0])[2]
-
-
-def test_without_a_checkpoint_there_is_no_going_back_and_another_fit_has_nothing_to_go_back_from() -> None:
-    monitor = by_hand(then="go_back")
+    """Without a checkpoint there is no going back, and another fit has nothing to go back from."""
+    assert not watch(by_hand(then=then), [0.0, 1.0], [0.0, 1.0], gold=[0.0, 1.0])[2]
+    monitor = by_hand(then=then)
     _, said, stop, _ = watch(monitor, [0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 0.0, 0.0])
-    assert stop
-    assert said[1:] == ["RewardHackingMonitor: no checkpoint of update 0 (None); the weights do not change"]
+    assert stop == (then != "warn")
+    no_checkpoint = "RewardHackingMonitor: no checkpoint of update 0 (None); the weights do not change"
+    assert said[1:] == [no_checkpoint] * (then == "go_back")
     assert watch(monitor, [], [], [])[1] == []
 
 
@@ -243,59 +252,38 @@ def write(path: Path, ratings: list[tuple[int, Any]], text: str = "") -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + text)
 
 
-def test_ratings_of_people_are_gold_as_they_come_in(tmp_path: Path) -> None:
-    """Smoothed by halves 1, then (1 + 3) / 2 = 2, then (2 + 0) / 2 = 1: 1 below its best at update 1.
+def test_ratings_of_people_are_gold_as_they_come_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Smoothed by quarters 1, then 0.25 x 1 + 0.75 x 3 = 2.5, then 0.25 x 2.5 + 0 = 0.625: below its best at update 1.
 
-    All five ratings that count, 1, 4, 2 and 0, have the mean 1.75 and the variance (0.5625 + 5.0625 + 0.0625 + 3.0625)
-    / 4 = 2.1875: a deviation of 1.479, of which a quarter is 0.37. The scores at updates 1 and 3 are those of above.
+    All four ratings that count, 1, 4, 2 and 0, have the mean 1.75 and the variance (0.5625 + 5.0625 + 0.0625 + 3.0625)
+    / 4 = 2.1875: a deviation of 1.479, of which a quarter is 0.37.
     """
-    file = tmp_path / "ratings.jsonl"
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO, logger="lightning.pytorch")
     come = {1: RATED[:1], 3: RATED[:4], 4: RATED}  # there before the update
-    monitor = by_hand(gold=str(file))
-    logs, said, _, _ = watch(
-        monitor, UP, UP, [0.0] * 5, before=lambda update: write(file, come[update]) if update in come else None
-    )
-    assert ["hacking/gold" in log for log in logs] == [False, True, True, True, True]
-    assert [log["hacking/gold"] for log in logs[1:]] == pytest.approx([1.0, 1.0, 2.0, 1.0])
+    monitor = by_hand(gold="ratings.jsonl", decay=0.25)
+    arrive = lambda update: write(Path("ratings.jsonl"), come[update]) if update in come else None  # noqa: E731
+    logs, said, _, _ = watch(monitor, UP, UP, [0.0] * 5, before=arrive)
+    assert [log.get("hacking/gold") for log in logs] == pytest.approx([None, 1.0, 1.0, 2.5, 0.625])
     assert [log["hacking/best_update"] for log in logs] == [0, 0, 0, 1, 1]
     assert [log["hacking/verdict"] for log in logs] == [0, 0, 0, 0, 2]
     assert "at update 4: since update 1, where gold was best" in said[0]
-    assert "fell from 2 to 1, more than 0.25 times their standard deviation of 1.48;" in said[0]
-
-
-def test_it_says_where_it_expects_ratings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
-        watch(by_hand(gold="ratings.jsonl"), UP[:1], UP[:1], [0.0])
+    assert "fell from 2.5 to 0.625, more than 0.25 times their standard deviation of 1.48;" in said[0]
     assert caplog.messages.count(f"RewardHackingMonitor: reads ratings from {tmp_path / 'ratings.jsonl'}") == 1
-
-
-def test_ratings_are_smoothed_as_scores_are(tmp_path: Path) -> None:
-    """By quarters: 0.25 x 8 + 0.75 x 4 = 5, then 0.25 x 5 + 0.75 x 1 = 2."""
-    file = tmp_path / "ratings.jsonl"
-    monitor = by_hand(gold=str(file), decay=0.25)
-    ratings = [(0, 8.0), (1, 4.0), (2, 1.0)]
-    logs, *_ = watch(monitor, UP[:3], UP[:3], [0.0] * 3, before=lambda update: write(file, ratings[: update + 1]))
-    assert [log["hacking/gold"] for log in logs] == pytest.approx([8.0, 5.0, 2.0])
 
 
 def test_while_ratings_cannot_be_read_those_of_before_count(tmp_path: Path) -> None:
     """Somebody saves half a line; then the rest."""
     file = tmp_path / "ratings.jsonl"
     texts = {1: "", 2: '{"update": 1, "rat', 3: '{"update": 1, "rating": 3}'}
-    logs, said, _, _ = watch(
-        by_hand(gold=str(file)),
-        UP[:4],
-        UP[:4],
-        [0.0] * 4,
-        before=lambda update: write(file, [(0, 1)], texts[update]) if update in texts else None,
-    )
+    save = lambda update: write(file, [(0, 1)], texts[update]) if update in texts else None  # noqa: E731
+    logs, said, _, _ = watch(by_hand(gold=str(file)), UP[:4], UP[:4], [0.0] * 4, before=save)
     assert [log.get("hacking/gold") for log in logs] == [None, 1.0, 1.0, 2.0]
-    assert len(said) == 1
-    assert f"RewardHackingMonitor(gold={str(file)!r}): {file}, line 2: not JSON" in said[0]
-    assert said[0].endswith("; until then the previous ratings count")
+    (message,) = said
+    assert f"RewardHackingMonitor(gold={str(file)!r}): {file}, line 2: not JSON" in message
+    assert message.endswith("; until then the previous ratings count")
 
 
 def test_what_ratings_cannot_be(tmp_path: Path) -> None:
@@ -315,23 +303,6 @@ def test_what_ratings_cannot_be(tmp_path: Path) -> None:
     file.write_text("update,rating\n0,good\n")
     with pytest.raises(ValueError, match=r"ratings.csv, line 2: rating is 'good'; give a finite number"):
         watch(second, UP[3:4], UP[4:], UP[4:])
-
-
-def test_samples_with_ratings_added_are_ratings(tmp_path: Path, lm: Any) -> None:
-    """What SampleLogger wrote, and a person went through."""
-    file, samples = tmp_path / "ratings.jsonl", tmp_path / "samples.jsonl"
-
-    class Person(L.Callback):
-        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-            rows = [json.loads(line) for line in samples.read_text().splitlines()]
-            file.write_text("".join(json.dumps(row | {"rating": row["update"]}) + "\n" for row in rows))
-
-    monitor = RewardHackingMonitor(str(file), prompts=4, every=2)
-    callbacks = [SampleLogger(every=2, prompts=3), monitor, Person()]
-    trainer = make_trainer(tmp_path, callbacks=callbacks, max_steps=6)
-    trainer.fit(make_module(lm), make_data(tmp_path))
-    rows = [row for row in logged(trainer) if "hacking/verdict" in row]
-    assert [row["hacking/gold"] for row in rows] == pytest.approx([0.0, 1.0, 2.5])
 
 
 @pytest.mark.filterwarnings("ignore:.*Monitor")
@@ -363,17 +334,3 @@ def test_unknown_names_and_data_without_prompts_are_refused() -> None:
         by_hand(gold="nobody").on_fit_start(SimpleNamespace(datamodule=SimpleNamespace(peek=Prompts)), Given([], []))
     with pytest.raises(TypeError, match="RewardHackingMonitor reads held-out prompts, but Given is trained without"):
         by_hand().on_fit_start(SimpleNamespace(), Given([], []))
-
-
-def test_gold_by_the_name_of_a_reward_is_gold_by_its_function(tmp_path: Path, lm: Path) -> None:
-    """A reward without weight, on LitPPO."""
-    courses = []
-    for gold, rewards in (
-        (variety, count_good),
-        ("variety", {"count": count_good, "variety": {"source": variety, "weight": 0.0}}),
-    ):
-        monitor = RewardHackingMonitor(gold, prompts=9, every=1)
-        make_trainer(tmp_path, callbacks=[monitor]).fit(make_module(lm, rewards=rewards), make_data(tmp_path))
-        courses.append(monitor.state_dict()["courses"])
-    assert courses[0] == courses[1]
-    assert len({*courses[0]["gold"].values()}) == 3

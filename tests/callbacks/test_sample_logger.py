@@ -14,7 +14,10 @@ import pytest
 from lit_ppo.callbacks import SampleLogger
 from lit_ppo.callbacks.sample_logger import LEGEND
 from lit_ppo.callbacks.showing import pieces, printable
-from tests.helpers.toy import Recorder, Spy, Toy, ToyData, run_updates, trainer_of
+from tests.helpers.spies import Recorder, Spy
+from tests.helpers.toy import Toy
+from tests.helpers.toy_data import ToyData
+from tests.helpers.toy_runs import run_updates, trainer_of
 from tests.helpers.toys import count_good, make_data, make_module, make_trainer, write_prompts
 from tests.helpers.trick import Trick
 

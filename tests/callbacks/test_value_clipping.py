@@ -5,7 +5,7 @@ import torch
 
 from lit_ppo.callbacks import ValueClipping
 from tests.helpers.experiences import make_micro_batch
-from tests.helpers.toy import run_updates
+from tests.helpers.toy_runs import run_updates
 from tests.helpers.trick import Trick
 
 TRICK = {

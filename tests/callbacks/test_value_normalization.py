@@ -11,7 +11,9 @@ import torch
 from lit_ppo.callbacks import ValueNormalization
 from tests.helpers.forwards import values_of
 from tests.helpers.recorder import record
-from tests.helpers.toy import Spy, Toy, TwoUpdates, run_updates
+from tests.helpers.spies import Spy
+from tests.helpers.toy import Toy, TwoUpdates
+from tests.helpers.toy_runs import run_updates
 from tests.helpers.toys import count_good, logged
 from tests.helpers.trick import Trick
 

@@ -87,13 +87,10 @@ def test_a_field_longer_than_the_csv_module_likes(tmp_path: Path) -> None:
         ("a.jsonl", '{"p": 1}\n"text"\n', r"a.jsonl, line 2: 'text' is not an object"),
         ("a.json", '[{"p": 1}, 7]', r"a.json, item 2: '7' is not an object"),
         ("a.csv", "p,q\n1,2\n3\n", r"a.csv, line 3: 1 fields, but the columns are \['p', 'q'\]"),
-        ("a.tsv", "p\tq\n1\t2\t3\n", r"a.tsv, line 2: 3 fields"),
         ("a.csv", "p,p,q\n1,2,3\n", r"a.csv, line 1: the header repeats \['p'\]"),
         ("a.csv", 'p\n1\n"open\nend\n', r"a.csv, line 3: unexpected end of data; repair the quoting"),
         ("a.csv", "p,q\n", "a.csv has no rows"),
-        ("a.jsonl", "\n\n", "a.jsonl has no rows"),
         ("a.csv", b"p\nok\nb\xffd\n", r"a.csv, line 3: not UTF-8"),
-        ("a.jsonl.gz", b'{"p": 1}\n', r"a.jsonl.gz is not a complete gzip file"),
         ("a.jsonl.gz", gzip.compress(b'{"p": 1}\n' * 99, mtime=0)[:-9], r"a.jsonl.gz is not a complete gzip file"),
         ("a.parq", "p\n", r"cannot read a .parq file .*use one of .jsonl, .json, .csv, .tsv"),
     ],
@@ -142,7 +139,6 @@ def load_dataset(monkeypatch: pytest.MonkeyPatch) -> Mock:
 @pytest.mark.parametrize(
     ("path", "args", "split"),
     [
-        ("imdb", ("imdb", None), "train"),
         ("owner/name", ("owner/name", None), "train"),
         ("owner/name:test", ("owner/name", None), "test"),
         ("owner/name/main:train[:10%]", ("owner/name", "main"), "train[:10%]"),

@@ -143,7 +143,8 @@ def test_a_batch_holds_prompts_rows_and_the_other_columns(tmp_path: Path) -> Non
     assert moved.prompt_ids is first.prompt_ids
 
 
-def test_chat_prompts_are_handed_on_as_messages(tmp_path: Path) -> None:
+def test_chat_prompts_come_from_their_column_and_are_handed_on_as_messages(tmp_path: Path) -> None:
+    """Rewards take that column for chat prompts; beside plain ones it is left out with a warning."""
     tokenizer = make_tokenizer(chat=True)
     path = write_rows(tmp_path / "p.jsonl", [{"conversation": chat, "id": i} for i, chat in enumerate(CHAT)])
     data = ready(path, prompt_column="conversation", tokenizer=tokenizer)
@@ -151,29 +152,20 @@ def test_chat_prompts_are_handed_on_as_messages(tmp_path: Path) -> None:
     batch = next(iter(data.train_dataloader()))
     assert batch.columns["messages"] == [CHAT[i] for i in batch.prompt_index]
     assert (batch.prompts, batch.prompt_ids) == encode_prompts(tokenizer, batch.columns["messages"])
-
-
-def test_drawing_prompts_leaves_the_global_random_state_alone(tmp_path: Path) -> None:
-    data = ready(write_rows(tmp_path / "p.jsonl", ROWS))
-    torch.manual_seed(0)
-    list(data.train_dataloader())
-    drawn = torch.rand(1)
-    torch.manual_seed(0)
-    assert torch.rand(1) == drawn
-
-
-def test_max_prompt_length_and_prompt_column(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "p.jsonl", [{"q": "the film was good"}])
-    with pytest.warns(UserWarning, match=r"PromptDataModule\(max_prompt_length=2\): 1 of 1 prompts"):
-        data = ready(path, prompt_column="q", max_prompt_length=2)
-    assert in_order(data) == {"the film was good": make_tokenizer()("was good")["input_ids"]}
+    path = write_rows(tmp_path / "q.jsonl", [{"prompt": "the film", "messages": CHAT[0], "level": 1}])
+    with pytest.warns(UserWarning, match="the column 'messages' is left out"):
+        assert ready(path).columns == {"level": [1]}
 
 
 def test_the_seed_is_that_of_seed_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_rows(tmp_path / "p.jsonl", [{"prompt": "the"}] * 50)
 
     def order(**options: Any) -> list[list[int]]:
-        return [batch.prompt_index.tolist() for batch in ready(path, **options).train_dataloader()]
+        torch.manual_seed(0)
+        batches = [batch.prompt_index.tolist() for batch in ready(path, **options).train_dataloader()]
+        assert torch.initial_seed() == 0
+        assert torch.rand(1).item() == pytest.approx(0.4962566)  # the first number from seed 0: drawing took none
+        return batches
 
     monkeypatch.setenv("PL_GLOBAL_SEED", "2")
     assert order(seed=None) == order(seed=2) != order(seed=0)
@@ -196,29 +188,22 @@ def test_tokenizer_from_a_folder_from_the_module_or_missing(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("container", [list, np.array, torch.tensor])
-def test_set_weights(tmp_path: Path, container: Any) -> None:
+def test_weights_are_set_and_checked(tmp_path: Path, container: Any) -> None:
     data = ready(write_rows(tmp_path / "p.jsonl", ROWS))
     data.set_weights(container([0.0, 2.0, 0.0]))
-    assert [batch.prompt_index.tolist() for batch in data.train_dataloader()] == [[1], [1]]
-    data.setup("fit")  # holds for the run that follows
-    assert [batch.prompt_index.tolist() for batch in data.train_dataloader()] == [[1], [1]]
+    for weights, message in (
+        ([1.0, 1.0], r"shape \(2,\), but there are 3 training rows"),
+        ([1.0, -1.0, 1.0], "the weight of row 1 is -1.0"),
+        ([1.0, 1.0, float("nan")], "the weight of row 2 is nan"),
+        ([0.0, 0.0, 0.0], "all weights are 0"),
+    ):
+        with pytest.raises(ValueError, match=f"^PromptDataModule.set_weights: {message}"):
+            data.set_weights(container(weights))
+    for _ in range(2):
+        assert [batch.prompt_index.tolist() for batch in data.train_dataloader()] == [[1], [1]]
+        data.setup("fit")  # holds for the run that follows
     data.set_weights(None)
     assert sorted(i for batch in data.train_dataloader() for i in batch.prompt_index.tolist()) == [0, 1, 2]
-
-
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        ([1.0, 1.0], r"shape \(2,\), but there are 3 training rows"),
-        ([1.0, -1.0, 1.0], r"the weight of row 1 is -1.0"),
-        ([1.0, 1.0, float("nan")], r"the weight of row 2 is nan"),
-        ([0.0, 0.0, 0.0], "all weights are 0"),
-    ],
-)
-def test_weights_are_checked(tmp_path: Path, weights: list[float], message: str) -> None:
-    data = ready(write_rows(tmp_path / "p.jsonl", ROWS))
-    with pytest.raises(ValueError, match=r"^PromptDataModule.set_weights: " + message):
-        data.set_weights(weights)
 
 
 def test_rows_come_in_proportion_to_their_weights() -> None:
@@ -240,7 +225,7 @@ def test_held_out_files_come_in_order(tmp_path: Path) -> None:
     options = {"val_path": paths["b"], "test_path": paths["c"], "predict_path": paths["d"], "batch_size": 1}
     for stage, name in {"fit": "b", "validate": "b", "test": "c", "predict": "d"}.items():
         data = ready(paths["a"], stage, **options)
-        loader: Any = getattr(data, {"fit": "val", "validate": "val"}.get(stage, stage) + "_dataloader")()
+        loader: Any = getattr(data, f"{stage if stage in ('test', 'predict') else 'val'}_dataloader")()
         assert [batch.prompts for batch in loader] == [[name], ["the"]]
         assert [batch.prompt_index.tolist() for batch in loader] == [[0], [1]]
         assert len(loader) == 2
@@ -312,9 +297,7 @@ def test_the_split_is_the_same_on_every_machine() -> None:
         ([{"prompt": "the"}, {"id": 7}], r"p.jsonl, line 2: no value for column 'prompt', only for \['id'\]"),
         ([{"text": "the", "id": 1}], r"p.jsonl has no column 'prompt', only \['text', 'id'\]; name one of these"),
         ([{"prompt": CHAT[0]}, {"prompt": "the"}], r"p.jsonl, line 2: plain and chat prompts are mixed"),
-        ([{"prompt": "the"}, {"prompt": CHAT[0]}], r"p.jsonl, line 2: plain and chat prompts are mixed"),
         ([{"prompt": []}], r"p.jsonl, line 1: 'prompt' is '\[\]', not chat messages of text"),
-        ([{"prompt": [{"role": "user"}]}], r"p.jsonl, line 1: 'prompt' is .*, not chat messages of text"),
         ([{"prompt": [{"role": "user", "content": 1}]}], r"line 1: 'prompt' is .*, not chat messages of text"),
         ([{"prompt": [{"role": "user", "content": " "}]}], r"line 1: the last message of 'prompt' is empty"),
         ([{"prompt": CHAT[0], "messages": "x"}], r"passed on as 'messages', but another column has this name"),
@@ -347,10 +330,3 @@ def test_a_split_that_cannot_be_made(tmp_path: Path) -> None:
         ready(path, val_fraction=0.5, split_column="author")
     with pytest.raises(ValueError, match=r"p.jsonl, line 3: no value for column 'label'"):
         ready(path, val_fraction=0.5, split_column="label")
-
-
-def test_a_messages_column_beside_plain_prompts_is_left_out_with_a_warning(tmp_path: Path) -> None:
-    """Rewards take that column for chat prompts."""
-    path = write_rows(tmp_path / "p.jsonl", [{"prompt": "the film", "messages": CHAT[0], "level": 1}])
-    with pytest.warns(UserWarning, match="the column 'messages' is left out"):
-        assert ready(path).columns == {"level": [1]}

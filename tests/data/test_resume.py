@@ -112,17 +112,26 @@ def prompts(file: Path, **options: Any) -> PromptDataModule:
     return PromptDataModule(str(file), **READ | options)
 
 
-@pytest.mark.parametrize("limit", [{}, {"max_steps": 12, "max_epochs": -1}], ids=["epochs", "steps"])
-def test_resume_continues_with_the_next_batch(tmp_path: Path, file: Path, limit: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [
+        (PromptDataModule, {"max_steps": 12, "max_epochs": -1}),
+        *((kind, {}) for kind in (PromptDataModule, *ROWS_OF_TEXT)),
+    ],
+)
+def test_resume_continues_with_the_next_batch(tmp_path: Path, file: Path, kind: Any, limit: dict[str, int]) -> None:
     """After each of the batches of the first two epochs: mid-epoch, at an epoch's end, in the second epoch."""
-    whole = fit(tmp_path / "whole", prompts(file), **limit).seen
-    assert whole == expected_batches()
+    whole = fit(tmp_path / "whole", kind(str(file), **READ), **limit).seen
+    if kind is PromptDataModule:
+        assert whole == expected_batches()
+    epochs = [[row for _, _, rows in whole[start : start + 3] for row in rows] for start in range(0, 12, 3)]
+    assert all(sorted(epoch) == list(range(N_ROWS)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == EPOCHS  # every epoch in another order
     for done in range(1, 7):
-        data, checkpoint = prompts(file), tmp_path / "whole" / f"step={done}.ckpt"
-        resumed = fit(tmp_path / f"from{done}", data, ckpt_path=checkpoint, **limit)
+        checkpoint = tmp_path / "whole" / f"step={done}.ckpt"
+        resumed = fit(tmp_path / f"from{done}", kind(str(file), **READ), ckpt_path=checkpoint, **limit)
         assert resumed.seen == whole[done:], done
-        assert resumed.trainer.current_epoch == EPOCHS
-        assert resumed.trainer.global_step == 12
+        assert (resumed.trainer.current_epoch, resumed.trainer.global_step) == (EPOCHS, 12)
 
 
 class PowerCut(L.Callback):
@@ -145,19 +154,6 @@ def test_a_batch_cut_off_in_its_middle_is_drawn_again(tmp_path: Path, file: Path
     assert resumed.seen == expected_batches()[4:]
 
 
-@pytest.mark.parametrize("kind", ROWS_OF_TEXT)
-def test_text_and_pairs_resume_within_an_epoch(tmp_path: Path, file: Path, kind: Any) -> None:
-    """Rows are told apart by their length: row i of the file is i + 2 tokens long."""
-    whole = fit(tmp_path / "whole", kind(str(file), **READ)).seen
-    epochs = [[row for _, _, rows in whole[start : start + 3] for row in rows] for start in range(0, 12, 3)]
-    assert all(sorted(epoch) == list(range(N_ROWS)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == EPOCHS  # every epoch in another order
-    for done in range(1, 7):
-        checkpoint = tmp_path / "whole" / f"step={done}.ckpt"
-        resumed = fit(tmp_path / f"from{done}", kind(str(file), **READ), ckpt_path=checkpoint)
-        assert resumed.seen == whole[done:], done
-
-
 def test_the_same_data_module_serves_several_runs(tmp_path: Path, file: Path) -> None:
     """A notebook's cell run twice gives the same twice; a trainer that goes on goes on."""
     data = prompts(file)
@@ -169,18 +165,20 @@ def test_the_same_data_module_serves_several_runs(tmp_path: Path, file: Path) ->
     assert module.seen == expected_batches(3)
 
 
-def test_shortened_epochs_see_all_rows_in_the_end(tmp_path: Path, file: Path) -> None:
-    seen = fit(tmp_path / "run", prompts(file), limit_train_batches=2).seen
-    assert [rows for _, _, rows in seen] == [rows for _, _, rows in expected_batches()[:8]]
-    assert [epoch for epoch, _, _ in seen] == [0, 0, 1, 1, 2, 2, 3, 3]
-
-
 @pytest.mark.filterwarnings("ignore:You requested to overfit")  # Lightning announces it
-@pytest.mark.parametrize(("asked", "n_batches"), [(2, 2), (0.34, 1), (99, 3)])
-def test_overfit_batches_sees_the_same_batches_again(tmp_path: Path, file: Path, asked: float, n_batches: int) -> None:
-    seen = fit(tmp_path / "run", prompts(file), overfit_batches=asked).seen
-    first = [rows for _, _, rows in expected_batches()[:n_batches]]
-    assert [rows for _, _, rows in seen] == first * EPOCHS
+@pytest.mark.parametrize(
+    ("limit", "n_batches", "rows"),
+    [
+        ({"limit_train_batches": 2}, 2, expected_batches()[:8]),  # all rows in the end
+        ({"overfit_batches": 2}, 2, expected_batches()[:2] * EPOCHS),  # the same batches again
+        ({"overfit_batches": 0.34}, 1, expected_batches()[:1] * EPOCHS),
+        ({"overfit_batches": 99}, 3, expected_batches()[:3] * EPOCHS),
+    ],
+)
+def test_shortened_epochs(tmp_path: Path, file: Path, limit: Any, n_batches: int, rows: list[Seen]) -> None:
+    seen = fit(tmp_path / "run", prompts(file), **limit).seen
+    assert [batch for _, _, batch in seen] == [batch for _, _, batch in rows]
+    assert [epoch for epoch, _, _ in seen] == [epoch for epoch in range(EPOCHS) for _ in range(n_batches)]
 
 
 @pytest.mark.parametrize("kind", [PromptDataModule, *ROWS_OF_TEXT])

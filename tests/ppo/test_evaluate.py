@@ -31,14 +31,9 @@ def test_validation_reports_its_phases_and_counts_for_no_update(tmp_path, tiny_l
 
     module = make_module(tiny_lm, rewards=scored)
     sampled = module.rollout
-
-    def rollout(*args, **options):
-        seen.append((module.progress.phase, module.progress.since is not None))
-        return sampled(*args, **options)
-
-    module.rollout = rollout
+    module.rollout = lambda *args, **options: seen.append(module.progress.phase) or sampled(*args, **options)
     make_trainer(tmp_path).validate(module, data, verbose=False)
-    assert seen == [("rollout", True), ("score", "")] * 4
+    assert seen == ["rollout", ("score", "")] * 4
     assert module.progress == Progress(phase="", detail="", since=None, seconds={})
 
 
@@ -185,56 +180,39 @@ def test_a_reward_model_may_be_an_eval_reward(tmp_path, sharp_lm, tiny_reward, d
     assert row["val/win_rate/other"] == pytest.approx(win_rate(*scores))
 
 
-def test_without_a_reference_there_is_no_win_rate(tmp_path, sharp_lm, data):
-    module = make_module(sharp_lm, reference=None, eval_rewards={"long": long})
-    trainer = make_trainer(tmp_path)
-    trainer.validate(module, data, verbose=False)
-    assert {name for name in trainer.callback_metrics if "/" in name} == {
-        "val/score", "val/score/long", "val/kl", "val/length", "val/ended_fraction"
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("given", [{}, long, ["long"]])
-def test_eval_rewards_without_names_are_refused(given):
-    with pytest.raises(ValueError, match=r"LitPPO\(eval_rewards=.*: give a dict of score sources by name"):
-        make_module("lm", eval_rewards=given)
-
-
-def test_an_eval_reward_by_the_name_of_a_training_reward_is_refused():
+def test_eval_rewards_are_checked_before_the_first_update(tmp_path, sharp_lm, data):
+    """They need names, of their own, and are tried on a prompt."""
+    for given in ({}, long, ["long"]):
+        with pytest.raises(ValueError, match=r"LitPPO\(eval_rewards=.*: give a dict of score sources by name"):
+            make_module("lm", eval_rewards=given)
     with pytest.raises(ValueError, match=r"LitPPO\(eval_rewards='long'\): a training reward has this name"):
         make_module("lm", rewards={"long": long, "good": count_good}, eval_rewards={"long": short})
-
-
-def test_an_eval_reward_that_fails_is_found_before_the_first_update(tmp_path, sharp_lm, data):
-    def broken(prompts, responses):
-        raise RuntimeError("out of order")
-
-    module = make_module(sharp_lm, eval_rewards={"broken": broken}, minibatch_size=3)
-    with pytest.raises(ValueError, match=r"first val prompt: .*out of order"):
+    module = make_module(sharp_lm, eval_rewards={"broken": lambda prompts, responses: [1 / 0]}, minibatch_size=3)
+    with pytest.raises(ValueError, match=r"first val prompt: .*division by zero"):
         make_trainer(tmp_path, num_sanity_val_steps=0).fit(module, data)
     assert module.rollouts == 0
 
 
-def test_predictions_lie_with_the_logs_once_by_draws_of_each_batchs_own(tmp_path, tiny_lm, data):
-    """Batches of 3 and 2 prompts, two samples each; asked twice, a run writes its last answers."""
-    module = make_module(tiny_lm, samples_per_prompt=2)
+def test_predictions_lie_with_the_logs_once_by_draws_of_each_batchs_own(tmp_path, tiny_lm, data, monkeypatch):
+    """Batches of 3 and 2 prompts, two samples each; asked twice, a run writes its last answers; of ranks the first."""
+    rewards = {"good": count_good, "short": {"source": short, "weight": 0.0}}
+    module = make_module(tiny_lm, samples_per_prompt=2, rewards=rewards)
     logger = CSVLogger(tmp_path / "logs", name="run", version=4)
     for _ in range(2):
         returned = make_trainer(tmp_path, logger=logger).predict(module, data)
     rows = [json.loads(line) for line in (tmp_path / "logs/run/version_4/predictions.jsonl").read_text().splitlines()]
     prompts = held_out(tmp_path)
     batches = [module.rollout(some, stream=f"predict/{i}") for i, some in enumerate((prompts[:3], prompts[3:]))]
+    responses = [response for batch in batches for response in batch.responses]
     assert rows == [row for batch in returned for row in batch]
     assert [row["prompt"] for row in rows] == [prompt for prompt in prompts for _ in range(2)]
-    assert [row["response"] for row in rows] == [response for batch in batches for response in batch.responses]
-    assert rows[0]["response"] != rows[1]["response"]
-    assert [row["score"] for row in rows] == count_good([], [row["response"] for row in rows])
-
-
-def test_one_process_of_several_writes_the_predictions(tmp_path, tiny_lm, data, monkeypatch):
+    assert [row["response"] for row in rows] == responses
+    assert responses[0] != responses[1]
+    assert [row["score"] for row in rows] == [row["score/good"] for row in rows] == count_good([], responses)
+    assert [row["score/short"] for row in rows] == short([], responses)
     monkeypatch.setattr("lit_ppo.ppo.evaluate.rank", lambda: 1)
-    make_trainer(tmp_path, logger=False).predict(make_module(tiny_lm), data)
-    assert not (tmp_path / "predictions.jsonl").exists()
+    make_trainer(tmp_path / "second", logger=False).predict(module, data)
+    assert not (tmp_path / "second/predictions.jsonl").exists()
 
 
 def test_nothing_in_a_prediction_is_obeyed(tmp_path, tiny_lm, data, monkeypatch):
@@ -257,21 +235,18 @@ def test_nothing_in_a_prediction_is_obeyed(tmp_path, tiny_lm, data, monkeypatch)
 
 
 def test_each_of_several_rewards_is_logged_under_its_name(tmp_path, tiny_lm, data):
-    def length(prompts, responses):
-        return [len(r.split()) / 7 for r in responses]
-
-    rewards = {"good": count_good, "long": {"source": length, "weight": 0.0}}
-    module = make_module(tiny_lm, rewards=rewards, minibatch_size=3)
+    """Without a reference there is no win rate."""
+    rewards = {"good": count_good, "long": {"source": long, "weight": 0.0}}
+    module = make_module(tiny_lm, rewards=rewards, eval_rewards={"short": short}, reference=None, minibatch_size=3)
     logger = MemoryLogger()
-    trainer = make_trainer(tmp_path, max_steps=1, val_check_interval=1, logger=logger)
-    trainer.fit(module, data)
-    row = next(row for row in logger.rows if "objective/score" in row)
-    assert row["objective/score/good"] == row["objective/score"] != row["objective/score/long"]
-    row = next(row for row in logger.rows if "val/score" in row)
-    assert row["val/score/good"] == row["val/score"] != row["val/score/long"]
-    first = make_trainer(tmp_path, logger=False).predict(module, data)[0][0]
-    assert first["score/good"] == first["score"] == count_good([], [first["response"]])[0]
-    assert first["score/long"] == pytest.approx(length([], [first["response"]])[0])
+    make_trainer(tmp_path, max_steps=1, val_check_interval=1, logger=logger).fit(module, data)
+    for split in ("objective", "val"):
+        row = next(row for row in logger.rows if f"{split}/score" in row)
+        assert row[f"{split}/score/good"] == row[f"{split}/score"] != row[f"{split}/score/long"]
+    assert {name.removeprefix("val/") for name in row if name.startswith("val/")} == {
+        "score", "score/good", "score/long", "score/short", "kl", "length", "ended_fraction"
+    }  # fmt: skip
+    assert row["val/score/short"] == -row["val/score/long"]
 
 
 def test_the_result_is_a_hugging_face_folder(tmp_path, tiny_lm):

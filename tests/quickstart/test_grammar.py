@@ -61,47 +61,22 @@ def test_parser_reads_reviews_written_by_hand(opening: str, rest: str, pattern: 
     "text",
     [
         "",
-        " ",
         ".",
-        "We read a novel in bed",
-        "We read a novel in bed. The prose was truly superb",
-        "We read a novel in bed. The prose was truly superb. The cover was very dull.",
-        "We read a novel in bed. The prose was superb.",
-        "We read a novel in bed. The sauce was truly superb.",  # of another subject
+        NOVEL,
+        f"{NOVEL}. The prose was truly superb",
+        f"{NOVEL}. The prose was truly superb. The cover was very dull.",
+        f"{NOVEL}. The prose was superb.",
+        f"{NOVEL}. The sauce was truly superb.",  # of another subject
         "We read a pizza in bed. The sauce was truly superb.",
         "we read a novel in bed. The prose was truly superb.",
-        "We read a novel in bed. the prose was truly superb.",
+        f"{NOVEL}. the prose was truly superb.",
         "We read a novel  in bed. The prose was truly superb.",
-        "We read a novel in bed . The prose was truly superb .",
-        "We read a novel in bed. The prose was superb truly.",
+        f"{NOVEL} . The prose was truly superb .",
         "The prose was truly superb.",
-        "{^when} {who} {took} {item}. The {noun} was {degree} {quality}.",
     ],
 )
 def test_parser_rejects_what_the_grammar_cannot_have_written(text: str) -> None:
     assert parse(text) is None
-
-
-def test_parser_rejects_broken_reviews() -> None:
-    """A slip may by chance give another sentence of the grammar: 'half of us' without 'half of' has nothing wrong."""
-    rng = random.Random(7)
-    survived = Counter[str]()
-    for review in corpus(1500):
-        pieces = review.split(" ")
-        i, j = sorted(rng.sample(range(len(pieces)), 2))
-        slips = {
-            "cut short": pieces[:j],
-            "left out": pieces[:i] + pieces[i + 1 :],
-            "twice": [*pieces[: i + 1], *pieces[i:]],
-            "swapped": [*pieces[:i], pieces[j], *pieces[i + 1 : j], pieces[i], *pieces[j + 1 :]],
-            "backwards": pieces[::-1],
-            "a foreign word": [*pieces[:i], "zebra", *pieces[i + 1 :]],
-            "run together": [*pieces[: i + 1], "".join(pieces[i + 1 :])] if i + 2 < len(pieces) else pieces[:1],
-        }
-        for slip, broken in slips.items():
-            survived[slip] += parse(" ".join(broken)) is not None
-    assert {slip: number for slip, number in survived.items() if number > 75} == {}  # 5%
-    assert survived["a foreign word"] == survived["cut short"] == survived["backwards"] == survived["twice"] == 0
 
 
 def test_parser_takes_any_token_soup_quickly() -> None:
@@ -111,7 +86,9 @@ def test_parser_takes_any_token_soup_quickly() -> None:
         for _ in range(50):
             assert parse(" ".join(rng.choice(words) for _ in range(length))) is None
     assert parse("".join(chr(rng.randrange(32, 5000)) for _ in range(5000))) is None
-    assert parse(corpus(1)[0] * 500) is None
+    for review in corpus(300):
+        assert parse(review * 2) is parse(review[:-1]) is parse(review + " zebra.") is None
+        assert parse(" ".join(review.split(" ")[::-1])) is None
 
 
 def test_grammar_is_rich() -> None:
@@ -148,14 +125,6 @@ def test_shares_are_those_of_the_grammar() -> None:
         assert patterns[pattern] / 12_000 == pytest.approx(1 / len(PATTERNS), abs=0.01)
         positive = sum(r.polarity == "positive" for r in found if r and r.pattern == pattern) / patterns[pattern]
         assert positive == pytest.approx(SHARES["positive"], abs=0.065)  # in every pattern alike
-
-
-def test_openings_are_neutral() -> None:
-    rng = random.Random(1)
-    opinions = {word for slot in OPINIONS.values() for p in ("positive", "negative") for word in slot[p]}
-    for _ in range(500):
-        text = f" {generate_opening(rng).lower()} "
-        assert not [word for word in opinions if f" {word} " in text]
 
 
 def test_seed_gives_the_text() -> None:
@@ -221,28 +190,32 @@ def test_held_out_openings_appear_nowhere_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "value", "changed"),
+    ("number", "path", "file"),
     [
-        ("n_reviews", 301, {"reviews.jsonl"}),
-        ("n_labelled", 85, {"labelled.jsonl"}),
-        ("n_prompts", 61, {"prompts.jsonl"}),
-        ("n_eval_prompts", 41, {"prompts_eval.jsonl"}),
-        ("text_seed", 1, {"reviews.jsonl", "labelled.jsonl", "prompts.jsonl", "prompts_eval.jsonl"}),
+        ("n_reviews", "path", "reviews.jsonl"),
+        ("n_labelled", "labelled_path", "labelled.jsonl"),
+        ("n_prompts", "prompts_path", "prompts.jsonl"),
+        ("n_eval_prompts", "eval_prompts_path", "prompts_eval.jsonl"),
     ],
 )
-def test_every_argument_changes_its_files(tmp_path: Path, argument: str, value: int, changed: set[str]) -> None:
-    before = written(tmp_path)
-    after = written(tmp_path, **{argument: value})
-    assert {name for name in after if after[name] != before[name]} == changed | {"written.json"}
-    assert after == written(tmp_path / "fresh", **{argument: value})
+def test_each_file_has_a_number_of_rows_and_a_name(tmp_path: Path, number: str, path: str, file: str) -> None:
+    with pytest.raises(ValueError, match=rf"ReviewText\({number}=0\)"):
+        ReviewText(**{number: 0})
+    before, more = written(tmp_path / "old"), {number: SMALL[number] + 1}
+    after = written(tmp_path / "old", **more)
+    assert {name for name in after if after[name] != before[name]} == {file, "written.json"}
+    assert after == written(tmp_path / "fresh", **more)
+    assert written(tmp_path / "named", **more, **{path: "other.jsonl"})["other.jsonl"] == after[file]
 
 
-@pytest.mark.parametrize("argument", ["path", "labelled_path", "prompts_path", "eval_prompts_path"])
-def test_files_can_have_other_names(tmp_path: Path, argument: str) -> None:
-    assert "other.jsonl" in written(tmp_path, **{argument: "other.jsonl"})
+def test_another_seed_is_another_text(tmp_path: Path) -> None:
+    before, after = written(tmp_path / "0"), written(tmp_path / "1", text_seed=1)
+    assert {name for name in after if after[name] != before[name]} == {*FILES, "written.json"}
 
 
-def test_complete_files_are_left_alone_and_incomplete_ones_written(tmp_path: Path) -> None:
+def test_complete_files_are_left_alone_and_incomplete_or_outdated_ones_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = written(tmp_path)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert written(tmp_path) == before
@@ -252,19 +225,9 @@ def test_complete_files_are_left_alone_and_incomplete_ones_written(tmp_path: Pat
     (tmp_path / "written.json").unlink()  # as after an interrupt
     (tmp_path / "reviews.jsonl").write_text("", encoding="utf-8")
     assert written(tmp_path) == before
-
-
-def test_text_of_another_grammar_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = written(tmp_path)
     monkeypatch.setattr("lit_ppo.quickstart.data.RATINGS", {"positive": 0.9, "neutral": 0.3, "negative": 0.05})
-    after = written(tmp_path)
+    after = written(tmp_path)  # by another grammar
     assert {name for name in after if after[name] != before[name]} == {"labelled.jsonl", "written.json"}
-
-
-@pytest.mark.parametrize("argument", SMALL)
-def test_numbers_must_be_positive(argument: str) -> None:
-    with pytest.raises(ValueError, match=rf"ReviewText\({argument}=0\)"):
-        ReviewText(**{argument: 0})
 
 
 def test_batches_and_tokenizer_come_from_the_reviews(tmp_path: Path) -> None:
