@@ -2,21 +2,17 @@
 
 import contextlib
 import json
-import os
-import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig
 
-from benchmarks import agreement, dials, files, monitors, overhead, quickstart_runs, report, scaling, speed, tuning
+from benchmarks import agreement, files, monitors, overhead, quickstart_runs, report, scaling, speed, tuning
 from benchmarks.jobs import EOS, FIRST_WORD, JOBS, KEY, response_length, script
 from benchmarks.measure import PHASES, Clock, update_flops
 from benchmarks.runner import Runner
@@ -24,7 +20,7 @@ from benchmarks.scripted import Script, Scripted, scripted_multinomial
 from lit_ppo.generation.config import NEUTRAL
 from lit_ppo.models.actor_critic import Actor
 from lit_ppo.rewards import RewardModel
-from tests.helpers.tiny import make_causal_lm, make_reward_model, write_rows
+from tests.helpers.tiny import make_reward_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,6 +60,8 @@ def test_scripts_are_the_same_everywhere_and_tell_prompts_apart():
     assert len({tuple(prompt[-KEY:]) for prompt in prompts}) == job.prompts
     assert all(id >= FIRST_WORD for prompt in prompts for id in prompt)
     assert all(response.count(EOS) <= 1 for response in responses)
+    tokenizer = files.make_tokenizer(job.vocabulary)  # the reward model reads text
+    assert tokenizer(tokenizer.batch_decode(prompts))["input_ids"] == prompts
 
 
 def left_padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,13 +107,6 @@ def test_stock_sampling_says_what_the_script_says():
     assert torch.multinomial is multinomial
 
 
-def test_text_of_the_script_is_its_tokens():
-    """The reward model reads text."""
-    prompts, _ = script(JOBS["tiny"])
-    tokenizer = files.make_tokenizer(JOBS["tiny"].vocabulary)
-    assert tokenizer(tokenizer.batch_decode(prompts))["input_ids"] == prompts
-
-
 def test_clock_gives_each_second_to_one_phase(monkeypatch):
     now = iter([0.0, 1.0, 3.0, 7.0])
     monkeypatch.setattr("benchmarks.measure.perf_counter", lambda: next(now))
@@ -126,12 +117,9 @@ def test_clock_gives_each_second_to_one_phase(monkeypatch):
     assert clock.laps == [dict.fromkeys(PHASES, 0.0) | {"other": 1.0, "forward": 2.0, "backward": 4.0}]
 
 
-def test_ratios_are_taken_pair_by_pair():
+def test_ratios_are_taken_pair_by_pair_and_shares_of_the_models_phases():
     pairs = [{"ours": {"seconds": a}, "trl": {"seconds": b}} for a, b in ((1, 2), (2, 3), (10, 40))]
     assert speed.ratio(pairs, "seconds") == {"median": 2.0, "lowest": 1.5, "highest": 4.0}
-
-
-def test_share_of_peak_by_hand():
     run = {"flops": 60, "updates": [dict.fromkeys(PHASES, 9.0) | {"forward": 1.0, "backward": 2.0}]}
     assert speed.share_of_peak(run, matmul=100.0) == pytest.approx(0.2)
 
@@ -140,14 +128,6 @@ def test_tuning_keeps_the_fastest_of_each_setting():
     """x = 2 is better than 1; with it y = "b" is worse than "a"."""
     points = list(tuning.tune({"x": [1, 2], "y": ["a", "b"]}, lambda p: 10 / p["x"] + (p["y"] == "b")))
     assert points == [({"x": 1, "y": "a"}, 10.0), ({"x": 2, "y": "a"}, 5.0), ({"x": 2, "y": "b"}, 6.0)]
-
-
-def test_both_grids_have_as_many_points():
-    sizes = []
-    for side in ("ours", "trl"):
-        values = tuning.grid(side, JOBS["medium"])
-        sizes.append(1 + sum(len(tried) - 1 for tried in values.values()))
-    assert sizes[0] == sizes[1]
 
 
 def test_agreement_looks_at_response_tokens_and_refuses_other_tokens():
@@ -188,41 +168,19 @@ def test_a_tiny_job_runs_in_full_and_makes_its_tables(tmp_path, monkeypatch):
     assert "| tiny |" in text
 
 
-@pytest.mark.parametrize("script", ["speed", "scaling", "report"])
-def test_scripts_start_from_anywhere(script, tmp_path):
-    command = [sys.executable, str(ROOT / f"benchmarks/{script}.py"), "--help"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_scaling_changes_one_size():
-    """The mean response keeps its share of the longest: 26 of 64 is 13 of 32."""
-    job = scaling.varied(JOBS["small"], "longest_response", 32)
-    assert (job.longest_response, job.mean_response, job.prompts) == (32, 13, 32)
-
-
-RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-SPEED = [path for path in RESULTS if path.stem.startswith("speed")]
-
-
-def test_the_pages_tables_are_those_of_the_results(tmp_path):
-    assert RESULTS
-    page = tmp_path / "performance.md"
-    committed = (ROOT / "docs" / "performance.md").read_text()
+def test_the_pages_tables_are_those_of_the_results_and_both_sides_computed_the_same(tmp_path):
+    folder = ROOT / "benchmarks" / "results"
+    page, committed = tmp_path / "performance.md", (ROOT / "docs" / "performance.md").read_text()
     page.write_text(committed)
-    report.update(page, RESULTS)
+    report.update(page, sorted(folder.glob("*.json")))
     assert page.read_text() == committed
-    points = json.loads((ROOT / "benchmarks" / "results" / "varied.json").read_text())["points"]
+    points = json.loads((folder / "varied.json").read_text())["points"]
     assert (ROOT / "docs" / "scaling.svg").read_text() == scaling.draw(points)
-
-
-@pytest.mark.parametrize("path", SPEED, ids=lambda path: path.stem)
-def test_both_sides_computed_the_same_before_they_were_timed(path):
-    results = json.loads(path.read_text())
-    for job in results["jobs"].values():
-        assert results["asked"]["precision"] == "bf16-mixed" or job["agreement"]["agrees"]
-        assert all(pair[side]["optimizer_steps"] == 16 for pair in job["pairs"] for side in ("ours", "trl"))
+    for path in folder.glob("speed*.json"):
+        results = json.loads(path.read_text())
+        for job in results["jobs"].values():
+            assert results["asked"]["precision"] == "bf16-mixed" or job["agreement"]["agrees"]
+            assert all(pair[side]["optimizer_steps"] == 16 for pair in job["pairs"] for side in ("ours", "trl"))
 
 
 def test_agreement_allows_more_after_a_step_of_adam(monkeypatch):
@@ -285,69 +243,6 @@ def test_a_fall_is_two_updates_half_a_starting_deviation_below_the_best():
     assert watch.fallen() is None
 
 
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory):
-    """What the quickstart's first stages leave behind, in tiny."""
-    folder = tmp_path_factory.mktemp("quickstart")
-    make_causal_lm(folder / "sft/model", n_layer=1)
-    make_reward_model(folder / "reward/model", n_layer=1)
-    (folder / "data").mkdir()
-    prompts = [prompt for prompt, _ in REVIEWS] * 30
-    for name, column in {"prompts": "prompt", "prompts_eval": "prompt", "reviews": "text"}.items():
-        write_rows(folder / f"data/{name}.jsonl", ({column: f"{prompt} {i}"} for i, prompt in enumerate(prompts)))
-    return folder
-
-
-@pytest.mark.filterwarnings("ignore:.*")
-def test_runs_of_the_monitors_table(quickstart):
-    """Gold falls from the first update on: back to what the run started from."""
-    calls = iter(range(100))
-
-    def rises(prompts, responses):
-        return [float(next(calls))] * len(responses)
-
-    def falls(prompts, responses):
-        return [-score for score in rises(prompts, responses)]
-
-    job = quickstart_runs.Run({"rewards": rises, "critic": "actor"}, updates=20, gold=falls, then="go_back")
-    result = monitors.run(quickstart, job, seed=0)
-    assert result.back == 0
-    assert [len(each) for each in (result.watch.gold, result.watch.level, result.watch.verdict)] == [6] * 3
-    assert any("RewardHackingMonitor: reward hacking at update 5" in words for words in result.said)
-    cells = dict(zip(monitors.HEADER.split(" | "), monitors.row("name", result).split(" | "), strict=True))
-    assert cells["updates"] == cells["verdict"] == "6"
-    assert (cells["which"], cells["back to"], cells["alarm"]) == ("reward hacking", "0", "-")
-
-
-def test_few_prompts_are_of_the_kind_asked_for(quickstart, tmp_path):
-    job = quickstart_runs.RUNS["16 films"]
-    data = quickstart_runs.make_data(quickstart, job, rows=64, seed=0, place=tmp_path)
-    rows = [json.loads(line)["prompt"] for line in Path(data.path).read_text().splitlines()]
-    assert (len(rows), len(set(rows))) == (64, 16)
-    assert all("western" in row or "comedy" in row for row in rows)
-
-
-def test_a_run_that_goes_back_is_the_same_run():
-    assert all(name in quickstart_runs.RUNS for name in ("a loophole, going back", "16 films, going back"))
-    seeds = {name: monitors.seed_of(name) for name in quickstart_runs.RUNS}
-    assert seeds["a loophole, going back"] == seeds["a loophole"]
-    assert len(set(seeds.values())) == len(seeds) - 2
-    assert len(quickstart_runs.HEALTHY) >= 10
-
-
-def test_overhead_is_by_hook_and_by_run(quickstart, tmp_path):
-    """Monitors as their configurations have them: each spends something, and less than the run takes."""
-    watched = overhead.monitors(quickstart)
-    assert sorted(type(monitor).__name__ for monitor in watched) == list(overhead.NAMES)
-    laps, hooks = overhead.run(quickstart, 0, 2, watched, str(tmp_path))
-    assert len(laps) == 3  # two updates, and what comes behind them
-    assert hooks.keys() == set(overhead.NAMES)
-    assert all(spent.updates > 0 for spent in hooks.values())
-    sampled = {"Cockpit", "RewardHackingMonitor", "SampleLogger"}  # before the first update
-    assert {name for name, spent in hooks.items() if spent.once > 0.001} >= sampled
-    assert sum(map(sum, hooks.values())) < sum(laps)
-
-
 def test_table_of_overhead_by_hand():
     """Of 11 and 12 seconds, 1 and 4 in hooks: 1/10 and 2/8 in the updates, 0 and 2/8 once; medians of two are means.
 
@@ -366,14 +261,3 @@ def test_table_of_overhead_by_hand():
     assert rows[5] == "SampleLogger | 0.0 | 0.00% | 0.25"
     assert rows[6] == "all | 750.0 | 17.50% | 0.25"
     assert rows[7] == "runs with all over runs with none: +11.11% of 4.500 s an update"
-
-
-def test_dials_draw_a_line_for_each_run_in_each_panel(tmp_path):
-    rows = [dict.fromkeys(dials.PANELS, value) for value in (0.1, 0.5, 0.3)]
-    dials.draw(dict.fromkeys(dials.COLORS, rows), tmp_path / "drawn.svg")
-    drawn, page = (path.read_text() for path in (tmp_path / "drawn.svg", ROOT / "docs" / "dials.svg"))
-    for picture in (drawn, page):
-        assert {*dials.PANELS.values(), *dials.COLORS} <= {e.text for e in ElementTree.fromstring(picture).iter()}
-        for color in dials.COLORS.values():
-            lines = re.findall(rf'<path d="M[^"]+" clip-path="[^"]+" style="fill: none; stroke: {color}', picture)
-            assert len(lines) == len(dials.PANELS)

@@ -10,6 +10,7 @@ from lit_ppo import LitPPO
 from lit_ppo.callbacks import AdaptiveKL, RewardNormalization
 from tests.helpers.oracle import Oracle
 from tests.helpers.recorder import record, rows_of
+from tests.helpers.spies import Spy
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer
 
@@ -52,74 +53,40 @@ def test_metrics_are_of_raw_scores_and_of_the_coefficient_in_force(tmp_path, lm)
     assert rows[1]["objective/kl_coef"] == pytest.approx(0.3 * (1 - 0.2 * 7 / 20))  # KL 0 in the first update
 
 
-class MeanCentred:
-    """An estimator that needs no values: each response's summed rewards less the batch's mean."""
-
-    needs_values = False
-
-    def __call__(self, experience: Any) -> tuple[torch.Tensor, None]:
-        total = experience.rewards.sum(1)
-        return (total - total.mean())[:, None] * experience.response_mask, None
-
-
-@pytest.mark.parametrize("reference", ["actor", None])
-def test_without_a_critic(tmp_path, lm, reference):
-    module, recorder, trainer = record(tmp_path, lm, critic=None, advantages=MeanCentred(), reference=reference)
-    assert module.critic is None
-    assert not any("value" in name for row in logged(trainer) for name in row)
-    assert {name.split(".")[0] for name in module.state_dict()} == {"actor"}
-    assert recorder.experiences[0].values is None
-    start = make_module(lm)
-    start.configure_model()
-    assert any(not v.equal(start.state_dict()[k]) for k, v in module.state_dict().items())
-
-
 def test_rows_that_a_callback_keeps_are_all_that_is_trained_on(tmp_path, lm):
-    class Keep(L.Callback):
-        def on_rollout_end(self, trainer: Any, pl_module: Any, experience: Any) -> None:
-            experience.keep([4, 1, 1])
-
-    _, recorder, _ = record(tmp_path, lm, Keep(), max_steps=1)
+    keep = Spy("on_rollout_end", lambda module, experience: experience.keep([4, 1, 1]))
+    _, recorder, _ = record(tmp_path, lm, keep, max_steps=1)
     assert len(recorder.experiences[0]) == 3
     assert [len(rows) for rows in recorder.minibatches] == [3, 3]  # fewer than minibatch_size make one
-
-
-def test_keeping_no_rows_is_refused(tmp_path, lm):
-    class Drop(L.Callback):
-        def on_rollout_end(self, trainer: Any, pl_module: Any, experience: Any) -> None:
-            experience.keep([])
-
+    drop = Spy("on_rollout_end", lambda module, experience: experience.keep([]))
     with pytest.raises(ValueError, match="callbacks removed all rows"):
-        record(tmp_path, lm, Drop())
+        record(tmp_path, lm, drop)
 
 
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
 def test_a_response_masked_out_as_a_whole_trains_nothing(tmp_path, lm, reduction):
-    class Filter(L.Callback):
-        def on_rollout_end(self, trainer: Any, pl_module: Any, experience: Any) -> None:
-            mask = experience.response_mask.clone()
-            mask[0] = False
-            experience.response_mask = mask
+    def mask_out(module: Any, experience: Any) -> None:
+        experience.response_mask = experience.response_mask & (torch.arange(len(experience)) > 0)[:, None]
 
-    module, _, trainer = record(tmp_path, lm, Filter(), loss_reduction=reduction, micro_batch_size=1, max_steps=1)
+    hook = Spy("on_rollout_end", mask_out)
+    module, _, trainer = record(tmp_path, lm, hook, loss_reduction=reduction, micro_batch_size=1, max_steps=1)
     assert all(value.isfinite().all() for value in module.state_dict().values())
     assert trainer.global_step == 1
+
+
+def halve(optimizer: Any) -> Any:
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
 
 
 @pytest.mark.parametrize("lifted", ["on_rollout_start", "on_update_end"])
 def test_the_critic_learns_on_schedule_while_the_actor_rests(tmp_path, lm, lifted):
     """Two frozen updates, whichever hook lifts it: the actor's schedule waits, the critic's goes on."""
 
-    def lift(self: Any, trainer: Any, pl_module: Any, *arguments: Any) -> None:
-        done = trainer.global_step + (lifted == "on_update_end")
-        pl_module.actor_frozen = done < 2
+    def lift(module: Any, *arguments: Any) -> None:
+        module.actor_frozen = module.trainer.global_step + (lifted == "on_update_end") < 2
 
-    def halve(optimizer: Any) -> Any:
-        return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
-
-    hooks = {lifted: lift, "on_train_start": lambda self, trainer, pl_module: setattr(pl_module, "actor_frozen", True)}
-    callback = type("Lift", (L.Callback,), hooks)()
-    _, _, trainer = record(tmp_path, lm, callback, actor_scheduler=halve, critic_scheduler=halve, max_steps=4)
+    hooks = Spy(lifted, lift), Spy("on_train_start", lambda module: setattr(module, "actor_frozen", True))
+    _, _, trainer = record(tmp_path, lm, *hooks, actor_scheduler=halve, critic_scheduler=halve, max_steps=4)
     rows = logged(trainer)
     assert [row["policy/lr"] for row in rows] == pytest.approx([0.1, 0.1, 0.1, 0.05])
     assert [row["value/lr"] for row in rows] == pytest.approx([0.1, 0.05, 0.025, 0.0125])
@@ -128,20 +95,21 @@ def test_the_critic_learns_on_schedule_while_the_actor_rests(tmp_path, lm, lifte
 
 def test_an_actor_that_is_frozen_within_an_update_rests_from_the_next_one_on(tmp_path, lm):
     """Read at each update: its other steps, and its schedule's, are taken."""
-
-    def halve(optimizer: Any) -> Any:
-        return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
-
-    hooks = {"on_minibatch_start": lambda self, trainer, pl_module, minibatch: setattr(pl_module, "actor_frozen", True)}
-    callback = type("Freeze", (L.Callback,), hooks)()
-    _, recorder, trainer = record(tmp_path, lm, callback, actor_scheduler=halve, ppo_epochs=1, max_steps=2)
+    freeze = Spy("on_minibatch_start", lambda module, minibatch: setattr(module, "actor_frozen", True))
+    _, recorder, trainer = record(tmp_path, lm, freeze, actor_scheduler=halve, ppo_epochs=1, max_steps=2)
     assert ["policy_loss" in step for step in recorder.metrics] == [True, True, False]  # 7 rows, then 5, by fives
     assert [row["policy/lr"] for row in logged(trainer)] == pytest.approx([0.1, 0.05])
 
 
-def test_each_update_permutes_its_rows_anew(tmp_path, lm):
-    _, recorder, _ = record(tmp_path, lm, minibatch_size=7, ppo_epochs=2, max_steps=2)
-    assert len({tuple(rows) for rows in recorder.minibatches}) == 4
+def test_returns_are_needed_where_there_is_a_critic(tmp_path, lm):
+    class NoReturns:
+        needs_values = True
+
+        def __call__(self, experience: Any) -> tuple[torch.Tensor, None]:
+            return experience.rewards, None
+
+    with pytest.raises(ValueError, match="gives no returns for the critic to learn"):
+        record(tmp_path, lm, advantages=NoReturns())
 
 
 def test_kl_is_to_the_reference_that_was_given(tmp_path, lm):
@@ -177,14 +145,6 @@ def test_steps_skipped_in_a_row_are_counted_over_a_resume(tmp_path, lm):
     again = make_module(lm, max_skipped_steps=5)
     again.on_load_checkpoint(torch.load(tmp_path / "a.ckpt", weights_only=True))
     assert (again.optimization.skipped_steps, again.rollouts) == (3, 1)
-
-
-def test_returns_are_needed_where_there_is_a_critic(tmp_path, lm):
-    class NoReturns(MeanCentred):
-        needs_values = True
-
-    with pytest.raises(ValueError, match="gives no returns for the critic to learn"):
-        record(tmp_path, lm, advantages=NoReturns())
 
 
 def test_hyperparameters_with_lists_load_from_a_checkpoint(tmp_path, lm):

@@ -3,9 +3,9 @@
 import json
 import re
 import warnings
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import lightning as L
 import numpy as np
@@ -31,45 +31,14 @@ TRICK = {
 }
 
 
-class Cells(HTMLParser):
-    """The rows of the tables that a browser would show, and every tag in them."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.rows: list[list[str]] = []
-        self.tags: set[str] = set()
-        self.whole: list[str] = []  # what is not broken into lines
-        self.beside = ""  # the table
-        self.in_cell = False
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.tags.add(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-            self.in_cell = True
-        self.keeps = tag == "pre"
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in ("td", "th"):
-            self.in_cell = False
-
-    def handle_data(self, data: str) -> None:
-        if not self.in_cell:
-            self.beside += data.strip()
-        else:
-            self.rows[-1][-1] += data
-            self.whole += [data] * self.keeps
-
-
-def shown(text: str) -> Cells:
-    """What TensorBoard makes of a text: its own Markdown, its own cleaning."""
+def shown(text: str) -> tuple[list[list[str]], str, ElementTree.Element]:
+    """Rows and what stands above them as a browser shows what TensorBoard makes of a text, and all elements."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what its own parts say about each other
         from tensorboard.plugins.text.text_plugin import text_array_to_html
-    return Cells(text_array_to_html(np.array(text), enable_markdown=True))
+    page = ElementTree.fromstring(f"<page>{text_array_to_html(np.array(text), enable_markdown=True)}</page>")
+    rows = [["".join(cell.itertext()) for cell in row] for row in page.iter("tr")]
+    return rows, "".join(text for paragraph in page.findall("p") for text in paragraph.itertext()), page
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -121,16 +90,16 @@ def test_lines_hold_what_the_policy_says_now(tmp_path: Path):
 
 def test_before_and_after_stand_side_by_side(tmp_path: Path):
     _, logger = watch(tmp_path, 2)
-    (_, start, _), (_, later, _) = logger.of("add_text")
+    (start, _, _), (later, above, _) = (shown(text) for _, text, _ in logger.of("add_text"))
     before, after = lines(tmp_path)[:3], lines(tmp_path)[3:]
-    assert shown(start).rows[0] == ["prompt", "before the first update", "score"]
-    assert shown(start).rows[1:] == [[s["prompt"], s["response"], f"{s['score']:+.2f}"] for s in before]
-    header, *rows = shown(later).rows
-    assert header == ["prompt", "before the first update", "score", "after 2 updates", "score", "KL"]
-    for row, one, other in zip(rows, before, after, strict=True):
+    assert start[0] == ["prompt", "before the first update", "score"]
+    assert start[1:] == [[s["prompt"], s["response"], f"{s['score']:+.2f}"] for s in before]
+    assert later[0] == ["prompt", "before the first update", "score", "after 2 updates", "score", "KL"]
+    for row, one, other in zip(later[1:], before, after, strict=True):
         assert row[:3] == [one["prompt"], one["response"], f"{one['score']:+.2f}"]
         assert re.sub("[🟥🟧🟨🟦]", "", row[3]) == other["response"]
         assert row[4:] == [f"{other['score']:+.2f}", f"{other['kl']:+.2f}"]
+    assert above == "KL of the next token, nats: 🟨 from 0.1, 🟧 from 0.5, 🟥 from 2, 🟦 from -0.1 down"
 
 
 def test_tokens_are_coloured_by_their_kl():
@@ -139,22 +108,18 @@ def test_tokens_are_coloured_by_their_kl():
     sampler._updates, sampler._before = 1, []
     tokens = [["a", 0.05], ["b", 0.1], ["c", 0.5], ["d", 2.0], ["e", -0.09], ["f", -0.1]]
     table = sampler._table([{"prompt": "p", "response": "abcdef", "score": 0.0, "kl": 2.46, "tokens": tokens}])
-    assert shown(table).rows[1] == ["p", "(not sampled)", "+nan", "a🟨b🟧c🟥de🟦f", "+0.00", "+2.46"]
-    assert shown(table).rows[0][3] == "after one update"
-    legend = "KL of the next token, nats: 🟨 from 0.1, 🟧 from 0.5, 🟥 from 2, 🟦 from -0.1 down"
-    assert shown(table).beside == legend
+    assert shown(table)[0][1] == ["p", "(not sampled)", "+nan", "a🟨b🟧c🟥de🟦f", "+0.00", "+2.46"]
 
 
 def test_held_out_prompts_come_first_then_the_training_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked: list[str] = []
     peek = ToyData.peek
     monkeypatch.setattr(ToyData, "peek", lambda data, split, n: asked.append(split) or peek(data, split, n))
-    watch(tmp_path, 1)
-    assert set(asked) == {"val"}
-    monkeypatch.setattr(ToyData, "peeks", ("train",))
-    asked.clear()
-    watch(tmp_path, 1)
-    assert asked == ["val", "train"] * 2
+    for peeks, splits in ((("train", "val"), ["val", "val"]), (("train",), ["val", "train"] * 2)):
+        monkeypatch.setattr(ToyData, "peeks", peeks)
+        asked.clear()
+        watch(tmp_path, 1)
+        assert asked == splits
 
 
 def test_data_without_prompts_to_look_at_is_refused_before_the_first_rollout():
@@ -184,29 +149,25 @@ def test_a_resumed_run_that_is_stopped_at_once_writes_nothing_twice(tmp_path: Pa
     assert logger.of("add_text") == []
 
 
-def test_a_new_run_in_an_old_folder_starts_a_new_file(tmp_path: Path):
-    watch(tmp_path, 4)
-    watch(tmp_path, 2)
-    assert [line["update"] for line in lines(tmp_path)] == [0] * 3 + [2] * 3
-
-
-def test_a_run_that_goes_on_from_its_very_start_starts_the_file_again(tmp_path: Path):
-    """A checkpoint of before the first update: the first answers are in the file once, not left out."""
+def test_a_run_from_the_start_starts_the_file_again(tmp_path: Path):
+    """Also from a checkpoint of before the first update: the first answers are in the file once, not left out."""
     early = Spy("on_rollout_start", lambda module, prompts: module.trainer.save_checkpoint(tmp_path / "none.ckpt"))
-    monitor = SampleLogger(every=2, prompts=3)
-    run_updates([monitor, early], 1, logger=Recorder(tmp_path))
-    watch(tmp_path, 2, resume=tmp_path / "none.ckpt")
-    assert [line["update"] for line in lines(tmp_path)] == [0] * 3 + [2] * 3
+    run_updates([SampleLogger(every=2, prompts=3), early], 3, logger=Recorder(tmp_path), resume=None)
+    for resume in (None, tmp_path / "none.ckpt"):
+        watch(tmp_path, 2, resume=resume)
+        assert [line["update"] for line in lines(tmp_path)] == [0] * 3 + [2] * 3
 
 
-def test_one_process_of_several_writes_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    watch(tmp_path, 1)
-    file = tmp_path / "samples.jsonl"
-    before = file.read_text()
+def test_the_first_process_alone_writes_and_not_in_a_fast_dev_run(
+    tmp_path: Path, tiny_lm: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    trainer = make_trainer(tmp_path, callbacks=[SampleLogger()], fast_dev_run=True, max_steps=-1)
+    trainer.fit(make_module(tiny_lm), make_data(tmp_path))
     monkeypatch.setattr(L.Trainer, "is_global_zero", property(lambda trainer: False))
     _, logger = watch(tmp_path, 1)
     assert logger.of("add_text") == []
-    assert file.read_text() == before
+    assert not list(tmp_path.rglob("samples.jsonl"))
 
 
 def test_half_a_line_of_a_run_that_was_killed_is_no_obstacle(tmp_path: Path):
@@ -220,18 +181,10 @@ def test_half_a_line_of_a_run_that_was_killed_is_no_obstacle(tmp_path: Path):
         assert [line["update"] for line in lines(tmp_path)] == [0] * 3 + [2] * 3 + [4] * 3
 
 
-def test_a_fast_dev_run_writes_nothing(tmp_path: Path, tiny_lm: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    trainer = make_trainer(tmp_path, callbacks=[SampleLogger()], fast_dev_run=True, max_steps=-1)
-    trainer.fit(make_module(tiny_lm), make_data(tmp_path))
-    assert not list(tmp_path.rglob("samples.jsonl"))
-
-
 # ---- nothing is obeyed
 
 WICKED = [
     "<script>alert('now')</script>",
-    "<img src=x onerror=alert(1)>",
     "a | b |\n|---|---|\n| c | d |",
     "line\n\n# heading\n\n- item **bold** `code` [link](javascript:alert(1))",
     "</td></tr></table><h1>out</h1>",
@@ -248,36 +201,33 @@ def test_a_response_is_shown_as_text_whatever_it_is(wicked: str):
     sampler = SampleLogger()
     sampler._updates, sampler._before = 3, [{"prompt": wicked, "response": wicked, "score": 1.0}]
     tokens = [[wicked, 0.0]]
-    cells = shown(sampler._table([{"prompt": wicked, "response": wicked, "score": 2.0, "kl": 0.0, "tokens": tokens}]))
-    assert cells.tags == {"table", "thead", "tbody", "tr", "th", "td", "pre", "p"}
-    assert cells.beside == LEGEND  # and nothing of the table
-    assert cells.whole == ["score", "score", "KL", "+1.00", "+2.00", "+0.00"]  # TensorBoard breaks numbers in two
+    table = sampler._table([{"prompt": wicked, "response": wicked, "score": 2.0, "kl": 0.0, "tokens": tokens}])
+    rows, above, page = shown(table)
+    assert {element.tag for element in page.iter()} == {
+        *["page", "table", "thead", "tbody", "tr", "th", "td", "pre", "p"]
+    }
+    assert above == LEGEND
+    whole = ["".join(element.itertext()) for element in page.iter("pre")]
+    assert whole == ["score", "score", "KL", "+1.00", "+2.00", "+0.00"]  # TensorBoard breaks numbers in two
     written_out = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in wicked)
-    assert cells.rows[1] == [written_out, written_out, "+1.00", written_out, "+2.00", "+0.00"]
+    assert rows[1] == [written_out, written_out, "+1.00", written_out, "+2.00", "+0.00"]
     assert written_out.isprintable()
 
 
-def test_scripts_stay_readable():
-    """Persian joins letters with U+200C, families are joined with U+200D, and Japanese has a wide space of its own."""
-    for text in ("می\u200cروم", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "映画\u3000最高"):
-        assert printable(text) == text
+def test_the_file_can_be_printed_on_a_terminal_and_read_back(tmp_path: Path):
+    """Persian joins letters with U+200C, families are joined with U+200D: they stay readable in the table."""
+    response = WICKED[4] + "\n\u202e می\u200cروم \U0001f468\u200d\U0001f469 映画\u3000最高"
 
+    class Says(Toy):
+        def sampled(self, *args: Any, **kwargs: Any) -> Any:
+            rows = super().sampled(*args, **kwargs)
+            rows.responses = [response] * len(rows)
+            return rows
 
-def test_the_file_can_be_printed_on_a_terminal_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Toy, "sampled", _saying(Toy.sampled, WICKED[5] + "\n\u202e"))
-    watch(tmp_path, 1)
-    raw = (tmp_path / "samples.jsonl").read_bytes()
-    assert set(raw) <= {*range(32, 128), 10}
-    assert lines(tmp_path)[0]["response"] == WICKED[5] + "\n\u202e"
-
-
-def _saying(sampled: Any, what: str) -> Any:
-    def said(*args: Any, **kwargs: Any) -> Any:
-        rows = sampled(*args, **kwargs)
-        rows.responses = [what] * len(rows)
-        return rows
-
-    return said
+    watch(tmp_path, 1, module=Says())
+    assert set((tmp_path / "samples.jsonl").read_bytes()) <= {*range(32, 128), 10}
+    assert lines(tmp_path)[0]["response"] == response
+    assert printable(response).endswith(response[-13:])
 
 
 def test_tokens_of_one_character_come_as_one():
