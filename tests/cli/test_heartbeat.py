@@ -57,7 +57,7 @@ def test_a_progress_bar_takes_the_place_of_the_lines(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == "writing ... 1 s\n"
 
 
-def test_a_thread_beats_until_the_end() -> None:
+def test_a_thread_beats_until_the_end_unless_output_is_parsed(capsys: pytest.CaptureFixture[str]) -> None:
     beaten = threading.Event()
     with Heartbeat() as heartbeat:
         heartbeat.tick = beaten.set
@@ -65,9 +65,6 @@ def test_a_thread_beats_until_the_end() -> None:
         assert beaten.wait(timeout=60)
     thread.join(timeout=60)
     assert not thread.is_alive()
-
-
-def test_silent_where_output_is_parsed(capsys: pytest.CaptureFixture[str]) -> None:
     with Heartbeat(quiet=0.0, enabled=False) as disabled:
         disabled.say("nothing")
         assert "heartbeat" not in [thread.name for thread in threading.enumerate()]

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_ppo.cli.summary import RunSummary, warned
 from tests.helpers.scripted import Automatic, Clock, Scripted, fit
+from tests.helpers.spies import Spy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
@@ -49,10 +50,6 @@ def summary(tmp_path: Path, capsys: pytest.CaptureFixture[str], clock: Clock) ->
     return run
 
 
-def test_of_a_run(summary: Any):
-    assert summary(3) == ["3 updates in 30 s:", "  score 0 -> 2", "  tok/s 1,234 -> 1,234"]
-
-
 @pytest.mark.parametrize(
     ("updates", "words", "score"),
     [
@@ -67,11 +64,39 @@ def test_ends_are_means_of_a_tenth_of_the_updates(summary: Any, updates: int, wo
     assert len(callback.state_dict()["series"]["score"]) == min(updates, 20)
 
 
-@pytest.mark.parametrize(("every", "time", "held_out"), [(1, "10 min 30 s", "2 -> 6"), (2, "3 min 50 s", "4")])
-def test_held_out_scores_are_of_the_first_and_the_last_validation(summary: Any, every: int, time: str, held_out: str):
-    """Twice the number of updates; the 100 s of a batch are the run's as well; the sanity check is no measurement."""
-    lines = summary(3, limit_val_batches=2, val_check_interval=every, num_sanity_val_steps=2)
-    assert lines[:2] == [f"3 updates in {time}:", f"  score 0 -> 2  (held-out {held_out})"]
+def test_of_a_run(summary: Any, monkeypatch: pytest.MonkeyPatch):
+    """Steps of accumulated batches count: 0 and 1, 2, 3 and 4, 5; the loss is the number of the last batch.
+
+    Silent without a progress bar, and on other ranks.
+    """
+    assert summary(3) == ["3 updates in 30 s:", "  score 0 -> 2", "  tok/s 1,234 -> 1,234"]
+    lines = summary(0, module=Automatic(), max_epochs=2, accumulate_grad_batches=2, limit_val_batches=1)
+    assert lines == ["4 steps in 0 s:", "  loss 1 -> 5  (held-out 2 -> 4)"]
+    assert summary(3, bar=False, enable_progress_bar=False) == []
+    monkeypatch.setattr(L.Trainer, "is_global_zero", False)
+    assert summary(3) == []
+
+
+def test_held_out_scores_are_of_the_first_and_the_last_validation(summary: Any, clock: Clock, tmp_path: Path):
+    """Twice the number of updates; the 100 s of a batch are the run's as well; the sanity check is no measurement.
+
+    Resumed after two updates and validations, it covers the full run; the time between does not count.
+    """
+    options: dict[str, Any] = {"limit_val_batches": 2, "num_sanity_val_steps": 2}
+    lines = summary(3, val_check_interval=2, **options)
+    assert lines[:2] == ["3 updates in 3 min 50 s:", "  score 0 -> 2  (held-out 4)"]
+
+    def saves(module: Any, *_: Any) -> None:
+        if module.trainer.global_step == 4:
+            module.trainer.save_checkpoint(tmp_path / "two.ckpt")
+
+    options |= {"val_check_interval": 1}
+    lines = summary(3, Spy("on_train_batch_end", saves), **options)
+    assert lines[:2] == ["3 updates in 10 min 30 s:", "  score 0 -> 2  (held-out 2 -> 6)"]
+    clock.now += 5000.0
+    resumed = summary(3, resume=tmp_path / "two.ckpt", **options)
+    assert resumed[0].startswith("3 updates (2 of them before it was resumed) in ")
+    assert resumed[1] == lines[1]
 
 
 class Ends(L.Callback):
@@ -114,35 +139,6 @@ def test_nothing_of_a_run_that_never_began(summary: Any):
         setattr(broken, hook, fails)
         assert summary(1, broken) == []
     assert summary(1, max_steps=0) == []
-
-
-def test_a_resumed_run_covers_the_full_run(summary: Any, clock: Clock, tmp_path: Path):
-    """Two updates and a validation until the checkpoint, then one each; the time between does not count."""
-
-    class Saves(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-            if trainer.global_step == 4:
-                trainer.save_checkpoint(tmp_path / "two.ckpt")
-
-    options: dict[str, Any] = {"limit_val_batches": 1, "val_check_interval": 1}
-    summary(3, Saves(), **options)
-    clock.now += 5000.0
-    assert summary(3, resume=tmp_path / "two.ckpt", **options)[:2] == [
-        "3 updates (2 of them before it was resumed) in 3 min 50 s:",
-        "  score 0 -> 2  (held-out 2 -> 6)",
-    ]
-
-
-def test_steps_of_accumulated_batches_count(summary: Any):
-    """Steps of batches 0 and 1, 2, 3 and 4, 5; the loss is the number of the last batch."""
-    lines = summary(0, module=Automatic(), max_epochs=2, accumulate_grad_batches=2, limit_val_batches=1)
-    assert lines == ["4 steps in 0 s:", "  loss 1 -> 5  (held-out 2 -> 4)"]
-
-
-def test_silent_without_a_progress_bar_and_on_other_ranks(summary: Any, monkeypatch: pytest.MonkeyPatch):
-    assert summary(3, bar=False, enable_progress_bar=False) == []
-    monkeypatch.setattr(L.Trainer, "is_global_zero", False)
-    assert summary(3) == []
 
 
 def test_what_monitors_have_warned_of():
