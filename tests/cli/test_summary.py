@@ -94,9 +94,8 @@ def test_held_out_scores_are_of_the_first_and_the_last_validation(summary: Any, 
     lines = summary(3, Spy("on_train_batch_end", saves), **options)
     assert lines[:2] == ["3 updates in 10 min 30 s:", "  score 0 -> 2  (held-out 2 -> 6)"]
     clock.now += 5000.0
-    resumed = summary(3, resume=tmp_path / "two.ckpt", **options)
-    assert resumed[0].startswith("3 updates (2 of them before it was resumed) in ")
-    assert resumed[1] == lines[1]
+    resumed = summary(3, resume=tmp_path / "two.ckpt", **options)  # one validation before the checkpoint, one behind it
+    assert resumed[:2] == ["3 updates (2 of them before it was resumed) in 7 min 10 s:", lines[1]]
 
 
 class Ends(L.Callback):
