@@ -166,9 +166,7 @@ class Toy(L.LightningModule):
 
     def learn(self, experience: Rows) -> None:
         """Minimize the losses, and keep what tests look at."""
-        last = experience.response_mask.sum(1) - 1
-        experience.rewards = -self.kl_coef * experience.kl
-        experience.rewards[torch.arange(len(experience)), last] += experience.scores
+        experience.rewards = self.reward_tokens(experience)
         self.fire("on_rewards", experience)
         experience.returns = experience.rewards.flip(1).cumsum(1).flip(1) * experience.response_mask
         experience.advantages = experience.returns - (0.0 if experience.values is None else experience.values)
@@ -176,7 +174,7 @@ class Toy(L.LightningModule):
         starts = [start for _ in range(self.ppo_epochs) for start in range(0, len(experience), self.minibatch_size)]
         for start in starts:
             if not experience.exhausted:
-                self.step_on(experience, experience.select(slice(start, start + self.minibatch_size)))
+                self.optimizer_step_of(experience, experience.select(slice(start, start + self.minibatch_size)))
         self.fire("on_update_end", experience)
         self.experiences.append(experience)
         self.kl_coefs.append(self.kl_coef)
@@ -184,7 +182,12 @@ class Toy(L.LightningModule):
         for kept, model in models:
             kept += [] if model is None else [model.weight.detach().clone()]
 
-    def step_on(self, experience: Rows, minibatch: Rows) -> None:
+    def reward_tokens(self, experience: Rows) -> Tensor:
+        rewards = -self.kl_coef * experience.kl
+        rewards[torch.arange(len(experience)), experience.response_mask.sum(1) - 1] += experience.scores
+        return rewards
+
+    def optimizer_step_of(self, experience: Rows, minibatch: Rows) -> None:
         """An optimizer step of each model that got a gradient."""
         for optimizer in self.optimizer_of.values():
             optimizer.zero_grad()
