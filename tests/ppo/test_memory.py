@@ -71,6 +71,7 @@ def peak_of_update(folder: Path, length: int) -> int:
     return live.peak
 
 
+@pytest.mark.filterwarnings("ignore:.*min_new_tokens sample from another distribution")
 def test_memory_grows_by_states_not_by_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From 32 to 96 tokens a response; a row of logits alone has 16 kB, a token's states come to a few."""
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", 8 * VOCABULARY)
