@@ -15,7 +15,14 @@ from transformers import (
 )
 
 from lit_ppo.models.actor_critic import Critic
-from lit_ppo.models.pretrained import check_causal_lm, check_complete, load_pretrained, n_outputs, tokenizer_path
+from lit_ppo.models.pretrained import (
+    Unusable,
+    check_causal_lm,
+    check_complete,
+    load_pretrained,
+    n_outputs,
+    tokenizer_path,
+)
 
 T = TypeVar("T")
 
@@ -88,6 +95,8 @@ def _named(argument: str, path: str, load: Callable[[], T]) -> T:
     """
     try:
         return load()
+    except Unusable as error:
+        raise ValueError(f"{argument}={path!r}): {error}") from error
     except (OSError, ValueError) as error:
         if "contains custom code" in str(error):
             raise ValueError(

@@ -28,6 +28,10 @@ OTHER_HEADS = re.compile("Classification|Reward|Score|QuestionAnswering")
 HUB = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 
 
+class Unusable(ValueError):
+    """What a folder holds cannot be used. The message goes behind class, argument and value, and says what to do."""
+
+
 def load_pretrained(auto: Any, path: str, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
     """Load a model, or a base model and the adapter in a folder, merged.
 
@@ -40,16 +44,15 @@ def load_pretrained(auto: Any, path: str, **kwargs: Any) -> tuple[PreTrainedMode
         The model, and the names of weights that the checkpoint lacks; these have random values.
 
     Raises:
-        OSError: See :class:`ValueError`; raised by transformers.
-        ValueError: It cannot be loaded.
-        ImportError: It is an adapter, and peft is not installed.
+        Unusable: It cannot be used; says what to do.
+        OSError: transformers cannot load it. A ``ValueError`` too.
     """
     kwargs = {"trust_remote_code": False, **kwargs, "ignore_mismatched_sizes": True}  # they count as missing
     if adapter_base(path, kwargs) is not None:
         return _merged(auto, path, kwargs)
     model, info = auto.from_pretrained(path, output_loading_info=True, **kwargs)
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError("it holds a full model and an adapter; remove one of them, or save them merged")
+        raise Unusable("it holds a full model and an adapter; remove one of them, or save them merged")
     missing = _missing(info)
     if missing:
         model, missing = _without_wrappers(model, missing, path, kwargs)
@@ -60,8 +63,7 @@ def adapter_base(path: str, kwargs: dict[str, Any] | None = None) -> str | None:
     """The base model of an adapter's folder or hub name; None where there is a full model, or nothing.
 
     Raises:
-        ImportError: peft is not installed.
-        ValueError: The adapter does not name its base.
+        Unusable: peft is not installed, or the adapter does not name its base.
     """
     hub = _hub(kwargs or {})
     try:
@@ -71,12 +73,12 @@ def adapter_base(path: str, kwargs: dict[str, Any] | None = None) -> str | None:
     if file is None or (Path(file).parent / "config.json").exists():
         return None
     if find_spec("peft") is None:
-        raise ImportError(f"{path!r} holds an adapter, which needs peft; pip install 'lit-ppo[peft]'")
+        raise Unusable("it holds an adapter, which needs peft; pip install 'lit-ppo[peft]'")
     from peft import PeftConfig
 
     base = PeftConfig.from_pretrained(path, **hub).base_model_name_or_path
     if not base:
-        raise ValueError("its adapter_config.json names no base_model_name_or_path; write the base model's path there")
+        raise Unusable("its adapter_config.json names no base_model_name_or_path; write the base model's path there")
     beside = Path(path) / str(base)  # a path may be relative to the adapter
     return str(beside if beside.is_dir() else base)
 
@@ -209,17 +211,17 @@ def _merged(auto: Any, path: str, kwargs: dict[str, Any]) -> tuple[PreTrainedMod
 
     config = PeftConfig.from_pretrained(path, **_hub(kwargs))
     if config.is_prompt_learning:
-        raise ValueError(f"it holds a {config.peft_type.value} adapter, which cannot be merged; train one like LoRA")
+        raise Unusable(f"it holds a {config.peft_type.value} adapter, which cannot be merged; train one like LoRA")
     weights = _adapter_weights(path, kwargs)
     if (head := _head(weights)) is not None:
         if auto is AutoModelForCausalLM:
-            raise ValueError("it holds the adapter of a reward model or classifier; give a causal LM's")
+            raise Unusable("it holds the adapter of a reward model or classifier; give a causal LM's")
         kwargs = {"num_labels": len(head), **kwargs}  # the base, a causal LM, says nothing of it
     base_path = str(adapter_base(path, kwargs))
     try:
         base, missing = load_pretrained(auto, base_path, **kwargs)
     except OSError as error:
-        raise ValueError(
+        raise Unusable(
             f"it holds an adapter, whose base model {base_path!r} cannot be loaded; correct base_model_name_or_path in "
             f"its adapter_config.json ({str(error).splitlines()[0]})"
         ) from error
@@ -238,9 +240,7 @@ def _merged(auto: Any, path: str, kwargs: dict[str, Any]) -> tuple[PreTrainedMod
             set_peft_model_state_dict(model, weights)
         except RuntimeError as error:  # sizes that differ
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"it holds an adapter that does not fit its base model {base_path!r} ({reason})"
-            ) from error
+            raise Unusable(f"it holds an adapter that does not fit its base model {base_path!r} ({reason})") from error
     brought = {name.removeprefix("base_model.model.") for name in weights}
     full: PreTrainedModel = model.merge_and_unload()
     if full.can_generate() and (Path(path) / "generation_config.json").exists():

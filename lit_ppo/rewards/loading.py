@@ -20,11 +20,13 @@ def load_classifier(path: str, model_kwargs: dict[str, Any], *, alone: bool = Fa
     """
     from transformers import AutoModelForSequenceClassification  # slow to import; configurations are checked without it
 
-    from lit_ppo.models.pretrained import check_complete, load_pretrained
+    from lit_ppo.models.pretrained import Unusable, check_complete, load_pretrained
     from lit_ppo.models.scoring import check_scores_alone
 
     try:
         model, missing = load_pretrained(AutoModelForSequenceClassification, path, **model_kwargs)
+    except Unusable as error:
+        raise ValueError(f"RewardModel(model={path!r}): {error}") from error
     except (OSError, ValueError) as error:
         raise _cannot_load("model", path, error) from error
     advice = "train it as a reward model first, or name a trained one"

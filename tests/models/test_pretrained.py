@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lit_ppo import LitPPO, LitRewardModel, LitSFT, RewardModel
+from lit_ppo.models import pretrained
 from lit_ppo.models.load import load_causal_lm, load_critic, load_tokenizer
 from tests.helpers.tiny import make_causal_lm, make_reward_model
 from tests.helpers.toys import count_good
@@ -149,3 +150,16 @@ def test_what_of_an_adapter_is_missing_is_named(tmp_path: Path, tiny_lm: Path) -
     module = LitPPO(str(tiny_lm), reference=str(tmp_path / "a"), rewards=count_good, generation={"max_new_tokens": 2})
     with pytest.raises(ValueError, match=r"LitPPO\(reference=.*base model '/gone' cannot be loaded"):
         module.configure_model()
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
+def test_an_adapter_without_peft_is_refused_everywhere_in_the_same_words(
+    tmp_path: Path, tiny_lm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted(AutoModelForCausalLM.from_pretrained(tiny_lm), tmp_path, "CAUSAL_LM")
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
+    for where, load in LOADERS.items():
+        with pytest.raises(
+            ValueError, match=rf"^{re.escape(where)}='.*'\): it holds an adapter, which needs peft; pip"
+        ):
+            load(str(tmp_path))
