@@ -9,6 +9,7 @@ ValueError: LitPPO(ppo_epochs=0): must be an integer, at least 1
 
 import math
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any, NoReturn
 
 
@@ -119,6 +120,17 @@ def ascending(
         bound = "" if above is None else f", above {above:g}"
         refuse(owner, name, value, f"must be two finite numbers in ascending order{bound}")
     return finite[0], finite[1]
+
+
+def path_or_name(owner: object, name: str, value: Any) -> str:
+    """Where a model or tokenizer is saved, rather than the object itself."""
+    if isinstance(value, str | PathLike):
+        return str(value)
+    class_name = owner if isinstance(owner, str) else type(owner).__name__
+    raise ValueError(
+        f"{class_name}({name}={type(value).__name__}): give a path or hub name, since copies, shards and resumed runs "
+        f"load it again: save it by {name}.save_pretrained('folder'), a model's tokenizer too, and give {name}='folder'"
+    )
 
 
 def exactly_one(owner: object, **arguments: Any) -> None:

@@ -205,6 +205,7 @@ class Knobs:
 
 
 COLUMNS = ["text", "other", "chosen", "rejected"]
+CHATS = Excused("for chats: tests/data/test_chat.py, tests/ppo/test_collect.py, tests/rewards/test_model.py")
 READ = {
     "path": "more.jsonl",
     "val_path": "held.jsonl",
@@ -215,6 +216,8 @@ READ = {
     "tokenizer": "reversed",
     "data_root": "sub",
     "seed": 1,
+    "max_rows": 5,
+    "chat_template_kwargs": CHATS,
 }
 READ_BASE = {"path": "rows.jsonl", "batch_size": 7, "seed": 0, "tokenizer": "lm"}
 MODEL = {
@@ -267,6 +270,8 @@ KNOBS = {
         max_skipped_steps=Both(0, 100, {"actor_optimizer": sgd(float("inf"))}),
         reward_timeout=Both(None, 0.05, {"rewards": slow}),
         model_kwargs={"layer_norm_epsilon": 0.1},
+        chat_template_kwargs=CHATS,
+        skip_special_tokens=Excused("tests/ppo/test_collect.py: the text of responses"),
         seed=1,
     ),
     "FSDP2Strategy": Knobs(
@@ -280,7 +285,11 @@ KNOBS = {
     ),
     "LitSFT": Knobs(run_supervised(LitSFT, TextDataModule), {"model": "lm"}, model="lm2", **MODEL),
     "LitRewardModel": Knobs(
-        run_supervised(LitRewardModel, PreferenceDataModule), {"model": "reward"}, model="reward2", **MODEL
+        run_supervised(LitRewardModel, PreferenceDataModule),
+        {"model": "reward"},
+        model="reward2",
+        append_eos=True,
+        **MODEL,
     ),
     "PromptDataModule": Knobs(
         run_data(PromptDataModule),
@@ -302,6 +311,9 @@ KNOBS = {
         append_eos=False,
         column_names=Both(COLUMNS, COLUMNS[::-1], {"path": "table.csv"}),
         tokenizer_path=Excused("it goes with tokenizer_vocab_size; only the place of a folder depends on it"),
+        prompt_column=Both("chosen", "rejected", {"completion_column": "other"}),
+        completion_column="other",
+        train_on_prompts=Both(False, True, {"completion_column": "other"}),
         tokenizer_vocab_size=Excused("tests/data/test_text.py looks at the tokenizer written"),
     ),
     "PreferenceDataModule": Knobs(
@@ -338,6 +350,9 @@ KNOBS = {
         batch_size=SCORED,
         batch_tokens=SCORED,
         model_kwargs={"layer_norm_epsilon": 0.1},
+        append_eos=True,
+        pairs=Excused("needs a tokenizer with a separator: tests/rewards/test_model.py"),
+        chat_template_kwargs=CHATS,
     ),
     "RewardFunction": Knobs(run_scores(RewardFunction), {"function": offset}, function=count_good, kwargs={"by": 1.0}),
     "WarmupCosine": Knobs(

@@ -1,8 +1,9 @@
 """Text to token ids: prompts for sampling, and padded rows of a batch."""
 
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lit_ppo.data.chat import Options, Span, render_chats
 from lit_ppo.data.table import Message, short
 from lit_ppo.special_tokens import without_repeats
 
@@ -23,11 +25,14 @@ def encode_prompts(
     max_length: int | None = None,
     where: str = "encode_prompts",
     argument: str = "max_length",
+    options: Options | None = None,
+    place: Callable[[int], str] = "prompt {}".format,
 ) -> tuple[list[str], list[list[int]]]:
     """Render and tokenise prompts for generation.
 
     Plain text gets the beginning-of-text token of the tokenizer once, if it has one, and no end-of-text token. Chat
-    messages give the ids of ``apply_chat_template(add_generation_prompt=True)``.
+    messages give the ids of ``apply_chat_template(add_generation_prompt=True)``; a last message by the assistant is
+    continued (``continue_final_message=True``).
 
     Args:
         tokenizer: Tokenizer of the model that generates.
@@ -36,17 +41,21 @@ def encode_prompts(
             counts them. The texts are not cut. None: no limit.
         where: The caller, for messages.
         argument: The caller's name of ``max_length``, for messages.
+        options: Variables of the chat template.
+        place: Where a prompt comes from, by its number, for messages.
 
     Returns:
         The texts (chat messages rendered) and the ids.
 
     Raises:
-        ValueError: The tokenizer has no chat template for chat messages, or a prompt has no token.
+        ValueError: The tokenizer has no chat template for chat messages, or it refuses some, or a prompt has no token.
     """
     chats = [prompt for prompt in prompts if not isinstance(prompt, str)]
     if chats and len(chats) < len(prompts):
         raise ValueError(f"{where}: plain and chat prompts are mixed; use one kind")
-    texts = render_chats(tokenizer, chats, where) if chats else [str(prompt) for prompt in prompts]
+    texts = [str(prompt) for prompt in prompts]
+    if chats:
+        texts = render_chats(tokenizer, chats, where, options=options, place=place)
     # a template writes all special tokens itself
     ids = tokenize(tokenizer, texts, add_special_tokens=not chats)
     if not chats:
@@ -55,23 +64,6 @@ def encode_prompts(
         if not row:
             raise ValueError(f"{where}: the prompt {text!r:.60} has no token; remove it or use another tokenizer")
     return texts, truncate_left(ids, max_length, tokenizer.bos_token_id, f"{where}({argument}={max_length})", "prompts")
-
-
-def render_chats(
-    tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[Message]], where: str, add_generation_prompt: bool = True
-) -> list[str]:
-    """Chat messages as text, by the template of the tokenizer.
-
-    Raises:
-        ValueError: The tokenizer has no chat template.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            f"{where}: the data are chat messages, but the tokenizer {tokenizer.name_or_path!r} has no chat template; "
-            "use the tokenizer of a chat model, or set tokenizer.chat_template"
-        )
-    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-    return [str(tokenizer.apply_chat_template(chat, **options)) for chat in chats]
 
 
 def tokenize(
@@ -101,6 +93,56 @@ def _open_ended(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -
     if eos is not None and len(ids) > 1 and ids[-1] == eos and not text.endswith(str(tokenizer.eos_token)):
         ids = ids[:-1]
     return ids
+
+
+def tokens_in_spans(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    spans: Sequence[Sequence[Span]],
+    *,
+    add_special_tokens: bool,
+    refuse: Callable[[int, str], NoReturn],
+) -> tuple[list[list[int]], list[list[bool]]]:
+    """Token ids of texts without an end-of-text token that the tokenizer adds, and whether each token is in a span.
+
+    The text before a span has the tokens that it has alone, as a prompt for sampling has. Where a token would reach
+    across the border of a span, both sides are tokenised apart.
+
+    Args:
+        tokenizer: Any.
+        texts: Texts.
+        spans: Parts of each text.
+        add_special_tokens: False where the text has its own.
+        refuse: Raises an error about a row, by its number.
+
+    Raises:
+        ValueError: Tokenised apart, the text would be another one.
+    """
+    borders = [
+        [0, *sorted({border for span in row for border in span} - {0, len(text)}), len(text)]
+        for text, row in zip(texts, spans, strict=True)
+    ]
+    starts = [text[:border] for text, row in zip(texts, borders, strict=True) for border in row[1:]]
+    encoded = tokenize(tokenizer, starts, add_special_tokens)
+    if add_special_tokens:
+        encoded = [_open_ended(tokenizer, text, ids) for text, ids in zip(starts, encoded, strict=True)]
+    prefixes = iter(encoded)
+    all_ids, masks = [], []
+    for row, (text, found) in enumerate(zip(texts, borders, strict=True)):
+        pieces = [next(prefixes) for _ in found[1:]]
+        if any(pieces[-1][: len(piece)] != piece for piece in pieces):
+            parts = [text[a:b] for a, b in pairwise(found)]
+            apart = list(accumulate([pieces[0], *tokenize(tokenizer, parts[1:], add_special_tokens=False)]))
+            joint = tokenizer.decode(pieces[-1])
+            if joint != tokenizer.decode(apart[-1]) and text.strip() in joint:  # else it keeps no white space anyway
+                problem = f"a token reaches across the start of {short(parts[1])}; "
+                refuse(row, problem + "begin it with the white space that is now at the end of the text before it")
+            pieces = apart
+        lengths = [b - a for a, b in pairwise([0, *map(len, pieces)])]
+        inside = [any(first <= border < last for first, last in spans[row]) for border in found[:-1]]
+        all_ids.append(pieces[-1])
+        masks.append([value for value, length in zip(inside, lengths, strict=True) for _ in range(length)])
+    return all_ids, masks
 
 
 def truncate_left(

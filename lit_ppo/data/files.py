@@ -1,21 +1,23 @@
-"""Read tables from JSON lines, CSV and TSV files (also gzipped), Parquet files and hub data sets."""
+"""Read tables from JSON lines, CSV and TSV files (also gzipped), Parquet files, data sets and rows in memory."""
 
 import csv
 import gzip
-import importlib
 import io
 import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from lit_ppo.data.objects import Data, is_saved, read_with_datasets, table_of
 from lit_ppo.data.table import Row, Table, place, short
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".jsonl", ".json", *DELIMITERS)
 HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+){0,2}(:\S+)?$")
+ONLY_FOR_FILES = "column_names is only for CSV and TSV files without a header; leave it out here"
 LONGEST_FIELD = 2**31 - 1  # csv's own limit is 128 KiB; a C long holds no more than this on Windows
 
 
@@ -27,43 +29,68 @@ class _BadPlace(Exception):
         self.number, self.unit = number, unit
 
 
-def read_table(where: str, path: str, data_root: str | None = None, column_names: Sequence[str] | None = None) -> Table:
-    """Read a file or a hub data set.
+def read_table(
+    where: str,
+    path: Data,
+    data_root: str | None = None,
+    column_names: Sequence[str] | None = None,
+    *,
+    column: str | None = None,
+    max_rows: int | None = None,
+) -> Table:
+    """Read a file, a hub data set, or rows in memory.
 
     Args:
         where: Argument to name in messages, such as ``PromptDataModule(path='prompts.jsonl')``.
         path: ``.jsonl``, ``.json`` (lines or one list), ``.csv``, ``.tsv``, each also ``.gz``; with the ``datasets``
-            extra ``.parquet`` or a hub data set: ``owner/name``, ``owner/name/config``, ``owner/name:split``
-            (default split: ``train``). TSV has no quoting: a quotation mark is an ordinary character.
+            extra ``.parquet``, a folder of ``save_to_disk`` (``folder`` or ``folder:split``) or a hub data set:
+            ``owner/name``, ``owner/name/config``, ``owner/name:split`` (default split: ``train``). TSV has no quoting:
+            a quotation mark is an ordinary character. Or what :func:`lit_ppo.data.objects.table_of` takes.
         data_root: Folder of relative paths; None: the working directory.
         column_names: Names of the columns of a CSV or TSV file without a header.
+        column: Name of the column of rows in memory that are strings or lists.
+        max_rows: Read at most this many rows.
 
     Raises:
         FileNotFoundError: There is no such file; names the resolved path.
         ValueError: The file cannot be read; names file and line.
     """
+    if isinstance(path, str | PathLike):
+        table = _read_path(where, str(path), data_root, column_names)
+        if max_rows is not None and len(table) > max_rows:
+            table = table.select(range(max_rows))
+    elif column_names is not None:
+        raise ValueError(f"{where}: {ONLY_FOR_FILES}")
+    else:
+        table = table_of(where, path, column, max_rows)
+    if not table.rows:
+        raise ValueError(f"{where}: {table.source} has no rows; give at least one")
+    return table
+
+
+def _read_path(where: str, path: str, data_root: str | None, column_names: Sequence[str] | None) -> Table:
     file = Path(data_root or ".").joinpath(Path(path).expanduser())
     kind = Path(file.name.removesuffix(".gz")).suffix.lower()
+    folder = file if file.is_dir() else file.with_name(file.name.partition(":")[0])
     if column_names is not None and kind not in DELIMITERS:
-        raise ValueError(f"{where}: column_names is only for CSV and TSV files without a header; leave it out here")
+        raise ValueError(f"{where}: {ONLY_FOR_FILES}")
     if file.is_file() and kind in SUFFIXES:
-        table = _read_file(where, file, kind, column_names)
-    elif file.is_file() and kind != ".parquet":
+        return _read_file(where, file, kind, column_names)
+    if file.is_file() and kind != ".parquet":
         raise ValueError(
             f"{where}: cannot read a {kind or 'nameless'} file ({file}); "
             f"use one of {', '.join(SUFFIXES)} (also with .gz) or .parquet"
         )
-    elif file.is_file() or (kind not in (*SUFFIXES, ".parquet") and not file.exists() and HUB_NAME.match(path)):
-        table = _read_with_datasets(where, path, file)
-    else:
+    if is_saved(folder):
+        file = folder
+    elif not file.is_file() and (kind in (*SUFFIXES, ".parquet") or file.exists() or not HUB_NAME.match(path)):
         problem = "is a folder, not a file" if file.is_dir() else "does not exist"
         raise FileNotFoundError(
-            f"{where}: {file.resolve()} {problem}; give a file, by a path from "
+            f"{where}: {file.resolve()} {problem}; give a file or a folder of save_to_disk, by a path from "
             + (f"data_root={data_root!r}" if data_root else "the working directory")
         )
-    if not table.rows:
-        raise ValueError(f"{where}: {table.source} has no rows; give a file with at least one")
-    return table
+    rows = read_with_datasets(where, path, file)
+    return Table(rows, list(range(1, len(rows) + 1)), str(file) if file.exists() else path, "row", where)
 
 
 def _read_file(where: str, file: Path, kind: str, column_names: Sequence[str] | None) -> Table:
@@ -140,28 +167,3 @@ def _csv_fields(text: str) -> Iterator[tuple[int, list[str]]]:
         raise _BadPlace(start, f"{error}; repair the quoting") from error
     finally:
         csv.field_size_limit(limit)
-
-
-def _read_with_datasets(where: str, path: str, file: Path) -> Table:
-    try:
-        datasets: Any = importlib.import_module("datasets")
-    except ImportError as error:
-        missing = "" if file.is_file() else f" (there is no file {file.resolve()})"
-        raise ValueError(
-            f"{where}: Parquet files and hub data sets need the datasets package, which is not installed{missing}; "
-            "pip install 'lit-ppo[datasets]', or give a JSON lines, CSV or TSV file"
-        ) from error
-    name, _, split = path.partition(":")
-    try:
-        if file.is_file():
-            data = datasets.load_dataset("parquet", data_files=str(file), split="train")
-        else:
-            repository, config = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
-            data = datasets.load_dataset(repository, config or None, split=split or "train")
-    except Exception as error:  # of the reader, the hub or the network
-        missing = "" if file.is_file() else f"there is no file {file.resolve()}, and "
-        raise ValueError(
-            f"{where}: {missing}datasets could not load it: {short(str(error))}; check the name"
-        ) from error
-    rows = [dict(row) for row in data]
-    return Table(rows, list(range(1, len(rows) + 1)), str(file) if file.is_file() else path, "row", where)

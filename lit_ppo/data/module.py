@@ -1,10 +1,11 @@
-"""The base of the three data modules: files, split, tokenizer, seed."""
+"""The base of the three data modules: files or rows, split, tokenizer, seed."""
 
 import hashlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from os import PathLike
 from typing import Any
 
 import lightning as L
@@ -12,8 +13,10 @@ import numpy as np
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from lit_ppo.data.chat import checked_options
 from lit_ppo.data.encoding import resolve_tokenizer
 from lit_ppo.data.files import read_table
+from lit_ppo.data.objects import Data, shown
 from lit_ppo.data.order import EpochSampler, ResumableLoader
 from lit_ppo.data.table import Table
 from lit_ppo.validate import boolean, integer, number, refuse
@@ -22,10 +25,12 @@ from lit_ppo.validate import boolean, integer, number, refuse
 class TableDataModule(L.LightningDataModule):
     """Reads training and validation rows; subclasses make batches."""
 
+    column_of_text: str | None = None  # argument with the column of rows that are just text
+
     def __init__(
         self,
-        path: str,
-        val_path: str | None,
+        path: Data,
+        val_path: Data | None,
         val_fraction: float,
         split_column: str | None,
         batch_size: int,
@@ -34,44 +39,68 @@ class TableDataModule(L.LightningDataModule):
         tokenizer: str | PreTrainedTokenizerBase | None,
         data_root: str | None,
         seed: int | None,
+        max_rows: int | None,
+        chat_template_kwargs: dict[str, Any] | None,
     ) -> None:
         super().__init__()
-        self.path, self.val_path, self.column_names, self.data_root = str(path), val_path, column_names, data_root
+        self.path: Data = str(path) if isinstance(path, PathLike) else path
+        self.val_path, self.column_names, self.data_root = val_path, column_names, data_root
+        self.max_rows = None if max_rows is None else integer(self, "max_rows", max_rows)
+        self._template_options = None if chat_template_kwargs is None else checked_options(self, chat_template_kwargs)
+        self._in_memory: dict[str, Table] = {}  # some rows can be read only once
         self.val_fraction = number(self, "val_fraction", val_fraction, at_least=0, below=1)
         self.split_column, self.lower_case = split_column, boolean(self, "lower_case", lower_case)
         self.batch_size = integer(self, "batch_size", batch_size)
         self.tokenizer_source = tokenizer
         self._seed = None if seed is None else integer(self, "seed", seed, at_least=0)
         if val_path is not None and val_fraction:
-            refuse(self, "val_path", val_path, f"val_fraction={val_fraction} is given too; leave one of them out")
+            problem = f"val_fraction={val_fraction} is given too; leave one of them out"
+            raise ValueError(f"{self.where('val_path')}: {problem}")
         if split_column is not None and not val_fraction:
             refuse(self, "split_column", split_column, "nothing is split; give a val_fraction, or leave it out")
 
     def where(self, argument: str) -> str:
         """An argument and its value, for messages."""
-        return f"{type(self).__name__}({argument}={getattr(self, argument)!r})"
+        return f"{type(self).__name__}({argument}={shown(getattr(self, argument))})"
 
     @property
     def seed(self) -> int:
         """The seed of the order: the argument, or that of ``seed_everything``."""
         return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self._seed is None else self._seed
 
-    def read(self, argument: str) -> Table:
-        """The table of the file that an argument names."""
-        return read_table(self.where(argument), getattr(self, argument), self.data_root, self.column_names)
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """Variables of the chat template: the argument, or those of the module being trained."""
+        if self._template_options is not None:
+            return self._template_options
+        return getattr(getattr(self.trainer, "lightning_module", None), "chat_template_kwargs", None) or {}
 
-    def read_split(self, text_columns: Sequence[str]) -> tuple[Table, Table | None]:
+    def read(self, argument: str) -> Table:
+        """The table of the file, or of the rows, that an argument gives."""
+        data = getattr(self, argument)
+        if argument in self._in_memory:
+            return self._in_memory[argument]
+        column = getattr(self, self.column_of_text) if self.column_of_text else None
+        table = read_table(
+            self.where(argument), data, self.data_root, self.column_names, column=column, max_rows=self.max_rows
+        )
+        if not isinstance(data, str | PathLike):
+            self._in_memory[argument] = table
+        return table
+
+    def read_split(self, text_columns: Callable[[Table], Sequence[str]]) -> tuple[Table, Table | None]:
         """Training rows, and validation rows if there are any.
 
         Args:
-            text_columns: Columns that decide the side of a row if there is no ``split_column``: copies stay together.
+            text_columns: From the table to the columns that decide the side of a row if there is no ``split_column``:
+                copies stay together.
         """
         table = self.read("path")
         if self.val_path is not None:
             return table, self.read("val_path")
         if not self.val_fraction:
             return table, None
-        columns = [self.split_column] if self.split_column is not None else list(text_columns)
+        columns = [self.split_column] if self.split_column is not None else text_columns(table)
         return table.split(self.val_fraction, columns)
 
     def cased(self, text: str) -> str:

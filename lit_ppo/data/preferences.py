@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lit_ppo.data.encoding import pad_right, padding_id, render_chats, tokenize, truncate_left
+from lit_ppo.data.chat import conversation, render_chats
+from lit_ppo.data.encoding import pad_right, padding_id, tokenize, truncate_left
 from lit_ppo.data.module import RowDataModule
+from lit_ppo.data.objects import Data
 from lit_ppo.data.table import Table
 from lit_ppo.validate import all_or_none, integer, refuse
 
@@ -20,7 +22,8 @@ class PreferenceDataModule(RowDataModule):
     that of the last token.
 
     Args:
-        path: Training file or hub data set, see :func:`lit_ppo.data.files.read_table`.
+        path: Training file or hub data set, see :func:`lit_ppo.data.files.read_table`; or the rows themselves: a
+            ``datasets.Dataset``, a list of rows, a mapping of columns, a ``DataFrame``, a stream.
         chosen_column: Column with the better text, or its chat messages.
         rejected_column: Column with the worse one.
         prompt_column: Column with the prompt of both, text or chat messages; None: both texts include it. Plain prompt
@@ -29,7 +32,7 @@ class PreferenceDataModule(RowDataModule):
             all begin with it) are taken as they are.
         text_column: Column with a labelled text; with several columns, each is a separate example.
         label_column: Column with the label.
-        val_path: Validation file.
+        val_path: Validation file or rows.
         val_fraction: Fraction of the training file to hold out instead, see :meth:`lit_ppo.data.table.Table.split`.
         split_column: Column whose value decides which rows are held out; None: the texts of the row.
         max_length: Longest text, in tokens.
@@ -39,18 +42,20 @@ class PreferenceDataModule(RowDataModule):
         tokenizer: Tokenizer, or its path or hub name; None: that of the module being trained.
         data_root: Folder of relative data paths; None: the working directory.
         seed: Seed of the order; None: that of ``seed_everything``.
+        max_rows: Read at most this many rows of each file or data set; required for a stream, which has no length.
+        chat_template_kwargs: Variables of the chat template, such as ``{enable_thinking: false}``.
     """
 
     def __init__(
         self,
-        path: str,
+        path: Data,
         *,
         chosen_column: str = "chosen",
         rejected_column: str = "rejected",
         prompt_column: str | None = None,
         text_column: str | list[str] | None = None,
         label_column: str | None = None,
-        val_path: str | None = None,
+        val_path: Data | None = None,
         val_fraction: float = 0.0,
         split_column: str | None = None,
         max_length: int = 512,
@@ -60,10 +65,13 @@ class PreferenceDataModule(RowDataModule):
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         data_root: str | None = None,
         seed: int | None = None,
+        max_rows: int | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
-            path, val_path, val_fraction, split_column, batch_size, lower_case, column_names, tokenizer, data_root, seed
-        )
+            path, val_path, val_fraction, split_column, batch_size, lower_case, column_names, tokenizer, data_root,
+            seed, max_rows, chat_template_kwargs,
+        )  # fmt: skip
         self.chosen_column, self.rejected_column, self.prompt_column = chosen_column, rejected_column, prompt_column
         self.text_column, self.label_column = text_column, label_column
         self.max_length = integer(self, "max_length", max_length, at_least=2)
@@ -85,7 +93,7 @@ class PreferenceDataModule(RowDataModule):
         self._tokenizer = self.load_tokenizer()
         self._pad_id = padding_id(type(self).__name__, self._tokenizer)
         columns = self.text_columns or [self.chosen_column, self.rejected_column]
-        train, val = self.read_split([*([self.prompt_column] if self.prompt_column else []), *columns])
+        train, val = self.read_split(lambda table: [*([self.prompt_column] if self.prompt_column else []), *columns])
         self.train_rows = self._rows(train)
         self.val_rows = self._rows(val) if val is not None else []
 
@@ -95,7 +103,7 @@ class PreferenceDataModule(RowDataModule):
             label_column = self.label_column
             texts = [self.cased(table.text(i, column)) for i in indices for column in self.text_columns]
             labels = [_label(table, i, label_column) for i in indices for _ in self.text_columns]
-            return list(zip(self._encode(table.where, texts, chats=False), labels, strict=True))
+            return list(zip(self._encode(table, texts, chats=False), labels, strict=True))
         columns = (self.chosen_column, self.rejected_column)
         answers = [self.text_or_chat(table, i, column) for column in columns for i in indices]
         if self.prompt_column is not None:
@@ -103,17 +111,20 @@ class PreferenceDataModule(RowDataModule):
             full = _are_full_texts(table, prompts, answers)
             if not full:
                 both = enumerate(zip(prompts, answers, strict=True))
-                answers = [_joined(table, i % len(table), prompt, answer) for i, (prompt, answer) in both]
+                answers = [conversation(table, i % len(table), prompt, answer)[0] for i, (prompt, answer) in both]
         chats = [not isinstance(answer, str) for answer in answers]
         if any(chats) != all(chats):
             table.refuse(chats.index(not chats[0]) % len(table), "chat messages and plain text are mixed; use one kind")
-        ids = self._encode(table.where, answers, chats=chats[0])
+        ids = self._encode(table, answers, chats=chats[0])
         return list(zip(ids[: len(table)], ids[len(table) :], strict=True))
 
-    def _encode(self, where: str, texts: list[Any], chats: bool) -> list[list[int]]:
+    def _encode(self, table: Table, texts: list[Any], chats: bool) -> list[list[int]]:
         tokenizer = self._tokenizer
         if chats:
-            texts = render_chats(tokenizer, texts, where, add_generation_prompt=False)
+            texts = render_chats(
+                tokenizer, texts, table.where, options=self.template_options,
+                place=lambda i: table.place(i % len(table)), end="closed",
+            )  # fmt: skip
         ids = tokenize(tokenizer, texts, add_special_tokens=not chats)
         return truncate_left(ids, self.max_length, tokenizer.bos_token_id, self.where("max_length"), "texts")
 
@@ -136,27 +147,6 @@ def _are_full_texts(table: Table, prompts: list[Any], answers: list[Any]) -> boo
         problem = f"the answer does not begin with the prompt, but {len(pairs) - len(others)} of {len(pairs)} do; "
         table.refuse(others[0] % len(table), problem + "give answers alone, or full texts without prompt_column")
     return len(pairs) == len(answers) and not others
-
-
-def _joined(table: Table, index: int, prompt: Any, answer: Any) -> Any:
-    """A prompt and an answer, each text or messages; an answer that begins with the prompt's turns is complete."""
-    if isinstance(prompt, str) and isinstance(answer, str):
-        return prompt + answer
-    if isinstance(answer, str):
-        answer = [{"role": "assistant", "content": answer}]
-    if isinstance(prompt, str):
-        start = int(answer[0]["role"] == "system")
-        prompt = [*answer[:start], {"role": "user", "content": prompt}]
-        answer = answer if _turns(answer[: start + 1]) == _turns(prompt) else answer[start:]
-    if _turns(answer[: len(prompt)]) == _turns(prompt):
-        return answer
-    if prompt[-1]["role"] == answer[0]["role"] == "user":
-        table.refuse(index, "the answer begins with a user turn that is not the prompt's; give the assistant's turn")
-    return prompt + answer
-
-
-def _turns(messages: list[Any]) -> list[tuple[str, str]]:
-    return [(turn["role"], turn["content"].strip()) for turn in messages]
 
 
 def _label(table: Table, index: int, column: str) -> float:

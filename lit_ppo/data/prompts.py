@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_ppo.data.batch import HeldOutPrompts, PromptBatch, PromptTable, TrainingPrompts
 from lit_ppo.data.encoding import encode_prompts
 from lit_ppo.data.module import TableDataModule, check_identity
+from lit_ppo.data.objects import Data
 from lit_ppo.data.order import PromptLoader, PromptOrder, checked_weights
 from lit_ppo.data.table import Table
 from lit_ppo.validate import integer, refuse
@@ -25,13 +26,14 @@ class PromptDataModule(TableDataModule):
     the next batch. Held-out prompts keep the order of the file.
 
     Args:
-        path: Training file or hub data set, see :func:`lit_ppo.data.files.read_table`.
+        path: Training file or hub data set, see :func:`lit_ppo.data.files.read_table`; or the rows themselves: a
+            ``datasets.Dataset``, a list of rows or of prompts, a mapping of columns, a ``DataFrame``, a stream.
         prompt_column: Column with the prompt.
-        val_path: Validation file.
+        val_path: Validation file or rows.
         val_fraction: Fraction of the training file to hold out instead, see :meth:`lit_ppo.data.table.Table.split`.
         split_column: Column whose value decides which rows are held out; None: the prompt.
-        test_path: File for ``trainer.test``.
-        predict_path: File for ``trainer.predict``.
+        test_path: File or rows for ``trainer.test``.
+        predict_path: File or rows for ``trainer.predict``.
         batch_size: Prompts per update, over all ranks.
         max_prompt_length: Longer prompts lose tokens from the left (a warning counts them); None: no limit.
         lower_case: Lower-case prompts, but not other columns.
@@ -39,18 +41,22 @@ class PromptDataModule(TableDataModule):
         tokenizer: Tokenizer, or its path or hub name; None: that of the module being trained.
         data_root: Folder of relative data paths; None: the working directory.
         seed: Seed of the order; None: that of ``seed_everything``.
+        max_rows: Read at most this many rows of each file or data set; required for a stream, which has no length.
+        chat_template_kwargs: Variables of the chat template, such as ``{enable_thinking: false}``.
     """
+
+    column_of_text = "prompt_column"
 
     def __init__(
         self,
-        path: str,
+        path: Data,
         *,
         prompt_column: str = "prompt",
-        val_path: str | None = None,
+        val_path: Data | None = None,
         val_fraction: float = 0.0,
         split_column: str | None = None,
-        test_path: str | None = None,
-        predict_path: str | None = None,
+        test_path: Data | None = None,
+        predict_path: Data | None = None,
         batch_size: int = 64,
         max_prompt_length: int | None = None,
         lower_case: bool = False,
@@ -58,10 +64,13 @@ class PromptDataModule(TableDataModule):
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         data_root: str | None = None,
         seed: int | None = None,
+        max_rows: int | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
-            path, val_path, val_fraction, split_column, batch_size, lower_case, column_names, tokenizer, data_root, seed
-        )
+            path, val_path, val_fraction, split_column, batch_size, lower_case, column_names, tokenizer, data_root,
+            seed, max_rows, chat_template_kwargs,
+        )  # fmt: skip
         self.prompt_column, self.test_path, self.predict_path = prompt_column, test_path, predict_path
         self.max_prompt_length = max_prompt_length
         if max_prompt_length is not None:
@@ -86,7 +95,7 @@ class PromptDataModule(TableDataModule):
     def _setup_split(self, stage: str) -> None:
         if stage == "validate" and not self.val_fraction:
             self._given("val_path")
-        train, val = self.read_split([self.prompt_column])
+        train, val = self.read_split(lambda table: [self.prompt_column])
         if val is not None:
             self._tables["val"] = self._encode(val)
         if stage == "fit":
@@ -120,8 +129,9 @@ class PromptDataModule(TableDataModule):
                 f"{table.where}: chat prompts are passed on as 'messages', but another column has this name; rename it"
             )
         texts, ids = encode_prompts(
-            self.load_tokenizer(), prompts, self.max_prompt_length, type(self).__name__, "max_prompt_length"
-        )
+            self.load_tokenizer(), prompts, self.max_prompt_length, type(self).__name__, "max_prompt_length",
+            self.template_options, table.place,
+        )  # fmt: skip
         return PromptTable(texts, ids, columns | ({"messages": prompts} if chat else {}))
 
     @property

@@ -63,6 +63,7 @@ def sample_responses(
     sampling_logprobs: bool = False,
     progress: Progress | None = None,
     device: torch.device,
+    skip_special_tokens: bool = True,
 ) -> tuple[Experience, Tensor | None]:
     """Sample ``samples_per_prompt`` responses to each prompt; every rank must be given the same prompts.
 
@@ -75,6 +76,7 @@ def sample_responses(
         sampling_logprobs: Also return the log-probs of the decode loop.
         progress: For the progress bar.
         device: Of the experience.
+        skip_special_tokens: Leave them out of the text of responses.
 
     Returns:
         The experience, and the log-probs (B, T) if they were asked for.
@@ -124,10 +126,13 @@ def sample_responses(
     }
     ids, logprobs, ended = zip(*(by_row[row] for row in range(len(row_prompts))), strict=True)
     response_ids, response_mask = _pad_ids(ids, left=False, device=device)
+    shown = ids
+    if not skip_special_tokens:  # but the token that ended the response is no part of it
+        shown = tuple(row[:-1] if end else row for row, end in zip(ids, ended, strict=True))
     group = torch.tensor(row_prompts, device=device)
     experience = Experience(
         prompts=[batch.prompts[prompt] for prompt in row_prompts],
-        responses=_continuations(models.tokenizer, row_ids, ids),
+        responses=_continuations(models.tokenizer, row_ids, shown, skip_special_tokens),
         columns={name: [values[prompt] for prompt in row_prompts] for name, values in batch.columns.items()},
         prompt_index=batch.prompt_index.to(device)[group],
         group=group,
@@ -262,12 +267,15 @@ def _pad_ids(rows: Sequence[Sequence[int]], *, left: bool, device: torch.device)
 
 
 def _continuations(
-    tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[list[int]], response_ids: Sequence[list[int]]
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[list[int]],
+    response_ids: Sequence[list[int]],
+    skip_special_tokens: bool,
 ) -> list[str]:
     """Responses as they continue their prompts: decoded alone, many tokenizers drop the leading space."""
 
     def decode(rows: Sequence[list[int]]) -> list[str]:
-        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
         texts: list[str] = tokenizer.batch_decode(list(rows), **options)
         return texts
 

@@ -7,11 +7,11 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torch.optim import Optimizer
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lit_ppo.advantages import GAE, AdvantageEstimator, check_estimator
 from lit_ppo.callbacks.base import fire
+from lit_ppo.data.chat import checked_options
 from lit_ppo.experience import Experience, LossReduction, Minibatch
 from lit_ppo.functional import KLEstimator, token_rewards
 from lit_ppo.models.actor_critic import Actor, Critic, Reference
@@ -20,7 +20,7 @@ from lit_ppo.ppo import build, evaluate, optimize, own_loop, preflight, saved, t
 from lit_ppo.ppo.collect import Policy, add_logprobs, rollout_with_hooks, sample_responses, score
 from lit_ppo.ppo.metrics import Progress, current_coefficients, log_update
 from lit_ppo.ppo.prompts import as_batch
-from lit_ppo.ppo.settings import Models, ModelSettings, ReferenceDtype, checked_clip_range, checked_reduction
+from lit_ppo.ppo.settings import ModelSettings, ReferenceDtype, checked_clip_range, checked_reduction
 from lit_ppo.rewards import Rewards, ScoreSource, as_source, eval_sources, source_names
 from lit_ppo.validate import integer, non_negative, non_negative_or_none, one_of, positive, positive_or_none, refuse
 
@@ -69,6 +69,8 @@ class LitPPO(L.LightningModule):
         compile_blocks: ``torch.compile`` the models, except for sampling; the first update takes a minute longer.
         reward_timeout: Seconds that scoring a rank's responses may take; then the run ends. None: no limit.
         model_kwargs: For ``from_pretrained``, such as ``trust_remote_code: true``, without which no model's code runs.
+        chat_template_kwargs: Variables of the chat template, such as ``{enable_thinking: false}``.
+        skip_special_tokens: False: keep them in the text of responses, for rewards that read ``<think>``.
         seed: Of sampling and of minibatches; by default that of ``seed_everything``.
     """
 
@@ -112,13 +114,16 @@ class LitPPO(L.LightningModule):
         compile_blocks: bool = False,
         reward_timeout: float | None = None,
         model_kwargs: dict[str, Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        skip_special_tokens: bool = True,
         seed: int | None = None,
     ) -> None:
         super().__init__()
         unsaved = saved.not_plain(
+            actor=actor, tokenizer=tokenizer, critic=critic, reference=reference,
             rewards=rewards, eval_rewards=eval_rewards, advantages=advantages, generation=generation,
             actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, actor_scheduler=actor_scheduler,
-            critic_scheduler=critic_scheduler, model_kwargs=model_kwargs,
+            critic_scheduler=critic_scheduler, model_kwargs=model_kwargs, chat_template_kwargs=chat_template_kwargs,
         )  # fmt: skip
         self.save_hyperparameters(ignore=unsaved)
         self.automatic_optimization = False
@@ -126,12 +131,13 @@ class LitPPO(L.LightningModule):
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
         self.seed = integer(self, "seed", seed, at_least=0)
         self.temperature = positive(self, "temperature", temperature)
+        self.chat_template_kwargs = checked_options(self, chat_template_kwargs)
         self.model_settings = ModelSettings(
             owner=type(self).__name__, actor=actor, tokenizer=tokenizer, critic=critic, reference=reference,
             reference_dtype=reference_dtype, actor_lora=actor_lora, critic_lora=critic_lora,
             activation_checkpointing=activation_checkpointing, compile_blocks=compile_blocks,
             generation=dict(generation), temperature=self.temperature, model_kwargs=dict(model_kwargs or {}),
-            seed=self.seed,
+            seed=self.seed, skip_special_tokens=skip_special_tokens,
         )  # fmt: skip
         self.rewards = None if rewards is None else as_source(rewards)
         self.source_names = source_names(self.rewards)  # scores of several rewards are in ``extras`` by name
@@ -236,12 +242,12 @@ class LitPPO(L.LightningModule):
             logprobs: Also compute log-probs, reference log-probs, KL and values.
             stream: None: the random stream of training, which advances with each rollout; a name: a fixed stream.
         """
-        batch = as_batch(prompts, self.tokenizer)
+        batch = as_batch(prompts, self.tokenizer, self.chat_template_kwargs)
         random = (self.seed, stream or "train", self.rollouts if stream is None else 0)
         experience, sampled = sample_responses(
             self.models, batch, samples_per_prompt or self.samples_per_prompt, random if do_sample else None,
             policy=policy, sampling_logprobs=policy == "actor" and self.tolerance is not None,
-            progress=self.progress, device=self.device,
+            progress=self.progress, device=self.device, skip_special_tokens=self.model_settings.skip_special_tokens,
         )  # fmt: skip
         self.rollouts += stream is None
         if logprobs:
@@ -271,21 +277,10 @@ class LitPPO(L.LightningModule):
             self._tokenizer = self.model_settings.load_tokenizer()
         return self._tokenizer
 
-    @property
-    def models(self) -> Models:
-        """Everything that samples and learns; without a Trainer it is built here."""
-        if not self._built:
-            self.configure_model()
-        return Models(self.actor, self.critic, self.reference, self.tokenizer, self.generation)
-
-    @property
-    def actor_optimizer(self) -> Optimizer:
-        """The actor's optimizer."""
-        return optimize.optimizers_of(self)["actor"]
-
     # More methods, each a function in the file that is named: what callbacks call, then Lightning's hooks.
 
-    exact_kl = optimize.exact_kl
+    models = property(build.models_of)
+    actor_optimizer, exact_kl = property(optimize.actor_optimizer), optimize.exact_kl
     backward_on_text, loss_on_text = text_loss.backward_on_text, text_loss.loss_on_text
     save_pretrained, only_actor = saved.save_pretrained, saved.only_actor
     train = build.train

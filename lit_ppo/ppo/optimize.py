@@ -172,6 +172,11 @@ def optimizers_of(module: Any) -> dict[str, Optimizer]:
     return dict(zip(("actor", "critic"), optimizers if isinstance(optimizers, list) else [optimizers], strict=False))
 
 
+def actor_optimizer(module: Any) -> Optimizer:
+    """The actor's optimizer."""
+    return optimizers_of(module)["actor"]
+
+
 def exact_kl(module: Any, minibatch: Experience) -> Tensor:
     """KL of the actor to the reference over the whole vocabulary, per token and differentiable.
 

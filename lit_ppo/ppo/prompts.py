@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_ppo.callbacks.base import PPOCallback
 from lit_ppo.data.batch import PromptBatch
+from lit_ppo.data.chat import Options
 from lit_ppo.data.encoding import encode_prompts
 from lit_ppo.experience import Experience, set_fields
 from lit_ppo.parallel.ranks import gather_shares
@@ -26,7 +27,7 @@ ACCEPTED = (
 )
 
 
-def as_batch(prompts: Any, tokenizer: PreTrainedTokenizerBase) -> PromptBatch:
+def as_batch(prompts: Any, tokenizer: PreTrainedTokenizerBase, options: Options | None = None) -> PromptBatch:
     """A batch of encoded prompts.
 
     Args:
@@ -34,6 +35,7 @@ def as_batch(prompts: Any, tokenizer: PreTrainedTokenizerBase) -> PromptBatch:
             rows, with ``prompt`` (either kind) or with ``input_ids`` and ``attention_mask``, whose other columns go to
             the reward; an ``Experience`` (the first row of each group).
         tokenizer: The actor's.
+        options: Variables of the chat template.
 
     Raises:
         ValueError: Anything else; names its keys or types.
@@ -43,15 +45,15 @@ def as_batch(prompts: Any, tokenizer: PreTrainedTokenizerBase) -> PromptBatch:
     if isinstance(prompts, Experience):
         return _first_of_groups(prompts)
     if isinstance(prompts, Mapping):
-        return _of_columns(dict(prompts), tokenizer)
+        return _of_columns(dict(prompts), tokenizer, options)
     if isinstance(prompts, str) or not isinstance(prompts, Iterable):
         _refuse(prompts, "is one prompt" if isinstance(prompts, str) else f"is {type(prompts).__name__}")
     if isinstance(prompts, Tensor):
         _refuse(f"tensor of shape {tuple(prompts.shape)}", "has no mask that tells prompts from padding")
     rows = list(prompts)
     if rows and all(isinstance(row, Mapping) for row in rows):
-        return _of_columns(_columns(rows), tokenizer)
-    return _encoded(rows, {}, tokenizer)
+        return _of_columns(_columns(rows), tokenizer, options)
+    return _encoded(rows, {}, tokenizer, options)
 
 
 def _refuse(prompts: object, problem: str) -> NoReturn:
@@ -77,7 +79,7 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def _of_columns(columns: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PromptBatch:
+def _of_columns(columns: dict[str, Any], tokenizer: PreTrainedTokenizerBase, options: Options | None) -> PromptBatch:
     keys = ", ".join(map(repr, columns))
     given = [name for name in ("prompt", "input_ids") if name in columns]
     if len(given) != 1:
@@ -95,7 +97,7 @@ def _of_columns(columns: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
             count = len(others[name]) or "no"
             _refuse(f"a mapping with {keys}", f"{name!r} has {count} values for {len(prompts)} prompts")
     if mask is None and given == ["prompt"]:
-        return _encoded(prompts, others, tokenizer)
+        return _encoded(prompts, others, tokenizer, options)
     return _of_tokens(prompts, mask, others, tokenizer)
 
 
@@ -112,7 +114,9 @@ def _listed(values: Any) -> list[Any]:
     return list(values.tolist() if hasattr(values, "tolist") else values)
 
 
-def _encoded(prompts: list[Any], columns: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase) -> PromptBatch:
+def _encoded(
+    prompts: list[Any], columns: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, options: Options | None
+) -> PromptBatch:
     for number, prompt in enumerate(prompts):
         messages = isinstance(prompt, list | tuple) and prompt and all(_is_message(message) for message in prompt)
         if not isinstance(prompt, str) and not messages:
@@ -120,7 +124,7 @@ def _encoded(prompts: list[Any], columns: dict[str, list[Any]], tokenizer: PreTr
     chat = bool(prompts) and not isinstance(prompts[0], str)
     if chat and "messages" in columns:
         _refuse("a mapping with 'prompt', 'messages'", "chat prompts go to the reward as 'messages'; rename the column")
-    texts, ids = encode_prompts(tokenizer, prompts, where="rollout(prompts)")
+    texts, ids = encode_prompts(tokenizer, prompts, where="rollout(prompts)", options=options)
     columns = {**columns, "messages": prompts} if chat else columns
     return PromptBatch(texts, ids, torch.arange(len(texts)), columns)
 
@@ -153,7 +157,7 @@ def checked_batch(module: Any, prompts: Any) -> PromptBatch:
 
     Only some data modules tell these before training starts. In a loop of the user's own, both are the user's affair.
     """
-    batch = as_batch(prompts, module.tokenizer)
+    batch = as_batch(prompts, module.tokenizer, module.chat_template_kwargs)
     if module.rollouts == 0 and not module.loop:
         told = getattr(
             module.trainer.datamodule, "batch_size", None

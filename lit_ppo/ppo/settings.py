@@ -14,7 +14,7 @@ from lit_ppo.models.actor_critic import Actor, Critic, Reference
 from lit_ppo.models.load import load_causal_lm, load_tokenizer
 from lit_ppo.models.lora import WithoutAdapter, check_lora
 from lit_ppo.models.positions import rope_bound, row_groups, token_limit
-from lit_ppo.validate import number, one_of, positive_or_none, refuse
+from lit_ppo.validate import boolean, number, one_of, path_or_name, positive_or_none, refuse
 
 ReferenceDtype = Literal["float32", "bfloat16"]
 
@@ -41,9 +41,13 @@ class ModelSettings:
     temperature: float
     model_kwargs: dict[str, Any]
     seed: int
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         """Check the arguments against each other, before anything is loaded."""
+        for argument in ("actor", "tokenizer", "critic", "reference"):
+            if getattr(self, argument) is not None:
+                setattr(self, argument, path_or_name(self.owner, argument, getattr(self, argument)))
         dtype = one_of(self.owner, "reference_dtype", self.reference_dtype, get_args(ReferenceDtype))
         if dtype != "float32" and self.reference is None:
             refuse(self.owner, "reference_dtype", dtype, "there is no reference; leave it out, or give a reference")
@@ -58,6 +62,7 @@ class ModelSettings:
         if {"dtype", "torch_dtype"} & self.model_kwargs.keys():
             problem = "trained weights are kept in float32; give the Trainer a precision instead"
             refuse(self.owner, "model_kwargs", self.model_kwargs, problem)
+        boolean(self.owner, "skip_special_tokens", self.skip_special_tokens)
         check_generation(self.generation)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:

@@ -68,7 +68,7 @@ class ReviewText(TextDataModule):
         """Write the files if they are missing or outdated, then train the tokenizer."""
         root = Path(self.data_root or ".")
         files: dict[str, Callable[[random.Random], Iterator[dict[str, Any]]]] = {
-            self.path: lambda rng: reviews(rng, self.n_reviews),
+            str(self.path): lambda rng: reviews(rng, self.n_reviews),
             self.labelled_path: lambda rng: labelled(rng, self.n_labelled),
             self.prompts_path: lambda rng: prompts(rng, self.n_prompts, held_out=False),
             self.eval_prompts_path: lambda rng: prompts(rng, self.n_eval_prompts, held_out=True),

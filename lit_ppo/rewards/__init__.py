@@ -113,6 +113,11 @@ def as_source(rewards: Any) -> ScoreSource:
                 raise ValueError(f"rewards[{name!r}] has the keys {', '.join(entry)}; give source and weight")
         weights = {name: entry["weight"] for name, entry in weighted.items() if "weight" in entry}
         return WeightedRewards({name: entry["source"] for name, entry in weighted.items()}, weights)
+    if hasattr(rewards, "save_pretrained"):
+        raise TypeError(
+            f"rewards={type(rewards).__name__}: a model scores token ids, not responses; save it and its tokenizer in "
+            "one folder (save_pretrained) and give RewardModel('folder')"
+        )
     if isinstance(rewards, nn.Module):
         return rewards
     if callable(rewards) and takes_experience(rewards):

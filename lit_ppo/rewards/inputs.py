@@ -4,10 +4,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from lit_ppo.data.chat import Options, Span, check_template, continued, render
 from lit_ppo.special_tokens import without_repeats
-
-Span = tuple[int, int]
-"""First and one past the last character of a response."""
 
 
 class Row(NamedTuple):
@@ -17,7 +15,9 @@ class Row(NamedTuple):
     response: list[bool]  # True at the tokens of the response; empty where nobody asked
 
 
-def conversations(tokenizer: Any, where: str, experience: Any, ended: Sequence[bool]) -> tuple[list[str], list[Span]]:
+def conversations(
+    tokenizer: Any, where: str, experience: Any, ended: Sequence[bool], options: Options
+) -> tuple[list[str], list[Span]]:
     """Prompt and response as one text each: joined, or rendered by the chat template.
 
     The template closes the turn of a response that ended. One that was cut off stays open, as it was sampled.
@@ -27,28 +27,31 @@ def conversations(tokenizer: Any, where: str, experience: Any, ended: Sequence[b
         where: For messages.
         experience: Its ``columns`` hold ``messages`` where prompts are chats.
         ended: Whether a stop token ended each response.
+        options: Variables of the chat template.
     """
     messages = experience.columns.get("messages")
     if messages is None:
         pairs = list(zip(experience.prompts, experience.responses, strict=True))
         return [prompt + text for prompt, text in pairs], [(len(p), len(p) + len(text)) for p, text in pairs]
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"{where}: prompts are chat messages, but this tokenizer has no chat template; name one that has one, or "
-            "use plain-text prompts"
-        )
-    rendered = [_render(tokenizer, *turns) for turns in zip(messages, experience.responses, strict=True)]
+    check_template(tokenizer, where, options)
+    rendered = [
+        _render(tokenizer, f"{where}: chat {row}", chat, response, options)
+        for row, (chat, response) in enumerate(zip(messages, experience.responses, strict=True))
+    ]
     texts = [text if end else text[: span[1]] for (text, span), end in zip(rendered, ended, strict=True)]
     return texts, [span for _, span in rendered]
 
 
-def _render(tokenizer: Any, messages: list[dict[str, Any]], response: str) -> tuple[str, Span]:
-    """The chat with the response as its last turn."""
-    text: str = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": response}], tokenize=False)
+def _render(
+    tokenizer: Any, where: str, messages: list[dict[str, Any]], response: str, options: Options
+) -> tuple[str, Span]:
+    """The chat with the response as its last turn, or as the end of it where the assistant has begun it."""
+    chat = continued(messages, [{"role": "assistant", "content": response}])
+    text = render(tokenizer, chat, where, options, "closed")
     start = text.rfind(response.strip()) if response.strip() else -1  # templates may strip a turn
     if start >= 0:
         return text, (start, start + len(response.strip()))
-    prompt: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt = render(tokenizer, messages, where, options, "ask" if len(chat) > len(messages) else "open")
     if not response.strip() and text.startswith(prompt):
         return text, (len(prompt), len(prompt))
     # the template changed the response: everything after the prompt counts as the response

@@ -7,14 +7,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lit_ppo.data.chat import Span, checked_options
 from lit_ppo.functional import masked_mean
 from lit_ppo.models.positions import row_groups
 from lit_ppo.models.scoring import score_in_float32
 from lit_ppo.parallel.ranks import deal
 from lit_ppo.parallel.sharding import build, shard
-from lit_ppo.rewards.inputs import Row, Span, conversations, encode, questions_and_answers, warn_too_long
+from lit_ppo.rewards.inputs import Row, conversations, encode, questions_and_answers, warn_too_long
 from lit_ppo.rewards.loading import find_label, load_classifier, load_tokenizer, max_tokens
-from lit_ppo.validate import at_most_one, boolean, integer, one_of, refuse
+from lit_ppo.validate import at_most_one, boolean, integer, one_of, path_or_name, refuse
 
 BATCH_SIZE = 32
 
@@ -41,6 +42,7 @@ class RewardModel(nn.Module):
         pairs: Score prompt and response as the two segments of ``tokenizer(question, answer)``, as models for
             question-answer pairs expect, instead of one text. ``"auto"``: if the tokenizer puts a separator between the
             two and the model does not come from ``LitRewardModel``.
+        chat_template_kwargs: Variables of the chat template, such as ``{enable_thinking: false}``.
 
     Reads ``experience.prompts``, ``responses`` and ``columns``.
     """
@@ -56,14 +58,17 @@ class RewardModel(nn.Module):
         model_kwargs: dict[str, Any] | None = None,
         append_eos: bool | None = None,
         pairs: bool | Literal["auto"] = False,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.path, self.tokenizer_path = str(model), str(tokenizer or model)
+        self.path = path_or_name(self, "model", model)
+        self.tokenizer_path = self.path if tokenizer is None else path_or_name(self, "tokenizer", tokenizer)
         self.aggregation, self.label = one_of(self, "aggregation", aggregation, ("last", "mean")), label
         self.append_eos = None if append_eos is None else boolean(self, "append_eos", append_eos)
         self.pairs = pairs if pairs == "auto" else boolean(self, "pairs", pairs)
         if pairs and aggregation == "mean":
             refuse(self, "pairs", pairs, "pairs have one score each; use aggregation='last'")
+        self.chat_template_kwargs = checked_options(self, chat_template_kwargs)
         at_most_one(self, batch_size=batch_size, batch_tokens=batch_tokens)
         self.batch_size = BATCH_SIZE if batch_size is None else integer(self, "batch_size", batch_size)
         self.batch_tokens = None if batch_tokens is None else integer(self, "batch_tokens", batch_tokens)
@@ -137,7 +142,7 @@ class RewardModel(nn.Module):
         if self._pairs:
             questions, answers = zip(*questions_and_answers(experience), strict=True)
             return self._score(questions, pairs=answers, append_eos=ended)
-        texts, spans = conversations(self.tokenizer, str(self), experience, ended)
+        texts, spans = conversations(self.tokenizer, str(self), experience, ended, self.chat_template_kwargs)
         rendered = "messages" in experience.columns
         return self._score(texts, spans=spans, append_eos=ended, add_special_tokens=not rendered)
 

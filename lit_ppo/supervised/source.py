@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from lit_ppo.data.tokenization import loads_the_same
 from lit_ppo.models.pretrained import check_causal_lm, check_complete, load_pretrained, tokenizer_path
-from lit_ppo.validate import refuse
+from lit_ppo.validate import path_or_name, refuse
 
 T = TypeVar("T")
 
@@ -38,6 +38,8 @@ class ModelSource:
         model_kwargs: dict[str, Any] | None,
         **config: Any,
     ) -> None:
+        model = model if isinstance(model, dict) else path_or_name(owner, "model", model)
+        tokenizer = None if tokenizer is None else path_or_name(owner, "tokenizer", tokenizer)
         if isinstance(model, dict) and "model_type" not in model:
             refuse(owner, "model", model, "no model_type; name one, such as 'llama' or 'gpt2'")
         if isinstance(model, dict) and tokenizer is None:

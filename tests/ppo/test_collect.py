@@ -9,7 +9,7 @@ from lit_ppo.functional import token_logprobs
 from lit_ppo.rewards import RewardFunction
 from tests.helpers.forwards import sizes_of_forwards
 from tests.helpers.tiny import make_causal_lm, make_tokenizer
-from tests.helpers.toys import count_good, make_module, write_prompts
+from tests.helpers.toys import count_good, make_module, make_trainer, write_prompts
 
 PROMPTS = ["the film", "a movie was very", "plot"]
 
@@ -232,3 +232,35 @@ class TestSamplingLogprobs:
         module.tolerance = 1e9  # whatever the difference
         theirs = module.rollout(self.PROMPTS, policy="reference")
         assert (theirs.logprobs - theirs.ref_logprobs).abs().max() > 1e-3
+
+
+def test_special_tokens_are_kept_for_rewards_that_read_them(tmp_path):
+    """All but the token that ended the response: here a word and ``[UNK]`` are special, too."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["good", "bad"]})
+    path = make_causal_lm(tmp_path, tokenizer=tokenizer, seed=3)
+    bare, full = (
+        make_module(path, skip_special_tokens=skip).rollout(PROMPTS * 8, samples_per_prompt=2) for skip in (True, False)
+    )
+    special = {"[PAD]", "[EOS]", "[UNK]", "good", "bad"}
+    assert full.ended.any()
+    for row, (text, ended) in enumerate(zip(full.responses, full.ended.tolist(), strict=True)):
+        words = tokenizer.convert_ids_to_tokens(full.response_ids[row][full.response_mask[row]].tolist())
+        assert text.split() == words[: len(words) - ended]
+        assert bare.responses[row].split() == [word for word in words if word not in special]
+    assert special & {*" ".join(full.responses).split()} >= {"good", "bad", "[UNK]"}
+
+
+def test_options_of_the_chat_template(tmp_path):
+    """Of chats that are given to the module, and of a data module that has none of its own."""
+    tokenizer = make_tokenizer(chat=True)
+    tokenizer.chat_template += "{{ ' not' if not_good }}"
+    path = make_causal_lm(tmp_path, tokenizer=tokenizer)
+    module = make_module(path, chat_template_kwargs={"not_good": True})
+    chat = [{"role": "user", "content": "the film"}]
+    expected = "user the film [EOS]assistant not"
+    assert module.rollout([chat]).prompts == module.rollout({"prompt": [chat]}).prompts == [expected]
+    data = PromptDataModule([chat] * 5, batch_size=5)
+    make_trainer(tmp_path, max_steps=1).fit(module, data)
+    assert data.peek("train").prompts == [expected]
+    assert make_module(path).rollout([chat]).prompts == [expected.removesuffix(" not")]

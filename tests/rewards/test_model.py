@@ -218,8 +218,25 @@ def test_mean_over_a_chat_response_that_repeats_the_prompt(tmp_path: Path):
 
 
 def test_chat_without_a_template_is_refused(tiny_reward: Path):
-    with pytest.raises(ValueError, match=r"prompts are chat messages, but this tokenizer has no chat template"):
+    with pytest.raises(ValueError, match=r"the data are chat messages, but the tokenizer .* has no chat template"):
         RewardModel(str(tiny_reward))(experience(["", ""], ANSWERS, messages=MESSAGES))
+
+
+def test_chat_options_and_a_last_message_that_goes_on(tmp_path: Path):
+    """The answer is the end of the assistant's message; both are one turn."""
+    tokenizer = make_tokenizer(bos=True, chat=True)
+    tokenizer.chat_template += "{{ 'very' if loudly }}"
+    path = make_reward_model(tmp_path, tokenizer=tokenizer, **SHARP)
+    asked, begun = {"role": "user", "content": "the film"}, {"role": "assistant", "content": "it was"}
+    source = RewardModel(str(path), chat_template_kwargs={"loudly": True})
+    score = source(experience([""], [" really good"], messages=[[asked, begun]]))
+    ids = tokenizer("user the film [EOS] assistant it was really good [EOS] very")["input_ids"]
+    expected = AutoModelForSequenceClassification.from_pretrained(path).eval()(torch.tensor([ids])).logits.item()
+    assert score.item() == pytest.approx(expected, rel=1e-5)
+    tokenizer.chat_template = "{% for m in messages[1:2] if m.role == 'user' %}{{ raise_exception('no') }}{% endfor %}"
+    tokenizer.save_pretrained(path)
+    with pytest.raises(ValueError, match=r"chat 0: the chat template refuses message 2 of 3 \(role 'user'\): no"):
+        RewardModel(str(path))(experience([""], ["good"], messages=[[asked, asked]]))
 
 
 # arguments and errors

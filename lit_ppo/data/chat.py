@@ -1,0 +1,218 @@
+"""Chat messages as text, by the tokenizer's template, and which part of the text the assistant writes."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from lightning.pytorch.utilities import rank_zero_warn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from lit_ppo.data.table import Message, Table
+from lit_ppo.validate import refuse
+
+Span = tuple[int, int]
+"""First and one past the last character of a part of a text."""
+
+Options = Mapping[str, Any]
+"""Variables of the chat template, and ``tools``, ``documents`` or a ``chat_template``."""
+
+End = Literal["closed", "ask", "open"]
+"""The last turn is closed, a turn of the assistant begins after it, or the last turn goes on."""
+
+OURS = ("add_generation_prompt", "continue_final_message", "conversation", "padding", "tokenize", "truncation")
+MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template that says itself what the assistant writes
+
+
+def checked_options(owner: object, options: Any) -> dict[str, Any]:
+    """The argument ``chat_template_kwargs``.
+
+    Raises:
+        ValueError: It is not a mapping, or sets what is not the user's to set.
+    """
+    if options is not None and not isinstance(options, Mapping):
+        refuse(owner, "chat_template_kwargs", options, "give variables of the template: {enable_thinking: false}")
+    if taken := [name for name in options or {} if name in OURS or name.startswith("return_")]:
+        refuse(owner, "chat_template_kwargs", options, f"{taken[0]} is set by the use of the text; leave it out")
+    return dict(options or {})
+
+
+def render_chats(
+    tokenizer: PreTrainedTokenizerBase,
+    chats: Sequence[list[Message]],
+    where: str,
+    *,
+    options: Options | None = None,
+    place: Callable[[int], str] = "chat {}".format,
+    end: End | None = None,
+) -> list[str]:
+    """Chat messages as text, by the template of the tokenizer.
+
+    Args:
+        tokenizer: With the template.
+        chats: Lists of messages.
+        where: The caller, for messages.
+        options: Variables of the template.
+        place: Where a chat comes from, by its number, for messages.
+        end: How the text ends; None: for sampling, ``"open"`` after the assistant's turn, else ``"ask"``.
+
+    Raises:
+        ValueError: The tokenizer has no chat template, or the template refuses a chat; names its row and role.
+    """
+    options = options or {}
+    check_template(tokenizer, where, options)
+    ends: list[End] = [end or ("open" if chat and chat[-1]["role"] == "assistant" else "ask") for chat in chats]
+    chosen = enumerate(zip(chats, ends, strict=True))
+    return [render(tokenizer, chat, f"{where}: {place(i)}", options, how) for i, (chat, how) in chosen]
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, where: str, options: Options) -> None:
+    """Check that there is a chat template, and that it reads these variables.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if not (options.get("chat_template") or getattr(tokenizer, "chat_template", None)):
+        raise ValueError(
+            f"{where}: the data are chat messages, but the tokenizer {tokenizer.name_or_path!r} has no chat template; "
+            "use the tokenizer of a chat model, or set tokenizer.chat_template"
+        )
+    template = str(options.get("chat_template") or tokenizer.chat_template)
+    for name in options:
+        if not re.search(rf"\b{re.escape(name)}\b", template) and name != "chat_template":
+            rank_zero_warn(f"{where}: the chat template does not read {name!r} (chat_template_kwargs); is it misspelt?")
+
+
+def render(tokenizer: PreTrainedTokenizerBase, chat: list[Message], where: str, options: Options, end: End) -> str:
+    """One chat as text; see :func:`render_chats`."""
+    kwargs = {**options, "add_generation_prompt": end == "ask", "continue_final_message": end == "open"}
+    try:
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, **kwargs))
+    except Exception as error:  # of the template's code
+        n = _longest_accepted(tokenizer, chat, options)
+        culprit = f"message {n + 1} of {len(chat)} (role {chat[n]['role']!r})" if n < len(chat) else "the chat"
+        raise ValueError(
+            f"{where}: the chat template refuses {culprit}: {' '.join(str(error).split())}; change the data, or give "
+            "another template (chat_template_kwargs={'chat_template': ...})"
+        ) from error
+
+
+def _longest_accepted(tokenizer: PreTrainedTokenizerBase, chat: list[Message], options: Options) -> int:
+    """The number of messages at the start of a chat that its template takes."""
+    for n in range(len(chat), 0, -1):
+        try:
+            tokenizer.apply_chat_template(chat[:n], tokenize=False, **options)
+        except Exception:  # of the template's code, too
+            continue
+        return n
+    return 0
+
+
+def conversation(table: Table, index: int, prompt: Any, answer: Any) -> tuple[Any, Any]:
+    """A prompt and its answer, each text or messages.
+
+    An answer that begins with the prompt's turns is complete. One by the assistant continues the prompt's last turn,
+    if that is the assistant's too.
+
+    Args:
+        table: For messages.
+        index: Row, for messages.
+        prompt: Text, or messages; with an answer of messages, text is the user's turn.
+        answer: Text, or messages; after a prompt of messages, text is the assistant's turn.
+
+    Returns:
+        Both together, and the prompt alone.
+    """
+    if isinstance(prompt, str) and isinstance(answer, str):
+        return prompt + answer, prompt
+    if isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    if isinstance(prompt, str):
+        start = int(answer[0]["role"] == "system")
+        prompt = [*answer[:start], {"role": "user", "content": prompt}]
+        answer = answer if _turns(answer[: start + 1]) == _turns(prompt) else answer[start:]
+    if _turns(answer[: len(prompt)]) == _turns(prompt):
+        return answer, prompt
+    if prompt[-1]["role"] == answer[0]["role"] == "user":
+        table.refuse(index, "the answer begins with a user turn that is not the prompt's; give the assistant's turn")
+    return continued(prompt, answer), prompt
+
+
+def continued(prompt: list[Message], answer: list[Message]) -> list[Message]:
+    """The turns of both; an assistant's turn at the end of the prompt goes on in the answer.
+
+    >>> continued([{"role": "assistant", "content": "It is"}], [{"role": "assistant", "content": " fine"}])
+    [{'role': 'assistant', 'content': 'It is fine'}]
+    """
+    if not prompt or prompt[-1]["role"] != "assistant" or answer[0]["role"] != "assistant":
+        return [*prompt, *answer]
+    turn = {**prompt[-1], **answer[0], "content": prompt[-1]["content"] + answer[0]["content"]}
+    return [*prompt[:-1], turn, *answer[1:]]
+
+
+def _turns(messages: list[Message]) -> list[tuple[str, str]]:
+    return [(turn["role"], turn["content"].strip()) for turn in messages]
+
+
+def assistant_spans(
+    tokenizer: PreTrainedTokenizerBase, chat: list[Message], prompt: list[Message], where: str, options: Options
+) -> tuple[str, list[Span]]:
+    """A chat as text, and which parts of it the assistant writes after the prompt.
+
+    A template with ``{% generation %}`` says so itself. Otherwise a turn of the assistant is the difference between the
+    chat up to it, ready for an answer, and the chat with it.
+
+    Args:
+        tokenizer: With the template.
+        chat: Messages.
+        prompt: Those at its start that are not trained on; the last one may go on in the chat.
+        where: Argument and row, for messages.
+        options: Variables of the template.
+
+    Raises:
+        ValueError: There is no turn of the assistant, or its place is not certain.
+    """
+
+    def shown(messages: list[Message], end: End) -> str:
+        return render(tokenizer, messages, where, options, end)
+
+    text, template = (
+        shown(chat, "closed"),
+        tokenizer.get_chat_template(options.get("chat_template"), options.get("tools")),
+    )
+    continues = bool(prompt) and chat[len(prompt) - 1] != prompt[-1]  # in the same turn
+    answers = len(prompt) < len(chat) and chat[len(prompt)]["role"] == "assistant"
+    before = shown(prompt, "open" if continues else "ask" if answers else "closed") if prompt else ""
+    if not text.startswith(before):
+        raise ValueError(f"{where}: {_unclear('the prompt')}")
+    spans: list[Span] = []
+    if MARKED.search(template):
+        variables = {**tokenizer.special_tokens_map, **options, "chat_template": template}
+        rendered: Any = render_jinja_template([chat], return_assistant_tokens_mask=True, **variables)
+        [text], [marks] = rendered
+        spans = [(max(first, len(before)), last) for first, last in marks if last > len(before)]
+    else:
+        for n in range(len(prompt) - continues, len(chat)):
+            if chat[n]["role"] == "assistant":
+                start = before if prompt and n <= len(prompt) else shown(chat[:n], "ask") if n else ""
+                spans.append(_turn(text, n, start, shown(chat[: n + 1], "closed"), where))
+    if not any(stop > start for start, stop in spans):
+        raise ValueError(f"{where}: there is no turn of the assistant to train on; give one, or delete the row")
+    return text, spans
+
+
+def _turn(text: str, n: int, before: str, after: str, where: str) -> Span:
+    """Where a turn is, by the texts of the chat before it and with it."""
+    if not before:
+        raise ValueError(f"{where}: {_unclear('a first message by the assistant')}")
+    if not text.startswith(before) or not text.startswith(after) or len(after) <= len(before):
+        raise ValueError(f"{where}: {_unclear(f'message {n + 1} (by the assistant)')}")
+    return len(before), len(after)
+
+
+def _unclear(what: str) -> str:
+    return (
+        f"where the chat template writes {what} cannot be told from the text before and after it, so the assistant's "
+        "part is not certain; mark it in the template with {% generation %} (chat_template_kwargs={'chat_template': "
+        "...}), or train on all tokens (train_on_prompts=True)"
+    )

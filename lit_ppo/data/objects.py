@@ -1,0 +1,131 @@
+"""Rows of what Python code holds: data sets, lists, columns, streams; and of the datasets package's own files."""
+
+import importlib
+import itertools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lit_ppo.data.table import Row, Table, short
+
+Data = str | Iterable[Any]
+"""A file, a folder or a hub name; or rows: a data set, a list, a mapping of columns, a stream."""
+
+SAVED = ("state.json", "dataset_dict.json")  # in a folder that save_to_disk has written
+
+
+def shown(value: Any) -> str:
+    """An argument for messages: rows by their type and number."""
+    if value is None or isinstance(value, str | int | float | Path):
+        return repr(value)
+    count = _length(value)
+    return f"<{type(value).__name__}{'' if count is None else f' of {count}'}>"
+
+
+def table_of(where: str, data: Any, column: str | None = None, max_rows: int | None = None) -> Table:
+    """A table of the rows that an object holds.
+
+    Args:
+        where: Argument to name in messages.
+        data: A ``datasets.Dataset`` or a dict of them (its split ``train``); any other data set or list of rows, of
+            strings or of lists of chat messages; a mapping of columns or a ``DataFrame``; an iterable.
+        column: Name of the column of rows that are strings or lists; None: each row must be a mapping.
+        max_rows: Take at most this many rows; required where the data have no length.
+
+    Raises:
+        ValueError: It is something else, has no rows, or has no length.
+    """
+    data = _split(where, data, None)
+    source = shown(data)
+    if hasattr(data, "to_dict") and hasattr(data, "columns"):  # a DataFrame iterates over the names of its columns
+        data = data.to_dict("records")
+    elif isinstance(data, Mapping):
+        data = _rows_of_columns(where, data)
+    if isinstance(data, bytes) or not (hasattr(data, "__iter__") or (_length(data) and hasattr(data, "__getitem__"))):
+        raise ValueError(f"{where}: {source} holds no rows; give a path, a data set, or a list of rows")
+    if _length(data) is None and max_rows is None:
+        raise ValueError(
+            f"{where}: the stream {source} does not say how many rows it has; give max_rows, the number to read"
+        )
+    # some data sets have no iterator, and the one that Python then makes ends at an IndexError, which they do not raise
+    items = data if hasattr(data, "__iter__") else (data[i] for i in range(_length(data) or 0))
+    rows = [_row(where, number, row, column) for number, row in enumerate(itertools.islice(items, max_rows), start=1)]
+    return Table(rows, list(range(1, len(rows) + 1)), source, "row", where)
+
+
+def _length(data: Any) -> int | None:
+    """The number of rows; of a stream, that of its ``take``."""
+    try:
+        return len(data)
+    except TypeError:
+        first: Any = getattr(data, "_ex_iterable", None)  # of datasets.IterableDataset
+        return int(first.n) if type(first).__name__ == "TakeExamplesIterable" else None
+
+
+def _row(where: str, number: int, row: Any, column: str | None) -> Row:
+    if isinstance(row, Mapping):
+        return dict(row)
+    if column is not None and isinstance(row, str | list):
+        return {column: row}
+    refuse_row = f"{where}: row {number} is {type(row).__name__} {short(row)}, not a mapping of named columns; "
+    raise ValueError(refuse_row + 'write every row as {"column": value, ...}')
+
+
+def _rows_of_columns(where: str, columns: Mapping[str, Any]) -> list[Row]:
+    lengths = {name: None if isinstance(values, str) else _length(values) for name, values in columns.items()}
+    if len(set(lengths.values())) != 1 or None in lengths.values():
+        raise ValueError(f"{where}: a mapping must have columns of one length, but they have {lengths}; give rows")
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _split(where: str, data: Any, split: str | None) -> Any:
+    """One of the splits of a dict of data sets; anything else as it is."""
+    if not isinstance(data, Mapping) or not any(hasattr(value, "column_names") for value in data.values()):
+        if split is not None:
+            raise ValueError(f"{where}: this is one data set without splits; leave out ':{split}'")
+        return data
+    if (split or "train") not in data:
+        problem = f"has the splits {', '.join(map(str, data))}, but no {split or 'train'!r}; "
+        raise ValueError(f"{where}: {problem}name one (path:split), or give its data set")
+    return data[split or "train"]
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether ``save_to_disk`` has written this folder."""
+    return any((folder / name).is_file() for name in SAVED)
+
+
+def read_with_datasets(where: str, path: str, file: Path) -> list[Row]:
+    """Rows of a Parquet file, a folder of ``save_to_disk`` or a hub data set.
+
+    Args:
+        where: Argument to name in messages.
+        path: As given, perhaps with ``:split``.
+        file: The path without the split, resolved.
+
+    Raises:
+        ValueError: datasets is not installed, or cannot load it.
+    """
+    missing = "" if file.exists() else f"there is no file {file.resolve()}"
+    reason = f" ({missing})" if missing else ""
+    try:
+        datasets: Any = importlib.import_module("datasets")
+    except ImportError as error:
+        raise ValueError(
+            f"{where}: Parquet files, hub data sets and folders of save_to_disk need the datasets package, which is "
+            f"not installed{reason}; pip install 'lit-ppo[datasets]', or give a JSON lines, CSV or TSV file"
+        ) from error
+    name, _, split = path.partition(":")
+    try:
+        if file.is_dir():
+            data = datasets.load_from_disk(str(file))
+        elif file.is_file():
+            data = datasets.load_dataset("parquet", data_files=str(file), split="train")
+        else:
+            repository, config = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+            data = datasets.load_dataset(repository, config or None, split=split or "train")
+    except Exception as error:  # of the reader, the hub or the network
+        raise ValueError(
+            f"{where}: {missing and f'{missing}, and '}datasets could not load it: {short(str(error))}; check the name"
+        ) from error
+    return [dict(row) for row in (_split(where, data, split or None) if file.is_dir() else data)]
