@@ -229,6 +229,7 @@ MODEL = {
 SPLIT = Excused("results do not depend on it (tests/ppo/test_module.py: micro-batches); it bounds a forward's memory")
 SCORED = Excused("scores do not depend on it (tests/rewards/test_model.py); it bounds a forward's memory")
 ON_TWO_RANKS = Excused("needs two ranks: tests/parallel/test_sharding.py")
+EXPORTED = Excused("tests/run/test_export.py")
 LIGHTNINGS = Excused("Lightning's own")
 RATES = Excused("tests/optim/test_schedules.py has them by hand")
 REPORT = Excused("tests/cli/test_report.py reads what is printed")
@@ -369,7 +370,15 @@ KNOBS = {
         keep=3,
         dirpath="other",
     ),
-    "ExportModel": Knobs(run_saving(ExportModel), {"dirpath": "here"}, dirpath="there", adapter=True),
+    "ExportModel": Knobs(
+        run_saving(ExportModel),
+        {"dirpath": "here"},
+        dirpath="there",
+        adapter=True,
+        dtype=EXPORTED,
+        push_to_hub=EXPORTED,
+        private=EXPORTED,
+    ),
 }
 TRIED = [(name, arg) for name in KNOBS for arg, other in KNOBS[name].others.items() if not isinstance(other, Excused)]
 

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shlex
 import warnings
 from argparse import ArgumentError
 from pathlib import Path
@@ -182,8 +183,9 @@ class Command(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Give checkpoints the configuration, and tell an interrupt where and when this run saves."""
-        checkpoint = self._get(self.config_init, "checkpoint")
+        """Give checkpoints the configuration and the model card the command; tell an interrupt where this run saves."""
+        checkpoint, export = (self._get(self.config_init, key) for key in ("checkpoint", "export"))
+        export.command = shlex.join(["lit-ppo", *self.session.arguments])
         checkpoint.config, checkpoint.log_again = self._effective(self._config), self.logs_again
         self.session.interrupts.will_stop = lambda: checkpoint.stop_request.listening
         # Lightning says so also where a callback has ended the epoch early

@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import lightning as L
 import torch
@@ -10,10 +10,11 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_ppo.models.lora import check_has_adapter
+from lit_ppo.models.stored import Dtype
 from lit_ppo.parallel.checkpoint_io import AtomicCheckpointIO, read_summary
 from lit_ppo.run.checkpoint import RUN
 from lit_ppo.run.errors import CommandError
-from lit_ppo.run.export import check_target, write_model
+from lit_ppo.run.export import CARD, card_of, check_target, checked_repository, push, write_model
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,12 +35,16 @@ def export(arguments: list[str]) -> None:
     parser.add_argument("--ckpt_path", type=Path, required=True, help="The checkpoint.")
     parser.add_argument("--output", type=Path, required=True, help="Folder for the model; a model in it is replaced.")
     parser.add_argument("--adapter", action="store_true", help="Write only the adapter, for peft; else it is merged.")
+    parser.add_argument("--dtype", choices=get_args(Dtype), help="Of the weights; else that of the run's start.")
+    parser.add_argument("--push_to_hub", metavar="NAME", help="Then push the folder to this repository on the hub.")
+    parser.add_argument("--private", action="store_true", default=None, help="A new repository is private.")
     given = parser.parse_args(arguments)
     if not given.ckpt_path.exists():
         raise CommandError(f"--ckpt_path {given.ckpt_path}: no such checkpoint")
     check_target(f"--output {given.output}", given.output)
     module = build(config_of(given.ckpt_path))
     try:
+        checked_repository("export", given.push_to_hub)
         check_has_adapter("export --adapter", module, given.adapter)
     except ValueError as error:
         raise CommandError(str(error), exit_code=2) from error
@@ -47,8 +52,11 @@ def export(arguments: list[str]) -> None:
     module.configure_model()
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
-    write_model(module, given.output, adapter=given.adapter)
+    card = card_of(checkpoint.get(CARD))
+    write_model(module, given.output, adapter=given.adapter, dtype=given.dtype, card=card)
     print(f"Model: {given.output}  (load it with from_pretrained)", flush=True)
+    if given.push_to_hub is not None:
+        push(f"export --push_to_hub {given.push_to_hub}", given.output, given.push_to_hub, given.private)
 
 
 def config_of(checkpoint: Path) -> dict[str, Any]:

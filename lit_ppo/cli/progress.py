@@ -17,16 +17,10 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
 
 from lit_ppo.cli.heartbeat import Heartbeat, duration
+from lit_ppo.run.figures import updates_done
 
 RECENT = 20  # batches whose mean duration gives the time left
 EVALUATIONS = {"sanity_check": "sanity_val", "validate": "val", "test": "test", "predict": "predict"}
-
-
-def updates_done(trainer: L.Trainer) -> int:
-    """Updates so far, those before a resume included; optimizer steps if Lightning takes them."""
-    if trainer.lightning_module.automatic_optimization:
-        return trainer.global_step
-    return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
 
 
 def total_updates(trainer: L.Trainer) -> float:

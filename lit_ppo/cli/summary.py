@@ -1,7 +1,6 @@
 """The summary of a run, printed at its end."""
 
 import math
-from copy import deepcopy
 from typing import Any
 
 import lightning as L
@@ -9,9 +8,8 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_ppo.cli.heartbeat import duration
-from lit_ppo.cli.progress import number, short, total_updates, unit, updates_done
-
-ENDS = 10  # values at the start and at the end of a run that are averaged, at most
+from lit_ppo.cli.progress import number, short, total_updates, unit
+from lit_ppo.run.figures import Figures
 
 
 class RunSummary(L.Callback):
@@ -26,27 +24,18 @@ class RunSummary(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._timer = Timer()
-        self._series: dict[str, list[float]] = {}  # the first and the last values
-        self._held_out: dict[str, list[float]] = {}  # the first and the last value
+        self._figures = Figures()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._timer.on_train_start(trainer, pl_module)
-        self._done = self._resumed_after = updates_done(trainer)
+        self._figures.start(trainer)
+        self._resumed_after = self._figures.done
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if updates_done(trainer) == self._done:
-            return  # in the middle of accumulated batches
-        self._done = updates_done(trainer)
-        for name, value in trainer.progress_bar_metrics.items():
-            if not name.startswith("val/"):
-                values = self._series.setdefault(short(name), [])
-                values.append(float(value))
-                del values[ENDS:-ENDS]
+        self._figures.add_update(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for name, value in {} if trainer.sanity_checking else trainer.callback_metrics.items():
-            if name.startswith("val/"):
-                self._held_out[name] = [*self._held_out.get(name, [])[:1], float(value)]
+        self._figures.add_validation(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._timer.on_train_end(trainer, pl_module)
@@ -54,40 +43,38 @@ class RunSummary(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self._timer.start_time() is not None:  # Lightning's bars are on the screen until now
             total = total_updates(trainer)
-            early = self._done < total if total < math.inf else trainer.should_stop
+            early = self._figures.done < total if total < math.inf else trainer.should_stop
             self._print(trainer, "Stopped early: " if early else "")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if self._timer.start_time() is not None and self._done > self._resumed_after:
+        if self._timer.start_time() is not None and self._figures.done > self._resumed_after:
             asked = isinstance(exception, KeyboardInterrupt | SIGTERMException)
             self._print(trainer, "Interrupted: " if asked else f"Ended by an error ({type(exception).__name__}): ")
 
     def _print(self, trainer: Any, how: str) -> None:
         if not trainer.is_global_zero or trainer.progress_bar_callback is None:
             return
-        n, total, ends = self._done, total_updates(trainer), min(ENDS, max(1, self._done // 10))
+        n, total, ends = self._figures.done, total_updates(trainer), self._figures.ends
         updates = f"{n:,}" + (f" of {total:,.0f}" if n < total < math.inf else "") + f" {unit(trainer)}{'s' * (n != 1)}"
         resumed = f" ({self._resumed_after:,} of them before it was resumed)" if self._resumed_after else ""
         means = f"; means of the first and the last {ends}" if ends > 1 else ""
         lines = [f"\n{how}{updates}{resumed} in {duration(self._timer.time_elapsed())}{means}:"]
-        for name, values in self._series.items():
-            held_out = self._held_out.get(f"val/{name}")
-            measured = f"  (held-out {_moved(held_out, 1)})" if held_out else ""
-            lines.append(f"  {name} {_moved(values, ends)}{measured}")
+        for name, values in self._figures.means().items():
+            held_out = self._figures.held_out.get(f"val/{short(name)}")
+            measured = f"  (held-out {_moved(held_out)})" if held_out else ""
+            lines.append(f"  {short(name)} {_moved(values)}{measured}")
         print("\n".join([*lines, *warned(trainer.callbacks)]), flush=True)
 
     def state_dict(self) -> dict[str, Any]:
-        return deepcopy({"timer": self._timer.state_dict(), "series": self._series, "held_out": self._held_out})
+        return {"timer": dict(self._timer.state_dict()), **self._figures.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._timer.load_state_dict(state_dict["timer"])
-        self._series, self._held_out = deepcopy(state_dict["series"]), deepcopy(state_dict["held_out"])
+        self._figures.load_state_dict(state_dict)
 
 
-def _moved(values: list[float], n: int) -> str:
-    """The mean of the first and of the last ``n`` values."""
-    first, last = (number(sum(part) / len(part)) for part in (values[:n], values[-n:]))
-    return f"{first} -> {last}" if len(values) > 1 else last
+def _moved(values: list[float]) -> str:
+    return " -> ".join(map(number, values))
 
 
 def warned(callbacks: list[Any]) -> list[str]:

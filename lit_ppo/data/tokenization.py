@@ -87,14 +87,30 @@ def train_tokenizer_once(where: str, texts: list[str], vocab_size: int, path: st
     marker.write_text(json.dumps(wanted), encoding="utf-8")
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Save a tokenizer beside its model; the bytes do not depend on how it was loaded.
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str | Path, *, keep_pad: bool = True) -> None:
+    """Save a tokenizer beside its model; the bytes do not depend on how it was loaded and used.
 
-    transformers would otherwise save that it came from a folder, or that the process was offline.
+    transformers would otherwise save that it came from a folder, that the process was offline, and the lengths that the
+    last texts were cut or padded to.
+
+    Args:
+        tokenizer: The tokenizer.
+        path: Folder.
+        keep_pad: Also save a pad token that it did not have when it was loaded.
     """
     for name in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(name, None)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # set again with every text
+        backend.no_truncation()
+        backend.no_padding()
+    pad = tokenizer.pad_token
+    if keep_pad or tokenizer.init_kwargs.get("pad_token") is not None:
+        tokenizer.save_pretrained(str(path))
+        return
+    tokenizer.pad_token = None
     tokenizer.save_pretrained(str(path))
+    tokenizer.pad_token = pad
 
 
 def loads_the_same(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> bool:

@@ -101,18 +101,27 @@ def _adapted_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def save_adapter(model: PreTrainedModel, weights: dict[str, Tensor] | None, dirpath: str | Path) -> None:
-    """Write an adapter as ``peft`` reads it.
+def save_adapter(
+    model: PreTrainedModel, weights: dict[str, Tensor] | None, dirpath: str | Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write an adapter as ``peft`` reads it. It names its base model by hub name or absolute path.
 
     Args:
         model: With an adapter.
         weights: Full weights of the adapter, where the model is sharded; None: those of the model.
         dirpath: Folder; made if it does not exist.
+        dtype: Of the written weights; None: as they are, which is float32 as in ``peft``.
     """
     if weights is None:
         weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    named = {f"base_model.model.{name.replace('.default', '')}": x.contiguous() for name, x in weights.items()}
+    named = {
+        f"base_model.model.{name.replace('.default', '')}": x.contiguous().to(dtype or x.dtype)
+        for name, x in weights.items()
+    }
     config = copy(model.peft_config["default"])
+    base = config.base_model_name_or_path
+    if base and Path(base).is_dir():
+        config.base_model_name_or_path = str(Path(base).absolute())
     for field, value in vars(config).items():
         if isinstance(value, set):
             setattr(config, field, sorted(value))  # the same file from every process

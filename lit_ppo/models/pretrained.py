@@ -17,15 +17,15 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
 )
-from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
+
+from lit_ppo.models.stored import hub, stored_dtype, weight_files
 
 # names that torch.compile, FSDP1 and activation checkpointing put anywhere into a weight's name
 INSIDE = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # and what DDP, DeepSpeed, TRL's value heads, peft and modules around a model put before it
 BEFORE = ("module", "_forward_module", "pretrained_model", "base_model", "model", "actor", "policy")
 OTHER_HEADS = re.compile("Classification|Reward|Score|QuestionAnswering")
-HUB = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 
 
 class Unusable(ValueError):
@@ -56,7 +56,13 @@ def load_pretrained(auto: Any, path: str, **kwargs: Any) -> tuple[PreTrainedMode
     missing = _missing(info)
     if missing:
         model, missing = _without_wrappers(model, missing, path, kwargs)
+    model.starting_dtype = stored_dtype(path, kwargs)
     return model, missing
+
+
+def starting_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype of the checkpoint that :func:`load_pretrained` loaded; that of the model if it is from scratch."""
+    return getattr(model, "starting_dtype", model.dtype)
 
 
 def adapter_base(path: str, kwargs: dict[str, Any] | None = None) -> str | None:
@@ -65,9 +71,9 @@ def adapter_base(path: str, kwargs: dict[str, Any] | None = None) -> str | None:
     Raises:
         Unusable: peft is not installed, or the adapter does not name its base.
     """
-    hub = _hub(kwargs or {})
+    where = hub(kwargs or {})
     try:
-        file = find_adapter_config_file(path, **hub)
+        file = find_adapter_config_file(path, **where)
     except (OSError, ValueError):  # the caller will say that there is no such model
         return None
     if file is None or (Path(file).parent / "config.json").exists():
@@ -76,7 +82,7 @@ def adapter_base(path: str, kwargs: dict[str, Any] | None = None) -> str | None:
         raise Unusable("it holds an adapter, which needs peft; pip install 'lit-ppo[peft]'")
     from peft import PeftConfig
 
-    base = PeftConfig.from_pretrained(path, **hub).base_model_name_or_path
+    base = PeftConfig.from_pretrained(path, **where).base_model_name_or_path
     if not base:
         raise Unusable("its adapter_config.json names no base_model_name_or_path; write the base model's path there")
     beside = Path(path) / str(base)  # a path may be relative to the adapter
@@ -90,7 +96,7 @@ def n_outputs(path: str, kwargs: dict[str, Any]) -> int | None:
         head = _head(_adapter_weights(path, kwargs))
         return n_outputs(base, kwargs) if head is None else len(head)
     trust = bool(kwargs.get("trust_remote_code"))
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust, **_hub(kwargs))
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust, **hub(kwargs))
     is_classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification")
     return int(config.num_labels) if is_classifier else None
 
@@ -153,17 +159,12 @@ def _missing(info: dict[str, Any]) -> list[str]:
     return sorted([*info["missing_keys"], *(f"{name} (in this size)" for name, *_ in info["mismatched_keys"])])
 
 
-def _hub(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name in HUB}
-
-
 def _without_wrappers(
     model: PreTrainedModel, missing: list[str], path: str, kwargs: dict[str, Any]
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load again with the names that a checkpoint's weights have without their wrappers, if that helps."""
-    folder = Path(path) if Path(path).is_dir() else Path(str(cached_file(path, "config.json", **_hub(kwargs)))).parent
     found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
+    for file in weight_files(path, kwargs):
         loads = file.suffix == ".safetensors"
         found |= load_file(file) if loads else torch.load(file, map_location="cpu", weights_only=True)
     bare = {INSIDE.sub("", name): tensor for name, tensor in found.items()}
@@ -209,7 +210,7 @@ def _merged(auto: Any, path: str, kwargs: dict[str, Any]) -> tuple[PreTrainedMod
     """The base model of an adapter, with the adapter added to its weights."""
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
-    config = PeftConfig.from_pretrained(path, **_hub(kwargs))
+    config = PeftConfig.from_pretrained(path, **hub(kwargs))
     if config.is_prompt_learning:
         raise Unusable(f"it holds a {config.peft_type.value} adapter, which cannot be merged; train one like LoRA")
     weights = _adapter_weights(path, kwargs)
@@ -243,6 +244,7 @@ def _merged(auto: Any, path: str, kwargs: dict[str, Any]) -> tuple[PreTrainedMod
             raise Unusable(f"it holds an adapter that does not fit its base model {base_path!r} ({reason})") from error
     brought = {name.removeprefix("base_model.model.") for name in weights}
     full: PreTrainedModel = model.merge_and_unload()
+    full.starting_dtype = base.starting_dtype
     if full.can_generate() and (Path(path) / "generation_config.json").exists():
         full.generation_config = GenerationConfig.from_pretrained(path)
     return full, [name for name in missing if name not in brought] + lost
@@ -251,7 +253,7 @@ def _merged(auto: Any, path: str, kwargs: dict[str, Any]) -> tuple[PreTrainedMod
 def _adapter_weights(path: str, kwargs: dict[str, Any]) -> dict[str, Tensor]:
     from peft.utils import load_peft_weights
 
-    weights = load_peft_weights(path, device="cpu", **_hub(kwargs))
+    weights = load_peft_weights(path, device="cpu", **hub(kwargs))
     return {_peft_name(name): tensor for name, tensor in weights.items()}
 
 

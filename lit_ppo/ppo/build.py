@@ -88,7 +88,6 @@ def build_models(
     actor = _place(settings, strategy, lambda: _make_actor(settings))
     generation = generation_config(settings.generation, settings.temperature, actor.model, tokenizer)
     rank_zero_info(say_stops(generation, settings.generation, actor.model, tokenizer))
-    actor.model.generation_config = generation
     place_reward_models(strategy, rewards, eval_rewards)
     reference: Reference | WithoutAdapter | None = None
     if settings.reference == "actor" and settings.actor_lora is not None:

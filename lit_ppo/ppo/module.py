@@ -282,7 +282,7 @@ class LitPPO(L.LightningModule):
     models = property(build.models_of)
     actor_optimizer, exact_kl = property(optimize.actor_optimizer), optimize.exact_kl
     backward_on_text, loss_on_text = text_loss.backward_on_text, text_loss.loss_on_text
-    save_pretrained, only_actor = saved.save_pretrained, saved.only_actor
+    save_pretrained, only_actor, card = saved.save_pretrained, saved.only_actor, saved.card
     train = build.train
     attach, step, on_before_batch_transfer = own_loop.attach, own_loop.step, own_loop.on_before_batch_transfer
     configure_model, configure_optimizers = build.configure_model, build.configure_optimizers

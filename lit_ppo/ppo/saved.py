@@ -1,17 +1,25 @@
 """What checkpoints of LitPPO hold, and its export in Hugging Face format."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
+from lit_ppo.callbacks.base import PPOCallback
 from lit_ppo.data.tokenization import save_tokenizer
+from lit_ppo.generation.config import stop_ids
+from lit_ppo.models.card import Card, add_data, hub_name, write_card
+from lit_ppo.models.export import checked_dtype, save_generation_config, save_model
 from lit_ppo.models.lora import check_has_adapter, merged, save_adapter
+from lit_ppo.models.pretrained import starting_dtype
+from lit_ppo.models.stored import Dtype
 from lit_ppo.parallel.full_state import full_weights
 from lit_ppo.parallel.ranks import rank
 from lit_ppo.ppo.preflight import check_moving_reference
 from lit_ppo.ppo.settings import ModelSettings
+from lit_ppo.rewards import RewardFunction
 
 FROZEN = ("rewards.", "eval_rewards.")
 
@@ -94,34 +102,82 @@ def only_actor(module: Any) -> None:
     module.rewards = module.eval_rewards = None
 
 
-def save_pretrained(module: Any, dirpath: str | Path, *, adapter: bool = False) -> None:
-    """Write the actor in Hugging Face format: weights, config, tokenizer, generation config.
+def save_pretrained(module: Any, dirpath: str | Path, *, adapter: bool = False, dtype: Dtype | None = None) -> None:
+    """Write the actor in Hugging Face format: weights, config, tokenizer, generation config, model card.
 
-    Call it on every rank where the strategy shards; the first one writes.
+    The generation config is that of the actor's checkpoint, with the stop tokens of training. Call it on every rank
+    where the strategy shards; the first one writes.
 
     Args:
         module: The LitPPO.
         dirpath: Folder; made if it does not exist.
         adapter: Write only the adapter, for ``peft``. Otherwise an adapter is merged into the weights, for which the
             actor is loaded once more.
+        dtype: Of the weights; None: that of the actor's checkpoint (of an adapter: float32).
 
     Raises:
-        ValueError: There is no adapter.
+        ValueError: There is no adapter, or it is not a dtype.
     """
     check_has_adapter(f"save_pretrained(adapter={adapter})", module, adapter)
-    settings, generation = module.model_settings, module.generation
+    given = checked_dtype("save_pretrained", dtype)
+    settings, models = module.model_settings, module.models
     has_adapter = settings.actor_lora is not None
-    weights = full_weights(module.actor, "model.", trained=has_adapter)
+    weights = full_weights(models.actor, "model.", trained=has_adapter)
     if weights is not None and rank() != 0:
         return
-    model = module.actor.model
+    model, stops = models.actor.model, stop_ids(models.generation)
+    ends = stops[0] if len(stops) == 1 else stops or None
+    written = starting_dtype(model) if given is None else getattr(torch, given)
     if adapter:
-        save_adapter(model, weights, dirpath)
-        generation.save_pretrained(dirpath)
+        save_adapter(model, weights, dirpath, None if given is None else written)
+        save_generation_config(model, dirpath, ends)
     elif has_adapter:
         full = merged(model, weights, lambda: settings.load_actor(model.dtype))
-        full.generation_config = generation
-        full.save_pretrained(dirpath)
+        save_model(full, None, dirpath, dtype=written, stops=ends)
     else:
-        model.save_pretrained(dirpath, state_dict=weights)
-    save_tokenizer(module.tokenizer, dirpath)
+        save_model(model, weights, dirpath, dtype=written, stops=ends)
+    save_tokenizer(models.tokenizer, dirpath, keep_pad=False)
+    write_card(dirpath, add_data(module.card(), module._trainer), adapter=adapter)
+
+
+def card(module: Any) -> Card:
+    """What the model card of an export says about the LitPPO and its callbacks."""
+    settings, given = module.model_settings, module.hparams
+    coef = given.get("kl_coef", module.kl_coef)
+    to = "the starting model" if settings.reference == "actor" else f"`{settings.reference}`"
+    kl = (
+        f"{coef:g} x {module.kl_estimator} in the rewards, to {to}" if coef else f"measured to {to}, not in the rewards"
+    )
+    lora = None if settings.actor_lora is None else ", ".join(f"{k}: {v}" for k, v in settings.actor_lora.items())
+    callbacks = getattr(module._trainer, "callbacks", [])
+    tricks = [type(callback).__name__ for callback in callbacks if isinstance(callback, PPOCallback)]
+    rows = {
+        "base": f"`{settings.actor}`",
+        "reward": described(module.rewards),
+        "KL": "none: no reference" if settings.reference is None else kl,
+        "adapter": lora,
+        "advantages": str(module.advantages),
+        "tricks": ", ".join(tricks),
+        "sampling": f"max_new_tokens {settings.generation['max_new_tokens']}, temperature {module.temperature:g}",
+        "seed": str(module.seed),
+    }
+    return {
+        "method": "PPO",
+        "task": "text-generation",
+        "base": settings.actor,
+        "base_model": hub_name(settings.actor),
+        "rows": {name: text for name, text in rows.items() if text},
+    }
+
+
+def described(source: Any) -> str:
+    """A score source in words."""
+    if source is None:
+        return "scores given by the training script"
+    parts: Mapping[str, Any] = getattr(source, "sources", {})
+    if parts:
+        return ", ".join(f"{name}: {source.weights[name]:g} x {described(part)}" for name, part in parts.items())
+    plain = isinstance(source, torch.nn.Module) and type(source).__str__ is torch.nn.Module.__str__
+    if plain or not isinstance(source, torch.nn.Module | RewardFunction):
+        return f"`{getattr(source, '__qualname__', type(source).__qualname__)}`"
+    return f"`{source}`"

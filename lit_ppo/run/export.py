@@ -1,45 +1,94 @@
 """The result of a run: the model in Hugging Face format."""
 
+import inspect
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import lightning as L
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from transformers.utils.hub import PushToHubMixin
 
+from lit_ppo.models.card import Card, add_data, write_card
+from lit_ppo.models.export import checked_dtype
 from lit_ppo.models.lora import check_has_adapter
+from lit_ppo.models.stored import Dtype
 from lit_ppo.parallel.checkpoint_io import PARTIAL, atomic_path
-from lit_ppo.parallel.ranks import rank
+from lit_ppo.parallel.ranks import gather_shares, rank
 from lit_ppo.parallel.sharding import is_sharded
+from lit_ppo.run.figures import Figures
+from lit_ppo.validate import refuse
+
+CARD = "lit_ppo_card"  # key of what ExportModel adds to a checkpoint
 
 
 class ExportModel(L.Callback):
     """After ``fit`` writes the trained model with ``save_pretrained``, for ``from_pretrained`` to load.
 
+    A model card (README.md) says what the model was trained from, on and for, with the command and figures of the run.
+
     Args:
         dirpath: Folder for the model; a model that is there is replaced. None: ``model`` in the run's folder.
         adapter: Write the trained adapter alone, for ``peft``. By default it is merged into the model.
+        dtype: Of the weights; None: that of the checkpoint that the run started from.
+        push_to_hub: Then push the folder to this repository, such as ``me/my-model``, which is made if need be.
+        private: Whether a new repository is private; None: as the account's settings say.
     """
 
-    def __init__(self, dirpath: str | None = None, adapter: bool = False) -> None:
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        adapter: bool = False,
+        dtype: Dtype | None = None,
+        push_to_hub: str | None = None,
+        private: bool | None = None,
+    ) -> None:
         self.dirpath = dirpath
         self.adapter = adapter
+        self.dtype = checked_dtype(self, dtype)
+        self.push_to_hub = checked_repository(self, push_to_hub)
+        self.private = private
         self.written: Path | None = None
+        self.command: str | None = None  # of this run, set by the command
+        self._card: Card | None = None
+        self._commands: list[str] = []
+        self._figures = Figures()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check before training that the module can be exported and the folder may be replaced.
 
         Raises:
-            TypeError: A folder is given, but the module cannot be exported.
+            TypeError: A folder, a repository or a dtype is given, but the module cannot be exported.
             ValueError: The folder holds something else than a model, or there is no adapter.
         """
         check_has_adapter(f"ExportModel(adapter={self.adapter})", pl_module, self.adapter)
         if self.dirpath is not None:
             check_target(f"ExportModel(dirpath={self.dirpath!r})", Path(self.dirpath))
-        if stage == "fit" and self.dirpath is not None and not hasattr(pl_module, "save_pretrained"):
-            raise TypeError(
-                f"ExportModel(dirpath={self.dirpath!r}): {type(pl_module).__name__} has no save_pretrained(dirpath); "
-                "write one, or leave export.dirpath out"
+        if stage != "fit":
+            return
+        for name in ("dirpath", "push_to_hub", "dtype"):
+            _check_can_save(f"ExportModel({name}={getattr(self, name)!r})", pl_module, name, getattr(self, name))
+        if self.push_to_hub is not None and huggingface_hub.get_token() is None:
+            rank_zero_warn(
+                f"ExportModel(push_to_hub={self.push_to_hub!r}): there is no token of the hub, so this will fail "
+                "when training ends; run `hf auth login`, or set HF_TOKEN"
             )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._figures.start(trainer)
+        card: Any = getattr(pl_module, "card", None)
+        self._card = None if card is None else add_data(card(), trainer)
+        if self.command is not None and self._commands[-1:] != [self.command]:
+            self._commands.append(self.command)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self._figures.add_update(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._figures.add_validation(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         log_dir = trainer.log_dir  # collective: before anything that only one rank does
@@ -47,9 +96,52 @@ class ExportModel(L.Callback):
             return
         target = Path(self.dirpath or Path(log_dir or trainer.default_root_dir) / "model")
         if trainer.is_global_zero or is_sharded(pl_module):
-            write_model(pl_module, target, adapter=self.adapter)
+            write_model(pl_module, target, adapter=self.adapter, dtype=self.dtype, card=card_of(self._state()))
         trainer.strategy.barrier("model exported")
         self.written = target
+        if (repository := self.push_to_hub) is not None:
+            where = f"ExportModel(push_to_hub={repository!r})"
+            gather_shares(lambda: push(where, target, repository, self.private) if rank() == 0 else None)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if (state := self._state()) is not None:
+            checkpoint[CARD] = state
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if (state := checkpoint.get(CARD)) is not None:
+            self._card, self._commands = state["card"], list(state["commands"])
+            self._figures.load_state_dict(state["figures"])
+
+    def _state(self) -> dict[str, Any] | None:
+        """What the model card is made of, as plain values."""
+        if self._card is None:
+            return None
+        return {"card": self._card, "commands": list(self._commands), "figures": self._figures.state_dict()}
+
+
+def card_of(state: dict[str, Any] | None) -> Card | None:
+    """The full model card, from what :class:`ExportModel` adds to a checkpoint; None if there is nothing."""
+    if state is None:
+        return None
+    card: Card = state["card"]
+    figures = Figures()
+    figures.load_state_dict(state["figures"])
+    measured = {**figures.means(), **figures.held_out}
+    rows = [[name, v[0] if len(v) > 1 else None, v[-1]] for name, v in measured.items() if "throughput/" not in name]
+    unit = "updates" if card["method"] == "PPO" else "steps"
+    said = f"Means over the first and the last {figures.ends} of {figures.done} {unit}"
+    said += "; `val/...`: the first and the last validation." if figures.held_out else "."
+    return {**card, "figures": rows, "figures_of": said, "commands": state["commands"]}
+
+
+def _check_can_save(where: str, module: Any, name: str, value: Any) -> None:
+    save: Any = getattr(module, "save_pretrained", None)
+    if value is not None and save is None:
+        raise TypeError(
+            f"{where}: {type(module).__name__} has no save_pretrained(dirpath); write one, or leave export.{name} out"
+        )
+    if name == "dtype" and value is not None and "dtype" not in inspect.signature(save).parameters:
+        raise TypeError(f"{where}: {type(module).__name__}.save_pretrained takes no dtype; leave export.dtype out")
 
 
 def check_target(where: str, folder: Path) -> None:
@@ -63,16 +155,56 @@ def check_target(where: str, folder: Path) -> None:
         raise ValueError(f"{where}: the folder holds files that are not a model; name a new folder")
 
 
-def write_model(module: Any, target: Path, *, adapter: bool = False) -> None:
+def checked_repository(owner: object, name: Any) -> str | None:
+    """The argument ``push_to_hub``: the name of a repository on the hub, or None."""
+    try:
+        validate_repo_id(name)
+        if str(name).lower() in ("true", "false"):
+            raise HFValidationError("it is no name")
+    except HFValidationError as error:
+        refuse(owner, "push_to_hub", name, f"give the repository's name on the hub, such as me/my-model ({error})")
+    return name  # type: ignore[no-any-return]
+
+
+def write_model(
+    module: Any, target: Path, *, adapter: bool = False, dtype: Dtype | None = None, card: Card | None = None
+) -> None:
     """Write a model, and replace the one at ``target`` once it is complete. Collective if the model is sharded.
 
     Args:
         module: Has ``save_pretrained``.
         target: Folder.
         adapter: Write the adapter alone.
+        dtype: Of the weights; None: as ``save_pretrained`` chooses.
+        card: Model card in place of the one that ``save_pretrained`` writes.
     """
     partial = target.with_name(target.name + PARTIAL)
     with atomic_path(target) if rank() == 0 else nullcontext(partial) as folder:
         if rank() == 0:
             folder.mkdir()
-        module.save_pretrained(folder, **({"adapter": True} if adapter else {}))
+        module.save_pretrained(folder, **{k: v for k, v in {"adapter": adapter, "dtype": dtype}.items() if v})
+        if rank() == 0 and card is not None:
+            write_card(folder, card, adapter=adapter)
+
+
+def push(where: str, folder: Path, repository: str, private: bool | None) -> None:
+    """Push a model's folder to the hub, as ``transformers`` does, in one commit.
+
+    Args:
+        where: Argument to name in messages.
+        folder: Folder of the model.
+        repository: Name on the hub; it is made if it does not exist.
+        private: Whether a new one is private.
+
+    Raises:
+        RuntimeError: It cannot be pushed.
+    """
+    try:
+        name = huggingface_hub.HfApi().create_repo(repository, private=private, exist_ok=True).repo_id
+        done = PushToHubMixin()._upload_modified_files(str(folder), name, {}, commit_message="Upload model")
+    except Exception as error:
+        raise RuntimeError(
+            f"{where}: not pushed ({type(error).__name__}: {str(error).strip().splitlines()[0]}); the model is in "
+            f"{folder}; push it with: hf upload {repository} {folder}"
+        ) from error
+    rank_zero_info(f"Pushed {folder} to the hub: {getattr(done, 'commit_url', name)}")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -11,7 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_ppo.data.tokenization import save_tokenizer
 from lit_ppo.generation.config import named_stops
+from lit_ppo.models.card import Card, add_data, hub_name, write_card
+from lit_ppo.models.export import checked_dtype, save_model
 from lit_ppo.models.positions import rope_bound, row_groups, token_limit
+from lit_ppo.models.pretrained import starting_dtype
+from lit_ppo.models.stored import Dtype
 from lit_ppo.optim.settings import BuiltOptimizer, build_optimizer, restore_settings
 from lit_ppo.parallel.full_state import full_weights
 from lit_ppo.parallel.ranks import rank
@@ -31,6 +36,10 @@ class SupervisedModule(L.LightningModule):
         optimizer: From parameters to optimizer.
         scheduler: From optimizer to learning-rate schedule.
     """
+
+    method: str  # for the model card, as the next two
+    task: str
+    objective: str
 
     def __init__(
         self, source: ModelSource, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None
@@ -105,19 +114,39 @@ class SupervisedModule(L.LightningModule):
         """A stop token that training taught and that neither tokenizer nor generation config need to name."""
         return None
 
-    def save_pretrained(self, dirpath: str | Path) -> None:
-        """Write weights, config and tokenizer to a folder; for a causal LM, also the generation config.
+    def save_pretrained(self, dirpath: str | Path, *, dtype: Dtype | None = None) -> None:
+        """Write weights, config, tokenizer and model card to a folder; for a causal LM, also the generation config.
 
-        Call it on every rank if the strategy shards. Rank 0 writes.
+        The generation config is that of the checkpoint, with the tokenizer's end-of-sequence token, which training
+        appended to every text, as the first stop token. Call it on every rank if the strategy shards. Rank 0 writes.
 
         Args:
             dirpath: Folder; it is created if it does not exist.
+            dtype: Of the weights; None: that of the checkpoint, unless ``model_kwargs`` name one for training.
         """
+        given = checked_dtype(f"{type(self).__name__}.save_pretrained", dtype)
         self.configure_model()
         assert self.model is not None
-        if self.model.can_generate():
-            self.model.generation_config.eos_token_id = named_stops(self.model, self.tokenizer, self.trained_stop())
         weights = full_weights(self.model)
         if weights is None or rank() == 0:
-            self.model.save_pretrained(str(dirpath), state_dict=weights)
-            save_tokenizer(self.tokenizer, dirpath)
+            own = self.model.dtype if self.source.names_dtype else starting_dtype(self.model)
+            written = own if given is None else getattr(torch, given)
+            writes_text = self.model.can_generate()
+            stops = named_stops(self.model, self.tokenizer, self.trained_stop()) if writes_text else None
+            save_model(self.model, weights, dirpath, dtype=written, stops=stops)
+            save_tokenizer(self.tokenizer, dirpath, keep_pad=not writes_text)
+            write_card(dirpath, add_data(self.card(), self._trainer))
+
+    def card(self) -> Card:
+        """What the model card of an export says about the module."""
+        start = self.source.model
+        scratch = start if isinstance(start, dict) else {}
+        settings = ", ".join(f"{name}: {value}" for name, value in scratch.items())
+        base = None if isinstance(start, dict) else start
+        return {
+            "method": self.method,
+            "task": self.task,
+            "base": base,
+            "base_model": hub_name(base),
+            "rows": {"base": f"`{base}`" if base else f"none, a new model: {settings}", "objective": self.objective},
+        }

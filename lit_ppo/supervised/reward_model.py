@@ -46,6 +46,9 @@ class LitRewardModel(SupervisedModule):
             several outputs.
     """
 
+    method, task = "reward model", "text-classification"
+    objective = "the better text of a pair (Bradley-Terry), or labels; the one output is the reward"
+
     def __init__(
         self,
         model: str | dict[str, Any],

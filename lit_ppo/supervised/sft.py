@@ -40,6 +40,8 @@ class LitSFT(SupervisedModule):
         ValueError: A new model has no ``model_type`` or no tokenizer.
     """
 
+    method, task, objective = "SFT", "text-generation", "the next token of text (cross-entropy)"
+
     def __init__(
         self,
         model: str | dict[str, Any],
@@ -81,6 +83,15 @@ class LitSFT(SupervisedModule):
             last = [token for token in row if token != IGNORED][-3:]
             self._ends[next((token for token in reversed(last) if token in special), None)] += 1
         self._counted += 1
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["ends"] = {"counts": dict(self._ends), "batches": self._counted}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        ends = checkpoint.get("ends", {"counts": {}, "batches": 0})
+        self._ends, self._counted = Counter(ends["counts"]), ends["batches"]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if self._counted < BATCHES_COUNTED:

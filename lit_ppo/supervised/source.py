@@ -47,6 +47,7 @@ class ModelSource:
         self.owner, self.auto_class, self.model, self.config = owner, auto_class, model, config
         self.tokenizer_path = tokenizer if tokenizer is not None else str(model)
         self.model_kwargs = {"dtype": torch.float32} | dict(model_kwargs or {})
+        self.names_dtype = not {"dtype", "torch_dtype"}.isdisjoint(model_kwargs or {})
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
@@ -105,7 +106,8 @@ class ModelSource:
         if len(self.tokenizer) > embedded:
             problem = f"{len(self.tokenizer)} tokens, but the model embeds {embedded}; use the model's own tokenizer"
             refuse(self.owner, "tokenizer", self.tokenizer_path, problem)
-        model.config.pad_token_id = self.tokenizer.pad_token_id  # a classifier needs it to find a text's last token
+        if self.auto_class is not AutoModelForCausalLM:  # a classifier needs it to find a text's last token
+            model.config.pad_token_id = self.tokenizer.pad_token_id
         model.train()  # loaded models are in evaluation mode, and Lightning does not change that
         return model  # type: ignore[no-any-return]
 

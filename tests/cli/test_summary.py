@@ -61,7 +61,7 @@ def summary(tmp_path: Path, capsys: pytest.CaptureFixture[str], clock: Clock) ->
 def test_ends_are_means_of_a_tenth_of_the_updates(summary: Any, updates: int, words: str, score: str):
     callback = RunSummary()
     assert summary(updates, callback, max_epochs=updates, limit_train_batches=1)[:2] == [words, f"  score {score}"]
-    assert len(callback.state_dict()["series"]["score"]) == min(updates, 20)
+    assert len(callback.state_dict()["series"]["objective/score"]) == min(updates, 20)
 
 
 def test_of_a_run(summary: Any, monkeypatch: pytest.MonkeyPatch):

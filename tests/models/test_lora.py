@@ -186,7 +186,7 @@ def test_exports_merged_and_alone(tmp_path: Path, lm: Path, trained: Any) -> Non
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     stock = AutoModelForCausalLM.from_pretrained(lm)
     assert whole.state_dict().keys() == stock.state_dict().keys()
-    assert whole.generation_config.max_new_tokens == 10
+    assert whole.generation_config.max_new_tokens is None  # training's 10 do not become the default
     adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(lm), tmp_path / "adapter")
     alone = load_file(tmp_path / "adapter/adapter_model.safetensors")
     assert len(alone) == sum(p.requires_grad for p in module.actor.parameters())
@@ -205,14 +205,15 @@ def test_exports_merged_and_alone(tmp_path: Path, lm: Path, trained: Any) -> Non
         again.save_pretrained(tmp_path / "third", adapter=True)
 
 
-def test_a_merged_export_has_the_actors_dtype(tmp_path: Path, tiny_lm: Path) -> None:
-    """As under ``precision="bf16-true"``."""
+def test_a_merged_export_has_the_dtype_of_the_start(tmp_path: Path, tiny_lm: Path) -> None:
+    """Also under ``precision="bf16-true"``."""
     module = make(tiny_lm)
     module.configure_model()
     module.actor.to(torch.bfloat16)
-    module.save_pretrained(tmp_path / "merged")
-    weights = load_file(tmp_path / "merged" / "model.safetensors")
-    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    for dtype in (None, "bfloat16"):
+        module.save_pretrained(tmp_path / "merged", dtype=dtype)
+        weights = load_file(tmp_path / "merged" / "model.safetensors")
+        assert {weight.dtype for weight in weights.values()} == {getattr(torch, dtype or "float32")}
 
 
 def test_an_adapter_that_nobody_trains_is_not_exported(tmp_path: Path, tiny_lm: Path) -> None:

@@ -202,3 +202,8 @@ def test_the_stop_token_that_was_trained_is_exported(tmp_path: Path) -> None:
         fit(module, [text_batch(rows)], tmp_path, max_steps=1)
         module.save_pretrained(tmp_path / folder)
         assert GenerationConfig.from_pretrained(tmp_path / folder).eos_token_id == stops
+        checkpoint: dict[str, Any] = {}
+        module.on_save_checkpoint(checkpoint)
+        again = LitSFT(str(path))  # as `lit-ppo export` and a resumed run do
+        again.on_load_checkpoint(checkpoint)
+        assert again.trained_stop() == module.trained_stop()

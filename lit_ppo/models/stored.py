@@ -1,0 +1,46 @@
+"""The files of a checkpoint, in a folder or from the hub."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig
+from transformers.utils.hub import cached_file
+
+HUB = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+Dtype = Literal["float32", "bfloat16", "float16"]
+NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of safetensors
+
+
+def hub(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``from_pretrained`` that say where on the hub a model is."""
+    return {name: value for name, value in kwargs.items() if name in HUB}
+
+
+def weight_files(path: str, kwargs: dict[str, Any]) -> list[Path]:
+    """The files with the weights of a folder or a hub name."""
+    folder = Path(path) if Path(path).is_dir() else Path(str(cached_file(path, "config.json", **hub(kwargs)))).parent
+    return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
+def stored_dtype(path: str, kwargs: dict[str, Any]) -> torch.dtype:
+    """What ``from_pretrained(dtype="auto")`` loads: the dtype in the config, else that of the first stored weights."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=kwargs["trust_remote_code"], **hub(kwargs))
+    named = config.dtype or config.get_text_config().dtype
+    if named is not None:
+        return getattr(torch, named) if isinstance(named, str) else named  # type: ignore[no-any-return]
+    for file in weight_files(path, kwargs):
+        for dtype in _dtypes(file):
+            if dtype is not None:
+                return dtype
+    return torch.float32
+
+
+def _dtypes(file: Path) -> list[torch.dtype | None]:
+    """The floating-point dtypes in a file; None for other tensors."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as stored:
+            return [NAMES.get(stored.get_slice(name).get_dtype()) for name in stored.keys()]  # noqa: SIM118
+    weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return [weight.dtype if weight.is_floating_point() else None for weight in weights.values()]
