@@ -90,6 +90,19 @@ def stop_ids(config: GenerationConfig) -> list[int]:
     return [int(i) for i in (ids if isinstance(ids, list | tuple) else [ids]) if i is not None]
 
 
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The special token that a chat template puts behind the assistant's words; None: it puts none, or fails."""
+    words = "litppo"
+    turns = [{"role": "user", "content": words}, {"role": "assistant", "content": words}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception:  # the template's own code; whoever renders prompts says what is wrong
+        return None
+    behind = tokenizer(text.rpartition(words)[2], add_special_tokens=False)["input_ids"]
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - {tokenizer.unk_token_id}
+    return next((int(token) for token in behind if token in special), None)
+
+
 def named_stops(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, first: int | None = None
 ) -> int | list[int] | None:

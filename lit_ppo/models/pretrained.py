@@ -185,11 +185,12 @@ def _without_wrappers(
         None, config=model.config, state_dict=renamed, output_loading_info=True,
         dtype=kwargs.get("dtype"), ignore_mismatched_sizes=True,
     )  # fmt: skip
-    if len(still := _missing(info)) >= len(missing):
-        return model, missing
+    if still := _missing(info):
+        return (again, still) if len(still) < len(missing) else (model, missing)
+    rank_zero_info(f"{path}: stripped names of wrappers{f' ({prefix!r})' if prefix else ''}; no weight is missing")
     if again.can_generate():
         again.generation_config = model.generation_config
-    return again, still
+    return again, []
 
 
 def _prefixes(name: str) -> list[str]:

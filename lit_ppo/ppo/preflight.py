@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lit_ppo.experience import Experience, Minibatch
+from lit_ppo.generation.config import end_of_turn, stop_ids
 from lit_ppo.generation.transformers import reshaping_fields
 from lit_ppo.models.actor_critic import actor_forward, critic_forward
 from lit_ppo.models.lora import WithoutAdapter
@@ -78,12 +79,13 @@ def _preflight(module: Any, trainer: L.Trainer) -> None:
             f"LitPPO(generation): {', '.join(filters)} sample from another distribution than the one whose log-probs "
             "PPO compares; leave them out unless you mean it"
         )
+    lengths = getattr(data, "prompt_lengths", None) or {1}
+    check_length(module.models, sorted(lengths))
     for split in ("train", "val"):
         first = data.peek(split) if hasattr(data, "peek") else None
         if first is not None:
+            check_end_of_turn(module, first)
             try_prompts(module, split, first)
-    lengths = getattr(data, "prompt_lengths", None) or {1}
-    check_length(module.models, sorted(lengths))
     try_longest(module, max(lengths))
 
 
@@ -169,6 +171,16 @@ def check_moving_reference(settings: ModelSettings, reference: Any) -> None:
             "a callback moves the reference (checkpoint_reference=True), and small moves round away in it; use "
             "'float32'",
         )  # fmt: skip
+
+
+def check_end_of_turn(module: Any, prompts: Any) -> None:
+    """Warn if the chat template ends a turn with a special token that ends no response."""
+    end = end_of_turn(module.tokenizer) if "messages" in getattr(prompts, "columns", {}) else None
+    if end is not None and end not in stop_ids(module.generation):
+        rank_zero_warn(
+            f"LitPPO(generation): the chat template ends a turn with {module.tokenizer.convert_ids_to_tokens(end)!r} "
+            f"(id {end}), which ends no response; give eos_token_id: {[*stop_ids(module.generation), end]}"
+        )
 
 
 def try_prompts(module: Any, split: str, prompts: Any) -> None:

@@ -10,10 +10,10 @@ import torch
 from lit_ppo import LitPPO
 from lit_ppo.advantages import GroupRelative, LeaveOneOut, Reinforce
 from lit_ppo.models.actor_critic import Actor, Critic
-from lit_ppo.ppo.preflight import check_batch, check_disk
+from lit_ppo.ppo.preflight import check_batch, check_disk, check_end_of_turn
 from lit_ppo.rewards import RewardModel
 from lit_ppo.run.checkpoint import StepCheckpoint
-from tests.helpers.tiny import WORDS, make_causal_lm, make_reward_model, make_tokenizer
+from tests.helpers.tiny import CHAT_TEMPLATE, WORDS, make_causal_lm, make_reward_model, make_tokenizer
 from tests.helpers.toys import make_data, make_module, make_trainer
 
 
@@ -235,3 +235,19 @@ def test_a_list_of_batches_is_refused(tmp_path, tiny_lm):
     """Lightning would make its first update from the first prompt of every batch."""
     with pytest.raises(ValueError, match=r"train_dataloaders='list'\): .*several loaders; give one"):
         make_trainer(tmp_path).fit(make_module(tiny_lm), [["the film", "a story"], ["we saw", "it felt"]])
+
+
+def test_a_chat_whose_turns_end_in_no_stop_token_is_warned_about(tmp_path):
+    """A template that closes turns with <end>, where tokenizer and checkpoint name [EOS] alone."""
+    tokenizer = make_tokenizer(chat=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("eos_token", "'<end>'")
+    actor, end = make_causal_lm(tmp_path, tokenizer=tokenizer), tokenizer.convert_tokens_to_ids("<end>")
+    chats = SimpleNamespace(columns={"messages": []})
+    module = make_module(actor)
+    module.configure_model()
+    with pytest.warns(UserWarning, match=rf"'<end>' \(id {end}\), which ends no response; give .*: \[1, {end}\]"):
+        check_end_of_turn(module, chats)
+    check_end_of_turn(module, SimpleNamespace(columns={}))  # plain prompts
+    module.generation.eos_token_id = [1, end]
+    check_end_of_turn(module, chats)
