@@ -82,8 +82,8 @@ def test_merged_moments_are_those_of_all_values():
     assert count == 50
     assert mean == pytest.approx(statistics.fmean(values), rel=1e-14)
     assert m2 / (count - 1) == pytest.approx(statistics.variance(values), rel=1e-8)
-    in_float32 = torch.tensor([2.0**24 + 2])  # no digit is lost
-    assert F.merge_moments(1, 2.0**24, 0.0, in_float32) == (2, 2.0**24 + 1, 2.0)
+    in_float32 = torch.tensor([2.0**24, 2.0**24 + 2])  # which has no number for their mean
+    assert F.merge_moments(0, 0.0, 0.0, in_float32) == (2, 2.0**24 + 1, 2.0)
 
 
 # scores
@@ -209,6 +209,15 @@ def test_responses_that_are_all_alike_teach_exactly_nothing(score: float, n: int
     rewards = torch.stack([torch.zeros(n), scores], dim=1)
     assert not F.group_relative_advantages(scores, group, mask).any()
     assert not F.leave_one_out_advantages(rewards, group, mask).any()
+
+
+def test_reinforce_advantages_are_their_definition():
+    rewards = normal(B, T)
+    to_go = [[math.fsum(rewards[i, t:n].tolist()) for t in range(n)] for i, n in enumerate(LENGTHS)]
+    flat = [value for row in to_go for value in row]
+    mean, root = statistics.fmean(flat), math.sqrt(statistics.variance(flat) + 1e-8)
+    expected = [[(value - mean) / root for value in row] + [0.0] * (T - len(row)) for row in to_go]
+    close(F.reinforce_advantages(filled(rewards), MASK), expected)
 
 
 def test_a_response_that_is_alone_gets_zero_and_one_without_tokens_counts_for_nothing():

@@ -116,51 +116,33 @@ def by_hand(**arguments: Any) -> RewardHackingMonitor:
     return RewardHackingMonitor(**{"gold": "judge", "every": 1, "decay": 0.5, "fall": 0.25, **arguments})
 
 
-UP = [0.0, 1.0, 2.0, 3.0, 4.0]  # smoothed by halves: 0, 0.5, 1.25, 2.125, 3.0625
-
-
-DOWN = [0.0, 1.0, 0.4, 0.0, 0.0]  # 0, 0.5, 0.45, 0.225, 0.1125: 0.05, 0.275, 0.3875 below its best
+UP, DOWN = [0.0, 1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 0.4, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
     ("gold", "held_out", "verdict", "words"),
     [
-        (
-            "judge",
-            UP,
-            2,
-            ["reward hacking at update 3: since update 1, where gold", "the held-out score from 0.5 to 2.12"],
-        ),
-        (
-            "judge",
-            DOWN,
-            1,
-            ["overfitting at update 3: since update 1, where the held-out score", "more prompts, or fewer"],
-        ),
-        (None, DOWN, 1, ["overfitting at update 3"]),
+        ("judge", UP, 2, "reward hacking at update 3: since update 1, where gold was best"),
+        ("judge", DOWN, 1, "overfitting at update 3: since update 1, where the held-out score was best"),
+        (None, DOWN, 1, "overfitting at update 3"),
     ],
 )
-def test_what_falls_while_training_scores_rise(
-    gold: Any, held_out: list[float], verdict: int, words: list[str]
-) -> None:
+def test_what_falls_while_training_scores_rise(gold: Any, held_out: list[float], verdict: int, words: str) -> None:
     """Gold alone is reward hacking, held-out scores are overfitting, whatever gold does. It is said once."""
-    logs, said, stop, _ = watch(by_hand(gold=gold), UP, held_out, DOWN)
+    logs, (message,), stop, _ = watch(by_hand(gold=gold), UP, held_out, DOWN)
     assert [log["hacking/verdict"] for log in logs] == [0, 0, 0, verdict, verdict]
     assert [log["hacking/train"] for log in logs] == pytest.approx([0, 0.5, 1.25, 2.125, 3.0625])
-    assert [log["hacking/gold" if gold else "hacking/held_out"] for log in logs] == pytest.approx(SMOOTHED)
+    falls = [log["hacking/gold" if gold else "hacking/held_out"] for log in logs]
+    assert falls == pytest.approx([0, 0.5, 0.45, 0.225, 0.1125])  # 0.05, 0.275, 0.3875 below the best
     assert [log["hacking/best_update"] for log in logs] == [0, 1, 1, 1, 1]
-    (message,) = said
     for part in (
-        *words,
+        words,
         "score rose from 0.5 to 2.12",
         "from 0.5 to 0.225, more than 0.25 times",
         "deviation of 1; resume",
     ):
         assert part in message
     assert not stop
-
-
-SMOOTHED = [0, 0.5, 0.45, 0.225, 0.1125]
 
 
 @pytest.mark.parametrize(

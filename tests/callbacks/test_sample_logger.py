@@ -18,7 +18,7 @@ from tests.helpers.spies import Recorder, Spy
 from tests.helpers.toy import Toy
 from tests.helpers.toy_data import ToyData
 from tests.helpers.toy_runs import run_updates, trainer_of
-from tests.helpers.toys import count_good, make_data, make_module, make_trainer, write_prompts
+from tests.helpers.toys import make_data, make_module, make_trainer
 from tests.helpers.trick import Trick
 
 TRICK = {
@@ -239,28 +239,3 @@ def test_tokens_of_one_character_come_as_one():
     ids = [*"für".encode(), 0xC3]
     assert pieces(decode, ids, [1.0, 2.0, 4.0, 8.0, 16.0]) == [("f", 1.0), ("ü", 6.0), ("r", 8.0), ("\ufffd", 16.0)]
     assert pieces(decode, [], []) == []
-
-
-# ---- on LitPPO
-
-
-def test_litppos_samples(tmp_path: Path, lm: Path):
-    """The held-out prompts before and after two updates, by rollouts of the same weights."""
-    held_out = write_prompts(tmp_path / "held_out.jsonl", 5)
-    trained = make_module(lm)
-    trainer = make_trainer(tmp_path, callbacks=[SampleLogger(every=2, prompts=4)], logger=False)
-    trainer.fit(trained, make_data(tmp_path, val_path=str(held_out)))
-    written = lines(tmp_path)
-    assert [line["update"] for line in written] == [0] * 4 + [2] * 4
-    prompts = [json.loads(line)["prompt"] for line in held_out.read_text().splitlines()][:4]
-    for module, found in ((make_module(lm), written[:4]), (trained, written[4:])):
-        experience = module.rollout(prompts, stream="samples")
-        assert [line["prompt"] for line in found] == prompts
-        assert [line["response"] for line in found] == experience.responses
-        assert [line["score"] for line in found] == count_good([], experience.responses)
-        assert [line["kl"] for line in found] == pytest.approx(experience.kl.sum(1).tolist(), abs=1e-6)
-        lengths = experience.response_mask.sum(1).tolist()
-        assert [len(line["tokens"]) for line in found] == lengths
-        ids = experience.response_ids.tolist()
-        whole = [module.tokenizer.decode(row[:n]) for row, n in zip(ids, lengths, strict=True)]
-        assert ["".join(text for text, _ in line["tokens"]) for line in found] == whole
