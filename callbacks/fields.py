@@ -78,7 +78,7 @@ def check_fields(where: str, argument: str, rows: Any, names: Iterable[str]) -> 
         TypeError: Names the callback, the hook, the field, its shape and what was given.
     """
     for name in names:
-        found = _malformed(rows, name)
+        found = _malformed(rows, name) if name in FIELDS else None
         if found is not None:
             raise TypeError(f"{where} reads {argument}.{name}: {described(name)}; {type(rows).__name__} has {found}")
 
