@@ -239,6 +239,7 @@ def test_a_response_that_is_alone_gets_zero_and_one_without_tokens_counts_for_no
 )
 def test_policy_losses_per_token(clip_range: tuple[Any, ...], low: float, high: float):
     """The second bound, by default 3 times the advantage, is for negative advantages only."""
+    assert F.clip_bounds(*(clip_range or (0.2,))) == pytest.approx((low, high))
     new, old, advantages = normal(9, 9), normal(9, 9, seed=1), normal(9, 9, seed=2)
     loss, dual = (f(new, old, advantages, *clip_range) for f in (F.policy_loss, F.dual_clip_policy_loss))
     near = F.dual_clip_policy_loss(new, old, advantages, *(clip_range or (0.2,)), c=1.5)
@@ -399,6 +400,11 @@ def test_best_of_groups_by_going_through_the_rows(seed):
         if number not in best or score > scores[best[number]]:
             best[number] = row
     assert F.best_of_groups(scores, group).tolist() == sorted(best.values())
+    rows = list(zip(scores.tolist(), group.tolist(), strict=True))
+    spans = {number: [score for score, other in rows if other == number] for _, number in rows}
+    for tolerance in (0.0, 1.0):
+        alike = [max(spans[number]) - min(spans[number]) <= tolerance for _, number in rows]
+        assert F.groups_alike(scores, group, tolerance).tolist() == alike
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])

@@ -1,5 +1,7 @@
 """EntropyBonus: sign, size, and the target judged by the step before."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -35,7 +37,8 @@ def test_loss_is_minus_coef_times_the_mean_entropy_of_response_tokens():
 def test_off_above_the_target_by_the_entropy_of_the_step_before(entropy: float, is_on: bool):
     trick = EntropyBonus(coef=0.1, target=2.0)
     trick.on_minibatch_end(None, None, None, {"entropy": entropy})
-    trick.on_minibatch_end(None, None, None, {"value_loss": 1.0})  # of a step without the actor, which says nothing
+    frozen = SimpleNamespace(actor_frozen=True)
+    trick.on_minibatch_end(None, frozen, None, {"value_loss": 1.0})  # of a step without the actor, which says nothing
     losses: dict[str, torch.Tensor] = {}
     micro = make_micro_batch(torch.ones(1, 3, dtype=torch.bool), new_entropy=torch.zeros(1, 3))
     trick.on_actor_loss(None, None, micro, losses)

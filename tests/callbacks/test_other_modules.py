@@ -213,7 +213,7 @@ def test_a_module_that_ignores_what_callbacks_set_is_refused() -> None:
             self.samples_per_prompt = 1
             return super().rollout(prompts, **kwargs)
 
-        def backward_of(self, micro: Any, sums: Any) -> None:
+        def backward_of(self, micro: Any) -> None:
             self.fire("on_actor_loss", micro, {})
 
     with pytest.raises(TypeError, match=r"^a callback has set actor_frozen, but Deaf trains its actor"):
