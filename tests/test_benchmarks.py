@@ -10,14 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig
 
 from benchmarks import agreement, files, monitors, overhead, quickstart_runs, report, scaling, speed, tuning
 from benchmarks.jobs import EOS, FIRST_WORD, JOBS, KEY, response_length, script
 from benchmarks.measure import PHASES, Clock, update_flops
 from benchmarks.runner import Runner
 from benchmarks.scripted import Script, Scripted, scripted_multinomial
-from lit_ppo.generation.config import NEUTRAL
+from lit_ppo.generation.config import neutral
 from lit_ppo.models.actor_critic import Actor
 from lit_ppo.rewards import RewardModel
 from tests.helpers.tiny import make_reward_model
@@ -80,7 +79,7 @@ def test_our_sampling_says_what_the_script_says():
     generate = actor.model.generate
     actor.model.generate = lambda **kw: generate(**kw, logits_processor=[Scripted(Script(prompts, responses))])
     ids, mask = left_padded([prompts[row] for row in order])
-    config = GenerationConfig(**NEUTRAL, max_new_tokens=job.longest_response, eos_token_id=EOS, pad_token_id=0)
+    config = neutral(max_new_tokens=job.longest_response, eos_token_id=EOS, pad_token_id=0)
     sampled = actor.generate(ids, mask, config, [(0, 0, 0, row, 0) for row in order])
     assert sampled.ids == [responses[row][: response_length(responses[row])] for row in order]
 

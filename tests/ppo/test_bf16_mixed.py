@@ -7,14 +7,14 @@ import lightning as L
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 
 import lit_ppo.ppo.collect
 import lit_ppo.ppo.module
 from lit_ppo import LitPPO
 from lit_ppo.callbacks import AlignmentTax, Cockpit, RewardHackingMonitor, SampleLogger
 from lit_ppo.functional import policy_loss, value_loss
-from lit_ppo.generation.config import NEUTRAL
+from lit_ppo.generation.config import neutral
 from lit_ppo.generation.transformers import generate
 from lit_ppo.models.actor_critic import Actor
 from tests.helpers.forwards import logprobs_of, values_of
@@ -200,7 +200,7 @@ def test_sampling_casts_each_weight_once_and_again_for_the_next_rollout(tmp_path
                 casts.append(kwargs["dtype"])
             return function(*args, **(kwargs or {}))
 
-    config = GenerationConfig(**NEUTRAL, max_new_tokens=6, eos_token_id=None, pad_token_id=0, do_sample=True)
+    config = neutral(max_new_tokens=6, eos_token_id=None, pad_token_id=0)
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         with Casts():
