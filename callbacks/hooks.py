@@ -116,7 +116,7 @@ def _call(callback: Any, hook: str, function: Any, args: tuple[Any, ...]) -> Non
     """Call a hook; an error that comes from a field of the experience or minibatch names it."""
     where, rows = f"{type(callback).__name__}.{hook}", args[2] if len(args) > 2 else None
     argument = HOOKS.get(hook, "experience").split(", ")[0]
-    if function.__module__ != "lit_ppo.callbacks.base":  # not the hooks that a trick does not override
+    if getattr(function, "__module__", None) != "lit_ppo.callbacks.base":  # which does nothing with them
         check_fields(where, argument, rows, getattr(type(callback), "reads", ()))
     try:
         function(*args)
