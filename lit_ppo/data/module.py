@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_ppo.data.chat import checked_options
 from lit_ppo.data.encoding import resolve_tokenizer
 from lit_ppo.data.files import read_table
-from lit_ppo.data.objects import Data, shown
+from lit_ppo.data.objects import Data, has_splits, shown
 from lit_ppo.data.order import EpochSampler, ResumableLoader
 from lit_ppo.data.table import Table
 from lit_ppo.validate import boolean, integer, number, refuse
@@ -80,6 +80,8 @@ class TableDataModule(L.LightningDataModule):
         data = getattr(self, argument)
         if argument in self._in_memory:
             return self._in_memory[argument]
+        if argument != "path" and has_splits(data):  # whose default is the split to train on
+            raise ValueError(f"{self.where(argument)}: it has the splits {', '.join(data)}; give the data set of one")
         column = getattr(self, self.column_of_text) if self.column_of_text else None
         table = read_table(
             self.where(argument), data, self.data_root, self.column_names, column=column, max_rows=self.max_rows

@@ -78,9 +78,14 @@ def _rows_of_columns(where: str, columns: Mapping[str, Any]) -> list[Row]:
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
+def has_splits(data: Any) -> bool:
+    """Whether this is a dict of data sets, as ``load_dataset`` returns it without a split."""
+    return isinstance(data, Mapping) and any(hasattr(value, "column_names") for value in data.values())
+
+
 def _split(where: str, data: Any, split: str | None) -> Any:
     """One of the splits of a dict of data sets; anything else as it is."""
-    if not isinstance(data, Mapping) or not any(hasattr(value, "column_names") for value in data.values()):
+    if not has_splits(data):
         if split is not None:
             raise ValueError(f"{where}: this is one data set without splits; leave out ':{split}'")
         return data

@@ -229,8 +229,9 @@ class TextDataModule(RowDataModule):
 
 
 def special_tokens(tokenizer: Any) -> set[int]:
-    """All tokens that are no text, also those that the tokenizer has no name for."""
-    return {*tokenizer.all_special_ids, *(i for i, x in tokenizer.added_tokens_decoder.items() if x.special)}
+    """All tokens that may end a turn: special ones, and those that were added to the vocabulary."""
+    added = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return added - {tokenizer.unk_token_id, tokenizer.bos_token_id}
 
 
 def _last_visible(tokenizer: Any, ids: list[int]) -> int | None:

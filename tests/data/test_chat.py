@@ -82,6 +82,8 @@ AGAIN = "<|start|>user\nand?<|end|>\n<|start|>assistant\n"
          f"{START}[[\n\nwas good<|end|>\n]]"),
         (CHATML, {"prompt": [*TWO_TURNS[:2], turn("a", "was")], "completion": " good"},
          f"{START}was[[ good<|end|>\n]]"),
+        (MARKED, {"prompt": [*TWO_TURNS[:2], turn("a", "was")], "completion": " good"},
+         f"{START}was[[ good<|end|>]]\n"),
         (CHATML, {"messages": [QUESTION, turn("a", "x"), turn("a", "y")]},
          "<|start|>user\nthe film?<|end|>\n<|start|>assistant\n[[x<|end|>\n]]<|start|>assistant\n[[y<|end|>\n]]"),
         (STRICT, {"messages": [QUESTION, ANSWER]}, "[user]the film?<|end|>[assistant][[was good<|end|>]]"),

@@ -158,6 +158,15 @@ def test_a_missing_split_is_named(tmp_path: Path) -> None:
         read_table("w", path)
 
 
+def test_held_out_rows_are_of_no_default_split() -> None:
+    splits = pytest.importorskip("datasets").DatasetDict(train=HELD["Dataset"](Path()))
+    data = PromptDataModule(ROWS, val_path=splits, tokenizer=make_tokenizer())
+    with pytest.raises(
+        ValueError, match=r"\(val_path=<DatasetDict of 1>\): it has the splits train; give the data set"
+    ):
+        data.setup("fit")
+
+
 def test_model_objects_are_told_what_to_do(tmp_path: Path) -> None:
     source = RewardModel(str(make_reward_model(tmp_path / "reward")))
     source.build()
