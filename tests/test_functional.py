@@ -4,7 +4,6 @@ Small examples by hand are in the docstrings, which tests/test_docstrings.py run
 """
 
 import inspect
-import itertools
 import math
 import statistics
 from collections.abc import Callable
@@ -405,16 +404,6 @@ def test_best_of_groups_by_going_through_the_rows(seed):
     for tolerance in (0.0, 1.0):
         alike = [max(spans[number]) - min(spans[number]) <= tolerance for _, number in rows]
         assert F.groups_alike(scores, group, tolerance).tolist() == alike
-
-
-@pytest.mark.parametrize("n", [1, 2, 5, 7])
-def test_best_of_n_by_every_choice_of_n_samples(n):
-    """Also with ties, and with fewer and smaller samples than float32 rounds."""
-    scores = normal(3, 7, seed=2)
-    scores[1, 2] = scores[1, 5]
-    best = [max(chosen) for row in scores.tolist() for chosen in itertools.combinations(row, n)]
-    close(F.best_of_n_score(scores, n), statistics.fmean(best))
-    assert F.best_of_n_score(scores.float(), n).item() == pytest.approx(statistics.fmean(best), rel=1e-5)
 
 
 def test_distinct_ngrams_by_hand() -> None:

@@ -220,25 +220,26 @@ def test_rows_come_in_proportion_to_their_weights() -> None:
 # ---- stages and splits
 
 
-def test_held_out_files_come_in_order(tmp_path: Path) -> None:
+def test_held_out_files_come_in_order_and_are_named_where_they_lack_or_are_wrong(tmp_path: Path) -> None:
     paths = {name: write_rows(tmp_path / f"{name}.jsonl", [{"prompt": p} for p in (name, "the")]) for name in "abcd"}
     options = {"val_path": paths["b"], "test_path": paths["c"], "predict_path": paths["d"], "batch_size": 1}
-    for stage, name in {"fit": "b", "validate": "b", "test": "c", "predict": "d"}.items():
-        data = ready(paths["a"], stage, **options)
-        loader: Any = getattr(data, f"{stage if stage in ('test', 'predict') else 'val'}_dataloader")()
+    bad = write_rows(tmp_path / "bad.jsonl", [{"prompt": ""}])
+    stages = {"fit": ("val", "b"), "validate": ("val", "b"), "test": ("test", "c"), "predict": ("predict", "d")}
+    for stage, (split, name) in stages.items():
+        loader: Any = getattr(ready(paths["a"], stage, **options), f"{split}_dataloader")()
         assert [batch.prompts for batch in loader] == [[name], ["the"]]
         assert [batch.prompt_index.tolist() for batch in loader] == [[0], [1]]
         assert len(loader) == 2
-
-
-def test_stages_without_data_are_refused(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "p.jsonl", ROWS)
-    for stage, argument in {"validate": "val", "test": "test", "predict": "predict"}.items():
-        with pytest.raises(ValueError, match=rf"PromptDataModule\({argument}_path=None\): there are no prompts"):
-            ready(path, stage)
-    assert ready(path).val_dataloader() == []
+        with pytest.raises(ValueError, match=rf"^PromptDataModule\({split}_path='.*bad.jsonl, line 1: empty 'prompt'"):
+            ready(paths["a"], stage, **{f"{split}_path": bad})
+        if stage != "fit":
+            with pytest.raises(ValueError, match=rf"PromptDataModule\({split}_path=None\): there are no prompts"):
+                ready(paths["a"], stage)
+    assert ready(paths["a"]).val_dataloader() == []
+    with pytest.raises(FileNotFoundError, match=r"^PromptDataModule\(val_path='no.jsonl'\): .*no.jsonl does not exist"):
+        ready(paths["a"], val_path="no.jsonl")
     with pytest.raises(RuntimeError, match=r"PromptDataModule.columns: .*call setup\('fit'\) first"):
-        _ = PromptDataModule(path).columns
+        _ = PromptDataModule(paths["a"]).columns
 
 
 @pytest.fixture
@@ -308,15 +309,6 @@ def test_bad_rows_are_named(tmp_path: Path, rows: list[Any], message: str) -> No
         ready(write_rows(tmp_path / "p.jsonl", rows), tokenizer=make_tokenizer(chat=True))
     assert str(error.value).startswith(f"PromptDataModule(path='{tmp_path / 'p.jsonl'}'): ")
     assert "\n" not in str(error.value)
-
-
-def test_bad_rows_of_other_files_name_their_argument(tmp_path: Path) -> None:
-    good, bad = write_rows(tmp_path / "p.jsonl", ROWS), write_rows(tmp_path / "bad.jsonl", [{"prompt": ""}])
-    for stage, argument in {"fit": "val_path", "test": "test_path", "predict": "predict_path"}.items():
-        with pytest.raises(ValueError, match=rf"^PromptDataModule\({argument}='.*bad.jsonl, line 1: empty 'prompt'"):
-            ready(good, stage, **{argument: bad})
-    with pytest.raises(FileNotFoundError, match=r"^PromptDataModule\(val_path='no.jsonl'\): .*no.jsonl does not exist"):
-        ready(good, val_path="no.jsonl")
 
 
 def test_a_split_that_cannot_be_made(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """A stopped run goes on with the next batch, under a real Trainer; the batches depend on seed and number alone."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from lit_ppo.data.batch import PromptBatch
 from lit_ppo.data.preferences import PreferenceDataModule
 from lit_ppo.data.prompts import PromptDataModule
 from lit_ppo.data.text import TextDataModule
-from lit_ppo.data.tokenization import train_tokenizer
 from tests.helpers import toys
 from tests.helpers.draws import draws
 from tests.helpers.ranks import on_ranks
@@ -241,14 +239,6 @@ def test_weighted_batches_are_the_documented_draws_and_survive_a_resume(tmp_path
     assert resumed == whole[4:]
 
 
-REVIEWS = [f"review {i} of film {i * i % 97} was {'good' if i % 3 else 'bad'}" for i in range(200)]
-
-
-def tokenizer_files(texts: Iterable[str], folder: Path) -> dict[str, str]:
-    train_tokenizer(texts, 400, folder)
-    return {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
-
-
 def on_each_rank(folder: Path, rows: Path) -> None:
     report: dict[str, Any] = {}
     data = [prompts(rows, val_path=str(rows)), *(kind(str(rows), batch_size=2, seed=SEED) for kind in ROWS_OF_TEXT)]
@@ -257,22 +247,13 @@ def on_each_rank(folder: Path, rows: Path) -> None:
         recorder = fit(folder / name, module, devices=2, strategy="ddp", max_epochs=2, limit_val_batches=1.0)
         report[name] = [seen for _, _, seen in recorder.seen]
         report[name + " held out"] = [rows_of(batch) for batch in recorder.evaluated]
-    report["tokenizer"] = tokenizer_files(iter(REVIEWS), folder / f"tokenizer{recorder.global_rank}")
     (folder / f"rank{recorder.global_rank}.json").write_text(json.dumps(report))
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What two processes report."""
-    folder = tmp_path_factory.mktemp("ranks")
-    on_ranks(2, on_each_rank, folder, write(folder / "rows.jsonl"), folder=folder / "ranks")
-    return [json.loads((folder / f"rank{i}.json").read_text()) for i in range(2)]
-
-
-def test_two_ranks_see_the_same_prompts_and_share_the_texts(
-    ranks: list[dict[str, Any]], tmp_path: Path, file: Path
-) -> None:
+def test_two_ranks_see_the_same_prompts_and_share_the_texts(tmp_path: Path, file: Path) -> None:
     """Prompts: the global batch on both, as with one process. Texts: two batches of 2 are the batch of 4 of one."""
+    on_ranks(2, on_each_rank, tmp_path, file, folder=tmp_path / "ranks")
+    ranks = [json.loads((tmp_path / f"rank{i}.json").read_text()) for i in range(2)]
     for rank in ranks:
         assert rank["PromptDataModule"] == [rows for _, _, rows in expected_batches(2)]
         assert rank["PromptDataModule held out"] == [[0, 1, 2], [3, 4, 5], [6]] * 2
@@ -281,10 +262,3 @@ def test_two_ranks_see_the_same_prompts_and_share_the_texts(
         first, second = (rank[kind.__name__] for rank in ranks)
         assert sorted(first[0] + second[0]) == sorted(one[0][2])
         assert {row for batch in first[:2] + second[:2] for row in batch} == set(range(N_ROWS))
-
-
-def test_another_process_trains_the_same_tokenizer(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
-    """Ranks are forked from a process with a hash seed of its own; they read an iterator, here it is a list."""
-    here = tokenizer_files(REVIEWS, tmp_path)
-    assert here.keys() >= {"tokenizer.json", "tokenizer_config.json"}
-    assert [rank["tokenizer"] for rank in ranks] == [here, here]

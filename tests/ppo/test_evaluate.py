@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 import pytest
 from lightning.pytorch.loggers import CSVLogger
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForSequenceClassification
 
 from lit_ppo.callbacks import ReferenceUpdate
 from lit_ppo.ppo.metrics import Progress
@@ -247,15 +247,3 @@ def test_each_of_several_rewards_is_logged_under_its_name(tmp_path, tiny_lm, dat
         "score", "score/good", "score/long", "score/short", "kl", "length", "ended_fraction"
     }  # fmt: skip
     assert row["val/score/short"] == -row["val/score/long"]
-
-
-def test_the_result_is_a_hugging_face_folder(tmp_path, tiny_lm):
-    module = make_module(tiny_lm, generation={"max_new_tokens": 10, "eos_token_id": [1, 7]})
-    make_trainer(tmp_path).fit(module, make_data(tmp_path))
-    module.save_pretrained(tmp_path / "model")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    for name, value in loaded.state_dict().items():
-        assert value.equal(module.actor.model.state_dict()[name])
-    assert AutoTokenizer.from_pretrained(tmp_path / "model").get_vocab() == module.tokenizer.get_vocab()
-    generation = GenerationConfig.from_pretrained(tmp_path / "model")
-    assert (generation.max_new_tokens, generation.eos_token_id, generation.temperature) == (10, [1, 7], 1.0)

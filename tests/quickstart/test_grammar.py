@@ -137,22 +137,6 @@ def test_seed_gives_the_text() -> None:
     ]
 
 
-def test_report_counts() -> None:
-    """By hand: nine words and marks are 8 bigrams, then 4 of a response that does not parse, then 3 new ones."""
-    prompts = [NOVEL] * 4
-    responses = [
-        ", and I loved every page of it.",
-        ", and I loved every page of it.",
-        ". The plot was dull",
-        ", and we hated every page of it.",
-    ]
-    found = report(prompts, responses)
-    assert (found.number, found.parsed, found.positive) == (4, 0.75, 0.5)
-    assert found.distinct_bigrams == 8 + 4 + 3
-    assert (found.largest_pattern, found.patterns) == (0.75, {"taste": 3})
-    assert "50.0% positive" in str(found)
-
-
 @pytest.mark.parametrize(("prompts", "responses"), [([], []), (["We read a novel"], [])])
 def test_report_refuses_uneven_lists(prompts: list[str], responses: list[str]) -> None:
     with pytest.raises(ValueError, match="give one response per prompt"):

@@ -97,38 +97,32 @@ def test_a_longer_run_stretches_its_schedule(tmp_path: Path, actor: Path) -> Non
     assert rows[0]["policy/lr"] == pytest.approx(5e-3)
 
 
-def test_other_options_of_the_optimizer_take_effect(tmp_path: Path, actor: Path) -> None:
+def test_other_options_of_the_optimizer_take_effect_but_another_one_is_refused(tmp_path: Path, actor: Path) -> None:
     """With a weight decay of 50 at a rate of 0.01 a step halves every weight, and moves it by about the rate."""
     before, _ = fit(tmp_path, actor, updates=1)
     norm = float(before.actor.model.transformer.wte.weight.detach().norm())
     steps = {"ppo_epochs": 1, "minibatch_size": 7}
     after, _ = fit(tmp_path, actor, updates=2, start=1, actor_optimizer=adam(weight_decay=50.0), **steps)
     assert float(after.actor.model.transformer.wte.weight.detach().norm()) == pytest.approx(norm / 2, rel=0.1)
-
-
-def test_another_optimizer_is_refused(tmp_path: Path, actor: Path) -> None:
-    fit(tmp_path, actor, updates=1)
     with pytest.raises(ValueError, match=r"LitPPO\(actor_optimizer=SGD\): the checkpoint holds the states of AdamW"):
         fit(tmp_path, actor, updates=2, start=1, actor_optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
 
 
-def test_the_controller_starts_from_a_changed_kl_coef(tmp_path: Path, actor: Path) -> None:
+@pytest.mark.filterwarnings(REMOVED)
+def test_callbacks_may_come_and_go_and_the_controller_starts_from_a_changed_kl_coef(
+    tmp_path: Path, actor: Path
+) -> None:
     """The KL is far below its target: the error is clipped to -0.2, and 7 of 70 episodes make it a factor of 0.98."""
     controller = {"target": 1e6, "horizon": 70}
     fit(tmp_path, actor, AdaptiveKL(**controller), updates=1, kl_coef=0.1)
+    _, gone = fit(tmp_path, actor, CriticWarmup(updates=1), EntropyBonus(), updates=3, start=1, kl_coef=0.1)
+    assert [row["objective/kl_coef"] for row in gone] == pytest.approx([0.1, 0.1])
+    assert ["policy/loss" in row for row in gone] == [False, True]  # the warm-up is counted from here
+    assert "policy/entropy_loss" in gone[1]
     _, same = fit(tmp_path, actor, AdaptiveKL(**controller), updates=2, start=1, kl_coef=0.1)
     assert same[0]["objective/kl_coef"] == pytest.approx(0.1 * 0.98)
     _, changed = fit(tmp_path, actor, AdaptiveKL(**controller), updates=3, start=1, kl_coef=0.5)
     assert [row["objective/kl_coef"] for row in changed] == pytest.approx([0.5, 0.5 * (1 - 0.2 * 5 / 70)])
-
-
-@pytest.mark.filterwarnings(REMOVED)
-def test_callbacks_may_come_and_go(tmp_path: Path, actor: Path) -> None:
-    fit(tmp_path, actor, AdaptiveKL(target=1e6, horizon=70), updates=1, kl_coef=0.1)
-    _, rows = fit(tmp_path, actor, CriticWarmup(updates=1), EntropyBonus(), updates=3, start=1, kl_coef=0.1)
-    assert [row["objective/kl_coef"] for row in rows] == pytest.approx([0.1, 0.1])
-    assert ["policy/loss" in row for row in rows] == [False, True]  # the warm-up is counted from here
-    assert "policy/entropy_loss" in rows[1]
 
 
 def test_minibatches_and_samples_take_effect(tmp_path: Path, actor: Path) -> None:
