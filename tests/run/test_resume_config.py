@@ -195,7 +195,7 @@ def test_the_command_says_and_refuses(tmp_path: Path, actor: Path) -> None:
         "  trainer.max_steps: 1 -> 2\n",
         "  trainer.callbacks.AdaptiveKL: added; it starts anew\n",
         "  model.init_args.kl_coef: 0.05 -> 0.3\n",
-        "  model.init_args.actor_optimizer.init_args.lr: 1e-06 -> 0.001\n",
+        "  model.init_args.actor_optimizer.init_args.lr: 5e-07 -> 0.001\n",
     ):
         assert line in out, out
     assert "as they were saved" not in out  # which is said of modules that are not ours
