@@ -96,35 +96,13 @@ def sample_responses(
     row_ids = [batch.prompt_ids[prompt] for prompt in row_prompts]
     prompt_ids, prompt_mask = _pad_ids(row_ids, left=True, device=device)
 
-    def generate(rows: list[int]) -> tuple[list[list[int]], Responses]:
-        if not rows:
-            return batch.prompt_ids, Responses([], [], [])
-        together: dict[int, tuple[list[int], list[float], bool]] = {}
-        for group in row_groups(model.model, [len(row_ids[row]) for row in rows], is_gathered=True):
-            some = [rows[i] for i in group]
-            width = max(len(row_ids[row]) for row in some)
-            responses = engine.generate(
-                prompt_ids[some, -width:], prompt_mask[some, -width:], models.generation,
-                None if seeds is None else [seeds[row] for row in some], logprobs=sampling_logprobs, progress=progress,
-            )  # fmt: skip
-            together |= zip(some, zip(*responses, strict=True), strict=True)
-        ids, logprobs, ended = zip(*(together[row] for row in rows), strict=True)
-        return batch.prompt_ids, Responses(list(ids), list(logprobs), list(ended))
+    def generate(rows: list[int], width: int) -> Responses:
+        return engine.generate(
+            prompt_ids[rows, -width:], prompt_mask[rows, -width:], models.generation,
+            None if seeds is None else [seeds[row] for row in rows], logprobs=sampling_logprobs, progress=progress,
+        )  # fmt: skip
 
-    module = model.actor if isinstance(model, WithoutAdapter) else model
-    with gathered(module) if module.sharded else nullcontext():
-        shares = map_rows([len(ids) for ids in row_ids], generate)
-    if any(prompts != batch.prompt_ids for _, (prompts, _) in shares):
-        raise ValueError(
-            "rollout(prompts): ranks were given different prompts, and every rank needs the whole batch; use "
-            "PromptDataModule, or Trainer(use_distributed_sampler=False)"
-        )
-    by_row = {
-        row: response
-        for rows, (_, responses) in shares
-        for row, response in zip(rows, zip(*responses, strict=True), strict=True)
-    }
-    ids, logprobs, ended = zip(*(by_row[row] for row in range(len(row_prompts))), strict=True)
+    ids, logprobs, ended = zip(*_sample_rows(model, batch.prompt_ids, row_ids, generate), strict=True)
     response_ids, response_mask = _pad_ids(ids, left=False, device=device)
     shown = ids
     if not skip_special_tokens:  # but the token that ended the response is no part of it
@@ -145,6 +123,39 @@ def sample_responses(
     if not sampling_logprobs:
         return experience, None
     return experience, pad_sequence([torch.tensor(row) for row in logprobs], batch_first=True).to(device)
+
+
+def _sample_rows(
+    model: Any, prompt_ids: list[list[int]], row_ids: list[list[int]], generate: Callable[[list[int], int], Responses]
+) -> list[tuple[list[int], list[float], bool]]:
+    """Responses of all rows, each rank sampling its share.
+
+    Args:
+        model: The policy.
+        prompt_ids: This rank's prompts; all ranks must have the same.
+        row_ids: The prompt of each row.
+        generate: From rows that can share a forward, and their width, to responses.
+    """
+
+    def share(rows: list[int]) -> tuple[list[list[int]], dict[int, tuple[list[int], list[float], bool]]]:
+        sampled: dict[int, tuple[list[int], list[float], bool]] = {}
+        groups = row_groups(model.model, [len(row_ids[row]) for row in rows], is_gathered=True) if rows else []
+        for group in groups:
+            some = [rows[i] for i in group]
+            responses = generate(some, max(len(row_ids[row]) for row in some))
+            sampled |= zip(some, zip(*responses, strict=True), strict=True)
+        return prompt_ids, sampled
+
+    module = model.actor if isinstance(model, WithoutAdapter) else model
+    with gathered(module) if module.sharded else nullcontext():
+        shares = map_rows([len(ids) for ids in row_ids], share)
+    if any(prompts != prompt_ids for _, (prompts, _) in shares):
+        raise ValueError(
+            "rollout(prompts): ranks were given different prompts, and every rank needs the whole batch; use "
+            "PromptDataModule, or Trainer(use_distributed_sampler=False)"
+        )
+    by_row = {row: response for _, (_, sampled) in shares for row, response in sampled.items()}
+    return [by_row[row] for row in range(len(row_ids))]
 
 
 def add_logprobs(
