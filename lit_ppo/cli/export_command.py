@@ -9,12 +9,13 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lit_ppo.models.export import checked_repository, push
 from lit_ppo.models.lora import check_has_adapter
 from lit_ppo.models.stored import Dtype
 from lit_ppo.parallel.checkpoint_io import AtomicCheckpointIO, read_summary
 from lit_ppo.run.checkpoint import RUN
 from lit_ppo.run.errors import CommandError
-from lit_ppo.run.export import CARD, card_of, check_target, checked_repository, push, write_model
+from lit_ppo.run.export import CARD, card_of, check_target, write_model
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,4 +1,4 @@
-"""Write a trained model so that it is used as the checkpoint was that it started from."""
+"""Write a trained model so that it is used as the checkpoint was that it started from; push it to the hub."""
 
 import json
 import re
@@ -6,12 +6,17 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, get_args
 
+import huggingface_hub
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils.hub import PushToHubMixin
 
 from lit_ppo.models.stored import Dtype
-from lit_ppo.validate import one_of
+from lit_ppo.validate import one_of, refuse
 
 GENERATION = "generation_config.json"
 
@@ -20,6 +25,17 @@ def checked_dtype(owner: object, dtype: Any) -> Dtype | None:
     """The argument ``dtype`` of an export: a floating-point type of torch or its name, or None."""
     name = dtype if dtype is None else str(dtype).removeprefix("torch.")
     return None if name is None else one_of(owner, "dtype", name, get_args(Dtype))
+
+
+def checked_repository(owner: object, name: Any) -> str | None:
+    """The argument ``push_to_hub``: the name of a repository on the hub, or None."""
+    try:
+        validate_repo_id(name)
+        if str(name).lower() in ("true", "false"):
+            raise HFValidationError("it is no name")
+    except HFValidationError as error:
+        refuse(owner, "push_to_hub", name, f"give the repository's name on the hub, such as me/my-model ({error})")
+    return name  # type: ignore[no-any-return]
 
 
 def save_model(
@@ -76,3 +92,26 @@ def _cast(model: PreTrainedModel, weights: dict[str, Tensor], dtype: torch.dtype
         return done.setdefault(place, tensor.detach().to("cpu", dtype))
 
     return {name: cast(name, tensor) for name, tensor in weights.items()}
+
+
+def push(where: str, folder: str | Path, repository: str, private: bool | None = None) -> None:
+    """Push a model's folder to the hub, as ``transformers`` does, in one commit.
+
+    Args:
+        where: Argument to name in messages.
+        folder: Folder of the model.
+        repository: Name on the hub; it is made if it does not exist.
+        private: Whether a new one is private.
+
+    Raises:
+        RuntimeError: It cannot be pushed.
+    """
+    try:
+        name = huggingface_hub.HfApi().create_repo(repository, private=private, exist_ok=True).repo_id
+        done = PushToHubMixin()._upload_modified_files(str(folder), name, {}, commit_message="Upload model")
+    except Exception as error:
+        raise RuntimeError(
+            f"{where}: not pushed ({type(error).__name__}: {str(error).strip().splitlines()[0]}); the model is in "
+            f"{folder}; push it with: hf upload {repository} {folder}"
+        ) from error
+    rank_zero_info(f"Pushed {folder} to the hub: {getattr(done, 'commit_url', name)}")

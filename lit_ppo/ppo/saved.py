@@ -11,7 +11,7 @@ from lit_ppo.callbacks.base import PPOCallback
 from lit_ppo.data.tokenization import save_tokenizer
 from lit_ppo.generation.config import stop_ids
 from lit_ppo.models.card import Card, add_data, hub_name, write_card
-from lit_ppo.models.export import checked_dtype, save_generation_config, save_model
+from lit_ppo.models.export import checked_dtype, checked_repository, push, save_generation_config, save_model
 from lit_ppo.models.lora import check_has_adapter, merged, save_adapter
 from lit_ppo.models.pretrained import starting_dtype
 from lit_ppo.models.stored import Dtype
@@ -102,7 +102,14 @@ def only_actor(module: Any) -> None:
     module.rewards = module.eval_rewards = None
 
 
-def save_pretrained(module: Any, dirpath: str | Path, *, adapter: bool = False, dtype: Dtype | None = None) -> None:
+def save_pretrained(
+    module: Any,
+    dirpath: str | Path,
+    *,
+    adapter: bool = False,
+    dtype: Dtype | None = None,
+    push_to_hub: str | None = None,
+) -> None:
     """Write the actor in Hugging Face format: weights, config, tokenizer, generation config, model card.
 
     The generation config is that of the actor's checkpoint, with the stop tokens of training. Call it on every rank
@@ -114,12 +121,14 @@ def save_pretrained(module: Any, dirpath: str | Path, *, adapter: bool = False, 
         adapter: Write only the adapter, for ``peft``. Otherwise an adapter is merged into the weights, for which the
             actor is loaded once more.
         dtype: Of the weights; None: that of the actor's checkpoint (of an adapter: float32).
+        push_to_hub: Then push the folder to this repository, such as ``me/my-model``.
 
     Raises:
-        ValueError: There is no adapter, or it is not a dtype.
+        ValueError: There is no adapter, it is not a dtype, or not the name of a repository.
+        RuntimeError: The folder is written, but cannot be pushed.
     """
     check_has_adapter(f"save_pretrained(adapter={adapter})", module, adapter)
-    given = checked_dtype("save_pretrained", dtype)
+    given, repository = checked_dtype("save_pretrained", dtype), checked_repository("save_pretrained", push_to_hub)
     settings, models = module.model_settings, module.models
     has_adapter = settings.actor_lora is not None
     weights = full_weights(models.actor, "model.", trained=has_adapter)
@@ -138,6 +147,8 @@ def save_pretrained(module: Any, dirpath: str | Path, *, adapter: bool = False, 
         save_model(model, weights, dirpath, dtype=written, stops=ends)
     save_tokenizer(models.tokenizer, dirpath, keep_pad=False)
     write_card(dirpath, add_data(module.card(), module._trainer), adapter=adapter)
+    if repository is not None and rank() == 0:
+        push(f"save_pretrained(push_to_hub={repository!r})", dirpath, repository)
 
 
 def card(module: Any) -> Card:

@@ -7,20 +7,16 @@ from typing import Any
 
 import huggingface_hub
 import lightning as L
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from transformers.utils.hub import PushToHubMixin
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_ppo.models.card import Card, add_data, write_card
-from lit_ppo.models.export import checked_dtype
+from lit_ppo.models.export import checked_dtype, checked_repository, push
 from lit_ppo.models.lora import check_has_adapter
 from lit_ppo.models.stored import Dtype
 from lit_ppo.parallel.checkpoint_io import PARTIAL, atomic_path
 from lit_ppo.parallel.ranks import gather_shares, rank
 from lit_ppo.parallel.sharding import is_sharded
 from lit_ppo.run.figures import Figures
-from lit_ppo.validate import refuse
 
 CARD = "lit_ppo_card"  # key of what ExportModel adds to a checkpoint
 
@@ -128,8 +124,9 @@ def card_of(state: dict[str, Any] | None) -> Card | None:
     figures.load_state_dict(state["figures"])
     measured = {**figures.means(), **figures.held_out}
     rows = [[name, v[0] if len(v) > 1 else None, v[-1]] for name, v in measured.items() if "throughput/" not in name]
-    unit = "updates" if card["method"] == "PPO" else "steps"
-    said = f"Means over the first and the last {figures.ends} of {figures.done} {unit}"
+    unit = "update" if card["method"] == "PPO" else "step"
+    means = f"Means over the first and the last {figures.ends}" if figures.ends > 1 else "The first and the last"
+    said = f"{means} of {figures.done} {unit}s" if figures.done > 1 else f"Of one {unit}"
     said += "; `val/...`: the first and the last validation." if figures.held_out else "."
     return {**card, "figures": rows, "figures_of": said, "commands": state["commands"]}
 
@@ -155,17 +152,6 @@ def check_target(where: str, folder: Path) -> None:
         raise ValueError(f"{where}: the folder holds files that are not a model; name a new folder")
 
 
-def checked_repository(owner: object, name: Any) -> str | None:
-    """The argument ``push_to_hub``: the name of a repository on the hub, or None."""
-    try:
-        validate_repo_id(name)
-        if str(name).lower() in ("true", "false"):
-            raise HFValidationError("it is no name")
-    except HFValidationError as error:
-        refuse(owner, "push_to_hub", name, f"give the repository's name on the hub, such as me/my-model ({error})")
-    return name  # type: ignore[no-any-return]
-
-
 def write_model(
     module: Any, target: Path, *, adapter: bool = False, dtype: Dtype | None = None, card: Card | None = None
 ) -> None:
@@ -185,26 +171,3 @@ def write_model(
         module.save_pretrained(folder, **{k: v for k, v in {"adapter": adapter, "dtype": dtype}.items() if v})
         if rank() == 0 and card is not None:
             write_card(folder, card, adapter=adapter)
-
-
-def push(where: str, folder: Path, repository: str, private: bool | None) -> None:
-    """Push a model's folder to the hub, as ``transformers`` does, in one commit.
-
-    Args:
-        where: Argument to name in messages.
-        folder: Folder of the model.
-        repository: Name on the hub; it is made if it does not exist.
-        private: Whether a new one is private.
-
-    Raises:
-        RuntimeError: It cannot be pushed.
-    """
-    try:
-        name = huggingface_hub.HfApi().create_repo(repository, private=private, exist_ok=True).repo_id
-        done = PushToHubMixin()._upload_modified_files(str(folder), name, {}, commit_message="Upload model")
-    except Exception as error:
-        raise RuntimeError(
-            f"{where}: not pushed ({type(error).__name__}: {str(error).strip().splitlines()[0]}); the model is in "
-            f"{folder}; push it with: hf upload {repository} {folder}"
-        ) from error
-    rank_zero_info(f"Pushed {folder} to the hub: {getattr(done, 'commit_url', name)}")

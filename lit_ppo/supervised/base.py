@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_ppo.data.tokenization import save_tokenizer
 from lit_ppo.generation.config import named_stops
 from lit_ppo.models.card import Card, add_data, hub_name, write_card
-from lit_ppo.models.export import checked_dtype, save_model
+from lit_ppo.models.export import checked_dtype, checked_repository, push, save_model
 from lit_ppo.models.positions import rope_bound, row_groups, token_limit
 from lit_ppo.models.pretrained import starting_dtype
 from lit_ppo.models.stored import Dtype
@@ -114,7 +114,9 @@ class SupervisedModule(L.LightningModule):
         """A stop token that training taught and that neither tokenizer nor generation config need to name."""
         return None
 
-    def save_pretrained(self, dirpath: str | Path, *, dtype: Dtype | None = None) -> None:
+    def save_pretrained(
+        self, dirpath: str | Path, *, dtype: Dtype | None = None, push_to_hub: str | None = None
+    ) -> None:
         """Write weights, config, tokenizer and model card to a folder; for a causal LM, also the generation config.
 
         The generation config is that of the checkpoint, with the tokenizer's end-of-sequence token, which training
@@ -123,8 +125,13 @@ class SupervisedModule(L.LightningModule):
         Args:
             dirpath: Folder; it is created if it does not exist.
             dtype: Of the weights; None: that of the checkpoint, unless ``model_kwargs`` name one for training.
+            push_to_hub: Then push the folder to this repository, such as ``me/my-model``.
+
+        Raises:
+            ValueError: It is not a dtype, or not the name of a repository.
+            RuntimeError: The folder is written, but cannot be pushed.
         """
-        given = checked_dtype(f"{type(self).__name__}.save_pretrained", dtype)
+        given, repository = checked_dtype("save_pretrained", dtype), checked_repository("save_pretrained", push_to_hub)
         self.configure_model()
         assert self.model is not None
         weights = full_weights(self.model)
@@ -136,6 +143,8 @@ class SupervisedModule(L.LightningModule):
             save_model(self.model, weights, dirpath, dtype=written, stops=stops)
             save_tokenizer(self.tokenizer, dirpath, keep_pad=not writes_text)
             write_card(dirpath, add_data(self.card(), self._trainer))
+            if repository is not None and rank() == 0:
+                push(f"save_pretrained(push_to_hub={repository!r})", dirpath, repository)
 
     def card(self) -> Card:
         """What the model card of an export says about the module."""

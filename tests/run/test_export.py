@@ -187,6 +187,12 @@ def test_the_folder_is_pushed_in_one_commit(tmp_path: Path, tiny_lm: Path, monke
     pushed = {operation.path_in_repo: operation.path_or_fileobj for operation in calls[1]["operations"]}
     assert pushed == {file.name: str(file) for file in (tmp_path / "model").iterdir()}
     assert {"README.md", "model.safetensors", "config.json", "tokenizer.json"} <= pushed.keys()
+    for module in (make_module(tiny_lm), LitSFT(str(tiny_lm))):
+        module.save_pretrained(tmp_path / "code", push_to_hub="me/code")
+        assert calls[-2] == ("me/code", {"private": None, "exist_ok": True})
+        assert {operation.path_in_repo for operation in calls[-1]["operations"]} == pushed.keys()
+        with pytest.raises(ValueError, match=r"save_pretrained\(push_to_hub='a/b/c'\): give the repository's name"):
+            module.save_pretrained(tmp_path / "code", push_to_hub="a/b/c")
     monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **options: 1 / 0)
     problem = rf"ExportModel\(push_to_hub='mine'\): not pushed.*model is in {tmp_path}/model; .*hf upload mine"
     with pytest.raises(RuntimeError, match=problem), warnings.catch_warnings(action="ignore"):
