@@ -5,7 +5,6 @@ Tricks are tried in the same way in ``tests/callbacks/test_contract.py``.
 
 import inspect
 import re
-import shutil
 import time
 from collections.abc import Callable
 from functools import cache
@@ -20,7 +19,6 @@ import torch
 import lit_ppo
 from lit_ppo import (
     GAE,
-    ExportModel,
     GroupRelative,
     LitRewardModel,
     LitSFT,
@@ -29,7 +27,6 @@ from lit_ppo import (
     Reinforce,
     RewardFunction,
     RewardModel,
-    StepCheckpoint,
     TextDataModule,
 )
 from lit_ppo.rewards import scores_of
@@ -141,23 +138,6 @@ def run_scores(made: type) -> Callable[..., str]:
     return lambda **arguments: repr(scores_of(made(**arguments), rows))
 
 
-def run_saving(callback_class: type) -> Callable[..., str]:
-    """PPO with one of the command's own callbacks: the files it left."""
-
-    def run(**arguments: Any) -> str:
-        module = make_module(Path("lm"), actor_lora={"r": 2}, ppo_epochs=1, generation={"max_new_tokens": 4})
-        trainer = make_trainer(Path(), callbacks=[callback_class(**arguments)], max_steps=3, enable_checkpointing=True)
-        before = set(Path().iterdir())
-        trainer.fit(module, PromptDataModule("rows.jsonl", batch_size=5, seed=0))
-        left = set(Path().iterdir()) - before
-        files = sorted(str(file) for folder in left for file in folder.rglob("*"))
-        for folder in left:  # the next run shall find none of it
-            shutil.rmtree(folder)
-        return repr(files)
-
-    return run
-
-
 class Both(NamedTuple):
     """Two values that are tried instead of the base's and another, beside arguments that both runs have."""
 
@@ -227,7 +207,6 @@ MODEL = {
 }
 SPLIT = Excused("results do not depend on it (tests/ppo/test_module.py: micro-batches); it bounds a forward's memory")
 SCORED = Excused("scores do not depend on it (tests/rewards/test_model.py); it bounds a forward's memory")
-EXPORTED = Excused("tests/run/test_export.py")
 KNOBS = {
     "LitPPO": Knobs(
         run_ppo,
@@ -341,22 +320,6 @@ KNOBS = {
         chat_template_kwargs=CHATS,
     ),
     "RewardFunction": Knobs(run_scores(RewardFunction), {"function": offset}, function=count_good, kwargs={"by": 1.0}),
-    "StepCheckpoint": Knobs(
-        run_saving(StepCheckpoint),
-        {"every_n_train_steps": 1, "dirpath": "checkpoints"},
-        every_n_train_steps=3,
-        keep=3,
-        dirpath="other",
-    ),
-    "ExportModel": Knobs(
-        run_saving(ExportModel),
-        {"dirpath": "here"},
-        dirpath="there",
-        adapter=True,
-        dtype=EXPORTED,
-        push_to_hub=EXPORTED,
-        private=EXPORTED,
-    ),
 }
 TRIED = [(name, arg) for name in KNOBS for arg, other in KNOBS[name].others.items() if not isinstance(other, Excused)]
 
@@ -364,8 +327,10 @@ TRIED = [(name, arg) for name in KNOBS for arg, other in KNOBS[name].others.item
 TRIED_ELSEWHERE = {
     "AdvantageEstimator": "abstract",
     "Experience": "data",
+    "ExportModel": "tests/run/test_export.py, tests/models/test_lora.py (adapter and folder)",
     "FSDP2Strategy": "needs two ranks: tests/parallel/test_sharding.py",
     "LeaveOneOut": "has no arguments",
+    "StepCheckpoint": "tests/cli/test_command.py: the files that are left",
     "WarmupCosine": "tests/optim/test_schedules.py has its rates by hand",
 }
 
