@@ -155,6 +155,16 @@ def check_causal_lm(where: str, model: PreTrainedModel, missing: list[str]) -> N
     check_complete(where, model, missing)
 
 
+def check_not_quantized(where: str, model: PreTrainedModel, advice: str) -> None:
+    """Check that all weights of a model that is trained in full can be trained.
+
+    Raises:
+        ValueError: Its weights are quantised: those layers would stay as they are.
+    """
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(f"{where}: its weights are quantised, and quantised weights cannot be trained; {advice}")
+
+
 def _missing(info: dict[str, Any]) -> list[str]:
     return sorted([*info["missing_keys"], *(f"{name} (in this size)" for name, *_ in info["mismatched_keys"])])
 

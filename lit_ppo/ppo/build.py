@@ -14,6 +14,7 @@ from lit_ppo.generation.config import generation_config, say_stops
 from lit_ppo.models.actor_critic import Actor, Critic, Reference, checkpoint_activations, compile_blocks
 from lit_ppo.models.load import load_causal_lm, load_critic
 from lit_ppo.models.lora import WithoutAdapter, add_adapter
+from lit_ppo.models.pretrained import check_not_quantized
 from lit_ppo.optim.settings import build_optimizer
 from lit_ppo.parallel.sharding import build, check_placed, shard
 from lit_ppo.ppo.settings import Models, ModelSettings
@@ -114,8 +115,7 @@ def _place(settings: ModelSettings, strategy: Any, make: Callable[[], M], *, fro
 
 def _make_actor(settings: ModelSettings) -> Actor:
     actor = Actor(settings.load_actor())
-    if settings.actor_lora is not None:
-        add_adapter(f"{settings.owner}(actor_lora", actor.model, settings.actor_lora, settings.seed)
+    _make_trainable(settings, "actor", settings.actor, actor.model, settings.actor_lora)
     return actor
 
 
@@ -137,9 +137,18 @@ def _make_critic(settings: ModelSettings, rewards: Any) -> Critic:
             )
         path, label = rewards.path, int(rewards.label_index)
     critic = load_critic(f"{settings.owner}(critic", path, settings.model_kwargs, label)
-    if settings.critic_lora is not None:
-        add_adapter(f"{settings.owner}(critic_lora", critic.backbone, settings.critic_lora, settings.seed)
+    _make_trainable(settings, "critic", path, critic.backbone, settings.critic_lora)
     return critic
+
+
+def _make_trainable(settings: ModelSettings, name: str, path: str, model: Any, lora: dict[str, Any] | None) -> None:
+    """Add the adapter; without one, all weights must be trainable."""
+    if lora is not None:
+        add_adapter(f"{settings.owner}({name}_lora", model, lora, settings.seed)
+    else:
+        check_not_quantized(
+            f"{settings.owner}({name}={path!r})", model, f"give a model in full precision, or train {name}_lora"
+        )
 
 
 def check_critic(owner: object, critic: str | None, advantages: Any) -> None:

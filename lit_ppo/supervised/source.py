@@ -8,7 +8,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_ppo.data.tokenization import loads_the_same
-from lit_ppo.models.pretrained import check_causal_lm, check_complete, load_pretrained, tokenizer_path
+from lit_ppo.models.pretrained import (
+    check_causal_lm,
+    check_complete,
+    check_not_quantized,
+    load_pretrained,
+    tokenizer_path,
+)
 from lit_ppo.validate import path_or_name, refuse
 
 T = TypeVar("T")
@@ -86,6 +92,7 @@ class ModelSource:
 
         model, missing = self.load("model", path, load)
         where = f"{self.owner}(model={path!r})"
+        check_not_quantized(where, model, "give a model in full precision")
         if self.auto_class is AutoModelForCausalLM:
             check_causal_lm(where, model, missing)
         else:

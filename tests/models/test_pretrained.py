@@ -18,7 +18,7 @@ from lit_ppo import LitPPO, LitRewardModel, LitSFT, RewardModel
 from lit_ppo.models import pretrained
 from lit_ppo.models.load import load_causal_lm, load_critic, load_tokenizer
 from tests.helpers.tiny import make_causal_lm, make_reward_model
-from tests.helpers.toys import count_good
+from tests.helpers.toys import count_good, make_module
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -163,3 +163,20 @@ def test_an_adapter_without_peft_is_refused_everywhere_in_the_same_words(
             ValueError, match=rf"^{re.escape(where)}='.*'\): it holds an adapter, which needs peft; pip"
         ):
             load(str(tmp_path))
+
+
+@pytest.mark.parametrize("where", ["LitPPO(actor", "LitPPO(critic", "LitSFT(model", "LitRewardModel(model"])
+def test_quantised_weights_are_not_trained(tiny_lm: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for a quantiser says on the loaded model's config what a real one does."""
+
+    def quantised(*args: Any, **kwargs: Any) -> Any:
+        model, missing = pretrained.load_pretrained(*args, **kwargs)
+        model.config.quantization_config = {"load_in_4bit": True}
+        return model, missing
+
+    for user in ("models.load", "supervised.source"):
+        monkeypatch.setattr(f"lit_ppo.{user}.load_pretrained", quantised)
+    ppo = make_module(tiny_lm, actor_lora={"r": 2} if "critic" in where else None)
+    build = ppo.configure_model if "PPO" in where else lambda: LOADERS[where](str(tiny_lm))
+    with pytest.raises(ValueError, match=rf"^{re.escape(where)}='.*'\): its weights are quantised.*in full precision"):
+        build()
