@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from os.path import commonprefix
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -160,7 +161,7 @@ def assistant_spans(
     """A chat as text, and which parts of it the assistant writes after the prompt.
 
     A template with ``{% generation %}`` says so itself. Otherwise a turn of the assistant is the difference between the
-    chat up to it, ready for an answer, and the chat with it.
+    chat up to it, ready for an answer, and the chat with it; see :func:`_turn` where a template rewrites earlier turns.
 
     Args:
         tokenizer: With the template.
@@ -174,40 +175,60 @@ def assistant_spans(
     """
 
     def shown(messages: list[Message], end: End) -> str:
-        return render(tokenizer, messages, where, options, end)
+        return render(tokenizer, messages, where, options, end) if messages else ""
 
-    text, template = (
-        shown(chat, "closed"),
-        tokenizer.get_chat_template(options.get("chat_template"), options.get("tools")),
-    )
-    continues = bool(prompt) and chat[len(prompt) - 1] != prompt[-1]  # in the same turn
-    answers = len(prompt) < len(chat) and chat[len(prompt)]["role"] == "assistant"
-    before = shown(prompt, "open" if continues else "ask" if answers else "closed") if prompt else ""
-    if not text.startswith(before):
-        raise ValueError(f"{where}: {_unclear('the prompt')}")
+    text, n_prompt = shown(chat, "closed"), len(prompt)
+    continues = bool(prompt) and prompt[-1]["role"] == "assistant" and _turns(chat[:n_prompt]) != _turns(prompt)
+    answers = n_prompt < len(chat) and chat[n_prompt]["role"] == "assistant"
+    end: End = "open" if continues else "ask" if answers else "closed"
+    before = shown(prompt if continues else chat[:n_prompt], end)
+    template = tokenizer.get_chat_template(options.get("chat_template"), options.get("tools"))
     spans: list[Span] = []
     if MARKED.search(template):
         variables = {**tokenizer.special_tokens_map, **options, "chat_template": template}
         rendered: Any = render_jinja_template([chat], return_assistant_tokens_mask=True, **variables)
         [text], [marks] = rendered
         spans = [(max(first, len(before)), last) for first, last in marks if last > len(before)]
+        if not text.startswith(before):
+            raise ValueError(f"{where}: {_unclear('the prompt')}")
     else:
-        for n in range(len(prompt) - continues, len(chat)):
+        for n in range(n_prompt - continues, len(chat)):
             if chat[n]["role"] == "assistant":
-                start = before if prompt and n <= len(prompt) else shown(chat[:n], "ask") if n else ""
-                spans.append(_turn(text, n, start, shown(chat[: n + 1], "closed"), where))
+                goes_on = n < n_prompt
+                closed, asked = (before, before) if goes_on else (shown(chat[:n], "closed"), shown(chat[:n], "ask"))
+                content = chat[n]["content"][len(prompt[-1]["content"]) if goes_on else 0 :]
+                span = _turn(text, closed, asked, shown(chat[: n + 1], "closed"), content)
+                if span is None:
+                    raise ValueError(f"{where}: {_unclear(f'message {n + 1} (by the assistant)')}")
+                spans.append(span)
     if not any(stop > start for start, stop in spans):
         raise ValueError(f"{where}: there is no turn of the assistant to train on; give one, or delete the row")
     return text, spans
 
 
-def _turn(text: str, n: int, before: str, after: str, where: str) -> Span:
-    """Where a turn is, by the texts of the chat before it and with it."""
-    if not before:
-        raise ValueError(f"{where}: {_unclear('a first message by the assistant')}")
-    if not text.startswith(before) or not text.startswith(after) or len(after) <= len(before):
-        raise ValueError(f"{where}: {_unclear(f'message {n + 1} (by the assistant)')}")
-    return len(before), len(after)
+def _turn(text: str, closed: str, asked: str, after: str, content: str) -> Span | None:
+    """Where a turn is in the text of the full chat; None if that is not certain.
+
+    Some templates write a turn in another way when more turns follow, such as without an empty thought. Then its
+    content must stand where the turn begins, and what closes the turn right behind it.
+
+    Args:
+        text: The full chat.
+        closed: The chat before the turn.
+        asked: The same, with the beginning of a turn.
+        after: The chat up to the turn.
+        content: What the assistant says.
+    """
+    if asked and text.startswith(asked) and text.startswith(after) and len(after) > len(asked):
+        return len(asked), len(after)
+    if not (closed and text.startswith(closed) and asked.startswith(closed)):
+        return None
+    start = len(commonprefix([text, asked]))  # noqa: RUF071  # they are no paths
+    for said in (content, content.strip()):
+        behind = after.rpartition(said)[2]
+        if said and said in after and behind and text.startswith(said + behind, start):
+            return start, start + len(said + behind)
+    return None
 
 
 def _unclear(what: str) -> str:

@@ -25,6 +25,7 @@ STRICT = (
     "[{{ m.role }}]{{ m.content | trim }}<|end|>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 LAST_ONLY = HEAD + "{{ '<think>\n' if loop.last and m.role == 'assistant' }}{{ m.content }}<|end|>\n" + ASK
+REWRITES = HEAD + "{{ m.content if loop.last else m.content.split('k')[-1] }}<|end|>\n" + ASK
 
 
 def turn(role: str, content: str) -> dict[str, str]:
@@ -86,6 +87,9 @@ AGAIN = "<|start|>user\nand?<|end|>\n<|start|>assistant\n"
          f"{START}was[[ good<|end|>]]\n"),
         (CHATML, {"messages": [QUESTION, turn("a", "x"), turn("a", "y")]},
          "<|start|>user\nthe film?<|end|>\n<|start|>assistant\n[[x<|end|>\n]]<|start|>assistant\n[[y<|end|>\n]]"),
+        (LAST_ONLY, {"messages": TWO_TURNS}, f"{START}[[\n\nwas good<|end|>\n]]{AGAIN}[[<think>\nbad \n<|end|>\n]]"),
+        (MARKED, {"prompt": [turn("u", "the film? ")], "completion": [QUESTION, ANSWER]},
+         "<|start|>user\nthe film?<|end|>\n<|start|>assistant\n[[\n\nwas good<|end|>]]\n"),
         (STRICT, {"messages": [QUESTION, ANSWER]}, "[user]the film?<|end|>[assistant][[was good<|end|>]]"),
         (CHATML, {"prompt": "the film", "completion": " was good"}, "the film[[ was good<|end|>]]"),
         (CHATML, {"prompt": "the film was ", "completion": "good"}, "the film was [[good<|end|>]]"),
@@ -143,9 +147,13 @@ def test_a_token_across_the_start_of_a_completion() -> None:
         (STRICT, {"messages": TWO_TURNS}, "refuses message 1 of 5 (role 'system'): System role not supported"),
         (STRICT, {"messages": [QUESTION, QUESTION, ANSWER]}, "refuses message 2 of 3 (role 'user'): must alternate"),
         (CHATML, {"messages": [QUESTION]}, "no turn of the assistant to train on"),
-        (CHATML, {"messages": [ANSWER, QUESTION]}, "a first message by the assistant cannot be told"),
-        (LAST_ONLY, {"messages": TWO_TURNS}, "writes message 3 (by the assistant) cannot be told"),
-        (LAST_ONLY, {"prompt": TWO_TURNS[:3], "completion": TWO_TURNS[3:]}, "writes the prompt cannot be told"),
+        (CHATML, {"messages": [ANSWER, QUESTION]}, "writes message 1 (by the assistant) cannot be told"),
+        (REWRITES, {"messages": [QUESTION, turn("a", "think good"), *TWO_TURNS[3:]]}, "message 2 (by the assistant)"),
+        (
+            MARKED.replace("m.content", "m.content if loop.last else m.content.split('k')[-1]"),
+            {"prompt": [QUESTION, turn("a", "think good")], "completion": TWO_TURNS[3:]},
+            "writes the prompt cannot be",
+        ),
     ],
 )
 def test_uncertain_rows_are_refused(template: str, row: dict[str, Any], message: str, tmp_path: Path) -> None:
