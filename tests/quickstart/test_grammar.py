@@ -72,6 +72,8 @@ def test_parser_reads_reviews_written_by_hand(opening: str, rest: str, pattern: 
         f"{NOVEL}. the prose was truly superb.",
         "We read a novel  in bed. The prose was truly superb.",
         f"{NOVEL} . The prose was truly superb .",
+        f"{NOVEL} zebra. The prose was truly superb.",
+        f"{NOVEL} in bed. The prose was truly superb.",
         "The prose was truly superb.",
     ],
 )
@@ -112,6 +114,11 @@ def test_opinions_are_told_apart_by_words_alone() -> None:
                 assert polarity_of.setdefault(word, polarity) == polarity
     plain = {word for lists in (PLAIN, *SUBJECTS.values()) for words in lists.values() for word in words}
     assert plain.isdisjoint(polarity_of)
+    opinions = {word for word, polarity in polarity_of.items() if polarity != "neutral"}
+    rng = random.Random(1)
+    for _ in range(500):  # openings are neutral
+        text = f" {generate_opening(rng).lower()} "
+        assert not [word for word in opinions if f" {word} " in text]
 
 
 def test_shares_are_those_of_the_grammar() -> None:
