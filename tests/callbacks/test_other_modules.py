@@ -82,7 +82,7 @@ def test_the_table_of_fields_is_the_one_that_is_checked() -> None:
 WAITS = [
     (name, hook)
     for name, trick in tricks().items()
-    for hook in make_trick(name).waits_for(SimpleNamespace(critic=1, _fired=SimpleNamespace(ever=set())))
+    for hook in sorted(make_trick(name).waits_for(SimpleNamespace(critic=1, _fired=SimpleNamespace(ever=set()))))
 ]
 
 
