@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -68,9 +69,13 @@ class TableDataModule(L.LightningDataModule):
         """The seed of the order: the argument, or that of ``seed_everything``."""
         return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self._seed is None else self._seed
 
-    @property
-    def template_options(self) -> dict[str, Any]:
+    def template_options(self, table: Table) -> dict[str, Any]:
         """Variables of the chat template: the argument, or those of the module being trained."""
+        for column in {"chat_template_kwargs", "tools"} & set(table.columns):
+            rank_zero_warn(
+                f"{table.where}: the chat template does not get the column {column!r}; give all rows the same, by "
+                f"{type(self).__name__}(chat_template_kwargs=...)"
+            )
         if self._template_options is not None:
             return self._template_options
         return getattr(getattr(self.trainer, "lightning_module", None), "chat_template_kwargs", None) or {}

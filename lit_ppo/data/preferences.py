@@ -122,7 +122,7 @@ class PreferenceDataModule(RowDataModule):
         tokenizer = self._tokenizer
         if chats:
             texts = render_chats(
-                tokenizer, texts, table.where, options=self.template_options,
+                tokenizer, texts, table.where, options=self.template_options(table),
                 place=lambda i: table.place(i % len(table)), end="closed",
             )  # fmt: skip
         ids = tokenize(tokenizer, texts, add_special_tokens=not chats)

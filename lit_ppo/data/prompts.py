@@ -130,7 +130,7 @@ class PromptDataModule(TableDataModule):
             )
         texts, ids = encode_prompts(
             self.load_tokenizer(), prompts, self.max_prompt_length, type(self).__name__, "max_prompt_length",
-            self.template_options, table.place,
+            self.template_options(table) if chat else None, table.place,
         )  # fmt: skip
         return PromptTable(texts, ids, columns | ({"messages": prompts} if chat else {}))
 

@@ -200,8 +200,9 @@ class TextDataModule(RowDataModule):
         self, tokenizer: Any, table: Table, rows: list[tuple[Any, Any]]
     ) -> tuple[list[str], list[list[Span]]]:
         """The text of each chat or pair, and which parts of it have a loss."""
-        texts, spans, options = [], [], self.template_options
+        texts, spans, options = [], [], {}
         if not isinstance(rows[0][0], str):
+            options = self.template_options(table)
             check_template(tokenizer, table.where, options)
         for i, (row, prompt) in enumerate(rows):
             where = f"{table.where}: {table.place(i)}"

@@ -189,6 +189,8 @@ def test_options_of_the_template() -> None:
     pairs = PreferenceDataModule([{"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, turn("a", "b")]}], **options)
     pairs.setup("fit")
     assert tokenizer(CHATML).decode(pairs.train_rows[0][0]) == "[user]the film?<|end|>[assistant]was good<|end|>"
+    with pytest.warns(UserWarning, match="does not get the column 'tools'"):
+        PromptDataModule([{"prompt": [QUESTION], "tools": [{}]}], **options).setup("fit")
     with pytest.warns(UserWarning, match="does not read 'thinsk'"):
         PromptDataModule([{"prompt": [QUESTION]}], **options | {"chat_template_kwargs": {"thinsk": 1}}).setup("fit")
     with pytest.raises(ValueError, match=r"\(chat_template_kwargs={'tokenize': True}\): tokenize is set by the use"):
