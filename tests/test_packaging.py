@@ -107,7 +107,7 @@ def test_what_is_imported_is_declared_and_nothing_else() -> None:
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
     packages = {name.partition(".")[0] for name in imported} - {*sys.stdlib_module_names, "lit_ppo"}
-    distributions = {"yaml": "pyyaml"}
+    distributions = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
     extras = {"peft"}
     assert {distributions.get(name, name) for name in packages} - extras == requirements(extras=False)
 
