@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_ppo.functional import select_rows
+
 
 class Experience:
     """The rows of an update, of an optimizer step or of a part of one, for a module of your own.
@@ -67,7 +69,7 @@ class Experience:
         chosen, n, listed = copy.copy(self), len(self), index.tolist()
         for name, value in vars(self).items():
             if name != "metrics":
-                vars(chosen)[name] = _rows(value, index, listed, n)
+                vars(chosen)[name] = select_rows(value, index, listed, n)
         return chosen
 
     def keep(self, rows: Tensor | Sequence[int]) -> None:
@@ -76,7 +78,7 @@ class Experience:
         Args:
             rows: Row numbers, or a (B,) boolean tensor.
         """
-        vars(self).update(vars(self.select(rows)))
+        self.__dict__ = self.select(rows).__dict__
 
     def minibatches(self, size: int, epochs: int = 1) -> Iterator["Experience"]:
         """The rows of each optimizer step, in a new random order every epoch; a smaller last one is kept.
@@ -110,14 +112,3 @@ class Experience:
         """Add the mean of ``x`` (B, T) to ``metrics``."""
         part = self.mean(x.detach())
         self.metrics[name] = self.metrics[name] + part if name in self.metrics else part
-
-
-def _rows(value: Any, index: Tensor, listed: list[int], n: int) -> Any:
-    """The chosen rows of a value that has ``n``; any other value stays as it is."""
-    if isinstance(value, Tensor):
-        return value[index.to(value.device)] if value.ndim and len(value) == n else value
-    if isinstance(value, dict):
-        return {key: _rows(entry, index, listed, n) for key, entry in value.items()}
-    if isinstance(value, list | tuple) and len(value) == n:
-        return type(value)(value[i] for i in listed)
-    return value

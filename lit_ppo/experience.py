@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_ppo.functional import select_rows
+
 LossReduction = Literal["token_mean", "sequence_mean"] | int  # an integer: tokens that a response counts for
 
 # For the error of a field that is read before it is set.
@@ -115,7 +117,7 @@ class Experience:
         for name in set_fields(self):
             if name in ("metrics", "least", "greatest"):  # all micro-batches of a step add to the same dicts
                 continue
-            setattr(self, name, _rows(getattr(self, name), index, listed, n))
+            setattr(self, name, select_rows(getattr(self, name), index, listed, n))
 
     def model_inputs(self) -> ModelInputs:
         """What the models read of these rows."""
@@ -282,14 +284,3 @@ def set_fields(experience: Experience) -> Iterable[str]:
         except AttributeError:
             continue
         yield f.name
-
-
-def _rows(value: Any, index: Tensor, listed: list[int], n: int) -> Any:
-    """The chosen rows of a value that has ``n``; any other value stays as it is."""
-    if isinstance(value, Tensor):
-        return value[index] if value.ndim and len(value) == n else value
-    if isinstance(value, dict):
-        return {key: _rows(entry, index, listed, n) for key, entry in value.items()}
-    if isinstance(value, list | tuple) and len(value) == n:
-        return type(value)(value[i] for i in listed)
-    return value
