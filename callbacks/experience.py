@@ -78,7 +78,8 @@ class Experience:
         Args:
             rows: Row numbers, or a (B,) boolean tensor.
         """
-        self.__dict__ = self.select(rows).__dict__
+        for name, value in vars(self.select(rows)).items():
+            setattr(self, name, value)
 
     def minibatches(self, size: int, epochs: int = 1) -> Iterator["Experience"]:
         """The rows of each optimizer step, in a new random order every epoch; a smaller last one is kept.
