@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_ppo.functional import select_rows
-
 LossReduction = Literal["token_mean", "sequence_mean"] | int  # an integer: tokens that a response counts for
 
 # For the error of a field that is read before it is set.
@@ -114,10 +112,10 @@ class Experience:
         index = index.nonzero().squeeze(1) if index.dtype == torch.bool else index.long()
         n, listed = len(self), index.tolist()
         index = index.to(self.response_ids.device, non_blocking=True)
-        for name in set_fields(self):
-            if name in ("metrics", "least", "greatest"):  # all micro-batches of a step add to the same dicts
-                continue
-            setattr(self, name, select_rows(getattr(self, name), index, listed, n))
+        shared = ("metrics", "least", "greatest")  # all micro-batches of a step add to the same dicts
+        values = {name: getattr(self, name) for name in set_fields(self) if name not in shared}
+        for name, value in select_rows(values, index, listed, n).items():
+            setattr(self, name, value)
 
     def model_inputs(self) -> ModelInputs:
         """What the models read of these rows."""
@@ -284,3 +282,18 @@ def set_fields(experience: Experience) -> Iterable[str]:
         except AttributeError:
             continue
         yield f.name
+
+
+def select_rows(value: Any, index: Tensor, listed: Sequence[int], n: int) -> Any:
+    """The chosen rows of a value with ``n`` rows, or of a dict of values; any other value stays as it is.
+
+    >>> select_rows({"ids": ["a", "b", "c"], "size": 2}, torch.tensor([2, 0]), [2, 0], n=3)
+    {'ids': ['c', 'a'], 'size': 2}
+    """
+    if isinstance(value, Tensor):
+        return value[index.to(value.device)] if value.ndim and len(value) == n else value
+    if isinstance(value, dict):
+        return {key: select_rows(entry, index, listed, n) for key, entry in value.items()}
+    if isinstance(value, list | tuple) and len(value) == n:
+        return type(value)(value[i] for i in listed)
+    return value

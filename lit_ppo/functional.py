@@ -6,7 +6,7 @@ entropies and KL are in nats. Masks are boolean, True where a response token is.
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -746,24 +746,3 @@ def largest_opening(ids: Tensor, mask: Tensor, n: int) -> float:
 def _marked(ids: Tensor, mask: Tensor) -> Tensor:
     """The response tokens, -1 elsewhere."""
     return torch.where(mask.bool(), ids, -1)
-
-
-def select_rows(value: Any, index: Tensor, listed: Sequence[int], n: int) -> Any:
-    """The chosen rows of a value that has one entry per row; any other value stays as it is.
-
-    Args:
-        value: A tensor, a list or tuple, or a dict of those.
-        index: Row numbers, int64.
-        listed: The same, on the host.
-        n: Number of rows.
-
-    >>> select_rows({"ids": ["a", "b", "c"], "size": 2}, torch.tensor([2, 0]), [2, 0], n=3)
-    {'ids': ['c', 'a'], 'size': 2}
-    """
-    if isinstance(value, Tensor):
-        return value[index.to(value.device)] if value.ndim and len(value) == n else value
-    if isinstance(value, dict):
-        return {key: select_rows(entry, index, listed, n) for key, entry in value.items()}
-    if isinstance(value, list | tuple) and len(value) == n:
-        return type(value)(value[i] for i in listed)
-    return value

@@ -82,8 +82,6 @@ def sample(
 
     with _weights_cast_once(model, prompt_ids.device.type):
         call_generate(model, prompt_ids, prompt_mask, config, decode, do_sample=draws is not None)
-    stops = stop_ids(config)
-    responses.ended.extend(row[-1] in stops for row in responses.ids)
     return responses
 
 
@@ -197,7 +195,8 @@ def _decode(
 ) -> None:
     """Decode token by token; rows that have ended leave the batch and the cache, if the cache can be cut."""
     batch = rows = torch.arange(len(input_ids), device=input_ids.device)  # rows in the model's batch; still going
-    stops = torch.tensor(stop_ids(config), device=input_ids.device)
+    named = [] if config.eos_token_id is None else config.eos_token_id
+    stops = torch.as_tensor(named, dtype=torch.long, device=input_ids.device).reshape(-1)
     draws = None if draws is None else draws.to(input_ids.device, _cdf_dtype(input_ids.device))
     tokens, tokens_logprobs, alive_at = [], [], []
     outputs = model._prefill(input_ids, config, state, is_first_iteration=True)
@@ -228,6 +227,8 @@ def _decode(
     alive = torch.cat(alive_at).tolist()
     for row, token_id in zip(alive, torch.cat(tokens).tolist(), strict=True):
         responses.ids[row].append(token_id)
+    ends = set(stops.tolist())
+    responses.ended.extend(ids[-1] in ends for ids in responses.ids)
     if logprobs:
         for row, logprob in zip(alive, torch.cat(tokens_logprobs).tolist(), strict=True):
             responses.logprobs[row].append(logprob)

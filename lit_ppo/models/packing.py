@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lit_ppo.models.positions import rope_bound, row_groups
+from lit_ppo.models.positions import UNBOUNDED, rope_bound, row_groups
 
 NAME = "lit_ppo_packed_sdpa"
 
@@ -123,7 +123,7 @@ def read_tokens(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) 
     Shapes:
         (B, L), (B, L) -> (N, H), and (B, L) with each real token's number, on the mask's device.
     """
-    if rope_bound(backbone) is None or not len(input_ids):
+    if backbone in UNBOUNDED or rope_bound(backbone) is None or not len(input_ids):
         return _read(backbone, input_ids, attention_mask)
     number = (attention_mask.flatten().cumsum(0) - 1).view(attention_mask.shape)
     groups = row_groups(backbone, attention_mask.sum(1).tolist())

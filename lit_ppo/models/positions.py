@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
@@ -45,10 +45,16 @@ def _once_a_model(function: Callable[[nn.Module], T]) -> Callable[[nn.Module], T
     return remembered
 
 
+UNBOUNDED: WeakSet[nn.Module] = WeakSet()
+"""Models that were asked for their bound and have none: nearly all. Any rows may share a forward of theirs."""
+
+
 @_once_a_model
 def rope_bound(model: nn.Module) -> RopeBound | None:
     """The bound of a model; None where frequencies never depend on the length of a row."""
     found = [bound for module in model.modules() for bound in _bounds_of(module)]
+    if not found:
+        UNBOUNDED.add(model)
     return min(found, key=lambda bound: bound.tokens, default=None)
 
 
@@ -91,6 +97,42 @@ def token_limit(model: nn.Module) -> int | None:
         if "position" in name.rpartition(".")[2] and padding is not None and table is not None:
             limits.append(len(table) - padding - 1)
     return min((int(limit) for limit in limits if limit), default=None)
+
+
+def check_length(models: Any, prompts: Sequence[int]) -> None:
+    """Check that prompt plus new tokens fit every model that reads them, and that sampling is the same as training.
+
+    Args:
+        models: ``actor``, ``reference`` and ``critic``, and the ``generation`` settings.
+        prompts: Tokens of each prompt.
+
+    Raises:
+        ValueError: They do not.
+    """
+    new, longest = int(models.generation.max_new_tokens), max(prompts)
+    readers: dict[str, Any] = {
+        "actor": models.actor.model,
+        "reference": models.reference and models.reference.model,
+        "critic": models.critic and models.critic.backbone,
+    }
+    for name, model in readers.items():
+        if model is None:
+            continue
+        limit, bound = token_limit(model), rope_bound(model)
+        if limit is not None and longest + new > limit:
+            raise ValueError(
+                f"LitPPO(generation={{'max_new_tokens': {new}}}): a prompt of {longest} tokens plus {new} new "
+                f"tokens exceeds the token limit of the {name}, {limit}; lower max_new_tokens or max_prompt_length"
+            )
+        crossing = [n for n in prompts if bound is not None and bound.side(n) != bound.side(n + new)]
+        if bound is not None and crossing and name != "critic":
+            raise ValueError(
+                f"LitPPO(generation={{'max_new_tokens': {new}}}): a prompt of {max(crossing)} tokens plus {new} new "
+                f"tokens crosses {bound.tokens}, where the {bound.kind} RoPE of the {name} changes for the full row: "
+                "its first tokens would be sampled with other frequencies than they are trained with; lower "
+                "max_new_tokens or max_prompt_length, or make short_factor and long_factor the same"
+            )
+        row_groups(model, [n + extra for n in (min(prompts), longest) for extra in (0, new)])
 
 
 def _bounds_of(module: nn.Module) -> Iterator[RopeBound]:

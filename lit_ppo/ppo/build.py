@@ -42,13 +42,6 @@ def configure_model(module: Any) -> None:
         module.to(module.device)  # where ``to`` has put the module before it had models
 
 
-def models_of(module: Any) -> Models:
-    """Everything that samples and learns; without a Trainer it is built here."""
-    if not module._built:
-        module.configure_model()
-    return Models(module.actor, module.critic, module.reference, module.tokenizer, module.generation)
-
-
 def train(module: Any, mode: bool = True) -> Any:
     """Switch to training or eval mode; score sources, like all our models, stay in eval mode."""
     L.LightningModule.train(module, mode)

@@ -18,11 +18,11 @@ from lit_ppo.functional import KLEstimator, kl_estimate
 from lit_ppo.generation.engine import Engine, Progress, Responses, Seed
 from lit_ppo.models.actor_critic import actor_forward, critic_forward
 from lit_ppo.models.lora import WithoutAdapter
-from lit_ppo.models.positions import row_groups
+from lit_ppo.models.positions import UNBOUNDED, check_length, row_groups
 from lit_ppo.parallel.ranks import deal, map_rows, n_ranks
 from lit_ppo.parallel.sharding import gathered
 from lit_ppo.ppo.prompts import checked_batch
-from lit_ppo.ppo.settings import Models, check_length
+from lit_ppo.ppo.settings import Models
 from lit_ppo.rewards.function import scores_of, source_names
 from lit_ppo.rewards.time_limit import time_limit
 
@@ -42,7 +42,8 @@ def rollout_with_hooks(module: Any, prompts: Any, rollout: Callable[[Any], Exper
         ValueError: The callbacks have removed all rows.
     """
     module.progress.start("rollout")
-    prompts = checked_batch(module, prompts)
+    if module.rollouts == 0 or not isinstance(prompts, PromptBatch):
+        prompts = checked_batch(module, prompts)
     fire(module, "on_rollout_start", prompts)
     check_estimator(module, module.advantages, module.samples_per_prompt, module.kl_coef)
     experience = rollout(prompts)
@@ -139,9 +140,10 @@ def _sample_rows(
 
     def share(rows: list[int]) -> tuple[list[list[int]], dict[int, tuple[list[int], list[float], bool]]]:
         sampled: dict[int, tuple[list[int], list[float], bool]] = {}
-        groups = row_groups(model.model, [len(row_ids[row]) for row in rows], is_gathered=True) if rows else []
-        for group in groups:
-            some = [rows[i] for i in group]
+        groups = [list(range(len(rows)))] if rows else []
+        if rows and model.model not in UNBOUNDED:
+            groups = row_groups(model.model, [len(row_ids[row]) for row in rows], is_gathered=True)
+        for some in ([rows[i] for i in group] for group in groups):
             responses = generate(some, max(len(row_ids[row]) for row in some))
             sampled |= zip(some, zip(*responses, strict=True), strict=True)
         return prompt_ids, sampled

@@ -20,7 +20,7 @@ from lit_ppo.ppo import build, evaluate, optimize, own_loop, preflight, saved, t
 from lit_ppo.ppo.collect import Policy, add_logprobs, rollout_with_hooks, sample_responses, score
 from lit_ppo.ppo.metrics import Progress, current_coefficients, log_update
 from lit_ppo.ppo.prompts import as_batch
-from lit_ppo.ppo.settings import ModelSettings, ReferenceDtype, checked_clip_range, checked_reduction
+from lit_ppo.ppo.settings import Models, ModelSettings, ReferenceDtype, checked_clip_range, checked_reduction
 from lit_ppo.rewards import Rewards, ScoreSource, as_source, eval_sources, source_names
 from lit_ppo.validate import integer, non_negative, non_negative_or_none, one_of, positive, positive_or_none, refuse
 
@@ -242,10 +242,11 @@ class LitPPO(L.LightningModule):
             logprobs: Also compute log-probs, reference log-probs, KL and values.
             stream: None: the random stream of training, which advances with each rollout; a name: a fixed stream.
         """
-        batch = as_batch(prompts, self.tokenizer, self.chat_template_kwargs)
+        models = self.models
+        batch = as_batch(prompts, models.tokenizer, self.chat_template_kwargs)
         random = (self.seed, stream or "train", self.rollouts if stream is None else 0)
         experience, sampled = sample_responses(
-            self.models, batch, samples_per_prompt or self.samples_per_prompt, random if do_sample else None,
+            models, batch, samples_per_prompt or self.samples_per_prompt, random if do_sample else None,
             policy=policy, sampling_logprobs=policy == "actor" and self.tolerance is not None,
             progress=self.progress, device=self.device, skip_special_tokens=self.model_settings.skip_special_tokens,
         )  # fmt: skip
@@ -253,7 +254,7 @@ class LitPPO(L.LightningModule):
         if logprobs:
             self.progress.detail = "log-probs"
             difference = add_logprobs(
-                self.models, experience, sampled, temperature=self.temperature, kl_estimator=self.kl_estimator,
+                models, experience, sampled, temperature=self.temperature, kl_estimator=self.kl_estimator,
                 limits=self.limits, tolerance=self.tolerance,
             )  # fmt: skip
             self.sampling_difference = self.sampling_difference if difference is None else difference
@@ -277,18 +278,22 @@ class LitPPO(L.LightningModule):
             self._tokenizer = self.model_settings.load_tokenizer()
         return self._tokenizer
 
+    @property
+    def models(self) -> Models:
+        """Everything that samples and learns; without a Trainer it is built here."""
+        if not self._built:
+            self.configure_model()
+        return Models(self.actor, self.critic, self.reference, self.tokenizer, self.generation)
+
     # More methods, each a function in the file that is named: what callbacks call, then Lightning's hooks.
 
-    models = property(build.models_of)
     actor_optimizer, exact_kl = property(optimize.actor_optimizer), optimize.exact_kl
     backward_on_text, loss_on_text = text_loss.backward_on_text, text_loss.loss_on_text
     save_pretrained, only_actor, card = saved.save_pretrained, saved.only_actor, saved.card
-    train = build.train
     attach, step, on_before_batch_transfer = own_loop.attach, own_loop.step, own_loop.on_before_batch_transfer
     configure_model, configure_optimizers = build.configure_model, build.configure_optimizers
-    setup = preflight.setup
     on_fit_start, on_train_start = preflight.on_fit_start, preflight.on_train_start
-    on_train_batch_start = preflight.on_train_batch_start
+    train, setup, on_train_batch_start = build.train, preflight.setup, preflight.on_train_batch_start
     validation_step, test_step, predict_step = evaluate.validation_step, evaluate.test_step, evaluate.predict_step
     on_predict_start, on_predict_end = evaluate.on_predict_start, evaluate.on_predict_end
     state_dict = saved.state_dict  # type: ignore[assignment]

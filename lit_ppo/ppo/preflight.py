@@ -16,6 +16,7 @@ from lit_ppo.generation.config import end_of_turn, stop_ids
 from lit_ppo.generation.transformers import reshaping_fields
 from lit_ppo.models.actor_critic import actor_forward, critic_forward
 from lit_ppo.models.lora import WithoutAdapter
+from lit_ppo.models.positions import check_length
 from lit_ppo.optim.settings import restore_settings
 from lit_ppo.parallel.checkpoint_io import use_atomic_checkpoints
 from lit_ppo.parallel.sharding import shards
@@ -24,7 +25,7 @@ from lit_ppo.ppo.collect import score
 from lit_ppo.ppo.evaluate import validate_before_training
 from lit_ppo.ppo.metrics import forget_last_update
 from lit_ppo.ppo.prompts import check_batch
-from lit_ppo.ppo.settings import Models, ModelSettings, check_length
+from lit_ppo.ppo.settings import Models, ModelSettings
 from lit_ppo.rewards import source_names
 from lit_ppo.validate import refuse
 

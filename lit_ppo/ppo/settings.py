@@ -1,6 +1,5 @@
 """The arguments of LitPPO that say which models to build, and what is built of them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -13,7 +12,6 @@ from lit_ppo.generation.config import check_generation
 from lit_ppo.models.actor_critic import Actor, Critic, Reference
 from lit_ppo.models.load import load_causal_lm, load_tokenizer
 from lit_ppo.models.lora import WithoutAdapter, check_lora
-from lit_ppo.models.positions import rope_bound, row_groups, token_limit
 from lit_ppo.validate import boolean, number, one_of, path_or_name, positive_or_none, refuse
 
 ReferenceDtype = Literal["float32", "bfloat16"]
@@ -107,39 +105,3 @@ def checked_reduction(owner: object, value: Any) -> LossReduction:
         "must be one of 'token_mean', 'sequence_mean', or a number of tokens, at least 1, by which each response's sum "
         "is divided",
     )  # fmt: skip
-
-
-def check_length(models: Models, prompts: Sequence[int]) -> None:
-    """Check that prompt plus new tokens fit every model that reads them, and that sampling is the same as training.
-
-    Args:
-        models: Who reads them.
-        prompts: Tokens of each prompt.
-
-    Raises:
-        ValueError: They do not.
-    """
-    new, longest = int(models.generation.max_new_tokens), max(prompts)
-    readers: dict[str, Any] = {
-        "actor": models.actor.model,
-        "reference": models.reference and models.reference.model,
-        "critic": models.critic and models.critic.backbone,
-    }
-    for name, model in readers.items():
-        if model is None:
-            continue
-        limit, bound = token_limit(model), rope_bound(model)
-        if limit is not None and longest + new > limit:
-            raise ValueError(
-                f"LitPPO(generation={{'max_new_tokens': {new}}}): a prompt of {longest} tokens plus {new} new "
-                f"tokens exceeds the token limit of the {name}, {limit}; lower max_new_tokens or max_prompt_length"
-            )
-        crossing = [n for n in prompts if bound is not None and bound.side(n) != bound.side(n + new)]
-        if bound is not None and crossing and name != "critic":
-            raise ValueError(
-                f"LitPPO(generation={{'max_new_tokens': {new}}}): a prompt of {max(crossing)} tokens plus {new} new "
-                f"tokens crosses {bound.tokens}, where the {bound.kind} RoPE of the {name} changes for the full row: "
-                "its first tokens would be sampled with other frequencies than they are trained with; lower "
-                "max_new_tokens or max_prompt_length, or make short_factor and long_factor the same"
-            )
-        row_groups(model, [n + extra for n in (min(prompts), longest) for extra in (0, new)])
