@@ -4,8 +4,15 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
-TESTS = Path(__file__).parent
+import pytest
+
+from tests.helpers.tiny import make_causal_lm
+from tests.helpers.toys import make_data, make_module, make_trainer
+
+TESTS = Path(__file__).resolve().parent
 
 
 def test_no_test_module_is_imported() -> None:
@@ -36,3 +43,26 @@ def test_rooms_stay_small() -> None:
     files = [*product.rglob("*.py"), *(TESTS.parent / "callbacks").glob("*.py")]
     assert {p.name for p in files if len(p.read_text().splitlines()) > 300} == {"functional.py"}
     assert not [path.name for path in folders if len([*path.glob("*.py")]) > 12 + 1]  # with __init__.py
+
+
+def test_an_update_meets_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a newcomer has to open to follow the second update: each file of ours in which a function is called."""
+    module = make_module(make_causal_lm(tmp_path / "actor"), ppo_epochs=1, minibatch_size=4, micro_batch_size=None)
+    met: set[Path] = set()
+    step = module.training_step
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        path = Path(frame.f_code.co_filename).resolve()
+        if event == "call" and {TESTS.parent / "lit_ppo", TESTS.parent / "callbacks"} & set(path.parents):
+            met.add(path)
+
+    def traced(*args: Any) -> None:
+        sys.setprofile(note if module.rollouts else None)
+        try:
+            step(*args)
+        finally:
+            sys.setprofile(None)
+
+    monkeypatch.setattr(module, "training_step", traced)
+    make_trainer(tmp_path).fit(module, make_data(tmp_path, batch_size=4))
+    assert 10 < len(met) <= 14, sorted(map(str, met))

@@ -5,6 +5,7 @@ Some rotary embeddings choose their frequencies by the longest row of a forward:
 must get its own frequencies, whichever rows are computed beside it.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -99,6 +100,18 @@ def token_limit(model: nn.Module) -> int | None:
     return min((int(limit) for limit in limits if limit), default=None)
 
 
+def safe_length(models: Any) -> float:
+    """Prompts of at most this many tokens pass :func:`check_length`, without a look at each model.
+
+    Args:
+        models: See :func:`check_length`.
+    """
+    bounds = [rope_bound(model) for model in _readers(models).values()]
+    limits = [token_limit(model) for model in _readers(models).values()]
+    tokens = [limit for limit in limits if limit is not None] + [bound.tokens for bound in bounds if bound is not None]
+    return min(tokens, default=math.inf) - float(models.generation.max_new_tokens)
+
+
 def check_length(models: Any, prompts: Sequence[int]) -> None:
     """Check that prompt plus new tokens fit every model that reads them, and that sampling is the same as training.
 
@@ -110,14 +123,7 @@ def check_length(models: Any, prompts: Sequence[int]) -> None:
         ValueError: They do not.
     """
     new, longest = int(models.generation.max_new_tokens), max(prompts)
-    readers: dict[str, Any] = {
-        "actor": models.actor.model,
-        "reference": models.reference and models.reference.model,
-        "critic": models.critic and models.critic.backbone,
-    }
-    for name, model in readers.items():
-        if model is None:
-            continue
+    for name, model in _readers(models).items():
         limit, bound = token_limit(model), rope_bound(model)
         if limit is not None and longest + new > limit:
             raise ValueError(
@@ -133,6 +139,16 @@ def check_length(models: Any, prompts: Sequence[int]) -> None:
                 "max_new_tokens or max_prompt_length, or make short_factor and long_factor the same"
             )
         row_groups(model, [n + extra for n in (min(prompts), longest) for extra in (0, new)])
+
+
+def _readers(models: Any) -> dict[str, nn.Module]:
+    """The models that read prompts and responses, by name."""
+    readers = {"actor": models.actor.model}
+    if models.reference is not None:
+        readers["reference"] = models.reference.model
+    if models.critic is not None:
+        readers["critic"] = models.critic.backbone
+    return readers
 
 
 def _bounds_of(module: nn.Module) -> Iterator[RopeBound]:

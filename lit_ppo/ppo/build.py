@@ -10,10 +10,12 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_ppo.advantages import check_estimator
 from lit_ppo.generation.config import generation_config, say_stops
 from lit_ppo.models.actor_critic import Actor, Critic, Reference, checkpoint_activations, compile_blocks
 from lit_ppo.models.load import load_causal_lm, load_critic
 from lit_ppo.models.lora import WithoutAdapter, add_adapter
+from lit_ppo.models.positions import safe_length
 from lit_ppo.models.pretrained import check_not_quantized
 from lit_ppo.optim.settings import build_optimizer
 from lit_ppo.parallel.sharding import build, check_placed, shard
@@ -36,7 +38,7 @@ def configure_model(module: Any) -> None:
         return
     models = build_models(module.model_settings, module.tokenizer, module.rewards, module.eval_rewards, strategy)
     module.actor, module.critic, module.reference = models.actor, models.critic, models.reference
-    module.generation = models.generation
+    module.generation, module.safe_length = models.generation, models.safe_length
     module._built = True
     if module._trainer is None:
         module.to(module.device)  # where ``to`` has put the module before it had models
@@ -92,6 +94,7 @@ def build_models(
     if settings.critic is not None:
         critic = _place(settings, strategy, lambda: _make_critic(settings, rewards))
     models = Models(actor, critic, reference, tokenizer, generation)
+    models.safe_length = safe_length(models)
     check_models(settings, models, rewards)
     return models
 
@@ -144,7 +147,7 @@ def _make_trainable(settings: ModelSettings, name: str, path: str, model: Any, l
         )
 
 
-def check_critic(owner: object, critic: str | None, advantages: Any) -> None:
+def check_critic(owner: Any, critic: str | None, advantages: Any) -> None:
     """Check that there is a critic if and only if the estimator reads values.
 
     Raises:
@@ -158,6 +161,7 @@ def check_critic(owner: object, critic: str | None, advantages: Any) -> None:
         refuse(owner, "critic", critic, f"{estimator} needs values; give a critic, or another estimator")
     if critic is not None and not advantages.needs_values:
         refuse(owner, "critic", critic, f"{estimator} uses no values; set critic to null")
+    check_estimator(owner, advantages, owner.samples_per_prompt, owner.kl_coef)
 
 
 def check_models(settings: ModelSettings, models: Models, rewards: Any) -> None:

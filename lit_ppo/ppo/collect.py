@@ -87,7 +87,8 @@ def sample_responses(
     """
     if not batch.prompts:
         raise ValueError("rollout(prompts=[]): is empty; give at least one prompt")
-    check_length(models, [len(ids) for ids in batch.prompt_ids])
+    if max(map(len, batch.prompt_ids)) > models.safe_length:
+        check_length(models, [len(ids) for ids in batch.prompt_ids])
     model = models.actor if policy == "actor" else models.reference
     if model is None:
         raise ValueError("rollout(policy='reference'): there is no reference; give LitPPO one")
@@ -105,9 +106,8 @@ def sample_responses(
 
     ids, logprobs, ended = zip(*_sample_rows(model, batch.prompt_ids, row_ids, generate), strict=True)
     response_ids, response_mask = _pad_ids(ids, left=False, device=device)
-    shown = ids
-    if not skip_special_tokens:  # but the token that ended the response is no part of it
-        shown = tuple(row[:-1] if end else row for row, end in zip(ids, ended, strict=True))
+    # where special tokens are shown, the one that ended the response is not
+    shown = ids if skip_special_tokens else tuple(row[: len(row) - end] for row, end in zip(ids, ended, strict=True))
     group = torch.tensor(row_prompts, device=device)
     experience = Experience(
         prompts=[batch.prompts[prompt] for prompt in row_prompts],

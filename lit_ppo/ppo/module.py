@@ -1,6 +1,6 @@
 """LitPPO: proximal policy optimization of a language model, from a reward."""
 
-import os
+from functools import cached_property
 from typing import Any, get_args
 
 import lightning as L
@@ -9,18 +9,19 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from lit_ppo.advantages import GAE, AdvantageEstimator, check_estimator
+from lit_ppo.advantages import GAE, AdvantageEstimator
 from lit_ppo.callbacks.base import fire
+from lit_ppo.data.batch import PromptBatch
 from lit_ppo.data.chat import checked_options
-from lit_ppo.experience import Experience, LossReduction, Minibatch
+from lit_ppo.experience import Experience, LossReduction
 from lit_ppo.functional import KLEstimator, token_rewards
 from lit_ppo.models.actor_critic import Actor, Critic, Reference
 from lit_ppo.models.lora import WithoutAdapter
-from lit_ppo.ppo import build, evaluate, optimize, own_loop, preflight, saved, text_loss
+from lit_ppo.ppo import build, evaluate, optimize, own_loop, preflight, saved, settings, text_loss
 from lit_ppo.ppo.collect import Policy, add_logprobs, rollout_with_hooks, sample_responses, score
 from lit_ppo.ppo.metrics import Progress, current_coefficients, log_update
-from lit_ppo.ppo.prompts import as_batch
-from lit_ppo.ppo.settings import Models, ModelSettings, ReferenceDtype, checked_clip_range, checked_reduction
+from lit_ppo.ppo.prompts import Origin, as_batch
+from lit_ppo.ppo.settings import Models, ModelSettings, ReferenceDtype
 from lit_ppo.rewards import Rewards, ScoreSource, as_source, eval_sources, source_names
 from lit_ppo.validate import integer, non_negative, non_negative_or_none, one_of, positive, positive_or_none, refuse
 
@@ -78,6 +79,7 @@ class LitPPO(L.LightningModule):
     critic: Critic | None
     reference: Reference | WithoutAdapter | None
     generation: GenerationConfig
+    safe_length: float
 
     def __init__(
         self,
@@ -128,8 +130,7 @@ class LitPPO(L.LightningModule):
         self.save_hyperparameters(ignore=unsaved)
         self.automatic_optimization = False
         self.strict_loading = False  # frozen weights stay out of checkpoints; on_load_checkpoint checks the rest
-        seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
-        self.seed = integer(self, "seed", seed, at_least=0)
+        self.seed = settings.checked_seed(self, seed)
         self.temperature = positive(self, "temperature", temperature)
         self.chat_template_kwargs = checked_options(self, chat_template_kwargs)
         self.model_settings = ModelSettings(
@@ -146,24 +147,22 @@ class LitPPO(L.LightningModule):
         self.samples_per_prompt = integer(self, "samples_per_prompt", samples_per_prompt)
         self.kl_coef = non_negative(self, "kl_coef", kl_coef)
         self.kl_estimator = one_of(self, "kl_estimator", kl_estimator, get_args(KLEstimator))
-        self.clip_range = checked_clip_range(self, clip_range)
+        self.clip_range = settings.checked_clip_range(self, clip_range)
         self.ppo_epochs = integer(self, "ppo_epochs", ppo_epochs)
         self.minibatch_size = integer(self, "minibatch_size", minibatch_size)
         self.limits = optimize.micro_batch_limits(self, micro_batch_size, micro_batch_tokens)
         self.tolerance = non_negative_or_none(self, "sampling_logprobs_tolerance", sampling_logprobs_tolerance)
-        self.loss_reduction = checked_reduction(self, loss_reduction)
+        self.loss_reduction = settings.checked_reduction(self, loss_reduction)
         self.reward_timeout = positive_or_none(self, "reward_timeout", reward_timeout)
         self.optimization = optimize.Optimization(self, max_grad_norm, max_skipped_steps)
         self.factories = {"actor": (actor_optimizer, actor_scheduler), "critic": (critic_optimizer, critic_scheduler)}
         build.check_critic(self, critic, advantages)
-        check_estimator(self, advantages, samples_per_prompt, kl_coef)
         self.evaluator, self.progress = evaluate.Evaluator(), Progress()
         self.rollouts = 0  # training rollouts so far: the number of the update in every random draw
         self.actor_frozen = self.checkpoint_reference = False  # set by callbacks
         self.sampling_difference: float | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._built = False
-        self.loop: Any = None  # the OwnLoop after ``attach``, true while it runs
+        self.loop: own_loop.OwnLoop | None = None  # after ``attach``, true while it runs
 
     # The arrow: prompts -> rollout -> scores -> token rewards -> advantages -> minibatch losses -> optimizer steps
 
@@ -174,7 +173,7 @@ class LitPPO(L.LightningModule):
     def collect(self, prompts: Any) -> Experience:
         """Sample responses to the prompts and score them, or take what ``step`` was given; calls the hooks."""
         if self.loop:
-            experience: Experience = self.loop.take()
+            experience = self.loop.take()
         else:
             experience = rollout_with_hooks(self, prompts, self.rollout)
             experience.raw_scores = experience.scores = self.score(experience)
@@ -210,18 +209,14 @@ class LitPPO(L.LightningModule):
         self.optimization.end_update(self)
         log_update(self, experience, coefficients, steps)
 
-    def backward_minibatch(self, minibatch: Minibatch) -> dict[str, float]:
-        """Gradients of one optimizer step, clipped; returns its metrics over all ranks."""
-        return optimize.backward_minibatch(self, minibatch, clip_range=self.clip_range)
-
     def step_optimizers(self, metrics: dict[str, float], experience: Experience) -> None:
         """Step the optimizers that have gradients, or skip the step where a loss or gradient is not finite."""
         self.optimization.step(self, metrics, experience)
 
     # What callbacks call
 
-    @own_loop.calls_hooks
-    @own_loop.without_gradients
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def rollout(
         self,
         prompts: Any,
@@ -242,8 +237,11 @@ class LitPPO(L.LightningModule):
             logprobs: Also compute log-probs, reference log-probs, KL and values.
             stream: None: the random stream of training, which advances with each rollout; a name: a fixed stream.
         """
-        models = self.models
-        batch = as_batch(prompts, models.tokenizer, self.chat_template_kwargs)
+        if self.loop and self.loop.waiting:
+            options = {"do_sample": do_sample, "policy": policy, "logprobs": logprobs, "stream": stream}
+            return self.loop.rollout(LitPPO.rollout, prompts, samples_per_prompt=samples_per_prompt, **options)
+        models, is_batch = self.models, isinstance(prompts, PromptBatch)
+        batch = prompts if is_batch else as_batch(prompts, models.tokenizer, self.chat_template_kwargs)
         random = (self.seed, stream or "train", self.rollouts if stream is None else 0)
         experience, sampled = sample_responses(
             models, batch, samples_per_prompt or self.samples_per_prompt, random if do_sample else None,
@@ -258,11 +256,15 @@ class LitPPO(L.LightningModule):
                 limits=self.limits, tolerance=self.tolerance,
             )  # fmt: skip
             self.sampling_difference = self.sampling_difference if difference is None else difference
+        experience.origin = Origin(self)
         return experience
 
-    @own_loop.without_gradients
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def score(self, experience: Experience) -> Tensor:
         """Scores of the responses, (B,) float32; those of several rewards are also in ``extras`` by name."""
+        if self.loop and self.loop.waiting:
+            return self.loop.score(LitPPO.score, experience)
         if self.rewards is None:
             refuse(self, "rewards", None, "there is nothing to score with; give rewards, or set experience.scores")
         if not self._built:
@@ -271,24 +273,22 @@ class LitPPO(L.LightningModule):
         experience.extras |= {name: values for name, values in scores.items() if name}
         return scores[""]
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The actor's tokenizer, loaded on first use: a data module may have written it only just before."""
-        if self._tokenizer is None:
-            self._tokenizer = self.model_settings.load_tokenizer()
-        return self._tokenizer
+        return self.model_settings.load_tokenizer()
 
     @property
     def models(self) -> Models:
         """Everything that samples and learns; without a Trainer it is built here."""
         if not self._built:
             self.configure_model()
-        return Models(self.actor, self.critic, self.reference, self.tokenizer, self.generation)
+        return Models(self.actor, self.critic, self.reference, self.tokenizer, self.generation, self.safe_length)
 
     # More methods, each a function in the file that is named: what callbacks call, then Lightning's hooks.
 
-    actor_optimizer, exact_kl = property(optimize.actor_optimizer), optimize.exact_kl
-    backward_on_text, loss_on_text = text_loss.backward_on_text, text_loss.loss_on_text
+    actor_optimizer, backward_minibatch = property(optimize.actor_optimizer), optimize.backward_minibatch
+    backward_on_text, loss_on_text, exact_kl = text_loss.backward_on_text, text_loss.loss_on_text, optimize.exact_kl
     save_pretrained, only_actor, card = saved.save_pretrained, saved.only_actor, saved.card
     attach, step, on_before_batch_transfer = own_loop.attach, own_loop.step, own_loop.on_before_batch_transfer
     configure_model, configure_optimizers = build.configure_model, build.configure_optimizers

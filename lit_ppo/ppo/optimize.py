@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lit_ppo.callbacks.base import fire
 from lit_ppo.experience import Experience, Minibatch, ModelInputs
-from lit_ppo.functional import ClipRange, policy_loss, value_loss
+from lit_ppo.functional import policy_loss, value_loss
 from lit_ppo.models.actor_critic import actor_forward, critic_forward
 from lit_ppo.optim.settings import BuiltOptimizer
 from lit_ppo.parallel.ranks import my_micro_batches, n_ranks, sum_over_ranks
@@ -113,13 +113,12 @@ class Optimization:
         progress.increment_completed()
 
 
-def backward_minibatch(module: Any, minibatch: Minibatch, *, clip_range: ClipRange | None) -> dict[str, float]:
+def backward_minibatch(module: Any, minibatch: Minibatch) -> dict[str, float]:
     """Gradients of one optimizer step, accumulated over micro-batches and clipped.
 
     Args:
         module: The LitPPO.
         minibatch: The rows of all ranks.
-        clip_range: Of the probability ratio; see :func:`~lit_ppo.functional.clip_bounds`.
 
     Returns:
         The step's metrics over all ranks.
@@ -132,17 +131,17 @@ def backward_minibatch(module: Any, minibatch: Minibatch, *, clip_range: ClipRan
     for micro in accumulate(micro_batches, module.trainer.strategy):
         inputs = micro.model_inputs()
         if optimization.train_actor:
-            _backward_actor(module, micro, inputs, clip_range)
+            _backward_actor(module, micro, inputs)
         if module.critic is not None:
             _backward_critic(module, micro, inputs)
     return optimization.clip(module, minibatch)
 
 
-def _backward_actor(module: Any, micro: Minibatch, inputs: ModelInputs, clip_range: ClipRange | None) -> None:
+def _backward_actor(module: Any, micro: Minibatch, inputs: ModelInputs) -> None:
     n_columns = micro.response_ids.shape[1]
     micro.new_logprobs, micro.new_entropy = actor_forward(module.actor, inputs, n_columns, module.temperature)
-    log_policy(micro, clip_range)
-    loss = policy_loss(micro.new_logprobs, micro.logprobs, micro.advantages, clip_range)
+    log_policy(micro, module.clip_range)
+    loss = policy_loss(micro.new_logprobs, micro.logprobs, micro.advantages, module.clip_range)
     losses = {"policy": micro.mean(loss)}
     fire(module, "on_actor_loss", micro, losses)
     _backward(module, "actor", micro, losses)

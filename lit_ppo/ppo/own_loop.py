@@ -9,22 +9,22 @@ import threading
 import warnings
 from collections import UserList
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import Tensor
 
 from lit_ppo.experience import Experience
 from lit_ppo.parallel.ranks import n_ranks
 from lit_ppo.ppo.collect import rollout_with_hooks
 from lit_ppo.ppo.metrics import forget_last_update
-from lit_ppo.ppo.prompts import Origin, checked_experience
+from lit_ppo.ppo.prompts import checked_experience
 from lit_ppo.validate import refuse
 
-Method = TypeVar("Method", bound=Callable[..., Any])
 TRAINING = {"do_sample": True, "policy": "actor", "logprobs": True, "stream": None}  # options of rollout
 
 
@@ -122,22 +122,30 @@ class OwnLoop:
     def __reduce__(self) -> Any:
         return type(None), ()  # a copy of the module has no loop
 
-    @contextmanager
-    def as_in_a_step(self) -> Iterator[None]:
-        """With gradients and in the Trainer's precision, in whatever mode your code is."""
-        with _plain_mode(self._module), self.trainer.precision_plugin.forward_context():
-            yield
-
-    def rollout(self, prompts: Any, sample: Callable[[Any], Experience]) -> Experience:
-        """A rollout to train on, with its hooks."""
-        self._module._current_fx_name = "training_step"  # hooks may log
-        try:
-            with self.as_in_a_step():
-                experience = rollout_with_hooks(self._module, prompts, sample)
-        finally:
-            self._module._current_fx_name = None
-        experience.origin = Origin(self._module, self)
+    def rollout(self, rollout: Callable[..., Experience], prompts: Any, **options: Any) -> Experience:
+        """``LitPPO.rollout`` between two updates; with the options that training uses, it calls the hooks."""
+        trains = all(options[name] == value for name, value in TRAINING.items())
+        sample = functools.partial(rollout, self._module, **options)
+        with self._as_in_a_step():
+            experience: Experience = rollout_with_hooks(self._module, prompts, sample) if trains else sample(prompts)
+        if trains:
+            experience.origin.loop = self
         return experience
+
+    def score(self, score: Callable[..., Tensor], experience: Experience) -> Tensor:
+        """``LitPPO.score`` between two updates."""
+        with self._as_in_a_step():
+            return score(self._module, experience)
+
+    @contextmanager
+    def _as_in_a_step(self) -> Iterator[None]:
+        """With gradients and in the Trainer's precision, in whatever mode your code is; hooks may log."""
+        self.waiting, self._module._current_fx_name = False, "training_step"
+        try:
+            with _plain_mode(self._module), self.trainer.precision_plugin.forward_context():
+                yield
+        finally:
+            self.waiting, self._module._current_fx_name = True, None
 
     def wait(self, prompts: Any) -> Any:
         """In ``fit``: let your code run until it calls ``step`` or ``close``.
@@ -263,33 +271,6 @@ def default_trainer() -> L.Trainer:
 def on_before_batch_transfer(module: Any, batch: Any, dataloader_idx: int) -> Any:
     """Lightning's first hook with a batch: updates of a loop of your own wait here."""
     return module.loop.wait(batch) if module.loop and module.trainer.training else batch
-
-
-def calls_hooks(rollout: Method) -> Method:
-    """Make ``LitPPO.rollout`` call the hooks, where your loop calls it for training."""
-
-    @functools.wraps(rollout)
-    def run(module: Any, prompts: Any, **options: Any) -> Any:
-        trains = all(options.get(name, value) == value for name, value in TRAINING.items())
-        if trains and module.loop and module.loop.waiting:
-            return module.loop.rollout(prompts, lambda prompts: rollout(module, prompts, **options))
-        experience = rollout(module, prompts, **options)
-        experience.origin = Origin(module)
-        return experience
-
-    return run  # type: ignore[return-value]
-
-
-def without_gradients(method: Method) -> Method:
-    """Run a method of LitPPO without gradients; where your loop calls it, in the Trainer's precision."""
-
-    @functools.wraps(method)
-    def run(module: Any, *args: Any, **kwargs: Any) -> Any:
-        mode = module.loop.as_in_a_step() if module.loop and module.loop.waiting else nullcontext()
-        with mode, torch.inference_mode(False), torch.no_grad():
-            return method(module, *args, **kwargs)
-
-    return run  # type: ignore[return-value]
 
 
 @contextmanager

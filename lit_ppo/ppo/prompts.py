@@ -190,16 +190,11 @@ def check_batch(owner: object, minibatch_size: int, samples_per_prompt: int, bat
         )  # fmt: skip
 
 
-class Origin:
-    """Where an experience was rolled out. Its copies, and what is read from a file, have none.
+class Origin(ref[Any]):
+    """The LitPPO that rolled out an experience, a weak reference. Copies, and what is read from a file, have none."""
 
-    Args:
-        module: The LitPPO.
-        loop: The loop of the user's own, if any, whose callbacks have seen the rollout.
-    """
-
-    def __init__(self, module: Any, loop: Any = None) -> None:
-        self.module, self.loop = ref(module), loop
+    loop: Any = None
+    """The loop of the user's own, if any, whose callbacks have seen the rollout."""
 
     def __reduce__(self) -> Any:
         return type(None), ()
@@ -238,7 +233,7 @@ def _complete(module: Any, experience: Experience) -> Experience:
     if "scores" not in found:
         _refuse_experience(module, "it has no scores; set experience.scores to one number per response")
     origin: Origin = experience.origin or Origin(module)
-    foreign = origin.loop not in (None, module.loop) or origin.module() is not module
+    foreign = origin.loop not in (None, module.loop) or origin() is not module
     if foreign or (experience.values is None) != (module.critic is None):
         _refuse_experience(module, "it is of another run or another module; roll out again")
     if origin.loop is None and (hook := _hook_of_rollouts(module.trainer)):

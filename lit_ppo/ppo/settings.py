@@ -1,5 +1,6 @@
 """The arguments of LitPPO that say which models to build, and what is built of them."""
 
+import os
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -12,7 +13,7 @@ from lit_ppo.generation.config import check_generation
 from lit_ppo.models.actor_critic import Actor, Critic, Reference
 from lit_ppo.models.load import load_causal_lm, load_tokenizer
 from lit_ppo.models.lora import WithoutAdapter, check_lora
-from lit_ppo.validate import boolean, number, one_of, path_or_name, positive_or_none, refuse
+from lit_ppo.validate import boolean, integer, number, one_of, path_or_name, positive_or_none, refuse
 
 ReferenceDtype = Literal["float32", "bfloat16"]
 
@@ -83,6 +84,12 @@ class Models:
     reference: Reference | WithoutAdapter | None
     tokenizer: PreTrainedTokenizerBase
     generation: GenerationConfig
+    safe_length: float = 0.0  # prompts of so many tokens fit all of them; longer ones are checked
+
+
+def checked_seed(owner: object, value: Any) -> int:
+    """The argument ``seed``; None: that of ``seed_everything``."""
+    return integer(owner, "seed", int(os.environ.get("PL_GLOBAL_SEED", "0")) if value is None else value, at_least=0)
 
 
 def checked_clip_range(owner: object, value: Any) -> ClipRange | None:
