@@ -19,9 +19,24 @@ OVERLAYS = {
     ),
     "model class": ("model:\n  class_path: LitPPPO\n", ["over.yaml:2", "LitPPPO", "'LitPPO'"]),
     "no init_args": ("model:\n  class_path: LitPPO\n  actor: x\n", ["over.yaml:2", "model", "init_args"]),
-    "value for section": ("trainer: 3\n", ["trainer", "3", "mapping"]),
+    "value for section": ("trainer: 3\n", ["over.yaml:1: trainer: ", "3", "mapping"]),
+    "key that is a number": ("trainer: {5: 6}\n", ["over.yaml:1: ", "'5'"]),
+    "empty callback": ("trainer: {callbacks: {}}\n", ["trainer.callbacks", "class_path"]),
+    "unknown tag": ("trainer:\n  max_steps: !x 1\n", ["over.yaml:2: not valid YAML", "'!x'"]),
+    "control character": ("trainer: {max_steps: \x1b[2J}\n", ["over.yaml:1: not valid YAML", "x001b"]),
+    "escaped control character": ('trainer: {max_steps: "\\e[2J\\u202e"}\n', ["\\x1b[2J\\u202e"]),
     "stage's key": ("stages: [{nme: x}]\n", ["over.yaml:1", "stages", "'nme'", "'name'"]),
     "stage's file": ("stages: [{name: x, config: [nope.yaml]}]\n", ["stages", "nope.yaml", "does not exist"]),
+}
+
+VALUES = ["5", "[1]", "true", "text", "1.5"]
+FLAGS = {  # a valid one below each section
+    "trainer": "--trainer.max_steps=1",
+    "checkpoint": "--checkpoint.keep=3",
+    "export": "--export.dtype=float32",
+    "report": "--report.prompts=0",
+    "model": "--model.width=4",
+    "data": "--data.rows=8",
 }
 
 ARGUMENTS = {
@@ -43,6 +58,22 @@ ARGUMENTS = {
 def test_a_bad_overlay_is_refused(config: Path, tmp_path: Path, text: str, words: list[str]) -> None:
     (tmp_path / "over.yaml").write_text(text)
     run_command("fit", "--config", config, "--config", "over.yaml", cwd=tmp_path).refused(*words)
+
+
+@pytest.mark.parametrize(
+    ("section", "value"),
+    [*(("trainer", value) for value in VALUES), *((section, VALUES[i % 5]) for i, section in enumerate(sorted(FLAGS)))],
+)
+def test_a_value_does_not_replace_a_section_even_before_a_flag_below_it(
+    config: Path, tmp_path: Path, section: str, value: str
+) -> None:
+    """Exit code 2 and the place: the value itself is refused, not what comes of it."""
+    (tmp_path / "over.yaml").write_text(f"{section}: {value}\n")
+    files = ("--config", config, "--config", "over.yaml")
+    result = run_command("fit", *files, FLAGS[section], cwd=tmp_path).refused("over.yaml:1: ")
+    assert result.code == 2
+    assert f" {section}: " in result.last
+    assert value.strip("[]").lower() in result.last.lower()
 
 
 @pytest.mark.parametrize(("argument", "words"), ARGUMENTS.values(), ids=ARGUMENTS.keys())
