@@ -10,8 +10,9 @@ from typing import Any, Protocol, TypedDict
 import torch
 from torch import Tensor, nn
 
-from lit_ppo.rewards.function import RewardFunction, check_columns, scores_of, source_names, takes_experience
+from lit_ppo.rewards.function import RewardFunction, check_columns, source_names, takes_experience
 from lit_ppo.rewards.model import RewardModel
+from lit_ppo.rewards.scores import scores_of
 from lit_ppo.validate import number, refuse
 
 __all__ = [

@@ -1,14 +1,11 @@
-"""Rewards that are Python functions, and the check of every source's scores."""
+"""Rewards that are Python functions."""
 
 import inspect
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
+from lit_ppo.rewards.scores import FUNCTION, call_foreign
 
 
 class RewardFunction:
@@ -31,7 +28,7 @@ class RewardFunction:
     def __init__(self, function: str | Callable[..., Any], kwargs: dict[str, Any] | None = None) -> None:
         self.function = _imported(function) if isinstance(function, str) else function
         if not callable(self.function):
-            raise TypeError(f"RewardFunction(function={function!r}): is not callable; {_EXPECTED}")
+            raise TypeError(f"RewardFunction(function={function!r}): is not callable; {FUNCTION}")
         self.name = function if isinstance(function, str) else _name(function)
         self.kwargs = dict(kwargs or {})
         self._read_signature()
@@ -48,7 +45,7 @@ class RewardFunction:
             takes = ", ".join(map(str, parameters)) or "nothing"
             raise TypeError(
                 f"RewardFunction({self.name}): takes neither prompts nor responses (or completions), but {takes}, and "
-                f"arguments are matched by name; {_EXPECTED}"
+                f"arguments are matched by name; {FUNCTION}"
             )
         self._response_names = [name for name in _TEXTS[1:] if name in self._names] or ["responses"]
         unknown = sorted(name for name in self.kwargs if name in _TEXTS or not self._accepts(name))
@@ -80,7 +77,7 @@ class RewardFunction:
         return f"RewardFunction({self.name})"
 
     def __call__(self, experience: Any) -> Any:
-        """What the function returns for these responses; see :func:`check_scores`.
+        """What the function returns for these responses; see :func:`lit_ppo.rewards.scores.check_scores`.
 
         Raises:
             RuntimeError: The function raised.
@@ -92,17 +89,9 @@ class RewardFunction:
         offered = {**experience.columns, **self.kwargs, "prompts": prompts, **responses}
         passed = {name: value for name, value in offered.items() if self._accepts(name)}
         positional = [passed.pop(p.name, p.default) for p in self._positional]
-        try:
-            return self.function(*positional, **passed)
-        except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            raise RuntimeError(
-                f"RewardFunction({self.name}): raised {type(error).__name__}: {' '.join(str(error).split())} "
-                f"({frame.filename}, line {frame.lineno}); {_EXPECTED}"
-            ) from error
+        return call_foreign(str(self), lambda: self.function(*positional, **passed), expected=FUNCTION)
 
 
-_EXPECTED = "expected is a function (prompts, responses, **columns) that returns one number a response"
 _TEXTS = ("prompts", "responses", "completions")
 
 
@@ -128,8 +117,9 @@ def _imported(path: str) -> Callable[..., Any]:
     module_path, _, name = path.rpartition(".")
     if not module_path:
         raise ValueError(f"RewardFunction(function={path!r}): write it as module.function")
+    importing = f"RewardFunction(function={path!r}): importing {module_path}"
     try:
-        module = import_module(module_path)
+        module = call_foreign(importing, lambda: import_module(module_path), only_exits=True)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_path + ".").startswith(error.name + "."):
             raise  # the module is there, what it imports is not
@@ -161,78 +151,3 @@ def check_columns(columns: Iterable[str], source: Any) -> None:
     for part in (source, *getattr(source, "sources", {}).values()):
         if isinstance(part, RewardFunction):
             part.check_columns(columns)
-
-
-def scores_of(source: Any, experience: Any, name: str = "rewards") -> Tensor:
-    """Call a score source and check its result, as the only place where results of sources are checked.
-
-    Args:
-        source: See :func:`lit_ppo.rewards.as_source`.
-        experience: Rows to score.
-        name: Shown in an error for a source without a ``__str__`` of its own.
-
-    Raises:
-        TypeError: The result is not numbers.
-        ValueError: It has a wrong shape, or a value that is not finite.
-
-    Shapes:
-        -> (B,), float32.
-    """
-    shown = str(source) if isinstance(source, RewardFunction) or hasattr(source, "score_texts") else name
-    return check_scores(source(experience), len(experience.responses), shown, experience.responses)
-
-
-def check_scores(scores: Any, count: int, source: str, responses: Sequence[str] | None = None) -> Tensor:
-    """The scores as a float32 tensor, if they are one finite number a response.
-
-    Args:
-        scores: What the source gave: a tensor, an array or a sequence of numbers.
-        count: Number of responses.
-        source: Who gave it, for the error.
-        responses: Their texts, for the error.
-
-    Raises:
-        TypeError: It is not numbers.
-        ValueError: Wrong count or shape, or a value that is NaN or infinite (in float32).
-
-    Shapes:
-        -> (count,).
-    """
-    values = scores if isinstance(scores, Tensor) else _as_tensor(scores, source)
-    if values.is_complex():
-        raise TypeError(f"{source}: returned complex numbers; {_ONE_EACH}")
-    if values.shape != (count,):
-        got = f"{len(values)} values" if values.ndim == 1 else f"values of shape {tuple(values.shape)}"
-        raise ValueError(f"{source}: returned {got} for {count} responses; {_ONE_EACH}, shape ({count},)")
-    values = values.detach().to(torch.float32)
-    if not values.isfinite().all():
-        row = int((~values.isfinite()).nonzero()[0])
-        which = "" if responses is None else f", {responses[row][:80]!r}"
-        raise ValueError(
-            f"{source}: returned {values[row].item()} for response {row} of {count}{which}; {_ONE_EACH}, all finite"
-        )
-    return values
-
-
-_ONE_EACH = "expected is a sequence with one number a response"
-
-
-def _as_tensor(scores: Any, source: str) -> Tensor:
-    if isinstance(scores, (str, bytes, Mapping)) or not isinstance(scores, Iterable):
-        raise TypeError(f"{source}: returned {type(scores).__name__} {str(scores)[:80]!r}; {_ONE_EACH}")
-    if hasattr(scores, "__array__"):
-        try:
-            return torch.as_tensor(np.asarray(scores))
-        except TypeError as error:
-            raise TypeError(f"{source}: returned an array that is not numbers ({error}); {_ONE_EACH}") from error
-    return torch.tensor([_number(value, row, source) for row, value in enumerate(scores)], dtype=torch.float64)
-
-
-def _number(value: Any, row: int, source: str) -> float:
-    try:
-        if isinstance(value, (str, bytes)) or getattr(value, "ndim", 0) > 0:
-            raise TypeError  # float() takes both
-        return float(value)
-    except (TypeError, ValueError):
-        shown = f"{type(value).__name__} {str(value)[:80]!r}"
-        raise TypeError(f"{source}: returned {shown} for response {row}; {_ONE_EACH}") from None
