@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from lit_ppo.cli.layers import RefusedText, compose, layers, line_of
+from lit_ppo.shown import message_of
 
 # jsonargparse raises a chain of exceptions, from the key at the top down to the reason. Its exceptions have no
 # attributes: key, class, type and value are only in the first lines of their texts, in these forms. Where a form
@@ -227,22 +228,31 @@ def running_error(error: BaseException) -> str:
     Errors that this package raises on purpose are complete; of others, type and place are named as well.
     """
     causes = [error]  # the parser wraps errors of the classes that it builds
-    while cause := causes[-1].__cause__ or causes[-1].__context__:
-        causes.append(cause)
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and len(causes) < 100:
+        causes.append(cause)  # other people's may come back to themselves
     error = next((each for each in causes if not _module_of(each).startswith("jsonargparse")), error)
-    message, module = on_one_line(str(error)), _module_of(error)
+    module, text = _module_of(error), message_of(error, length=2000)
+    message = "" if text == type(error).__name__ else on_one_line(text)
     unintended = (LookupError, AttributeError, NameError, AssertionError, ImportError)
     if message and module.partition(".")[0] == "lit_ppo" and not isinstance(error, unintended):
         return message
-    *_, line = [0, *(number for _, number in traceback.walk_tb(error.__traceback__))]
+    frames = [(frame.f_globals.get("__name__"), number) for frame, number in traceback.walk_tb(error.__traceback__)]
+    line = next((number for name, number in reversed(frames) if name == module), 0)
     place = f" in {module}, line {line}" if module else ""
+    if isinstance(error, SystemExit):
+        message = f"it called exit({message}) before the run had ended; raise an error there instead"
     return f"{type(error).__name__}{place}: {message or 'no message'}; run again with --debug for the traceback"
+
+
+def is_meant(stop: SystemExit) -> bool:
+    """Whether the parser, Lightning or this package ends the process, and not some other code that they have called."""
+    return _module_of(stop).partition(".")[0] in ("argparse", "jsonargparse", "lightning", "lit_ppo")
 
 
 def _module_of(error: BaseException) -> str:
     """Name of the module that raised it."""
-    *_, module = ["", *(frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))]
-    return str(module)
+    names = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((name for name in reversed(names) if name != "_sitebuiltins"), "")  # where exit() is
 
 
 def on_one_line(text: str) -> str:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lit_ppo.data.table import Message, Table
+from lit_ppo.shown import message_of
 from lit_ppo.validate import refuse
 
 Span = tuple[int, int]
@@ -93,7 +94,7 @@ def render(tokenizer: PreTrainedTokenizerBase, chat: list[Message], where: str, 
         n = _longest_accepted(tokenizer, chat, options)
         culprit = f"message {n + 1} of {len(chat)} (role {chat[n]['role']!r})" if n < len(chat) else "the chat"
         raise ValueError(
-            f"{where}: the chat template refuses {culprit}: {' '.join(str(error).split())}; change the data, or give "
+            f"{where}: the chat template refuses {culprit}: {message_of(error)}; change the data, or give "
             "another template (chat_template_kwargs={'chat_template': ...})"
         ) from error
 

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_ppo.data.chat import Options, Span, render_chats
 from lit_ppo.data.table import Message, short
+from lit_ppo.shown import shown
 from lit_ppo.special_tokens import without_repeats
 
 TEXTS_AT_ONCE = 1000
@@ -176,7 +177,7 @@ def resolve_tokenizer(where: str, tokenizer: str | PreTrainedTokenizerBase | Non
             return AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{where}(tokenizer={tokenizer!r}): it cannot be loaded ({short(str(error))}); "
+                f"{where}(tokenizer={tokenizer!r}): it cannot be loaded ({shown(error)}); "
                 "give the folder of a saved tokenizer, or a hub name"
             ) from error
     if tokenizer is None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from lit_ppo.data.objects import Data, is_saved, read_with_datasets, table_of
 from lit_ppo.data.table import Row, Table, place, short
+from lit_ppo.shown import message_of
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".jsonl", ".json", *DELIMITERS)
@@ -112,7 +113,9 @@ def _read_file(where: str, file: Path, kind: str, column_names: Sequence[str] | 
     except _BadPlace as bad:
         raise ValueError(f"{where}: {place(file, bad.number, bad.unit)}: {bad}") from bad
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{where}: {file} is not a complete gzip file ({error}); compress it again") from error
+        raise ValueError(
+            f"{where}: {file} is not a complete gzip file ({message_of(error)}); compress it again"
+        ) from error
     return Table([row for _, row in numbered], [number for number, _ in numbered], str(file), unit, where)
 
 
@@ -164,6 +167,6 @@ def _csv_fields(text: str) -> Iterator[tuple[int, list[str]]]:
                 yield start, fields
             start = reader.line_num + 1
     except csv.Error as error:
-        raise _BadPlace(start, f"{error}; repair the quoting") from error
+        raise _BadPlace(start, f"{message_of(error)}; repair the quoting") from error
     finally:
         csv.field_size_limit(limit)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_ppo.data.table import Row, Table, short
+from lit_ppo.shown import message_of
 
 Data = str | Iterable[Any]
 """A file, a folder or a hub name; or rows: a data set, a list, a mapping of columns, a stream."""
@@ -131,6 +132,7 @@ def read_with_datasets(where: str, path: str, file: Path) -> list[Row]:
             data = datasets.load_dataset(repository, config or None, split=split or "train")
     except Exception as error:  # of the reader, the hub or the network
         raise ValueError(
-            f"{where}: {missing and f'{missing}, and '}datasets could not load it: {short(str(error))}; check the name"
+            f"{where}: {missing and f'{missing}, and '}datasets could not load it: {short(message_of(error))}; check "
+            "the name"
         ) from error
     return [dict(row) for row in (_split(where, data, split or None) if file.is_dir() else data)]

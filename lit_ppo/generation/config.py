@@ -5,6 +5,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import GenerationMode
 
+from lit_ppo.shown import first_line
 from lit_ppo.validate import integer, refuse
 
 # transformers' own defaults for what is unset are neutral, except for this one
@@ -41,7 +42,7 @@ def check_generation(generation: dict[str, Any]) -> None:
     try:
         mode = neutral(**generation).get_generation_mode()
     except (ValueError, TypeError) as error:
-        refuse("LitPPO", "generation", generation, f"{str(error).splitlines()[0]}; correct it or leave it out")
+        refuse("LitPPO", "generation", generation, f"{first_line(error)}; correct it or leave it out")
     if mode != GenerationMode.SAMPLE:
         refuse("LitPPO", "generation", generation, f"asks for {mode.value}; PPO needs plain sampling")
 

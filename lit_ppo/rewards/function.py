@@ -13,7 +13,7 @@ class RewardFunction:
 
     Every argument is matched by name: ``prompts`` (chat prompts as lists of messages), ``responses`` or
     ``completions`` (the same texts), a column of the data set, or one of ``kwargs``. A function with ``**`` gets all
-    columns.
+    columns. All of them are copies, which the function may change, except for ``kwargs``.
 
     Args:
         function: The function, or its import path (``package.module.function``).
