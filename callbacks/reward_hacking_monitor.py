@@ -15,8 +15,8 @@ from lit_ppo.callbacks.checks import refuse_beside, require, require_prompts, re
 from lit_ppo.callbacks.ratings import Ratings, is_ratings, read_ratings
 from lit_ppo.callbacks.trainer import as_in_a_step, of_first_process
 from lit_ppo.functional import diverging
-from lit_ppo.rewards.function import RewardFunction, takes_experience
-from lit_ppo.rewards.scores import call_foreign, check_scores, with_copies
+from lit_ppo.rewards.function import RewardFunction, call_foreign, check_scores, with_copies
+from lit_ppo.rewards.signature import takes_experience
 from lit_ppo.validate import fraction, integer, one_of, positive, refuse
 
 STREAM = "reward_hacking"

@@ -18,7 +18,7 @@ from lit_ppo.data.encoding import encode_prompts
 from lit_ppo.experience import Experience, set_fields
 from lit_ppo.parallel.ranks import gather_shares
 from lit_ppo.rewards import check_columns
-from lit_ppo.rewards.scores import check_scores
+from lit_ppo.rewards.function import check_scores
 from lit_ppo.validate import refuse
 
 ACCEPTED = (

@@ -285,6 +285,15 @@ def test_module_that_cannot_import_something_else_says_so(tmp_path: Path, monkey
         RewardFunction("needs_more.function")
 
 
+def test_module_that_exits_when_imported_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "script.py").write_text("exit(0)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(
+        RuntimeError, match=r"function='script.f'\): importing it: raised SystemExit: 0 .*script.py, line 1"
+    ):
+        RewardFunction("script.f")
+
+
 @pytest.mark.parametrize("function", [lambda texts: texts, lambda p, r: r, lambda prompt, response, /: 0, lambda *a: a])
 def test_function_that_names_neither_text_is_refused(function: Any):
     """Arguments are not matched by position: ``(completions, answer)`` would get the prompts as completions."""
