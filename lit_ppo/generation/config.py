@@ -1,10 +1,11 @@
 """What users may ask of generation, and the neutral configuration that sampling starts from."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import GenerationMode
 
+from lit_ppo.parallel.isolated import isolated
 from lit_ppo.shown import first_line
 from lit_ppo.validate import integer, refuse
 
@@ -95,9 +96,13 @@ def end_of_turn(tokenizer: Any) -> int | None:
     """The special token that a chat template puts behind the assistant's words; None: it puts none, or fails."""
     words = "litppo"
     turns = [{"role": "user", "content": words}, {"role": "assistant", "content": words}]
+
+    def fail(_: int, problem: str) -> NoReturn:
+        raise ValueError(problem)
+
     try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception:  # the template's own code; whoever renders prompts says what is wrong
+        [text] = isolated(lambda _: str(tokenizer.apply_chat_template(turns, tokenize=False)), 1, fail)
+    except Exception:  # the template's own code; rendering the prompts says what is wrong
         return None
     behind = tokenizer(text.rpartition(words)[2], add_special_tokens=False)["input_ids"]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - {tokenizer.unk_token_id}
