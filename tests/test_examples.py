@@ -11,6 +11,8 @@ import torch
 
 from lit_ppo.callbacks import AdaptiveKL, CriticWarmup, RewardNormalization
 from tests.helpers.command import REPOSITORY
+from tests.helpers.ppo_command import write_prompts
+from tests.helpers.toys import make_data, make_module, make_trainer
 
 EXAMPLES = REPOSITORY / "examples"
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
@@ -71,3 +73,70 @@ def test_the_loop_of_its_own(tmp_path: Path, lm: Path, monkeypatch: pytest.Monke
     assert len(scores) == 2
     assert min(scores) > 0
     assert (tmp_path / "runs/own_loop/model/model.safetensors").exists()
+
+
+def test_rewards_of_your_own(tmp_path: Path, lm: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    example = runpy.run_path(str(EXAMPLES / "own_reward.py"))
+    assert example["praise"](["a great great great great film", "a dull film"]) == [3.0, 0.0]
+    assert example["on_topic"](["the film was long", "the film"], ["film", "meal"]) == [1.0, 0.0]
+    assert example["brief"](["a b c", "a"], budget=2) == [-1.0, 0.0]
+    trainer = example["train"](str(lm), epochs=2)
+    names = {f"objective/score/{name}" for name in ("praise", "on_topic", "brief")}
+    assert {*names, "val/score/distinct"} <= trainer.callback_metrics.keys()
+    assert (tmp_path / "runs/own_reward/model/model.safetensors").exists()
+
+
+def test_a_model_is_used(lm: Path):
+    write = runpy.run_path(str(EXAMPLES / "use_model.py"))["write"]
+    texts = write(str(lm), ["the film was", "we loved"])
+    assert [text.startswith(prompt) for text, prompt in zip(texts, ["the film was", "we loved"], strict=True)] == [
+        True
+    ] * 2
+
+
+def test_tricks_of_your_own(tmp_path: Path, lm: Path):
+    tricks = runpy.run_path(str(EXAMPLES / "my_tricks.py"))
+    short, baseline, watch = tricks["ShortAnswers"](coef=1.0), tricks["MovingBaseline"](decay=0.5), Watch()
+    module = make_module(lm, rewards=lambda responses: [float(len(r)) for r in responses])
+    make_trainer(tmp_path, max_steps=1, callbacks=[short, watch]).fit(module, make_data(tmp_path))
+    (experience,) = watch.experiences
+    lengths = experience.response_mask.sum(dim=1)
+    torch.testing.assert_close(experience.scores, experience.raw_scores - lengths)
+    log = SimpleNamespace(log=lambda name, value: None)
+    for mean, expected in ((4.0, 0.0), (8.0, 4.0)):  # the average after the first update is 4, then (4 + 8) / 2
+        rows = SimpleNamespace(scores=torch.tensor([mean, mean]))
+        baseline.on_scores(None, log, rows)
+        assert rows.scores.tolist() == [expected] * 2
+    resumed = tricks["MovingBaseline"]()
+    resumed.load_state_dict(baseline.state_dict())
+    assert resumed.mean == 6.0
+
+
+def test_a_loop_whose_prompts_the_trainer_draws(tmp_path: Path, lm: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    write_prompts(tmp_path, 16)
+    runpy.run_path(str(EXAMPLES / "own_loop_data.py"))["train"](str(lm), updates=1)
+    assert [path.name for path in tmp_path.rglob("*.ckpt")] == ["step-000001.ckpt"]
+
+
+def test_learning_from_the_better_half(tmp_path: Path, lm: Path):
+    best = runpy.run_path(str(EXAMPLES / "best_half.py"))["BestHalf"]
+    watch, scores = Watch(), [3.0, 1.0, 4.0, 2.0]
+    module = best(
+        str(lm), rewards=lambda responses: scores[: len(responses)], generation={"max_new_tokens": 2}, minibatch_size=2
+    )
+    make_trainer(tmp_path, max_steps=1, callbacks=[watch]).fit(module, make_data(tmp_path, batch_size=4))
+    assert sorted(watch.experiences[0].scores.tolist()) == [3.0, 4.0]
+
+
+def test_gsm8k_answers():
+    """Numbers as the data set writes them; what follows the last #### counts."""
+    gsm8k = runpy.run_path(str(EXAMPLES / "gsm8k.py"))
+    published = "Half of 2,400 is <<2400/2=1200>>1200.\n#### 1,200"
+    row = gsm8k["row"]({"question": "What is half of 2,400?", "answer": published})
+    assert row["answer"] == 1200.0
+    assert row["prompt"][0]["content"].startswith("What is half of 2,400?\n")
+    responses = ["It is 1200. #### 1,200", "#### $1200.00", "#### 12 #### 1200", "1200", "#### twelve", "#### -1200"]
+    assert gsm8k["correct"](responses, [1200.0] * 6) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    assert gsm8k["answered"](responses) == [1.0, 1.0, 1.0, 0.0, 0.0, 1.0]

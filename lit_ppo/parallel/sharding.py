@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lit_ppo.parallel.ranks import rank
-from lit_ppo.shown import reason
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -48,7 +47,7 @@ def build(strategy: Any, make: Callable[[], M]) -> M:
             made = make()
             sent = [_without_weights(made)]
         except Exception as error:
-            failure, sent = error, [reason(error, 2000)]
+            failure, sent = error, [f"{type(error).__name__}: {error}"]
     dist.broadcast_object_list(sent)
     if failure is not None:
         raise failure

@@ -1,4 +1,13 @@
-"""Validation, test and prediction: sample on prompts that are not trained on, and score."""
+"""Validation, test and prediction: sample on prompts that are not trained on, and score.
+
+Each prompt gets one response. Validation also runs before the first update. ``test/`` has the same tags as ``val/``.
+
+- ``val/score``, ``val/kl``: mean score, and KL to the reference in nats per response.
+- ``val/score/<name>``: mean score of each of several rewards and of each of ``eval_rewards``.
+- ``val/win_rate``, ``val/win_rate/<name>``: fraction of responses with a higher score than the reference's response to
+  the same prompt; a tie counts half.
+- ``val/length``, ``val/ended_fraction``: tokens per response; fraction of responses that end with a stop token.
+"""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,36 @@
-"""What an update reports, under stable names."""
+"""What an update reports, under stable names.
+
+- ``objective/score``, ``objective/score_std``: mean and standard deviation of the scores as the reward gave them,
+  before any trick.
+- ``objective/score/<name>``: mean score of each of several rewards.
+- ``objective/kl``, ``objective/kl_coef``: KL to the reference in nats per response, and its coefficient.
+- ``objective/rlhf_reward``: mean of the score minus ``kl_coef`` times the KL.
+- ``objective/entropy``: mean negative log-probability of a response, in nats.
+- ``policy/loss``: mean of the policy loss over the actor's optimizer steps, as for all tags of ``policy/`` below.
+- ``policy/kl_loss``, ``policy/entropy_loss``, ``policy/sft_loss``: loss terms that callbacks add, with their
+  coefficients.
+- ``policy/approx_kl``: KL to the policy that sampled, nats per token.
+- ``policy/clip_fraction``: fraction of response tokens whose probability ratio is outside ``clip_range``.
+- ``policy/ratio``: probability ratio to the policy that sampled.
+- ``policy/ratio_min``, ``policy/ratio_max``: smallest and largest ratio of any response token in any step of the
+  update.
+- ``policy/entropy``: entropy of the policy, nats per token.
+- ``policy/grad_norm``, ``policy/lr``: norm of the actor's gradient before clipping; learning rate at the start.
+- ``value/loss``: mean of the value loss over the critic's optimizer steps.
+- ``value/explained_variance``: 1 minus the variance of the critic's errors over that of the returns.
+- ``value/mean``, ``value/return_mean``: mean value at the rollout, and mean return.
+- ``value/clip_fraction``: fraction of response tokens whose value is clipped; 0 without ``ValueClipping``.
+- ``value/grad_norm``, ``value/lr``: norm of the critic's gradient before clipping; learning rate at the start.
+- ``response/length``, ``response/ended_fraction``: tokens per response; fraction of responses that end with a stop
+  token.
+- ``optimizer/skipped_fraction``: fraction of optimizer steps skipped because loss or gradient was not finite.
+- ``rollout/sampling_logprob_difference``: largest difference between log-probs of sampling and of training, with
+  ``sampling_logprobs_tolerance``.
+- ``time/rollout``, ``time/score``, ``time/update``: seconds of each phase.
+- ``time/share/rollout``, ``time/share/score``, ``time/share/update``: fraction of the update's time.
+- ``throughput/tokens_per_second``: response tokens of the update over its seconds.
+- ``memory/peak_gib``: peak memory of the first process: GPU memory, or resident memory on a CPU (not on Windows).
+"""
 
 import sys
 from dataclasses import dataclass, field

@@ -1,0 +1,1 @@
+"""Builds the pages of the manual that come from code and configurations."""
