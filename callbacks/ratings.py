@@ -28,10 +28,9 @@ def read_ratings(where: str, path: str) -> Ratings:
     Raises:
         ValueError: The file cannot be read; names file and line.
     """
-    file = Path(path).expanduser()
-    if not file.is_file() or not file.read_bytes().strip():
+    if not Path(path).expanduser().exists():
         return {}
-    table = read_table(where, path)
+    table = read_table(where, path, may_be_empty=True)
     ratings: Ratings = {}
     for i, row in enumerate(table.rows):
         if row.get("rating") not in (None, ""):
@@ -49,6 +48,6 @@ def _number(value: Any) -> float | None:
     """A finite number, also from text; None for anything else."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         return None
     return number if math.isfinite(number) else None

@@ -15,7 +15,8 @@ from lit_ppo.callbacks.checks import refuse_beside, require, require_prompts, re
 from lit_ppo.callbacks.ratings import Ratings, is_ratings, read_ratings
 from lit_ppo.callbacks.trainer import as_in_a_step, of_first_process
 from lit_ppo.functional import diverging
-from lit_ppo.rewards.function import RewardFunction, check_scores, takes_experience
+from lit_ppo.rewards.function import RewardFunction, call_foreign, check_scores, with_copies
+from lit_ppo.rewards.signature import takes_experience
 from lit_ppo.validate import fraction, integer, one_of, positive, refuse
 
 STREAM = "reward_hacking"
@@ -172,7 +173,9 @@ class RewardHackingMonitor(PPOCallback):
     def _gold_scores(self, held_out: Any) -> list[float]:
         """Scores of the gold function; only rank 0 calls it, since it may give other results on each rank."""
         source: Any = self._source
-        scores: list[float] = check_scores(source(held_out), len(held_out), "RewardHackingMonitor(gold)").tolist()
+        who = "RewardHackingMonitor(gold)"
+        given = call_foreign(who, lambda: source(with_copies(held_out)), only_exits=True)
+        scores: list[float] = check_scores(given, len(held_out), who).tolist()
         return scores
 
     def _add(self, name: str, values: Tensor) -> None:

@@ -197,6 +197,7 @@ READ = {
     "seed": 1,
     "max_rows": 5,
     "chat_template_kwargs": CHATS,
+    "max_row_mb": Excused("a limit: tests/data/test_limits.py"),
 }
 READ_BASE = {"path": "rows.jsonl", "batch_size": 7, "seed": 0, "tokenizer": "lm"}
 MODEL = {

@@ -1,15 +1,23 @@
 """The command's parser, and what is checked and completed in a configuration once it is parsed."""
 
+import os
+from argparse import ArgumentError
 from importlib import import_module
 from pkgutil import resolve_name
 from typing import Any
 
 import jsonargparse._typehints
-from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
+import yaml
+from jsonargparse import ActionConfigFile, Namespace, set_loader  # type: ignore[attr-defined]
+from jsonargparse._actions import _ActionConfigLoad
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lit_ppo.cli.layers import layers
+from lit_ppo.cli.layers import layers, load
 from lit_ppo.run.errors import CommandError
+
+MODE = "yaml that says one thing"  # of the parser; its own "yaml" takes the last of two equal keys
+set_loader(MODE, load, exceptions=(yaml.YAMLError,))
 
 
 class LayeredParser(LightningArgumentParser):
@@ -20,7 +28,13 @@ class LayeredParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         jsonargparse._typehints.discard_init_args_on_class_path_change = _discard_arguments
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{**kwargs, "parser_mode": MODE})
+
+    def _check_value_key(self, action: Any, value: Any, key: str, *args: Any, **kwargs: Any) -> Any:
+        """Refuse what is not a mapping for a group; jsonargparse lets it replace the group's earlier keys."""
+        if isinstance(action, _ActionConfigLoad) and not isinstance(value, dict | Namespace | str):
+            raise TypeError(f'Parser key "{key}": Unable to load config "{value}"')  # in the parser's own words
+        return super()._check_value_key(action, value, key, *args, **kwargs)
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("action") is ActionConfigFile:
@@ -45,7 +59,13 @@ class _LayeredConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         files = layers(values)
         for file in files:
-            self.apply_config(parser, cfg, self.dest, file)
+            try:
+                self.apply_config(parser, cfg, self.dest, file)
+            except AttributeError as error:  # "config" in the file has no files
+                raise CommandError(f"{file}: config: must be a path; use base instead", exit_code=2) from error
+            except (TypeError, KeyError, ArgumentError) as error:
+                error.file = file if os.path.isfile(file) else "--config"  # type: ignore[union-attr]  # for the message
+                raise
             if len(files) > 1:
                 cfg.pop("base", None)
 
@@ -62,6 +82,10 @@ def complete(config: Namespace) -> bool:
     for group in ("trainer", "checkpoint", "export", "report"):
         if not isinstance(config.get(group), Namespace):
             raise CommandError(f"{group}: {config.get(group)!r} is not a mapping; give its keys below it", exit_code=2)
+    callbacks = config.trainer.get("callbacks") or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if isinstance(callback, Namespace) and resolve_name(callback.class_path) is Callback:  # also of {}
+            raise CommandError("trainer.callbacks: a callback has no class; give its class_path", exit_code=2)
     _use_fsdp2(config.trainer)
     _use_public_names(config)
     return _hand_over_data_root(config)

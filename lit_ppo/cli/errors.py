@@ -1,5 +1,6 @@
 """Errors as one line: place, value and remedy, for arguments, configurations and everything that is built or run."""
 
+import os
 import re
 import traceback
 from argparse import ArgumentError
@@ -12,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from lit_ppo.cli.layers import layers
+from lit_ppo.cli.layers import RefusedText, compose, layers, line_of
+from lit_ppo.shown import message_of
 
 # jsonargparse raises a chain of exceptions, from the key at the top down to the reason. Its exceptions have no
 # attributes: key, class, type and value are only in the first lines of their texts, in these forms. Where a form
@@ -21,7 +23,11 @@ KEY = re.compile(r'Parser key "([^"]+)"')
 CLASS = re.compile(r"class_path[ =]'([\w.]+)'")
 OPTION = re.compile(r"[Oo]ption '([^']+)'")
 EXPECTED = re.compile(r"Expected an? (?:<class ')?(?:typing\.)?(.+?)(?:'>)?\. Got value: (.*)", re.DOTALL)
+NOT_A_NAME = re.compile(r"(?:Key must be a string, got|Empty nested key|Spaces not allowed in keys): (.*?)\.?$")
+GROUP = re.compile(r'Parser key "[^"]+": Unable to load config "(.*)"', re.DOTALL)
+CLASS_EXPECTED = re.compile(r"(?:Not a valid subclass of|Expected an import path)\b.*?[Gg]ot (?:value: )?(.*)")
 STARTS = re.compile(r"\W*(unrecognized arguments|Expected a dot import path string|.* arguments are required): (.*)")
+LONGEST = 4000  # characters of a message
 # packages whose classes a configuration may name without the package
 PACKAGES = (
     "lit_ppo",
@@ -60,18 +66,24 @@ def parsing_error(error: ArgumentError, options: Sequence[str], arguments: Seque
         arguments: Arguments of the command; the configuration files among them are searched for the line at fault.
     """
     *causes, reason = _deepest(error)
-    keys, cls, path = [], "", ""
+    keys: list[str] = []
+    cls = path = ""
     for message in (str(cause) for cause in (*causes, reason) if not isinstance(cause, ArgumentError)):
         if key := KEY.match(message):
-            keys.append(key[1])
-            path += f".{key[1]}"
+            if key[1] not in keys[-1:]:
+                keys.append(key[1])
+                path += f".{key[1]}"
         elif (found := CLASS.search(message.partition("\n")[0])) and found[1] != cls:
             cls = found[1]
             path += f" ({_last(cls)})"
     siblings = _alternatives(causes[-1]) if causes else [reason]
     name, text = _explain(reason, siblings, keys, cls, options)
     path = f"{path.lstrip('.')}: " if path else ""
-    return f"{_where(name or (keys or [''])[-1], arguments)}{path}{text}"
+    file = next((each.file for each in (reason, *causes) if hasattr(each, "file")), None)
+    name = name or (keys or [""])[-1]
+    if file is not None:
+        return f"{_place(name, file, reason) or f'{file}: '}{path}{text}"
+    return f"{_where(name, arguments)}{path}{_refused_text(name, arguments) or text}"
 
 
 def _explain(
@@ -80,8 +92,11 @@ def _explain(
     """The key or class at fault, empty if it is the last of ``keys``; and the reason with its remedy."""
     message = str(reason)
     start, value = match.groups() if (match := STARTS.match(message)) else ("", "")
-    if isinstance(reason, yaml.MarkedYAMLError):
-        return "", f"not valid YAML: {reason.problem or reason.context}; check brackets and indentation"
+    if isinstance(reason, RefusedText):
+        return "", str(reason.problem)
+    if isinstance(reason, yaml.YAMLError):
+        problem = getattr(reason, "problem", None) or str(reason).partition("\n")[0]
+        return "", f"not valid YAML: {problem}; check brackets, indentation and characters"
     if isinstance(reason, KeyError) and (option := OPTION.search(message)):
         name = option[1]
         if not cls:
@@ -89,6 +104,11 @@ def _explain(
         if name == "class_path":
             return name, "only class_path and init_args may stand here; put the other keys under init_args"
         return name, f"no argument {name!r}; {nearest(name, [*_arguments_of(cls), 'class_path'])}"
+    if match := NOT_A_NAME.match(message):
+        key = match[1].strip('"')
+        return key, f"keys must be names without spaces, got {key!r}; correct it"
+    if message.startswith("Unexpected config"):
+        return "", "expected the path of a configuration file, or keys and values as YAML; correct --config"
     if start.startswith("unrecognized"):
         flag = re.split(r"[= ]", value)[0]
         return "", f"{flag}: no such option; {nearest(flag, options)}"
@@ -104,7 +124,11 @@ def _explain(
     if given := EXPECTED.match(message):
         found = [match[1] for sibling in siblings if (match := EXPECTED.match(str(sibling)))]
         types = " or ".join(dict.fromkeys(name for name in found if name != "NoneType"))
-        return "", f"expected {types or 'null'}, got {given[2]!r}"
+        return "", f"expected {types or 'null'}, got {shortened(given[2])!r}"
+    if given := GROUP.match(message):
+        return "", f"expected a mapping, got {shortened(given[1])!r}; give its keys below it, or leave it out"
+    if given := CLASS_EXPECTED.match(message):
+        return "", f"expected a class, got {shortened(given[1])!r}; give class_path and init_args, or leave it out"
     return "", on_one_line(message.partition("\nSubclass types expect")[0])
 
 
@@ -137,29 +161,58 @@ def _arguments_of(class_path: str) -> list[str]:
     return names
 
 
+def _refused_text(name: str, arguments: Sequence[str]) -> str:
+    """Why YAML text in an option is refused, which the parser then takes for a string; else empty."""
+    for word, after in zip(arguments, [*arguments[1:], ""], strict=False):
+        option, _, value = word.partition("=")
+        if option.startswith("--") and name and name == _last(option):
+            try:
+                compose(value or after)
+            except RefusedText as error:
+                return str(error.problem)
+            except yaml.YAMLError:
+                pass
+    return ""
+
+
 def _where(name: str, arguments: Sequence[str]) -> str:
     """File and line of the last configuration with this key or class; empty if an option after it has it."""
     pairs = [(word.partition("="), after) for word, after in zip(arguments, [*arguments[1:], ""], strict=False)]
     for (option, _, value), after in reversed(pairs):
         if option in ("--config", "-c"):
-            for file in reversed([layer for layer in layers(value or after) if Path(layer).is_file()]):
-                try:
-                    node = yaml.compose(Path(file).read_text(encoding="utf-8"))
-                except yaml.MarkedYAMLError as error:
-                    return f"{file}:{error.problem_mark.line + 1}: " if error.problem_mark else ""
-                lines = [line for found, line in _names(node) if found.endswith(f".{name}")]
-                if name and lines:
-                    return f"{file}:{lines[0]}: "
+            for file in reversed(layers(value or after)):
+                if place := _place(name, file):
+                    return place
         elif name and (f".{name}." in f".{option.lstrip('-').rstrip('+')}." or name in (_last(value), _last(after))):
             return ""
     return ""
+
+
+def _place(name: str, file: str, reason: BaseException | None = None) -> str:
+    """File and line, for the start of a message; empty if the file does not have the key or class.
+
+    Args:
+        name: The key or class.
+        file: Of the configuration.
+        reason: An error in the file's text has the line itself.
+    """
+    if isinstance(reason, yaml.MarkedYAMLError):
+        return f"{file}:{line_of(reason)}: "
+    if not os.path.isfile(file):
+        return ""
+    try:
+        node = compose(Path(file).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        return f"{file}:{line_of(error)}: "
+    lines = [line for found, line in _names(node) if found.endswith(f".{name}")]
+    return f"{file}:{lines[0]}: " if name and lines else ""
 
 
 def _names(node: Any, path: str = "") -> Iterator[tuple[str, int]]:
     """Every key of a YAML file, as a dotted path, and every value, with its line."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            name = f"{path}.{key.value.rstrip('+')}"
+            name = f"{path}.{str(key.value).rstrip('+')}"
             yield name, key.start_mark.line + 1
             yield from _names(value, name)
     elif isinstance(node, yaml.SequenceNode):
@@ -175,25 +228,47 @@ def running_error(error: BaseException) -> str:
     Errors that this package raises on purpose are complete; of others, type and place are named as well.
     """
     causes = [error]  # the parser wraps errors of the classes that it builds
-    while cause := causes[-1].__cause__ or causes[-1].__context__:
-        causes.append(cause)
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and len(causes) < 100:
+        causes.append(cause)  # other people's may come back to themselves
     error = next((each for each in causes if not _module_of(each).startswith("jsonargparse")), error)
-    message, module = on_one_line(str(error)), _module_of(error)
+    module, text = _module_of(error), message_of(error, length=2000)
+    message = "" if text == type(error).__name__ else on_one_line(text)
     unintended = (LookupError, AttributeError, NameError, AssertionError, ImportError)
     if message and module.partition(".")[0] == "lit_ppo" and not isinstance(error, unintended):
         return message
-    *_, line = [0, *(number for _, number in traceback.walk_tb(error.__traceback__))]
+    frames = [(frame.f_globals.get("__name__"), number) for frame, number in traceback.walk_tb(error.__traceback__)]
+    line = next((number for name, number in reversed(frames) if name == module), 0)
     place = f" in {module}, line {line}" if module else ""
+    if isinstance(error, SystemExit):
+        message = f"it called exit({message}) before the run had ended; raise an error there instead"
     return f"{type(error).__name__}{place}: {message or 'no message'}; run again with --debug for the traceback"
+
+
+def is_meant(stop: SystemExit) -> bool:
+    """Whether the parser, Lightning or this package ends the process, and not some other code that they have called."""
+    return _module_of(stop).partition(".")[0] in ("argparse", "jsonargparse", "lightning", "lit_ppo")
 
 
 def _module_of(error: BaseException) -> str:
     """Name of the module that raised it."""
-    *_, module = ["", *(frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))]
-    return str(module)
+    names = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((name for name in reversed(names) if name != "_sitebuiltins"), "")  # where exit() is
 
 
 def on_one_line(text: str) -> str:
-    """On one line, with control characters escaped: a terminal must not obey a response in it."""
-    flat = " ".join(text.split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in flat)
+    """On one line of bounded length, with control characters escaped: a terminal must not obey a response in it."""
+    return escaped(" ".join(shortened(text, LONGEST).split()))
+
+
+def escaped(text: str) -> str:
+    """With control characters and those that change the direction of writing as escapes; line ends stay."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortened(text: str, length: int = 200) -> str:
+    """Without its middle if it is longer.
+
+    >>> shortened("a" * 50 + "z" * 50, length=20)
+    'aaaaaaaaaa ... zzzzzzzzzz'
+    """
+    return text if len(text) <= length else f"{text[: length // 2]} ... {text[-(length // 2) :]}"

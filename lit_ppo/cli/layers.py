@@ -1,12 +1,23 @@
-"""Configuration files in layers: ``base: ppo.yaml`` at the top of a file applies that file first."""
+"""Configuration files: in layers, ``base: ppo.yaml`` at the top of a file applies that file first; and their text."""
 
 import os
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
+from jsonargparse import get_loader
+from jsonargparse._util import config_load_stack
 
 from lit_ppo.run.errors import CommandError
+
+DEPTH = 100  # levels of nesting in a text, aliases expanded
+REPEATED = 1_000  # values that aliases may repeat in a text
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # not every build of PyYAML has the one in C
+TAG = "tag:yaml.org,2002:"
+
+
+class RefusedText(yaml.MarkedYAMLError):
+    """Valid YAML that says two things at once, or more than a parser can hold."""
 
 
 def layers(file: str) -> list[str]:
@@ -25,14 +36,119 @@ def _base(file: str) -> str | None:
     if not os.path.isfile(file):
         return None  # a URL or YAML text, or missing: the parser reads it or reports it
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        node = compose(Path(file).read_text(encoding="utf-8"))
+    except RefusedText as error:
+        raise CommandError(f"{file}:{line_of(error)}: {error.problem}", exit_code=2) from error
+    except UnicodeDecodeError as error:
+        raise CommandError(f"{file}: not UTF-8 text, at byte {error.start}; save it as UTF-8", exit_code=2) from error
+    except OSError as error:
+        raise CommandError(f"{file}: cannot be read ({error.strerror}); check its permissions", exit_code=2) from error
+    except yaml.YAMLError:
         return None  # the parser reports it
-    base = content.get("base") if isinstance(content, dict) else None
-    return None if base is None else os.path.normpath(Path(file).parent / str(base))
+    if not isinstance(node, yaml.MappingNode):
+        raise CommandError(f"{file}: has no keys; give sections such as trainer:, or leave the file out", exit_code=2)
+    found: list[yaml.Node] = [value for key, value in node.value if key.value == "base" and value.tag != f"{TAG}null"]
+    if not found:
+        return None
+    if not isinstance(found[0], yaml.ScalarNode) or not found[0].value:
+        _refuse(file, "must be the path of a configuration file, relative to this file")
+    return os.path.normpath(Path(file).parent / str(found[0].value))
 
 
 def _refuse(file: str, problem: str) -> NoReturn:
     lines = Path(file).read_text(encoding="utf-8").splitlines()
     number = next((number for number, line in enumerate(lines, 1) if line.startswith("base")), 1)
     raise CommandError(f"{file}:{number}: base: {problem}", exit_code=2)
+
+
+def load(text: str) -> Any:
+    """The values of YAML or JSON text: the parser's loader, with the checks of :func:`compose`."""
+    try:
+        compose(text)
+        return get_loader("yaml")(text)
+    except yaml.YAMLError as error:
+        for path, name in config_load_stack.get()[-1:]:  # the file that the parser is reading
+            if os.path.isfile(path) and Path(path).read_text(encoding="utf-8", errors="replace") == text:
+                error.file = name  # type: ignore[attr-defined]  # for the message
+        raise
+    except ValueError as error:  # Python reads no integer of thousands of digits
+        raise RefusedText(problem=f"a number cannot be read: {str(error).partition(';')[0]}") from error
+
+
+def compose(text: str) -> yaml.Node | None:
+    """The nodes of YAML or JSON text.
+
+    Raises:
+        yaml.YAMLError: The text is not YAML, a mapping has a key twice, nesting or aliases go too far, or a class is
+            not written as ``class_path`` and ``init_args``.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=LOADER):  # before nodes are built, which recurses
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEPTH:
+            _refuse_node(event, f"more than {DEPTH} levels of brackets or indentation; write it flatter")
+    node: yaml.Node | None = yaml.compose(text, Loader=LOADER)
+    if node is not None:
+        _measure(node, {})
+    if isinstance(node, yaml.MappingNode):
+        _check_sections(node)
+    return node
+
+
+def _measure(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Values and levels of a node with all its aliases expanded; ``known`` holds those of earlier nodes."""
+    if id(node) in known:
+        if not known[id(node)][0]:
+            _refuse_node(node, "an alias stands for what it is part of; write out what is needed")
+        return known[id(node)]
+    known[id(node)] = 0, 0
+    items = node.value if isinstance(node, yaml.CollectionNode) else []
+    if isinstance(node, yaml.MappingNode):
+        _check_keys(node)
+        items = [item for pair in items for item in pair]
+    measured = [_measure(item, known) for item in items]
+    size, height = 1 + sum(size for size, _ in measured), 1 + max((height for _, height in measured), default=0)
+    if size - len(known) > REPEATED or height > DEPTH:
+        _refuse_node(node, f"aliases repeat more than {REPEATED:,} values or {DEPTH} levels; write out what is needed")
+    known[id(node)] = size, height
+    return size, height
+
+
+def _check_keys(mapping: yaml.MappingNode) -> None:
+    """Check that no key is there twice, and the form of a class."""
+    lines: dict[tuple[str, str], int] = {}
+    for key, value in mapping.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag == f"{TAG}merge":
+            continue  # all merge keys count, and a mapping's own keys override theirs
+        name, line = (key.tag, key.value), key.start_mark.line + 1
+        if name in lines:
+            first = lines[name]
+            _refuse_node(key, f"key {key.value!r} stands in line {first} and again in line {line}; keep one of them")
+        lines[name] = line
+        if key.value == "init_args" and not isinstance(value, yaml.MappingNode):
+            _refuse_node(key, f"init_args: expected a mapping, got {_shown(value)}; give arguments below it")
+        if key.value == "class_path" and (value.tag != f"{TAG}str" or not value.value):
+            _refuse_node(key, f"class_path: expected the name of a class, got {_shown(value)}")
+
+
+def _shown(node: yaml.Node) -> str:
+    return repr(node.value) if isinstance(node, yaml.ScalarNode) else "several values"
+
+
+def _check_sections(root: yaml.MappingNode) -> None:
+    """Refuse ``trainer.max_steps`` beside ``trainer``, which would replace it."""
+    lines = {key.value: key.start_mark.line + 1 for key, _ in root.value if isinstance(key, yaml.ScalarNode)}
+    for key, _ in root.value:
+        section = str(key.value).partition(".")[0]
+        if section != key.value and section in lines:
+            _refuse_node(key, f"{key.value!r} stands beside {section!r} of line {lines[section]}; move it below that")
+
+
+def _refuse_node(node: Any, problem: str) -> NoReturn:
+    raise RefusedText(problem=problem, problem_mark=node.start_mark)
+
+
+def line_of(error: yaml.YAMLError) -> int:
+    """The line at fault, from 1."""
+    mark = getattr(error, "problem_mark", None)
+    return 1 if mark is None else int(mark.line) + 1

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lit_ppo.cli.errors import running_error
+from lit_ppo.cli.errors import is_meant, running_error
 from lit_ppo.cli.heartbeat import Heartbeat
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.stop import Interrupts, is_first_process
@@ -42,10 +42,13 @@ class Session:
             try:
                 work(self)
             except SystemExit as stop:
-                code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-            except KeyboardInterrupt:
-                code = interrupts.exit_code
-            except Exception as error:
+                is_interrupt = isinstance(stop.__context__, KeyboardInterrupt)  # Lightning has made an exit of it
+                if interrupts.received is None and (is_interrupt or not is_meant(stop)):
+                    code = 1
+                    self.say_error(stop.__context__ if is_interrupt and stop.__context__ else stop)
+                else:
+                    code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            except BaseException as error:  # also of other people's code, which may raise anything
                 code = error.exit_code if isinstance(error, CommandError) else 1
                 if interrupts.received is None:
                     self.say_error(error)
@@ -55,7 +58,7 @@ class Session:
                 code = interrupts.exit_code
             return code
 
-    def say_error(self, error: Exception) -> None:
+    def say_error(self, error: BaseException) -> None:
         """Print the last line of standard error: place, value and remedy."""
         if self.debug:
             traceback.print_exception(error)

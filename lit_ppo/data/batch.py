@@ -1,17 +1,139 @@
-"""Batches of prompts, the same on every rank."""
+"""The order of rows, which depends only on the seed and the position in training, and batches of prompts."""
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from lit_ppo.data.order import PromptOrder
+
+class PromptOrder:
+    """The rows of the batch of each update.
+
+    Args:
+        n_rows: Rows in the data set.
+        batch_size: Rows per batch; the last batch of an epoch may be smaller.
+        seed: Seed of the order.
+
+    >>> order = PromptOrder(5, batch_size=2, seed=0)
+    >>> sorted(row for update in range(3) for row in order.rows(update).tolist())
+    [0, 1, 2, 3, 4]
+    """
+
+    def __init__(self, n_rows: int, batch_size: int, seed: int) -> None:
+        self.n_rows, self.batch_size, self.seed = n_rows, batch_size, seed
+        self.weights: np.ndarray | None = None  # of rows; None: every row once per epoch
+        self.repeat: int | None = None  # number of batches that Trainer.overfit_batches repeats
+        self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    @property
+    def n_batches(self) -> int:
+        """Batches per epoch."""
+        return -(-self.n_rows // self.batch_size)
+
+    def rows(self, update: int) -> np.ndarray:
+        """The rows of update number ``update``, counted from 0."""
+        if self.repeat is not None:
+            update %= self.repeat
+        if self.weights is not None:
+            # a third key other than 0, since [seed, u] and [seed, u, 0] are the same seed for numpy
+            rng = np.random.default_rng([self.seed, update, 1])
+            size = min(self.batch_size, int(np.count_nonzero(self.weights)))
+            return systematic_draws(self.weights, size, rng)
+        epoch, batch = divmod(update, self.n_batches)
+        if self._permutation[0] != epoch:
+            self._permutation = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n_rows))
+        return self._permutation[1][batch * self.batch_size : (batch + 1) * self.batch_size]
+
+
+def systematic_draws(weights: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    r"""Rows drawn by weight with one random number: row i comes ``size * w_i / sum(w)`` times, rounded up or down.
+
+    The expected number of draws is in proportion to the weights, whatever the size. Drawing without replacement would
+    flatten them: of 100 rows, half of them with 10 times the weight of the others, 64 would favour them only 3.2 times.
+
+    Source: systematic resampling; Kitagawa 1996, J. Comput. Graph. Stat. 5(1); Douc et al. 2005, arXiv:cs/0507025.
+
+    Args:
+        weights: One per row; rows with 0 are never drawn.
+        size: Number of draws. A row with a weight of more than a ``size``-th of the sum can come several times.
+        rng: Also shuffles the rows before and after, so that neighbours are drawn independently.
+    """
+    rows = rng.permutation(np.flatnonzero(weights))
+    ends = np.cumsum(weights[rows])
+    points = (rng.random() + np.arange(size)) * (ends[-1] / size)
+    places = np.searchsorted(ends, points, side="right").clip(max=len(rows) - 1)  # the last point may round up
+    return rng.permutation(rows[places])
+
+
+def checked_weights(where: str, weights: Sequence[float] | np.ndarray | Tensor, n_rows: int) -> np.ndarray:
+    """Sampling weights as an array.
+
+    Raises:
+        ValueError: They are not one finite, non-negative number per row, or all are 0.
+    """
+    array = torch.as_tensor(weights, dtype=torch.float64).cpu().numpy().copy()
+    if array.shape != (n_rows,):
+        raise ValueError(f"{where}: shape {array.shape}, but there are {n_rows} training rows; give one weight per row")
+    if not np.isfinite(array).all() or (array < 0).any():
+        worst = int(np.argmax(~np.isfinite(array) | (array < 0)))
+        raise ValueError(f"{where}: the weight of row {worst} is {array[worst]}; give finite, non-negative weights")
+    if not array.any():
+        raise ValueError(f"{where}: all weights are 0; give at least one row a positive weight")
+    return array
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """This rank's part of a permutation per epoch, from ``start`` on.
+
+    Lightning keeps a ``DistributedSampler`` and sets its epoch; with several ranks it would replace any other sampler
+    by one with another seed.
+    """
+
+    start = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(list(super().__iter__())[self.start :])
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader whose position in the epoch is saved in checkpoints by Lightning's loops."""
+
+    _batches = 0  # yielded in this epoch
+    _start = 0  # first batch of the next epoch
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self._batches, self._start = self._start, 0
+        if isinstance(self.sampler, EpochSampler):  # overfit_batches replaces it
+            self.sampler.start = self._batches * (self.batch_size or 1)
+        for batch in super().__iter__():
+            self._batches += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of batches yielded in this epoch."""
+        return {"batches": self._batches}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue after these batches."""
+        self._start = state_dict["batches"] % len(self)  # 0 after the last batch: the next epoch
+
+
+class PromptLoader(DataLoader[Any]):
+    """A loader that Lightning considers resumable; the data module saves its position."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do nothing."""
 
 
 @dataclass

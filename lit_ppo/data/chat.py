@@ -3,14 +3,18 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from os.path import commonprefix
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lit_ppo.data.table import Message, Table
+from lit_ppo.parallel.isolated import MEMORY, isolated
+from lit_ppo.shown import message_of
 from lit_ppo.validate import refuse
+
+T = TypeVar("T")
 
 Span = tuple[int, int]
 """First and one past the last character of a part of a text."""
@@ -22,6 +26,8 @@ End = Literal["closed", "ask", "open"]
 """The last turn is closed, a turn of the assistant begins after it, or the last turn goes on."""
 
 OURS = ("add_generation_prompt", "continue_final_message", "conversation", "padding", "tokenize", "truncation")
+ANOTHER = "change the data, or give another template (chat_template_kwargs={'chat_template': ...})"
+LONGEST = 2**24  # characters that a template may write around those of the messages, which it may repeat
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template that says itself what the assistant writes
 
 
@@ -63,8 +69,30 @@ def render_chats(
     options = options or {}
     check_template(tokenizer, where, options)
     ends: list[End] = [end or ("open" if chat and chat[-1]["role"] == "assistant" else "ask") for chat in chats]
-    chosen = enumerate(zip(chats, ends, strict=True))
-    return [render(tokenizer, chat, f"{where}: {place(i)}", options, how) for i, (chat, how) in chosen]
+
+    def one(i: int) -> str:
+        return render(tokenizer, chats[i], f"{where}: {place(i)}", options, ends[i])
+
+    return each_chat(one, chats, lambda i: f"{where}: {place(i)}")
+
+
+def each_chat(task: Callable[[int], T], chats: Sequence[list[Message]], where: Callable[[int], str]) -> list[T]:
+    """What ``task`` makes of each chat by its template, which may come from strangers: its time and memory are limited.
+
+    Args:
+        task: From the number of a chat; it calls the template.
+        chats: Lists of messages.
+        where: The argument and the place of a chat, for messages.
+
+    Raises:
+        ValueError: Of ``task``, or a limit was reached.
+    """
+
+    def refuse_chat(i: int, problem: str) -> NoReturn:
+        raise ValueError(f"{where(i)}: the chat template {problem}; {ANOTHER}")
+
+    longest = max(map(_length, chats), default=0)
+    return isolated(task, len(chats), refuse_chat, MEMORY + 64 * longest)
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, where: str, options: Options) -> None:
@@ -88,14 +116,21 @@ def render(tokenizer: PreTrainedTokenizerBase, chat: list[Message], where: str, 
     """One chat as text; see :func:`render_chats`."""
     kwargs = {**options, "add_generation_prompt": end == "ask", "continue_final_message": end == "open"}
     try:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, **kwargs))
+        text = str(tokenizer.apply_chat_template(chat, tokenize=False, **kwargs))
+    except MemoryError:
+        raise
     except Exception as error:  # of the template's code
         n = _longest_accepted(tokenizer, chat, options)
         culprit = f"message {n + 1} of {len(chat)} (role {chat[n]['role']!r})" if n < len(chat) else "the chat"
-        raise ValueError(
-            f"{where}: the chat template refuses {culprit}: {' '.join(str(error).split())}; change the data, or give "
-            "another template (chat_template_kwargs={'chat_template': ...})"
-        ) from error
+        raise ValueError(f"{where}: the chat template refuses {culprit}: {message_of(error)}; {ANOTHER}") from error
+    if len(text) > LONGEST + 16 * _length(chat):
+        problem = f"writes {len(text)} characters for messages of {_length(chat)}"
+        raise ValueError(f"{where}: the chat template {problem}; {ANOTHER}")
+    return text
+
+
+def _length(chat: list[Message]) -> int:
+    return sum(len(str(turn.get("content"))) for turn in chat)
 
 
 def _longest_accepted(tokenizer: PreTrainedTokenizerBase, chat: list[Message], options: Options) -> int:

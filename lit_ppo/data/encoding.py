@@ -1,7 +1,7 @@
 """Text to token ids: prompts for sampling, and padded rows of a batch."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NoReturn
 
@@ -13,9 +13,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_ppo.data.chat import Options, Span, render_chats
 from lit_ppo.data.table import Message, short
+from lit_ppo.shown import shown
 from lit_ppo.special_tokens import without_repeats
 
 TEXTS_AT_ONCE = 1000
+CHARACTERS_AT_ONCE = 2**22  # a tokenizer needs some 40 bytes for each while it works
 SECONDS_BETWEEN_LOGS = 3.0
 
 
@@ -76,8 +78,8 @@ def tokenize(
     ids: list[list[int]] = []
     options: dict[str, Any] = {"add_special_tokens": add_special_tokens, "verbose": False}
     logged = time.monotonic()
-    for start in range(0, len(texts), TEXTS_AT_ONCE):
-        encoded = tokenizer(list(texts[start : start + TEXTS_AT_ONCE]), **options)["input_ids"]
+    for portion in _portions(texts):
+        encoded = tokenizer(portion, **options)["input_ids"]
         if add_special_tokens:
             encoded = [row[kept] for row, kept in zip(encoded, without_repeats(tokenizer, encoded), strict=True)]
         ids += encoded
@@ -85,6 +87,19 @@ def tokenize(
             rank_zero_info(f"Tokenised {len(ids)} of {len(texts)} texts")
             logged = time.monotonic()
     return ids
+
+
+def _portions(texts: Sequence[str]) -> Iterator[list[str]]:
+    portion: list[str] = []
+    size = 0
+    for text in texts:
+        if portion and (len(portion) == TEXTS_AT_ONCE or size + len(text) > CHARACTERS_AT_ONCE):
+            yield portion
+            portion, size = [], 0
+        portion.append(text)
+        size += len(text)
+    if portion:
+        yield portion
 
 
 def _open_ended(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[int]:
@@ -176,7 +191,7 @@ def resolve_tokenizer(where: str, tokenizer: str | PreTrainedTokenizerBase | Non
             return AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{where}(tokenizer={tokenizer!r}): it cannot be loaded ({short(str(error))}); "
+                f"{where}(tokenizer={tokenizer!r}): it cannot be loaded ({shown(error)}); "
                 "give the folder of a saved tokenizer, or a hub name"
             ) from error
     if tokenizer is None:

@@ -14,11 +14,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from lit_ppo.data.batch import EpochSampler, ResumableLoader
 from lit_ppo.data.chat import checked_options
 from lit_ppo.data.encoding import resolve_tokenizer
 from lit_ppo.data.files import read_table
 from lit_ppo.data.objects import Data, has_splits, shown
-from lit_ppo.data.order import EpochSampler, ResumableLoader
 from lit_ppo.data.table import Table
 from lit_ppo.validate import boolean, integer, number, refuse
 
@@ -42,11 +42,13 @@ class TableDataModule(L.LightningDataModule):
         seed: int | None,
         max_rows: int | None,
         chat_template_kwargs: dict[str, Any] | None,
+        max_row_mb: float,
     ) -> None:
         super().__init__()
         self.path: Data = str(path) if isinstance(path, PathLike) else path
         self.val_path, self.column_names, self.data_root = val_path, column_names, data_root
         self.max_rows = None if max_rows is None else integer(self, "max_rows", max_rows)
+        self.max_row_mb = number(self, "max_row_mb", max_row_mb, above=0, below=2**20)
         self._template_options = None if chat_template_kwargs is None else checked_options(self, chat_template_kwargs)
         self._in_memory: dict[str, Table] = {}  # some rows can be read only once
         self.val_fraction = number(self, "val_fraction", val_fraction, at_least=0, below=1)
@@ -89,8 +91,9 @@ class TableDataModule(L.LightningDataModule):
             raise ValueError(f"{self.where(argument)}: it has the splits {', '.join(data)}; give the data set of one")
         column = getattr(self, self.column_of_text) if self.column_of_text else None
         table = read_table(
-            self.where(argument), data, self.data_root, self.column_names, column=column, max_rows=self.max_rows
-        )
+            self.where(argument), data, self.data_root, self.column_names, column=column, max_rows=self.max_rows,
+            max_row_mb=self.max_row_mb,
+        )  # fmt: skip
         if not isinstance(data, str | PathLike):
             self._in_memory[argument] = table
         return table

@@ -2,27 +2,32 @@
 
 import importlib
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lit_ppo.data.table import Row, Table, short
+from lit_ppo.data.table import FILE_ROWS, ROW_MB, Intake, Row, Table, short
+from lit_ppo.shown import message_of
 
 Data = str | Iterable[Any]
 """A file, a folder or a hub name; or rows: a data set, a list, a mapping of columns, a stream."""
 
+ROWS_AT_ONCE = 16  # of a Parquet file, whose values may be long
 SAVED = ("state.json", "dataset_dict.json")  # in a folder that save_to_disk has written
 
 
 def shown(value: Any) -> str:
     """An argument for messages: rows by their type and number."""
     if value is None or isinstance(value, str | int | float | Path):
-        return repr(value)
+        text = repr(value)
+        return text if len(text) <= 300 else f"{text[:297]}..."
     count = _length(value)
     return f"<{type(value).__name__}{'' if count is None else f' of {count}'}>"
 
 
-def table_of(where: str, data: Any, column: str | None = None, max_rows: int | None = None) -> Table:
+def table_of(
+    where: str, data: Any, column: str | None = None, max_rows: int | None = None, max_row_mb: float = ROW_MB
+) -> Table:
     """A table of the rows that an object holds.
 
     Args:
@@ -31,9 +36,10 @@ def table_of(where: str, data: Any, column: str | None = None, max_rows: int | N
             strings or of lists of chat messages; a mapping of columns or a ``DataFrame``; an iterable.
         column: Name of the column of rows that are strings or lists; None: each row must be a mapping.
         max_rows: Take at most this many rows; required where the data have no length.
+        max_row_mb: MiB of the longest row, see :class:`lit_ppo.data.table.Intake`.
 
     Raises:
-        ValueError: It is something else, has no rows, or has no length.
+        ValueError: It is something else, has no rows, has no length, or a row is too large.
     """
     data = _split(where, data, None)
     source = shown(data)
@@ -49,7 +55,11 @@ def table_of(where: str, data: Any, column: str | None = None, max_rows: int | N
         )
     # some data sets have no iterator, and the one that Python then makes ends at an IndexError, which they do not raise
     items = data if hasattr(data, "__iter__") else (data[i] for i in range(_length(data) or 0))
-    rows = [_row(where, number, row, column) for number, row in enumerate(itertools.islice(items, max_rows), start=1)]
+    intake = Intake(where, source, max_row_mb)
+    rows = []
+    for number, item in enumerate(itertools.islice(items, max_rows), start=1):
+        rows.append(_row(where, number, item, column))
+        intake.row(number, rows[-1])
     return Table(rows, list(range(1, len(rows) + 1)), source, "row", where)
 
 
@@ -100,16 +110,20 @@ def is_saved(folder: Path) -> bool:
     return any((folder / name).is_file() for name in SAVED)
 
 
-def read_with_datasets(where: str, path: str, file: Path) -> list[Row]:
+def read_with_datasets(
+    where: str, path: str, file: Path, max_rows: int | None = None, max_row_mb: float = ROW_MB
+) -> list[Row]:
     """Rows of a Parquet file, a folder of ``save_to_disk`` or a hub data set.
 
     Args:
         where: Argument to name in messages.
         path: As given, perhaps with ``:split``.
         file: The path without the split, resolved.
+        max_rows: Read at most this many rows.
+        max_row_mb: MiB of the longest row, see :class:`lit_ppo.data.table.Intake`.
 
     Raises:
-        ValueError: datasets is not installed, or cannot load it.
+        ValueError: datasets is not installed, or cannot load it, or a row is too large.
     """
     missing = "" if file.exists() else f"there is no file {file.resolve()}"
     reason = f" ({missing})" if missing else ""
@@ -121,16 +135,40 @@ def read_with_datasets(where: str, path: str, file: Path) -> list[Row]:
             f"not installed{reason}; pip install 'lit-ppo[datasets]', or give a JSON lines, CSV or TSV file"
         ) from error
     name, _, split = path.partition(":")
-    try:
+    intake = Intake(where, path if missing else str(file), max_row_mb)
+
+    def loaded() -> Iterator[Any]:
         if file.is_dir():
-            data = datasets.load_from_disk(str(file))
+            yield from _split(where, datasets.load_from_disk(str(file)), split or None)
         elif file.is_file():
-            data = datasets.load_dataset("parquet", data_files=str(file), split="train")
+            _check_unpacked(intake, file)
+            options = {"data_files": str(file), "split": "train", "streaming": True, "batch_size": ROWS_AT_ONCE}
+            yield from datasets.load_dataset("parquet", **options)  # without a copy of all rows on the disk
         else:
             repository, config = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
-            data = datasets.load_dataset(repository, config or None, split=split or "train")
+            yield from datasets.load_dataset(repository, config or None, split=split or "train")
+
+    rows: list[Row] = []
+    try:
+        for row in itertools.islice(loaded(), max_rows):
+            rows.append(dict(row))
+            intake.row(len(rows), rows[-1])
     except Exception as error:  # of the reader, the hub or the network
-        raise ValueError(
-            f"{where}: {missing and f'{missing}, and '}datasets could not load it: {short(str(error))}; check the name"
-        ) from error
-    return [dict(row) for row in (_split(where, data, split or None) if file.is_dir() else data)]
+        if type(error) is ValueError and str(error).startswith(f"{where}: "):  # ours
+            raise
+        what = f"{missing}, and " if missing else f"{file}{f', after row {len(rows)}' if rows else ''}: "
+        remedy = "check the name" if missing else "write it again"
+        raise ValueError(f"{where}: {what}datasets could not load it: {short(message_of(error))}; {remedy}") from error
+    return rows
+
+
+def _check_unpacked(intake: Intake, file: Path) -> None:
+    """Check the size of a Parquet file's columns before they are unpacked."""
+    metadata: Any = importlib.import_module("pyarrow.parquet").ParquetFile(file).metadata
+    limit = FILE_ROWS * intake.row_limit
+    unpacked = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    if unpacked > limit:
+        problem = (
+            f"{unpacked >> 20} MiB when unpacked, more than {limit >> 20}; give a smaller file, or raise max_row_mb"
+        )
+        raise ValueError(f"{intake.where}: {file}: {problem} (the limit is {FILE_ROWS} times it)")

@@ -9,7 +9,7 @@ from lit_ppo.data.chat import conversation, render_chats
 from lit_ppo.data.encoding import pad_right, padding_id, tokenize, truncate_left
 from lit_ppo.data.module import RowDataModule
 from lit_ppo.data.objects import Data
-from lit_ppo.data.table import Table
+from lit_ppo.data.table import ROW_MB, Table
 from lit_ppo.validate import all_or_none, integer, refuse
 
 
@@ -44,6 +44,8 @@ class PreferenceDataModule(RowDataModule):
         seed: Seed of the order; None: that of ``seed_everything``.
         max_rows: Read at most this many rows of each file or data set; required for a stream, which has no length.
         chat_template_kwargs: Variables of the chat template, such as ``{enable_thinking: false}``.
+        max_row_mb: A longer row, in MiB, is refused, and so is a file or data set whose rows take more than 256 times
+            as much (4 GiB): unpacked, with 512 bytes for each row.
     """
 
     def __init__(
@@ -67,10 +69,11 @@ class PreferenceDataModule(RowDataModule):
         seed: int | None = None,
         max_rows: int | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        max_row_mb: float = ROW_MB,
     ) -> None:
         super().__init__(
             path, val_path, val_fraction, split_column, batch_size, lower_case, column_names, tokenizer, data_root,
-            seed, max_rows, chat_template_kwargs,
+            seed, max_rows, chat_template_kwargs, max_row_mb,
         )  # fmt: skip
         self.chosen_column, self.rejected_column, self.prompt_column = chosen_column, rejected_column, prompt_column
         self.text_column, self.label_column = text_column, label_column
@@ -153,8 +156,8 @@ def _label(table: Table, index: int, column: str) -> float:
     value = table.cell(index, column)
     try:
         label = float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         label = float("nan")
     if not 0.0 <= label <= 1.0:
-        table.refuse(index, f"label {value!r} in column {column!r}; give 0 (bad) to 1 (good)")
+        table.refuse(index, f"label {value!r:.80} in column {column!r}; give 0 (bad) to 1 (good)")
     return label

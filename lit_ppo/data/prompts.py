@@ -9,12 +9,19 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lit_ppo.data.batch import HeldOutPrompts, PromptBatch, PromptTable, TrainingPrompts
+from lit_ppo.data.batch import (
+    HeldOutPrompts,
+    PromptBatch,
+    PromptLoader,
+    PromptOrder,
+    PromptTable,
+    TrainingPrompts,
+    checked_weights,
+)
 from lit_ppo.data.encoding import encode_prompts
 from lit_ppo.data.module import TableDataModule, check_identity
 from lit_ppo.data.objects import Data
-from lit_ppo.data.order import PromptLoader, PromptOrder, checked_weights
-from lit_ppo.data.table import Table
+from lit_ppo.data.table import ROW_MB, Table
 from lit_ppo.validate import integer, refuse
 
 
@@ -43,6 +50,8 @@ class PromptDataModule(TableDataModule):
         seed: Seed of the order; None: that of ``seed_everything``.
         max_rows: Read at most this many rows of each file or data set; required for a stream, which has no length.
         chat_template_kwargs: Variables of the chat template, such as ``{enable_thinking: false}``.
+        max_row_mb: A longer row, in MiB, is refused, and so is a file or data set whose rows take more than 256 times
+            as much (4 GiB): unpacked, with 512 bytes for each row.
     """
 
     column_of_text = "prompt_column"
@@ -66,10 +75,11 @@ class PromptDataModule(TableDataModule):
         seed: int | None = None,
         max_rows: int | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        max_row_mb: float = ROW_MB,
     ) -> None:
         super().__init__(
             path, val_path, val_fraction, split_column, batch_size, lower_case, column_names, tokenizer, data_root,
-            seed, max_rows, chat_template_kwargs,
+            seed, max_rows, chat_template_kwargs, max_row_mb,
         )  # fmt: skip
         self.prompt_column, self.test_path, self.predict_path = prompt_column, test_path, predict_path
         self.max_prompt_length = max_prompt_length

@@ -2,12 +2,27 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import reprlib
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from lightning.pytorch.utilities import rank_zero_info
+
 Row = dict[str, Any]
 Message = dict[str, Any]
+
+ROW_MB = 16.0
+"""Default of ``max_row_mb``: MiB of the longest row."""
+
+FILE_ROWS = 256
+"""The rows of a file or data set may take as many MiB as this number of the longest rows."""
+
+ROW_COSTS = 512  # bytes in memory that a row takes beside its values
+DEPTH = 100  # of nested values; later steps copy, compare and save them by recursion
+HUGE = 10**4300  # Python writes no integer with more digits
+SECONDS_BETWEEN_LOGS = 3.0
 
 
 @dataclass
@@ -60,7 +75,7 @@ class Table:
         for column in columns:
             if column not in self.columns:
                 raise ValueError(
-                    f"{self.where}: {self.source} has no column {column!r}, only {self.columns}; "
+                    f"{self.where}: {self.source} has no column {column!r}, only {listed(self.columns)}; "
                     "name one of these, or give column_names for a CSV or TSV file without a header"
                 )
 
@@ -74,7 +89,7 @@ class Table:
         value = self.rows[index].get(column)
         if value is None:
             given = [name for name, other in self.rows[index].items() if other is not None]
-            self.refuse(index, f"no value for column {column!r}, only for {given}; add it or delete the row")
+            self.refuse(index, f"no value for column {column!r}, only for {listed(given)}; add it or delete the row")
         return value
 
     def text(self, index: int, column: str) -> str:
@@ -146,6 +161,94 @@ class Table:
         return self.select(sides[0]), self.select(sides[1])
 
 
+class Intake:
+    """Checks rows while they are read: their size, that of all of them, and values that no later step can take.
+
+    Args:
+        where: The argument that named the source, for messages.
+        source: File or data set, for messages.
+        max_row_mb: MiB of the longest row; all rows may take :data:`FILE_ROWS` times as much.
+        unit: What numbers of rows count.
+    """
+
+    def __init__(self, where: str, source: str, max_row_mb: float = ROW_MB, unit: str = "row") -> None:
+        self.where, self.source, self.max_row_mb, self.unit = where, source, max_row_mb, unit
+        self.row_limit = int(max_row_mb * 2**20)
+        self._limit = FILE_ROWS * self.row_limit
+        self._taken, self._logged = 0, time.monotonic()
+
+    def refuse(self, number: int, problem: str, unit: str | None = None) -> NoReturn:
+        """Raise the error of a row or line.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(f"{self.where}: {place(self.source, number, unit or self.unit)}: {problem}")
+
+    def refuse_long(self, number: int, hint: str = "shorten it") -> NoReturn:
+        """Raise the error of a row that is too long."""
+        self.refuse(number, f"a row of more than {self.max_row_mb:g} MiB; {hint}, or raise max_row_mb")
+
+    def spend(self, number: int, n_bytes: int, unit: str | None = None) -> None:
+        """Count what was read, and say every few seconds how far it is.
+
+        Raises:
+            ValueError: It is too much, with what was read before.
+        """
+        self._taken += n_bytes
+        if self._taken > self._limit:
+            problem = f"the rows up to here take more than {FILE_ROWS * self.max_row_mb:g} MiB ({ROW_COSTS} bytes each "
+            advice = f"and their values); give a smaller file, or raise max_row_mb (the limit is {FILE_ROWS} times it)"
+            self.refuse(number, problem + advice, unit)
+        if number % 256 and n_bytes < self.row_limit // 256:
+            return
+        if time.monotonic() - self._logged > SECONDS_BETWEEN_LOGS:
+            rank_zero_info(f"Read {self._taken >> 20} MiB, up to {place(self.source, number, unit or self.unit)}")
+            self._logged = time.monotonic()
+
+    def row(self, number: int, row: Mapping[Any, Any]) -> None:
+        """Count and check a row from memory."""
+        self.spend(number, self.values(number, row) + ROW_COSTS)
+
+    def values(self, number: int, row: Mapping[Any, Any]) -> int:
+        """The size of a row in bytes.
+
+        Raises:
+            ValueError: It is too large, nested too deeply, or has text or numbers that cannot be written.
+        """
+        size = sum(self._encoded(number, name, "a name") for name in row if isinstance(name, str))
+        waiting = [(value, 1, name) for name, value in row.items()]
+        while waiting:
+            value, depth, column = waiting.pop()
+            parts: Iterable[Any] = ()
+            if isinstance(value, str):
+                size += self._encoded(number, value, column)
+            elif isinstance(value, Mapping):
+                parts = [*value, *value.values()]
+            elif isinstance(value, list | tuple):
+                parts = [part for part in value if not isinstance(part, float)]
+                size += 8 * len(value)
+            elif isinstance(value, int):
+                size += 8
+                if not -HUGE < value < HUGE:
+                    self.refuse(number, f"{short(column)} holds an integer of more than 4300 digits; write it as text")
+            else:
+                size += len(value) if isinstance(value, bytes) else int(getattr(value, "nbytes", 8))
+            if size > self.row_limit:
+                self.refuse_long(number)
+            if parts and depth == DEPTH:
+                self.refuse(number, f"{short(column)} holds more than {DEPTH} nested lists or objects; flatten them")
+            waiting += [(part, depth + 1, column) for part in parts]
+        return size
+
+    def _encoded(self, number: int, text: str, column: Any) -> int:
+        try:
+            return len(text) if text.isascii() else len(text.encode())
+        except UnicodeEncodeError as error:
+            half = f"a lone surrogate ({text[error.start]!a}, half of a character) at character {error.start + 1}"
+            self.refuse(number, f"{short(column)} holds {half}; replace or remove it")
+
+
 def place(source: object, number: int, unit: str = "line") -> str:
     """A place in a file, for messages."""
     return f"{source}, {unit} {number}"
@@ -157,9 +260,18 @@ def short(value: Any, length: int = 80) -> str:
     >>> print(short("two   words"), short("x" * 90, length=8))
     'two words' 'xxxxx...'
     """
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    except (RecursionError, TypeError, ValueError):  # nested too deeply, or not of JSON's types
+        text = reprlib.repr(value)
     text = " ".join(text.split())
     return repr(text if len(text) <= length else text[: length - 3] + "...")
+
+
+def listed(names: Sequence[str], at_most: int = 20) -> str:
+    """Names of columns, for messages."""
+    shown = [name if len(name) <= 80 else f"{name[:77]}..." for name in names[:at_most]]
+    return f"{shown}{f' and {len(names) - at_most} more' if len(names) > at_most else ''}"
 
 
 def unit_hash(key: Sequence[Any]) -> float:

@@ -7,11 +7,11 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from lit_ppo.data.chat import Span, assistant_spans, check_template, conversation, render
+from lit_ppo.data.chat import Span, assistant_spans, check_template, conversation, each_chat, render
 from lit_ppo.data.encoding import pad_right, padding_id, tokenize, tokens_in_spans
 from lit_ppo.data.module import RowDataModule
 from lit_ppo.data.objects import Data
-from lit_ppo.data.table import Table
+from lit_ppo.data.table import ROW_MB, Table
 from lit_ppo.data.tokenization import train_tokenizer_once
 from lit_ppo.validate import all_or_none, at_most_one, boolean, integer, refuse
 
@@ -55,6 +55,8 @@ class TextDataModule(RowDataModule):
         seed: Seed of the order; None: that of ``seed_everything``.
         max_rows: Read at most this many rows of each file or data set; required for a stream, which has no length.
         chat_template_kwargs: Variables of the chat template, such as ``{enable_thinking: false}``.
+        max_row_mb: A longer row, in MiB, is refused, and so is a file or data set whose rows take more than 256 times
+            as much (4 GiB): unpacked, with 512 bytes for each row.
         prompt_column: Column with the prompt of ``completion_column``.
         completion_column: Column with the completion, where the data have other columns of text, too.
         train_on_prompts: The loss is also on prompts and on all turns of a chat.
@@ -86,10 +88,11 @@ class TextDataModule(RowDataModule):
         prompt_column: str = "prompt",
         completion_column: str | None = None,
         train_on_prompts: bool = False,
+        max_row_mb: float = ROW_MB,
     ) -> None:
         super().__init__(
             path, val_path, val_fraction, split_column, batch_size, lower_case, column_names, tokenizer, data_root,
-            seed, max_rows, chat_template_kwargs,
+            seed, max_rows, chat_template_kwargs, max_row_mb,
         )  # fmt: skip
         self.text_column, self.prompt_column, self.completion_column = text_column, prompt_column, completion_column
         self.packing, self.append_eos = boolean(self, "packing", packing), boolean(self, "append_eos", append_eos)
@@ -200,21 +203,23 @@ class TextDataModule(RowDataModule):
         self, tokenizer: Any, table: Table, rows: list[tuple[Any, Any]]
     ) -> tuple[list[str], list[list[Span]]]:
         """The text of each chat or pair, and which parts of it have a loss."""
-        texts, spans, options = [], [], {}
-        if not isinstance(rows[0][0], str):
-            options = self.template_options(table)
-            check_template(tokenizer, table.where, options)
-        for i, (row, prompt) in enumerate(rows):
-            where = f"{table.where}: {table.place(i)}"
-            if isinstance(row, str):
-                text, parts = row, [(len(prompt), len(row))]
-            elif self.train_on_prompts:
-                text, parts = render(tokenizer, row, where, options, "closed"), []
-            else:
-                text, parts = assistant_spans(tokenizer, row, prompt or [], where, options)
-            texts.append(text)
-            spans.append([(0, len(text))] if self.train_on_prompts else parts)
-        return texts, spans
+        if isinstance(rows[0][0], str):
+            return [text for text, _ in rows], [[(0 if self.train_on_prompts else len(p), len(t))] for t, p in rows]
+        options = self.template_options(table)
+        check_template(tokenizer, table.where, options)
+
+        def where(i: int) -> str:
+            return f"{table.where}: {table.place(i)}"
+
+        def one(i: int) -> tuple[str, list[Span]]:
+            chat, prompt = rows[i]
+            if not self.train_on_prompts:
+                return assistant_spans(tokenizer, chat, prompt or [], where(i), options)
+            text = render(tokenizer, chat, where(i), options, "closed")
+            return text, [(0, len(text))]
+
+        done = each_chat(one, [chat for chat, _ in rows], where)
+        return [text for text, _ in done], [spans for _, spans in done]
 
     def _eos(self, tokenizer: Any) -> int:
         if tokenizer.eos_token_id is None:

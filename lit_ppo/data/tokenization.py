@@ -74,7 +74,7 @@ def train_tokenizer_once(where: str, texts: list[str], vocab_size: int, path: st
         digest.update(text.encode() + b"\0")
     wanted = {"vocab_size": vocab_size, "texts": len(texts), "sha256": digest.hexdigest()}
     folder, marker = Path(path), Path(path, FINGERPRINT)
-    if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == wanted:
+    if marker.is_file() and marker.read_bytes() == json.dumps(wanted).encode():
         return
     if not marker.is_file() and (folder / "tokenizer_config.json").is_file():
         raise ValueError(

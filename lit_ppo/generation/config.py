@@ -1,10 +1,12 @@
 """What users may ask of generation, and the neutral configuration that sampling starts from."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import GenerationMode
 
+from lit_ppo.parallel.isolated import isolated
+from lit_ppo.shown import first_line
 from lit_ppo.validate import integer, refuse
 
 # transformers' own defaults for what is unset are neutral, except for this one
@@ -41,7 +43,7 @@ def check_generation(generation: dict[str, Any]) -> None:
     try:
         mode = neutral(**generation).get_generation_mode()
     except (ValueError, TypeError) as error:
-        refuse("LitPPO", "generation", generation, f"{str(error).splitlines()[0]}; correct it or leave it out")
+        refuse("LitPPO", "generation", generation, f"{first_line(error)}; correct it or leave it out")
     if mode != GenerationMode.SAMPLE:
         refuse("LitPPO", "generation", generation, f"asks for {mode.value}; PPO needs plain sampling")
 
@@ -94,9 +96,13 @@ def end_of_turn(tokenizer: Any) -> int | None:
     """The special token that a chat template puts behind the assistant's words; None: it puts none, or fails."""
     words = "litppo"
     turns = [{"role": "user", "content": words}, {"role": "assistant", "content": words}]
+
+    def fail(_: int, problem: str) -> NoReturn:
+        raise ValueError(problem)
+
     try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception:  # the template's own code; whoever renders prompts says what is wrong
+        [text] = isolated(lambda _: str(tokenizer.apply_chat_template(turns, tokenize=False)), 1, fail)
+    except Exception:  # the template's own code; rendering the prompts says what is wrong
         return None
     behind = tokenizer(text.rpartition(words)[2], add_special_tokens=False)["input_ids"]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - {tokenizer.unk_token_id}

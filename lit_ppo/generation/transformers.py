@@ -24,6 +24,7 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 from lit_ppo.functional import token_logprobs
 from lit_ppo.generation.config import neutral, stop_ids
 from lit_ppo.generation.engine import Progress, Responses, Seed
+from lit_ppo.shown import first_line
 from lit_ppo.validate import refuse
 
 KEEP_DISTRIBUTION = (TemperatureLogitsWarper, LogitNormalization, InfNanRemoveLogitsProcessor)
@@ -147,7 +148,7 @@ def reshaping_fields(model: PreTrainedModel, config: GenerationConfig, generatio
         try:
             call_generate(model, one_token, torch.ones_like(one_token, dtype=torch.bool), alone, decode)
         except (ValueError, TypeError) as error:
-            refuse("LitPPO", "generation", {name: value}, f"{str(error).splitlines()[0]}; leave it out or correct it")
+            refuse("LitPPO", "generation", {name: value}, f"{first_line(error)}; leave it out or correct it")
         holds_nothing_back = (name, value) == ("min_new_tokens", 0)  # transformers builds a processor all the same
         if any(not isinstance(processor, KEEP_DISTRIBUTION) for processor in built) and not holds_nothing_back:
             found.append(name)

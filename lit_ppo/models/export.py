@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from lit_ppo.models.stored import Dtype
+from lit_ppo.shown import first_line, message_of
 from lit_ppo.validate import one_of, refuse
 
 GENERATION = "generation_config.json"
@@ -34,7 +35,12 @@ def checked_repository(owner: object, name: Any) -> str | None:
         if str(name).lower() in ("true", "false"):
             raise HFValidationError("it is no name")
     except HFValidationError as error:
-        refuse(owner, "push_to_hub", name, f"give the repository's name on the hub, such as me/my-model ({error})")
+        refuse(
+            owner,
+            "push_to_hub",
+            name,
+            f"give the repository's name on the hub, such as me/my-model ({message_of(error)})",
+        )
     return name  # type: ignore[no-any-return]
 
 
@@ -111,7 +117,7 @@ def push(where: str, folder: str | Path, repository: str, private: bool | None =
         done = PushToHubMixin()._upload_modified_files(str(folder), name, {}, commit_message="Upload model")
     except Exception as error:
         raise RuntimeError(
-            f"{where}: not pushed ({type(error).__name__}: {str(error).strip().splitlines()[0]}); the model is in "
+            f"{where}: not pushed ({type(error).__name__}: {first_line(error)}); the model is in "
             f"{folder}; push it with: hf upload {repository} {folder}"
         ) from error
     rank_zero_info(f"Pushed {folder} to the hub: {getattr(done, 'commit_url', name)}")

@@ -11,6 +11,7 @@ from lit_ppo.generation.config import neutral
 from lit_ppo.generation.transformers import sample
 from lit_ppo.models.head import HeadInputs
 from lit_ppo.models.packing import stock_attention
+from lit_ppo.shown import reason as reason_of
 
 Forward = Callable[[Tensor, Tensor, Tensor], HeadInputs]
 """From ids, mask and target mask to the states and the head."""
@@ -100,7 +101,7 @@ def check_sampling(model: PreTrainedModel, head_inputs: Forward) -> None:
 
 
 def _cannot(model: PreTrainedModel, what: str, error: Exception) -> ValueError:
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    reason = reason_of(error, 200)
     return ValueError(
         f"{type(model).__name__}: not supported, it cannot {what} ({reason}); use a family like GPT-2, Llama or Qwen2"
     )

@@ -23,6 +23,7 @@ from lit_ppo.models.pretrained import (
     n_outputs,
     tokenizer_path,
 )
+from lit_ppo.shown import first_line
 
 T = TypeVar("T")
 
@@ -106,5 +107,5 @@ def _named(argument: str, path: str, load: Callable[[], T]) -> T:
         where = (
             "the folder holds no complete model" if Path(path).is_dir() else "no such folder, nor a hub model in reach"
         )
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"{argument}={path!r}): {where}; give a local folder or a hub name ({reason})") from error

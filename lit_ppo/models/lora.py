@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from lit_ppo.generation.engine import Responses
 from lit_ppo.models.actor_critic import Actor
 from lit_ppo.models.pretrained import adapter_base
+from lit_ppo.shown import first_line
 
 FIELDS = (
     "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern",
@@ -72,7 +73,7 @@ def add_adapter(argument: str, model: PreTrainedModel, fields: dict[str, Any], s
             warnings.filterwarnings("ignore", message=r"fan_in_fan_out is set to")
             model.add_adapter(config)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{argument}={fields!r}): {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{argument}={fields!r}): {first_line(error)}") from error
     layers = _adapted_layers(model)
     if model.get_input_embeddings() in layers or model.get_output_embeddings() in layers:
         raise ValueError(

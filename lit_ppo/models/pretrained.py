@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from lit_ppo.models.stored import hub, stored_dtype, weight_files
+from lit_ppo.shown import first_line, message_of
 
 # names that torch.compile, FSDP1 and activation checkpointing put anywhere into a weight's name
 INSIDE = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -235,7 +236,7 @@ def _merged(auto: Any, path: str, kwargs: dict[str, Any]) -> tuple[PreTrainedMod
     except OSError as error:
         raise Unusable(
             f"it holds an adapter, whose base model {base_path!r} cannot be loaded; correct base_model_name_or_path in "
-            f"its adapter_config.json ({str(error).splitlines()[0]})"
+            f"its adapter_config.json ({first_line(error)})"
         ) from error
     rows = [len(w) for name, w in weights.items() if re.search(r"(embed_tokens|wte|embed_in)\.weight$", name)]
     embeddings: Any = base.get_input_embeddings()
@@ -251,7 +252,7 @@ def _merged(auto: Any, path: str, kwargs: dict[str, Any]) -> tuple[PreTrainedMod
         try:
             set_peft_model_state_dict(model, weights)
         except RuntimeError as error:  # sizes that differ
-            reason = " ".join(str(error).split())[:200]
+            reason = message_of(error, 200)
             raise Unusable(f"it holds an adapter that does not fit its base model {base_path!r} ({reason})") from error
     brought = {name.removeprefix("base_model.model.") for name in weights}
     full: PreTrainedModel = model.merge_and_unload()

@@ -12,6 +12,8 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from lit_ppo.shown import first_line
+
 PARTIAL = ".partial"  # suffix of what is being written
 METADATA = "meta.pt"  # what Lightning writes last into a sharded checkpoint, which is a folder
 
@@ -162,4 +164,4 @@ def _os_error(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    return (cause and cause.strerror) or str(error).partition("\n")[0]
+    return (cause and cause.strerror) or first_line(error)

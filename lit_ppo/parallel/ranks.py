@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lit_ppo.shown import first_line, reason
+
 T = TypeVar("T")
 Plan = list[list[list[int]]]  # rank -> micro-batch -> rows
 
@@ -120,7 +122,7 @@ def gather_shares(share: Callable[[], T]) -> list[T]:
     except Exception as error:
         failure = error
     everyone: list[Any] = [None] * n_ranks()
-    message = None if failure is None else f"{type(failure).__name__}: {failure}"
+    message = None if failure is None else reason(failure, 2000)
     try:
         dist.all_gather_object(everyone, (message, result))
     except RuntimeError as error:
@@ -128,7 +130,7 @@ def gather_shares(share: Callable[[], T]) -> list[T]:
             raise failure from None
         raise RuntimeError(
             f"rank {rank()} got no answer from the other ranks: one of them has exited, or hangs for longer than the "
-            f"process group's timeout; see that rank's own output ({str(error).splitlines()[0][:200]})"
+            f"process group's timeout; see that rank's own output ({first_line(error)})"
         ) from error
     if failure is not None:
         raise failure

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lit_ppo.parallel.ranks import rank
+from lit_ppo.shown import reason
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -47,7 +48,7 @@ def build(strategy: Any, make: Callable[[], M]) -> M:
             made = make()
             sent = [_without_weights(made)]
         except Exception as error:
-            failure, sent = error, [f"{type(error).__name__}: {error}"]
+            failure, sent = error, [reason(error, 2000)]
     dist.broadcast_object_list(sent)
     if failure is not None:
         raise failure

@@ -23,8 +23,8 @@ from lit_ppo.parallel.ranks import deal, map_rows, n_ranks
 from lit_ppo.parallel.sharding import gathered
 from lit_ppo.ppo.prompts import checked_batch
 from lit_ppo.ppo.settings import Models
-from lit_ppo.rewards.function import scores_of, source_names
-from lit_ppo.rewards.time_limit import time_limit
+from lit_ppo.rewards.function import name_of, scores_of, source_names
+from lit_ppo.rewards.time_limit import within
 
 Policy = Literal["actor", "reference"]
 Limits = dict[str, int | None]  # micro_batch_size, micro_batch_tokens
@@ -231,9 +231,8 @@ def score(source: Any, experience: Experience, *, timeout: float | None = None) 
         if not rows:
             return {}
         mine = experience.select(rows)
-        limit = f"rewards of {len(rows)} responses (reward_timeout)"
-        with nullcontext() if timeout is None else time_limit(timeout, limit):
-            scores = scores_of(source, mine)
+        limit = f"{name_of(source)}, {len(rows)} responses (reward_timeout)"
+        scores = scores_of(source, mine) if timeout is None else within(timeout, limit, lambda: scores_of(source, mine))
         return {"": scores.cpu(), **{name: mine.extras[name].cpu() for name in source_names(source)}}
 
     with gathered(source) if isinstance(source, nn.Module) else nullcontext():

@@ -23,6 +23,7 @@ from lit_ppo.parallel.ranks import n_ranks
 from lit_ppo.ppo.collect import rollout_with_hooks
 from lit_ppo.ppo.metrics import forget_last_update
 from lit_ppo.ppo.prompts import checked_experience
+from lit_ppo.shown import reason
 from lit_ppo.validate import refuse
 
 TRAINING = {"do_sample": True, "policy": "actor", "logprobs": True, "stream": None}  # options of rollout
@@ -187,7 +188,7 @@ class OwnLoop:
             self._end = f"after {self.trainer.global_step} updates ({limits}, a callback's stop, or close)"
         except BaseException as error:
             interrupted = isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
-            self._end = "with an interrupt" if interrupted else f"with {type(error).__name__}: {error}"
+            self._end = "with an interrupt" if interrupted else f"with {reason(error)}"
             if interrupted:
                 raise KeyboardInterrupt from None  # Lightning has made an exit of it
             raise

@@ -27,6 +27,7 @@ from lit_ppo.ppo.metrics import forget_last_update
 from lit_ppo.ppo.prompts import check_batch
 from lit_ppo.ppo.settings import Models, ModelSettings
 from lit_ppo.rewards import source_names
+from lit_ppo.shown import message_of
 from lit_ppo.validate import refuse
 
 BYTES_PER_PARAMETER = 4 * 3  # float32 weights and the two moments of AdamW
@@ -197,7 +198,7 @@ def try_prompts(module: Any, split: str, prompts: Any) -> None:
         if split == "val" and module.eval_rewards is not None:
             score(module.eval_rewards, experience, timeout=module.reward_timeout)
     except Exception as error:
-        raise ValueError(f"first {split} prompt: {error}") from error
+        raise ValueError(f"first {split} prompt: {message_of(error, 2000)}") from error
 
 
 def try_longest(module: Any, n_prompt: int) -> None:

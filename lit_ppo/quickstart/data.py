@@ -90,7 +90,7 @@ def _complete(root: Path, wanted: dict[str, Any]) -> bool:
     marker = root / MARKER
     if not marker.is_file() or not all((root / name).is_file() for name in wanted["rows"]):
         return False
-    return bool(json.loads(marker.read_text(encoding="utf-8")) == wanted)
+    return marker.read_bytes() == json.dumps(wanted).encode()
 
 
 def fingerprint() -> str:

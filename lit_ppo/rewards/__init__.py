@@ -4,14 +4,15 @@ A source is called as ``source(experience)`` with the rows of one process and re
 :func:`scores_of` calls it and checks the result.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from lit_ppo.rewards.function import RewardFunction, check_columns, scores_of, source_names, takes_experience
+from lit_ppo.rewards.function import RewardFunction, scores_of, source_names
 from lit_ppo.rewards.model import RewardModel
+from lit_ppo.rewards.signature import takes_experience
 from lit_ppo.validate import number, refuse
 
 __all__ = [
@@ -128,6 +129,21 @@ def as_source(rewards: Any) -> ScoreSource:
         f"rewards={rewards!r}: {type(rewards).__name__} is neither a score source nor a function; "
         "give a RewardModel, a function (prompts, responses, **columns), or a dict of those by name"
     )
+
+
+def check_columns(columns: Iterable[str], source: Any) -> None:
+    """Check that the data have the columns that the reward functions of a source need.
+
+    Args:
+        columns: Names of the columns.
+        source: A score source, or a weighted sum of several.
+
+    Raises:
+        TypeError: One is missing.
+    """
+    for part in (source, *getattr(source, "sources", {}).values()):
+        if isinstance(part, RewardFunction):
+            part.check_columns(columns)
 
 
 def eval_sources(owner: object, rewards: Any, eval_rewards: Any) -> WeightedRewards:

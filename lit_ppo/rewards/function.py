@@ -1,14 +1,27 @@
-"""Rewards that are Python functions, and the check of every source's scores."""
+"""Rewards that are Python functions, and the only place where score sources are called and their results checked."""
 
-import inspect
+import copy
+import signal
+import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import import_module
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from itertools import islice
+from numbers import Complex, Real
+from types import FrameType
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lit_ppo.rewards.arrays import ONE_EACH, as_array, dense, of_array
+from lit_ppo.rewards.signature import imported, parameters
+from lit_ppo.shown import reason, shown
+
+T = TypeVar("T")
+FUNCTION = "expected is a function (prompts, responses, **columns) that returns one number a response"
+_STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
 
 
 class RewardFunction:
@@ -16,7 +29,7 @@ class RewardFunction:
 
     Every argument is matched by name: ``prompts`` (chat prompts as lists of messages), ``responses`` or
     ``completions`` (the same texts), a column of the data set, or one of ``kwargs``. A function with ``**`` gets all
-    columns.
+    columns. All of them are copies, which the function may change, except for ``kwargs``.
 
     Args:
         function: The function, or its import path (``package.module.function``).
@@ -29,33 +42,34 @@ class RewardFunction:
     """
 
     def __init__(self, function: str | Callable[..., Any], kwargs: dict[str, Any] | None = None) -> None:
-        self.function = _imported(function) if isinstance(function, str) else function
+        importing = f"RewardFunction(function={function!r}): importing it"
+        self.function: Any = call_foreign(importing, lambda: imported(function), only_exits=True)
         if not callable(self.function):
-            raise TypeError(f"RewardFunction(function={function!r}): is not callable; {_EXPECTED}")
+            raise TypeError(f"RewardFunction(function={function!r}): is not callable; {FUNCTION}")
         self.name = function if isinstance(function, str) else _name(function)
         self.kwargs = dict(kwargs or {})
         self._read_signature()
 
     def _read_signature(self) -> None:
         """Read from the signature how to call the function; refuse one that cannot be called."""
-        parameters = _parameters(self.function)
-        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        found = parameters(self.function)
+        named = [p for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         self._positional = [p for p in named if p.kind is p.POSITIONAL_ONLY]
         self._names = [p.name for p in named]
         self._required = [p.name for p in named if p.default is p.empty]
-        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in found)
         if not self._takes_all and set(_TEXTS).isdisjoint(self._names):
-            takes = ", ".join(map(str, parameters)) or "nothing"
+            takes = ", ".join(map(str, found)) or "nothing"
             raise TypeError(
                 f"RewardFunction({self.name}): takes neither prompts nor responses (or completions), but {takes}, and "
-                f"arguments are matched by name; {_EXPECTED}"
+                f"arguments are matched by name; {FUNCTION}"
             )
         self._response_names = [name for name in _TEXTS[1:] if name in self._names] or ["responses"]
         unknown = sorted(name for name in self.kwargs if name in _TEXTS or not self._accepts(name))
         if unknown:
             raise ValueError(
                 f"RewardFunction(kwargs={self.kwargs!r}): {self.name} takes no argument {', '.join(unknown)}; "
-                f"its arguments are {', '.join(p.name for p in parameters)}"
+                f"its arguments are {', '.join(p.name for p in found)}"
             )
 
     def _accepts(self, name: str) -> bool:
@@ -92,17 +106,9 @@ class RewardFunction:
         offered = {**experience.columns, **self.kwargs, "prompts": prompts, **responses}
         passed = {name: value for name, value in offered.items() if self._accepts(name)}
         positional = [passed.pop(p.name, p.default) for p in self._positional]
-        try:
-            return self.function(*positional, **passed)
-        except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            raise RuntimeError(
-                f"RewardFunction({self.name}): raised {type(error).__name__}: {' '.join(str(error).split())} "
-                f"({frame.filename}, line {frame.lineno}); {_EXPECTED}"
-            ) from error
+        return call_foreign(str(self), lambda: self.function(*positional, **passed), expected=FUNCTION)
 
 
-_EXPECTED = "expected is a function (prompts, responses, **columns) that returns one number a response"
 _TEXTS = ("prompts", "responses", "completions")
 
 
@@ -110,61 +116,13 @@ def _name(function: Any) -> str:
     return str(getattr(function, "__qualname__", None) or type(function).__qualname__)
 
 
-def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    """The function's parameters; a builtin that tells none is taken to want prompts and responses."""
-    try:
-        return list(inspect.signature(function).parameters.values())
-    except ValueError:
-        return [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in ("prompts", "responses")]
-
-
-def takes_experience(source: Callable[..., Any]) -> bool:
-    """Whether a callable is a score source itself: its one required argument is named ``experience``."""
-    return [p.name for p in _parameters(source) if p.default is p.empty] == ["experience"]
-
-
-def _imported(path: str) -> Callable[..., Any]:
-    """The object at ``package.module.name``."""
-    module_path, _, name = path.rpartition(".")
-    if not module_path:
-        raise ValueError(f"RewardFunction(function={path!r}): write it as module.function")
-    try:
-        module = import_module(module_path)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module_path + ".").startswith(error.name + "."):
-            raise  # the module is there, what it imports is not
-        raise ValueError(
-            f"RewardFunction(function={path!r}): no module named {error.name!r}; "
-            "modules are looked for in the working directory and among the installed packages"
-        ) from error
-    if not hasattr(module, name):
-        raise ValueError(f"RewardFunction(function={path!r}): module {module_path!r} has no {name!r}")
-    function: Callable[..., Any] = getattr(module, name)
-    return function
-
-
 def source_names(source: Any) -> list[str]:
     """Names of the sources that a weighted sum consists of; empty for any other source."""
     return list(getattr(source, "sources", {}))
 
 
-def check_columns(columns: Iterable[str], source: Any) -> None:
-    """Check that the data have the columns that the reward functions of a source need.
-
-    Args:
-        columns: Names of the columns.
-        source: A score source, or a weighted sum of several.
-
-    Raises:
-        TypeError: One is missing.
-    """
-    for part in (source, *getattr(source, "sources", {}).values()):
-        if isinstance(part, RewardFunction):
-            part.check_columns(columns)
-
-
 def scores_of(source: Any, experience: Any, name: str = "rewards") -> Tensor:
-    """Call a score source and check its result, as the only place where results of sources are checked.
+    """Call a score source on a copy of the rows' texts and columns, and check its result.
 
     Args:
         source: See :func:`lit_ppo.rewards.as_source`.
@@ -172,67 +130,168 @@ def scores_of(source: Any, experience: Any, name: str = "rewards") -> Tensor:
         name: Shown in an error for a source without a ``__str__`` of its own.
 
     Raises:
+        RuntimeError: The source's code raised.
         TypeError: The result is not numbers.
         ValueError: It has a wrong shape, or a value that is not finite.
 
     Shapes:
         -> (B,), float32.
     """
-    shown = str(source) if isinstance(source, RewardFunction) or hasattr(source, "score_texts") else name
-    return check_scores(source(experience), len(experience.responses), shown, experience.responses)
+    who = name_of(source, name)
+    responses = list(experience.responses)
+    if any(cls.__module__.startswith("lit_ppo.") for cls in type(source).__mro__):
+        scores = call_foreign(who, lambda: source(with_copies(experience)), only_exits=True)
+    else:
+        scores = call_foreign(who, lambda: source(with_copies(experience)))
+    return check_scores(scores, len(responses), who, responses)
+
+
+def name_of(source: Any, name: str = "rewards") -> str:
+    """The name of a source in messages; ``name`` where it has no ``__str__`` of its own."""
+    return str(source) if hasattr(source, "check_columns") or hasattr(source, "score_texts") else name
+
+
+def with_copies(experience: Any) -> Any:
+    """The rows with copies of all texts and columns, so that a source cannot change those of the run or the data."""
+    rows = copy.copy(experience)
+    for name in {"prompts", "responses", "columns"}.intersection(dir(experience)):
+        given = getattr(experience, name)
+        copies = {key: _copied(values) for key, values in given.items()} if name == "columns" else _copied(given)
+        object.__setattr__(rows, name, copies)  # other modules' experience may be frozen
+    return rows
+
+
+def _copied(values: Any) -> list[Any]:
+    """Values of rows, which are objects of their own in each row; what cannot be copied is shared."""
+    copies = []
+    for value in values:
+        try:
+            copies.append(value if isinstance(value, str) else copy.deepcopy(value))
+        except Exception:  # such as an open file
+            copies.append(value)
+    return copies
+
+
+def call_foreign(who: str, call: Callable[[], T], *, expected: str = "", only_exits: bool = False) -> T:
+    """Call code of the user's; whatever it raises, ``SystemExit`` included, becomes an error that names it.
+
+    Only what a stop signal raises in it goes through, such as the ``KeyboardInterrupt`` of Ctrl-C.
+
+    Args:
+        who: Start of the message.
+        call: Calls the code.
+        expected: End of the message.
+        only_exits: Errors (``Exception``) go through too, since they name their place already.
+
+    Raises:
+        RuntimeError: The code raised.
+    """
+    with _noted_signals() as received:
+        try:
+            return call()
+        except BaseException as error:
+            if received or (only_exits and isinstance(error, Exception)):
+                raise
+            exits = ", which would have ended the process" if isinstance(error, SystemExit) else ""
+            raise RuntimeError(
+                f"{who}: raised {reason(error)}{_place(error)}{exits}{expected and f'; {expected}'}"
+            ) from error
+
+
+def _place(error: BaseException) -> str:
+    """Where it was raised: the last line that has a file."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+
+
+@contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """The stop signals that arrive meanwhile; their handlers are called as before."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # signals raise nothing here
+        return
+
+    def noting(handler: Any) -> Callable[[int, FrameType | None], Any]:
+        def note(number: int, frame: FrameType | None) -> Any:
+            received.append(number)
+            return handler(number, frame)
+
+        return note
+
+    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+    notes = {number: noting(handler) for number, handler in before.items() if callable(handler)}
+    for number, note in notes.items():
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, note in notes.items():
+            if signal.getsignal(number) is note:
+                signal.signal(number, before[number])
 
 
 def check_scores(scores: Any, count: int, source: str, responses: Sequence[str] | None = None) -> Tensor:
-    """The scores as a float32 tensor, if they are one finite number a response.
+    """The scores as a new float32 tensor, if they are one finite number a response.
 
     Args:
-        scores: What the source gave: a tensor, an array or a sequence of numbers.
+        scores: What the source gave: a tensor, an array, a table's column or a sequence of numbers.
         count: Number of responses.
         source: Who gave it, for the error.
         responses: Their texts, for the error.
 
     Raises:
+        RuntimeError: Reading it raised, as a generator may.
         TypeError: It is not numbers.
-        ValueError: Wrong count or shape, or a value that is NaN or infinite (in float32).
+        ValueError: Wrong count or shape, or a value that is missing, NaN or infinite (in float32).
 
     Shapes:
         -> (count,).
     """
-    values = scores if isinstance(scores, Tensor) else _as_tensor(scores, source)
+    values = dense(scores, source) if isinstance(scores, Tensor) else _as_tensor(scores, count, source)
     if values.is_complex():
-        raise TypeError(f"{source}: returned complex numbers; {_ONE_EACH}")
+        raise TypeError(f"{source}: returned complex numbers; {ONE_EACH}")
     if values.shape != (count,):
         got = f"{len(values)} values" if values.ndim == 1 else f"values of shape {tuple(values.shape)}"
-        raise ValueError(f"{source}: returned {got} for {count} responses; {_ONE_EACH}, shape ({count},)")
-    values = values.detach().to(torch.float32)
+        raise ValueError(f"{source}: returned {got} for {count} responses; {ONE_EACH}, shape ({count},)")
+    values = values.detach().to(torch.float32, copy=True)
     if not values.isfinite().all():
         row = int((~values.isfinite()).nonzero()[0])
         which = "" if responses is None else f", {responses[row][:80]!r}"
         raise ValueError(
-            f"{source}: returned {values[row].item()} for response {row} of {count}{which}; {_ONE_EACH}, all finite"
+            f"{source}: returned {values[row].item()} for response {row} of {count}{which}; {ONE_EACH}, all finite"
         )
     return values
 
 
-_ONE_EACH = "expected is a sequence with one number a response"
-
-
-def _as_tensor(scores: Any, source: str) -> Tensor:
-    if isinstance(scores, (str, bytes, Mapping)) or not isinstance(scores, Iterable):
-        raise TypeError(f"{source}: returned {type(scores).__name__} {str(scores)[:80]!r}; {_ONE_EACH}")
+def _as_tensor(scores: Any, count: int, source: str) -> Tensor:
+    if isinstance(scores, (str, bytes, bytearray, Mapping, Set)) or not isinstance(scores, Iterable):
+        order = ", which has no order" if isinstance(scores, Set) else ""
+        raise TypeError(f"{source}: returned {type(scores).__name__} {shown(scores)}{order}; {ONE_EACH}")
+    values: Any = scores
     if hasattr(scores, "__array__"):
-        try:
-            return torch.as_tensor(np.asarray(scores))
-        except TypeError as error:
-            raise TypeError(f"{source}: returned an array that is not numbers ({error}); {_ONE_EACH}") from error
-    return torch.tensor([_number(value, row, source) for row, value in enumerate(scores)], dtype=torch.float64)
+        values = call_foreign(source, lambda: as_array(scores))
+        if values.dtype.kind != "O" or values.ndim != 1 or isinstance(values, np.ma.MaskedArray):
+            return of_array(values, source)
+    numbers = call_foreign(source, lambda: list(islice(values, count + 1)))  # a generator may have no end
+    if len(numbers) > count and not hasattr(values, "__len__"):
+        raise ValueError(f"{source}: returned more than {count} values for {count} responses; {ONE_EACH}")
+    numbers = numbers if len(numbers) <= count else list(values)
+    read = [(value, f"for response {row}") for row, value in enumerate(numbers)]
+    floats = call_foreign(source, lambda: [_number(*each, source) for each in read], only_exits=True)
+    return torch.tensor(floats, dtype=torch.float64)
 
 
-def _number(value: Any, row: int, source: str) -> float:
+def _number(value: Any, which: str, source: str) -> float:
     try:
-        if isinstance(value, (str, bytes)) or getattr(value, "ndim", 0) > 0:
-            raise TypeError  # float() takes both
+        is_complex = value.is_complex() if isinstance(value, Tensor) else isinstance(value, Complex)
+        is_real = not is_complex or isinstance(value, Real)  # float() drops imaginary parts
+        if isinstance(value, _NO_NUMBERS) or value is np.ma.masked or getattr(value, "ndim", 0) > 0 or not is_real:
+            raise TypeError  # float() takes them
         return float(value)
-    except (TypeError, ValueError):
-        shown = f"{type(value).__name__} {str(value)[:80]!r}"
-        raise TypeError(f"{source}: returned {shown} for response {row}; {_ONE_EACH}") from None
+    except Exception:
+        kind = f"{type(value).__name__} {shown(value)}"
+        raise TypeError(f"{source}: returned {kind} {which}; {ONE_EACH}") from None
+
+
+_NO_NUMBERS = (str, bytes, bytearray, np.timedelta64)

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lit_ppo.data.chat import Options, Span, check_template, continued, render
+from lit_ppo.data.chat import Options, Span, check_template, continued, each_chat, render
 from lit_ppo.special_tokens import without_repeats
 
 
@@ -34,10 +34,14 @@ def conversations(
         pairs = list(zip(experience.prompts, experience.responses, strict=True))
         return [prompt + text for prompt, text in pairs], [(len(p), len(p) + len(text)) for p, text in pairs]
     check_template(tokenizer, where, options)
-    rendered = [
-        _render(tokenizer, f"{where}: chat {row}", chat, response, options)
-        for row, (chat, response) in enumerate(zip(messages, experience.responses, strict=True))
-    ]
+
+    def place(row: int) -> str:
+        return f"{where}: chat {row}"
+
+    def one(row: int) -> tuple[str, Span]:
+        return _render(tokenizer, place(row), messages[row], experience.responses[row], options)
+
+    rendered = each_chat(one, messages, place)
     texts = [text if end else text[: span[1]] for (text, span), end in zip(rendered, ended, strict=True)]
     return texts, [span for _, span in rendered]
 

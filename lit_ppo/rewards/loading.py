@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_ppo.models.positions import token_limit
+from lit_ppo.shown import first_line
 
 
 def load_classifier(path: str, model_kwargs: dict[str, Any], *, alone: bool = False) -> Any:
@@ -95,7 +96,7 @@ def max_tokens(model: Any, tokenizer: Any) -> float:
 
 def _cannot_load(argument: str, path: str, error: Exception) -> ValueError:
     is_local = path.startswith(("/", ".", "~")) or path.count("/") > 1 or "\\" in path
-    reason = "there is no such folder" if is_local and not Path(path).exists() else str(error).splitlines()[0]
+    reason = "there is no such folder" if is_local and not Path(path).exists() else first_line(error)
     if "contains custom code" in reason:
         reason = "it contains custom code, which runs only with model_kwargs: {trust_remote_code: true}"
     return ValueError(

@@ -15,6 +15,7 @@ from lit_ppo.models.pretrained import (
     load_pretrained,
     tokenizer_path,
 )
+from lit_ppo.shown import first_line
 from lit_ppo.validate import path_or_name, refuse
 
 T = TypeVar("T")
@@ -81,10 +82,10 @@ class ModelSource:
         except OSError as error:  # transformers raises it for a missing folder, a missing file and an unknown hub name
             raise ValueError(
                 f"{self.owner}({argument}={path!r}): cannot be loaded from a folder or from the hub "
-                f"({str(error).splitlines()[0]}); check the path or name"
+                f"({first_line(error)}); check the path or name"
             ) from error
         except ValueError as error:
-            raise ValueError(f"{self.owner}({argument}={path!r}): {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{self.owner}({argument}={path!r}): {first_line(error)}") from error
 
     def _from_checkpoint(self, path: str) -> PreTrainedModel:
         def load() -> tuple[PreTrainedModel, list[str]]:

@@ -1,11 +1,20 @@
 """Bad input to the command: one line, the last one, with place, value and remedy; no traceback."""
 
+import signal
+from asyncio import CancelledError
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 from lit_ppo.cli.errors import nearest, parsing_error, running_error
+from lit_ppo.cli.main import main
+from lit_ppo.cli.session import Session
 from lit_ppo.run.errors import CommandError
+from lit_ppo.run.stop import STOP_SIGNALS
+from tests.helpers.cli_toys import Toy
 from tests.helpers.command import run_command
 from tests.helpers.ppo_command import ppo_arguments
 
@@ -19,9 +28,24 @@ OVERLAYS = {
     ),
     "model class": ("model:\n  class_path: LitPPPO\n", ["over.yaml:2", "LitPPPO", "'LitPPO'"]),
     "no init_args": ("model:\n  class_path: LitPPO\n  actor: x\n", ["over.yaml:2", "model", "init_args"]),
-    "value for section": ("trainer: 3\n", ["trainer", "3", "mapping"]),
+    "value for section": ("trainer: 3\n", ["over.yaml:1: trainer: ", "3", "mapping"]),
+    "key that is a number": ("trainer: {5: 6}\n", ["over.yaml:1: ", "'5'"]),
+    "empty callback": ("trainer: {callbacks: {}}\n", ["trainer.callbacks", "class_path"]),
+    "unknown tag": ("trainer:\n  max_steps: !x 1\n", ["over.yaml:2: not valid YAML", "'!x'"]),
+    "control character": ("trainer: {max_steps: \x1b[2J}\n", ["over.yaml:1: not valid YAML", "x001b"]),
+    "escaped control character": ('trainer: {max_steps: "\\e[2J\\u202e"}\n', ["\\x1b[2J\\u202e"]),
     "stage's key": ("stages: [{nme: x}]\n", ["over.yaml:1", "stages", "'nme'", "'name'"]),
     "stage's file": ("stages: [{name: x, config: [nope.yaml]}]\n", ["stages", "nope.yaml", "does not exist"]),
+}
+
+VALUES = ["5", "[1]", "true", "text", "1.5"]
+FLAGS = {  # a valid one below each section
+    "trainer": "--trainer.max_steps=1",
+    "checkpoint": "--checkpoint.keep=3",
+    "export": "--export.dtype=float32",
+    "report": "--report.prompts=0",
+    "model": "--model.width=4",
+    "data": "--data.rows=8",
 }
 
 ARGUMENTS = {
@@ -43,6 +67,22 @@ ARGUMENTS = {
 def test_a_bad_overlay_is_refused(config: Path, tmp_path: Path, text: str, words: list[str]) -> None:
     (tmp_path / "over.yaml").write_text(text)
     run_command("fit", "--config", config, "--config", "over.yaml", cwd=tmp_path).refused(*words)
+
+
+@pytest.mark.parametrize(
+    ("section", "value"),
+    [*(("trainer", value) for value in VALUES), *((section, VALUES[i % 5]) for i, section in enumerate(sorted(FLAGS)))],
+)
+def test_a_value_does_not_replace_a_section_even_before_a_flag_below_it(
+    config: Path, tmp_path: Path, section: str, value: str
+) -> None:
+    """Exit code 2 and the place: the value itself is refused, not what comes of it."""
+    (tmp_path / "over.yaml").write_text(f"{section}: {value}\n")
+    files = ("--config", config, "--config", "over.yaml")
+    result = run_command("fit", *files, FLAGS[section], cwd=tmp_path).refused("over.yaml:1: ")
+    assert result.code == 2
+    assert f" {section}: " in result.last
+    assert value.strip("[]").lower() in result.last.lower()
 
 
 @pytest.mark.parametrize(("argument", "words"), ARGUMENTS.values(), ids=ARGUMENTS.keys())
@@ -99,6 +139,71 @@ def test_nearest() -> None:
 def test_nothing_in_an_error_is_obeyed_by_a_terminal() -> None:
     """Such as a response that a reward function cannot read, and says so."""
     assert "cannot read \\x1b[2J\\x07 <b>" in running_error(CommandError("cannot read \x1b[2J\x07\n<b>"))
+
+
+class Unprintable(BaseException):
+    """Its text cannot be made."""
+
+    def __str__(self) -> str:
+        raise LookupError
+
+
+CIRCLE = ValueError("comes back to itself")
+CIRCLE.__cause__ = CIRCLE
+FOREIGN = {
+    "exit": (SystemExit(0), "it called exit(0) before the run had ended; raise an error there instead"),
+    "exit without code": (SystemExit(), "it called exit() before the run had ended"),
+    "exit with a text": (SystemExit("bye"), "it called exit(bye)"),
+    "closed generator": (GeneratorExit(), "no message"),
+    "cancelled": (CancelledError("too slow"), "too slow"),
+    "interrupt without a signal": (KeyboardInterrupt(), "no message"),
+    "without text": (Unprintable(), "<Unprintable whose text cannot be made: LookupError>"),
+    "long": (ValueError("x" * 5_000_000), "xxx..."),
+    "circle": (CIRCLE, "comes back to itself"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.parametrize("through_lightning", [False, True])
+@pytest.mark.parametrize(("error", "words"), FOREIGN.values(), ids=FOREIGN.keys())
+def test_no_exception_of_other_code_ends_a_run_in_silence(
+    capsys: pytest.CaptureFixture[str], error: BaseException, words: str, through_lightning: bool
+) -> None:
+    """Of callbacks, data, tokenizers: whatever is neither a stop signal's nor the parser's is an error."""
+
+    def work(session: Session) -> None:
+        if not through_lightning:
+            raise error
+        trainer = L.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
+        trainer.fit(Toy(), DataLoader(Raises(error)))
+
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
+    assert Session(["export"], debug=False).run(work) == 1
+    assert handlers == [signal.getsignal(number) for number in STOP_SIGNALS]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    start = f"lit-ppo: error: {type(error).__name__} in tests.cli.test_errors, line "
+    assert line.startswith(start)
+    assert words in line
+    assert len(line) < 3000
+
+
+class Raises(Dataset[Any]):
+    """Raises an exception instead of giving a row."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["fit", "--help"], 0), (["export", "--help"], 0)])
+def test_exits_of_the_parser_are_no_errors(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int) -> None:
+    assert main(arguments) == code
+    assert "error" not in capsys.readouterr().err
 
 
 def test_running_error_tells_ours_from_others() -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
+from lit_ppo.cli.layers import RefusedText, layers, load
+from lit_ppo.run.errors import CommandError
 from tests.helpers.command import REPOSITORY, run_command
 
 PPO = REPOSITORY / "configs/ppo.yaml"
@@ -66,3 +68,72 @@ def test_a_base_that_is_missing_or_based_on_the_file_is_refused(tmp_path: Path) 
     run_command(*arguments, cwd=tmp_path).refused("a.yaml:2: base: file b.yaml does not exist", "relative to")
     (tmp_path / "b.yaml").write_text("base: ./a.yaml\n")
     run_command(*arguments, cwd=tmp_path).refused("b.yaml:1: base: a.yaml is based on this file")
+
+
+LEVELS = range(1, 12)
+BOMB = "a0: &a0 [1, 2, 3]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}]\n" for i in LEVELS)
+MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}, *a{i - 1}]}}\n" for i in LEVELS)
+# by hand: a5 stands for 1 + 3 * 364 = 1093 values
+REFUSED = {  # text, the line at fault, words of the message
+    "section": ("trainer: {max_steps: 1}\nseed: 1\ntrainer: {devices: 1}\n", 3, ["'trainer'", "line 1 and"]),
+    "nested": ("trainer:\n  max_steps: 1\n  'max_steps': 2\n", 3, ["'max_steps'", "line 2 and"]),
+    "init_args": ("model:\n  class_path: X\n  init_args:\n    a: 1\n    b: {}\n    a: 1\n", 6, ["'a'", "line 4 and"]),
+    "in a list": ("- {word: 1}\n- word: 1\n  other: 2\n  word: 1\n", 4, ["'word'", "line 2 and"]),
+    "JSON": ('{"a": {"b": 1,\n  "c": 1,\n  "b": 2}}', 3, ["'b'", "line 1 and"]),
+    "beside a merge key": ("a: {<<: {b: 1}, b: 2,\n  b: 3}\n", 2, ["'b'", "line 1 and"]),
+    "dotted before": ("trainer.max_steps: 1\ntrainer: {devices: 1}\n", 1, ["'trainer.max_steps'", "line 2"]),
+    "aliases": (BOMB, 6, ["aliases", "1,000"]),
+    "merged aliases": (MERGED, 6, ["aliases", "1,000"]),
+    "cycle": ("a:\n  b: &b {c: *b}\n", 2, ["part of"]),
+    "brackets": ("a:\n" + " [" * 100_000 + "]" * 100_000, 2, ["100 levels"]),
+    "indentation": ("".join(f"{' ' * i}a:\n" for i in range(120)), 101, ["100 levels"]),
+    "number of 5,000 digits": (f"a: {'1' * 5000}", 1, ["number", "4300 digits"]),
+    "list for arguments": ("a:\n  class_path: X\n  init_args: [1]\n", 3, ["init_args", "mapping"]),
+    "no class": ("a:\n  class_path:\n", 2, ["class_path", "name of a class"]),
+}
+MEANT = {
+    "a mapping's own keys override merged ones": ("a: {<<: {x: 1, y: 1}, <<: {z: 1}, x: 2}", {"x": 2, "y": 1, "z": 1}),
+    "aliases": ("a: &a {x: [1, 2]}\nb: [*a, *a]\n", None),
+    "same key elsewhere": ("a: {x: 1}\nb: {x: 1, 'y z': {x: 1}}\n", None),
+}
+
+
+@pytest.mark.parametrize(("text", "line", "words"), REFUSED.values(), ids=REFUSED.keys())
+def test_text_is_refused_with_its_lines(text: str, line: int, words: list[str]) -> None:
+    with pytest.raises(RefusedText) as refused:
+        load(text)
+    assert all(word in str(refused.value.problem) for word in words)
+    assert (refused.value.problem_mark is None and line == 1) or refused.value.problem_mark.line + 1 == line
+
+
+@pytest.mark.parametrize(("text", "expected"), MEANT.values(), ids=MEANT.keys())
+def test_merge_keys_and_aliases_keep_their_meaning(text: str, expected: Any) -> None:
+    assert load(text) == ({"a": expected} if expected else yaml.safe_load(text))
+
+
+@pytest.mark.parametrize("place", ["--config", "base", "model", "flag"])
+def test_a_key_twice_is_refused_wherever_the_file_is_named(tmp_path: Path, place: str) -> None:
+    (tmp_path / "twice.yaml").write_text("init_args:\n  actor: x\n  actor: y\n")
+    (tmp_path / "over.yaml").write_text(f"{place}: twice.yaml\n")
+    arguments = {"--config": ["--config", "twice.yaml"], "flag": ["--model=twice.yaml"]}
+    given = arguments.get(place, ["--config", "over.yaml"])
+    run_command("fit", *given, "--print_config", cwd=tmp_path).refused("twice.yaml:3: ", "line 2 and again in line 3")
+
+
+def test_a_key_twice_on_the_command_line_is_refused_except_in_a_text(tmp_path: Path) -> None:
+    for option in ("--config", "--trainer", "--model.model_kwargs"):
+        arguments = ("fit", "--model=LitPPO", option, '{"devices": 1, "devices": 2}', "--print_config")
+        run_command(*arguments, cwd=tmp_path).refused("'devices'", "line 1 and again in line 1")
+    text = "note: a\nnote: b"
+    run_command("fit", "--data=PromptDataModule", "--data.path", text, "--print_config", cwd=tmp_path).ok()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("", ["no keys"]), ("# none\n", ["no keys"]), ("- a\n", ["no keys"]), ("r\xe9sum\xe9: 1\n", ["UTF-8", "byte 1"])],
+)
+def test_a_file_without_keys_is_refused(tmp_path: Path, content: str, words: list[str]) -> None:
+    (tmp_path / "bad.yaml").write_bytes(content.encode("latin-1"))
+    with pytest.raises(CommandError) as refused:
+        layers(str(tmp_path / "bad.yaml"))
+    assert all(word in str(refused.value) for word in ["bad.yaml: ", *words])

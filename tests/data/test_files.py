@@ -28,6 +28,10 @@ def as_csv(rows: list[dict[str, str]], delimiter: str = ",") -> str:
     return "\n".join(delimiter.join('"' + v.replace('"', '""') + '"' for v in row.values()) for row in rows)
 
 
+def nested(depth: int) -> str:
+    return '{"p": ' + "[" * depth + "]" * depth + "}"
+
+
 TEXTS = {
     "rows.jsonl": "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS),
     "lines.json": "\r\n".join(json.dumps(row) for row in ROWS) + "\r\n\r\n",
@@ -92,7 +96,31 @@ def test_a_field_longer_than_the_csv_module_likes(tmp_path: Path) -> None:
         ("a.csv", "p,q\n", "a.csv has no rows"),
         ("a.csv", b"p\nok\nb\xffd\n", r"a.csv, line 3: not UTF-8"),
         ("a.jsonl.gz", gzip.compress(b'{"p": 1}\n' * 99, mtime=0)[:-9], r"a.jsonl.gz is not a complete gzip file"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"p": 1}\n') + b"junk",
+            r"a.jsonl.gz is not .*breaks off after line 1\); compress",
+        ),
         ("a.parq", "p\n", r"cannot read a .parq file .*use one of .jsonl, .json, .csv, .tsv"),
+        ("a.jsonl", '{"p": 1}\n' + nested(10**5), "a.jsonl, line 2: more than 100 nested lists or objects; flatten"),
+        ("a.json", f'[{{"p": 1}},\n{nested(150)}]', "a.json, item 2: 'p' holds more than 100 nested lists"),
+        (
+            "a.jsonl",
+            '{"p": "a"}\n{"p": ["x\\ud800"]}',
+            r"line 2: 'p' holds a lone surrogate \('\\ud800', .*character 2; repl",
+        ),
+        ("a.jsonl", r'{"\udfff": "a"}', "line 1: 'a name' holds a lone surrogate"),
+        (
+            "a.json",
+            '[{"p": 1}, {"p": -%s}]' % ("9" * 5000),
+            "item 2: an integer of more than 4300 digits; write it as text",
+        ),
+        ("a.json", '[{"p": 1},\n{"p": 2}\n', "line 3: not JSON: the list does not end; add"),
+        ("a.json", '[{"p": 1}]\n]', r"line 2: not JSON \(Extra data at column 1\): '\]'"),
+        ("a.csv", "p\na\0b\n", "line 2: a NUL byte"),
+        ("a.tsv", "p\nab\n".encode("utf-16-le"), "line 1: a NUL byte, as in UTF-16"),
+        ("a.tsv", "p\nab\n".encode("utf-16"), "line 1: UTF-16 or UTF-32; save it as UTF-8"),
+        ("a.json", gzip.compress(b"[]"), r"line 1: a gzip file; its name must end in .gz"),
     ],
 )
 def test_broken_files_are_named_with_their_line(tmp_path: Path, name: str, content: Any, message: str) -> None:
@@ -151,14 +179,6 @@ def test_hub_data_sets(load_dataset: Mock, path: str, args: tuple[Any, ...], spl
     assert table.place(0) == f"{path}, row 1"
 
 
-def test_parquet_goes_through_datasets(tmp_path: Path, load_dataset: Mock) -> None:
-    path = write(tmp_path / "a.parquet", "PAR1")
-    assert read_table(WHERE, path).place(0) == f"{path}, row 1"
-    load_dataset.assert_called_once_with("parquet", data_files=path, split="train")
-    with pytest.raises(FileNotFoundError, match=r"b.parquet does not exist"):
-        read_table(WHERE, str(tmp_path / "b.parquet"))
-
-
 def test_hub_failures_say_what_was_looked_for(
     load_dataset: Mock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -176,7 +196,11 @@ def test_hub_failures_say_what_was_looked_for(
 def test_a_real_parquet_file(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list(ROWS).to_parquet(str(tmp_path / "a.parquet"))
-    assert read_table(WHERE, str(tmp_path / "a.parquet")).rows == ROWS
+    table = read_table(WHERE, str(tmp_path / "a.parquet"))
+    assert (table.rows, table.place(1)) == (ROWS, f"{tmp_path / 'a.parquet'}, row 2")
+    assert read_table(WHERE, str(tmp_path / "a.parquet"), max_rows=1).rows == ROWS[:1]
+    with pytest.raises(FileNotFoundError, match=r"b.parquet does not exist"):
+        read_table(WHERE, str(tmp_path / "b.parquet"))
 
 
 def test_columns_are_those_of_all_rows(tmp_path: Path) -> None:

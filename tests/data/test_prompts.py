@@ -8,8 +8,8 @@ import pytest
 import torch
 from tokenizers import processors
 
+from lit_ppo.data.batch import PromptOrder
 from lit_ppo.data.encoding import encode_prompts, padding_id
-from lit_ppo.data.order import PromptOrder
 from lit_ppo.data.prompts import PromptDataModule
 from lit_ppo.data.table import unit_hash
 from tests.helpers.tiny import make_tokenizer, write_rows

@@ -1,18 +1,44 @@
 """Reward functions: what they are passed, and what they may return."""
 
+import copy
+import itertools
 import math
 import os
 import re
+import signal
+import threading
+import warnings
+from array import array
+from asyncio import CancelledError
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
-from lit_ppo.rewards import RewardFunction, scores_of
+from lit_ppo.rewards import RewardFunction, WeightedRewards, scores_of
 from tests.helpers.rewards import TWO, experience, lengths
+
+
+def quietly(make: Callable[[], Any]) -> Any:
+    """What PyTorch warns about, but people may still have."""
+    with warnings.catch_warnings(action="ignore"):
+        return make()
+
+
+class Unprintable(Exception):
+    """Its text cannot be made."""
+
+    def __str__(self) -> str:
+        raise LookupError
+
+    __repr__ = __str__
 
 
 @pytest.mark.parametrize(
@@ -71,6 +97,18 @@ def test_chat_prompts_arrive_as_messages():
         torch.tensor([1, 2.5], requires_grad=True),
         [torch.tensor(1), np.float32(2.5)],
         [True, 2.5],
+        np.array([1, 2.5], dtype=object),
+        np.array([2.5, 1])[::-1],
+        np.array([1, 2.5], dtype=">f8"),
+        np.array([1, 2.5], dtype=np.longdouble),
+        np.ma.masked_array([1, 2.5], mask=[False, False]),
+        [Decimal(1), Fraction(5, 2)],
+        array("d", [1, 2.5]),
+        {"a": 1, "b": 2.5}.values(),
+        pa.array([1, 2.5]),
+        pa.chunked_array([[1.0], [2.5]]),
+        torch.tensor([1, 2.5]).to_sparse(),
+        quietly(lambda: torch.quantize_per_tensor(torch.tensor([1, 2.5]), 0.5, 0, torch.qint8)),
     ],
 )
 def test_any_sequence_of_numbers_will_do(returned: Any):
@@ -102,6 +140,28 @@ def test_any_sequence_of_numbers_will_do(returned: Any):
         ({"a": 1.0, "b": 2.0}, TypeError, r"returned dict"),
         (None, TypeError, r"returned NoneType 'None'"),
         (1.0, TypeError, r"returned float '1\.0'"),
+        ({1.0, 2.0}, TypeError, r"returned set .*, which has no order"),
+        (bytearray(b"12"), TypeError, r"returned bytearray"),
+        (itertools.repeat(1.0), ValueError, r"returned more than 2 values for 2 responses"),
+        (torch.ones(2, device="meta"), TypeError, r"returned a tensor on the meta device"),
+        (
+            quietly(lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])),
+            TypeError,
+            r"returned a nested tensor",
+        ),
+        (torch.eye(2).to_sparse(), ValueError, r"returned values of shape \(2, 2\)"),
+        (np.ma.masked_array([1, 2], mask=[False, True]), ValueError, r"returned a masked value for response 1"),
+        ([1.0, np.ma.masked], TypeError, r"returned MaskedConstant '--' for response 1"),
+        (np.array([1, None], dtype=object), TypeError, r"returned NoneType 'None' for response 1"),
+        (np.array([1, 2], dtype="M8[s]"), TypeError, r"returned an array that is not numbers"),
+        ([1.0, np.timedelta64(1)], TypeError, r"returned timedelta64 .* for response 1"),
+        (pa.array([1, None]), ValueError, r"returned nan for response 1"),
+        (pa.array(["1", "2"]), TypeError, r"returned str '1' for response 0"),
+        ([1.0, np.complex64(2)], TypeError, r"returned complex64 .* for response 1"),
+        ([1.0, torch.tensor(2j)], TypeError, r"returned Tensor .* for response 1"),
+        ([10**400, 1.0], TypeError, r"returned int '10+\.\.\.' for response 0"),
+        ([1.0, 10**5000], TypeError, r"returned int '<int whose text cannot be made: ValueError>' for response 1"),
+        ([Unprintable(), 1.0], TypeError, r"returned Unprintable '<Unprintable whose text .*' for response 0"),
     ],
 )
 def test_bad_returns_name_function_value_and_what_is_expected(returned: Any, error: type[Exception], says: str):
@@ -126,12 +186,72 @@ def test_function_that_raises_is_named_with_its_line():
     assert isinstance(error.value.__cause__, LookupError)
 
 
-def test_interrupt_goes_through():
-    def my_reward(prompts, responses):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("error", [SystemExit(0), GeneratorExit(), KeyboardInterrupt(), CancelledError()])
+@pytest.mark.parametrize("shape", ["function", "generator", "source"])
+def test_any_exception_of_its_own_is_an_error_that_names_the_reward(error: BaseException, shape: str):
+    def raises(experience=None):
+        raise error
 
-    with pytest.raises(KeyboardInterrupt):
-        scores_of(RewardFunction(my_reward), experience(**TWO))
+    function = {
+        "function": RewardFunction(lambda responses: raises()),
+        "generator": RewardFunction(lambda responses: map(raises, responses)),
+        "source": raises,
+    }[shape]
+    words = rf"(lambda.*|rewards): raised {type(error).__name__}\b.*{os.path.basename(__file__)}, line \d+\)"
+    with pytest.raises(RuntimeError, match=words):
+        scores_of(function, experience(**TWO))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_what_a_signal_raises_goes_through(error: type[BaseException]):
+    """Ctrl-C, and the second SIGTERM."""
+
+    def stop(*_: object) -> None:
+        raise error
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        with pytest.raises(error):
+            scores_of(RewardFunction(lambda responses: signal.raise_signal(signal.SIGINT)), experience(**TWO))
+        assert signal.getsignal(signal.SIGINT) is stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("error", [ValueError("x" * 5_000_000), Unprintable(), SystemExit(Unprintable())])
+def test_texts_of_exceptions_are_short(error: BaseException):
+    def raises(responses):
+        raise error
+
+    with pytest.raises(RuntimeError, match=rf"raised {type(error).__name__}: .*; expected is") as raised:
+        scores_of(RewardFunction(raises), experience(**TWO))
+    assert len(str(raised.value)) < 1000
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_reward_that_changes_its_arguments_changes_copies(samples: int):
+    chat = [{"role": "user", "content": "a"}]
+    answers = [["x"], ["y"]] if samples == 1 else [["x"]] * 2  # rows of one prompt hold one object
+    rows = experience(**TWO, messages=[chat, chat], answer=answers, opened=[threading.Lock()] * 2)
+    kept = copy.deepcopy((rows.prompts, rows.responses, rows.columns["messages"], rows.columns["answer"]))
+
+    def changes(prompts, responses, answer, **columns):
+        assert len(columns["opened"]) == 2
+        for chat, row in zip(prompts, answer, strict=True):
+            chat.append(row.pop())
+        responses[:] = ["changed", "both"]
+        return [len(response) for response in responses]
+
+    both = WeightedRewards({"first": changes, "second": lengths, "third": lambda experience: changes_rows(experience)})
+    scores_of(both, rows)
+    assert (rows.prompts, rows.responses, rows.columns["messages"], rows.columns["answer"]) == kept
+    assert rows.extras["second"].tolist() == [31.0, 1.0]  # each prompt is one message
+
+
+def changes_rows(experience):
+    experience.responses.clear()
+    experience.prompts[0] = experience.columns["answer"][0] = "changed"
+    return [0.0, 0.0]
 
 
 def test_column_that_is_not_there():
@@ -163,6 +283,15 @@ def test_module_that_cannot_import_something_else_says_so(tmp_path: Path, monkey
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         RewardFunction("needs_more.function")
+
+
+def test_module_that_exits_when_imported_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "script.py").write_text("exit(0)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(
+        RuntimeError, match=r"function='script.f'\): importing it: raised SystemExit: 0 .*script.py, line 1"
+    ):
+        RewardFunction("script.f")
 
 
 @pytest.mark.parametrize("function", [lambda texts: texts, lambda p, r: r, lambda prompt, response, /: 0, lambda *a: a])

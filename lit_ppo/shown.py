@@ -1,0 +1,53 @@
+"""Values and exceptions of other people's code as text for messages: short, on one line, never another exception."""
+
+
+def shown(value: object, length: int = 80) -> str:
+    """The quoted text of a value.
+
+    >>> print(shown("two   words"), shown(3.5), shown("x" * 90, length=8))
+    'two words' '3.5' 'xxxxx...'
+    """
+    return repr(shortened(_text(value), length))
+
+
+def reason(error: BaseException, length: int = 500) -> str:
+    """Type and text of an exception.
+
+    >>> reason(KeyError("no such film")), reason(ValueError())
+    ("KeyError: 'no such film'", 'ValueError')
+    """
+    text = shortened(_text(error), length)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def message_of(error: BaseException, length: int = 500) -> str:
+    r"""The text of an exception, or its type where it has none.
+
+    >>> message_of(OSError("no space\nleft")), message_of(ValueError())
+    ('no space left', 'ValueError')
+    """
+    return shortened(_text(error), length) or type(error).__name__
+
+
+def first_line(error: BaseException, length: int = 200) -> str:
+    r"""The first line of an exception's text, or its type where it has none.
+
+    >>> first_line(OSError("no file\nTraceback")), first_line(ValueError(""))
+    ('no file', 'ValueError')
+    """
+    return shortened(_text(error)[:100_000].strip().partition("\n")[0], length) or type(error).__name__
+
+
+def shortened(text: str, length: int) -> str:
+    """Text on one line, cut to ``length`` characters."""
+    flat = " ".join(text[: 20 * length + 1000].split())
+    return flat if len(flat) <= length and len(text) <= 20 * length + 1000 else flat[: length - 3] + "..."
+
+
+def _text(value: object) -> str:
+    try:
+        return str(value)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # of that object's code
+        return f"<{type(value).__name__} whose text cannot be made: {type(error).__name__}>"
