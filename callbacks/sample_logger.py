@@ -61,7 +61,10 @@ class SampleLogger(PPOCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Sample before the first update; when resuming, remove lines of updates after the checkpoint."""
-        _cut(_file(trainer), trainer, self._updates)
+        file = _file(trainer)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            _check_is_ours(file)
+        _cut(file, trainer, self._updates)
         if not self._updates:
             self._show(trainer, pl_module)
 
@@ -150,6 +153,16 @@ def _file(trainer: L.Trainer) -> Path:
         # a folder of several runs: W&B and MLflow name each run, and Lightning's checkpoints use the same names
         return Path(folder, str(logger.name), logger.version, FILE)
     return Path(folder or trainer.default_root_dir, FILE)
+
+
+def _check_is_ours(file: Path) -> None:
+    """Refuse to replace or continue a file that is no samples."""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    if text and not text.startswith('{"update": '):
+        raise ValueError(
+            f"SampleLogger: {file} is in the way, and lit-ppo did not write it; move it away, or set the Trainer's "
+            "default_root_dir to another folder"
+        )
 
 
 def _cut(file: Path, trainer: L.Trainer, updates: int) -> None:

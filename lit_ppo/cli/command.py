@@ -14,7 +14,7 @@ import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import Path_fr
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from transformers.utils.logging import disable_progress_bar
 
@@ -37,6 +37,20 @@ for _name in lit_ppo.__all__:
     getattr(lit_ppo, _name)  # the parser knows the short names of imported classes only
 
 
+class _SaveConfig(SaveConfigCallback):
+    """Saves the configuration as Lightning does, but over nothing that is not such a file."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        file = Path(trainer.log_dir or trainer.default_root_dir) / self.config_filename  # log_dir is collective
+        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+        if text and not text.startswith("# lightning.pytorch==") and not self.already_saved:
+            raise CommandError(
+                f"{file}: the run's configuration would replace this file, which no run has written; set "
+                "--trainer.default_root_dir to another folder"
+            )
+        super().setup(trainer, pl_module, stage)
+
+
 class Command(LightningCLI):
     """Parses the configuration, runs the stages, builds model, data and trainer, and runs the subcommand.
 
@@ -52,6 +66,7 @@ class Command(LightningCLI):
             model_class=L.LightningModule,
             trainer_class=RunTrainer,
             subclass_mode_model=True,
+            save_config_callback=_SaveConfig,
             save_config_kwargs={"overwrite": True},  # a continued run writes into the same folder
             trainer_defaults={"default_root_dir": "runs", "log_every_n_steps": 1},
             seed_everything_default=42,

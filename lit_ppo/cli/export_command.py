@@ -4,18 +4,17 @@ import argparse
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-import lightning as L
-import torch
 import yaml
-from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_ppo.models.export import checked_repository, push
 from lit_ppo.models.lora import check_has_adapter
 from lit_ppo.models.stored import Dtype
-from lit_ppo.parallel.checkpoint_io import AtomicCheckpointIO, read_summary
+from lit_ppo.parallel.checkpoint_io import load_merged, read_summary
 from lit_ppo.run.checkpoint import RUN
 from lit_ppo.run.errors import CommandError
-from lit_ppo.run.export import CARD, card_of, check_target, write_model
+from lit_ppo.run.export import CARD, card_of, write_model
+from lit_ppo.run.rebuild import build
+from lit_ppo.run.target import check_target, folders_in
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,32 +31,63 @@ def export(arguments: list[str]) -> None:
     Raises:
         CommandError: An argument is missing or wrong, or the checkpoint cannot be exported.
     """
-    parser = _Parser("lit-ppo export", description="Writes the model of a checkpoint.", allow_abbrev=False)
-    parser.add_argument("--ckpt_path", type=Path, required=True, help="The checkpoint.")
-    parser.add_argument("--output", type=Path, required=True, help="Folder for the model; a model in it is replaced.")
+    parser = _Parser(
+        "lit-ppo export",
+        description="Writes the model of a checkpoint. Runs no code that the checkpoint names, unless told to here.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--ckpt_path", type=_path, required=True, help="The checkpoint.")
+    parser.add_argument(
+        "--output", type=_path, required=True, help="Folder for the model; a model that lit-ppo exported is replaced."
+    )
     parser.add_argument("--adapter", action="store_true", help="Write only the adapter, for peft; else it is merged.")
     parser.add_argument("--dtype", choices=get_args(Dtype), help="Of the weights; else that of the run's start.")
     parser.add_argument("--push_to_hub", metavar="NAME", help="Then push the folder to this repository on the hub.")
     parser.add_argument("--private", action="store_true", default=None, help="A new repository is private.")
+    parser.add_argument("--trust_remote_code", action="store_true", help="Run the code in the model's folder.")
+    parser.add_argument(
+        "--trust_class", action="append", default=[], metavar="NAME",
+        help="Import and build this class of the checkpoint, such as my_module.MyModel; may be repeated.",
+    )  # fmt: skip
     given = parser.parse_args(arguments)
+    where = f"--ckpt_path {given.ckpt_path}"
     if not given.ckpt_path.exists():
-        raise CommandError(f"--ckpt_path {given.ckpt_path}: no such checkpoint")
-    check_target(f"--output {given.output}", given.output)
-    module = build(config_of(given.ckpt_path))
+        raise CommandError(f"{where}: no such checkpoint")
+    config = config_of(given.ckpt_path)
+    check_target(f"--output {given.output}", given.output, used=folders_in(config.get("model")))
+    try:
+        module = build(config, where=where, trust_remote_code=given.trust_remote_code, trusted=given.trust_class)
+        _export(module, given)
+    except ValueError as error:
+        if "its own code" not in str(error):
+            raise
+        raise CommandError(
+            f"{where}: its model comes with code of its own, and the checkpoint cannot allow to run it; if you trust "
+            f"that code, add --trust_remote_code"
+        ) from error
+
+
+def _export(module: Any, given: argparse.Namespace) -> None:
     try:
         checked_repository("export", given.push_to_hub)
         check_has_adapter("export --adapter", module, given.adapter)
     except ValueError as error:
         raise CommandError(str(error), exit_code=2) from error
-    checkpoint = load(given.ckpt_path)
+    checkpoint = load_merged(given.ckpt_path)
     module.configure_model()
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
     card = card_of(checkpoint.get(CARD))
-    write_model(module, given.output, adapter=given.adapter, dtype=given.dtype, card=card)
+    write_model(f"--output {given.output}", module, given.output, adapter=given.adapter, dtype=given.dtype, card=card)
     print(f"Model: {given.output}  (load it with from_pretrained)", flush=True)
     if given.push_to_hub is not None:
         push(f"export --push_to_hub {given.push_to_hub}", given.output, given.push_to_hub, given.private)
+
+
+def _path(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; give a path")
+    return Path(text)
 
 
 def config_of(checkpoint: Path) -> dict[str, Any]:
@@ -66,7 +96,8 @@ def config_of(checkpoint: Path) -> dict[str, Any]:
     Raises:
         CommandError: There is none.
     """
-    config = (read_summary(checkpoint).get(RUN) or {}).get("config")
+    run = read_summary(checkpoint).get(RUN)
+    config = run.get("config") if isinstance(run, dict) else None
     if config is None:
         beside = checkpoint.absolute().parent.parent / "config.yaml"
         if not beside.is_file():
@@ -75,35 +106,4 @@ def config_of(checkpoint: Path) -> dict[str, Any]:
                 "config.yaml there"
             )
         config = yaml.safe_load(beside.read_text(encoding="utf-8"))
-    return dict(config)
-
-
-def build(config: dict[str, Any]) -> Any:
-    """Build the module of a configuration; of its models, only the actor is loaded.
-
-    Raises:
-        CommandError: It cannot be exported.
-    """
-    parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_lightning_class_args(L.LightningModule, "model", subclass_mode=True)
-    module = parser.instantiate(parser.parse_object({"model": config["model"]})).model
-    if not hasattr(module, "save_pretrained"):
-        raise CommandError(f"{type(module).__name__} has no save_pretrained(dirpath): nothing to export")
-    if hasattr(module, "only_actor"):
-        module.only_actor()
-    return module
-
-
-def load(path: Path) -> dict[str, Any]:
-    """Load a checkpoint with full weights; shards are merged."""
-    if not path.is_dir():
-        return AtomicCheckpointIO().load_checkpoint(path)
-    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
-    weights: dict[str, Any] = {}
-    planner = _EmptyStateDictLoadPlanner(keys={"state_dict"})
-    with torch.no_grad():
-        _load_state_dict(weights, storage_reader=FileSystemReader(path), planner=planner, no_dist=True)
-    return {**read_summary(path), **weights}
+    return config if isinstance(config, dict) else {}

@@ -20,7 +20,7 @@ def main(args: list[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if args is None else args)
     session = Session([argument for argument in given if argument != "--debug"], debug="--debug" in given)
-    with restored_process():
+    with restored_process(imports_here=session.arguments[:1] != ["export"]):
         code = session.run(_work)
     if args is None and session.interrupts.received is not None:
         os._exit(code)  # after an interrupt, do not wait for threads of other libraries

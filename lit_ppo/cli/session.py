@@ -89,14 +89,17 @@ def _without_ckpt_path(arguments: list[str]) -> list[str]:
 
 
 @contextmanager
-def restored_process() -> Iterator[None]:
+def restored_process(*, imports_here: bool = True) -> Iterator[None]:
     """Set up import path, warnings and Lightning's log for one run; restore them and the environment afterwards.
 
     A second call in the same process then starts from the same state.
+
+    Args:
+        imports_here: Modules of the working directory are found, since configurations may name them.
     """
     environment, path, filters = dict(os.environ), list(sys.path), list(LIGHTNING_LOG.filters)
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # configurations may name modules of the working directory
+    if imports_here and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
     LIGHTNING_LOG.addFilter(lambda record: "Tip: For seamless" not in record.getMessage())  # an advertisement
     try:
         with warnings.catch_warnings():

@@ -18,9 +18,11 @@ from typing import Any
 from jsonargparse.typing import Path_fr
 
 from lit_ppo.cli.session import Session
+from lit_ppo.parallel.files import atomic_path
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.stop import RANK_VARIABLES
 
+CONFIGURATION, EARLIER = "its configuration or seed", "an earlier stage"  # in every record
 LARGE = 64 * 2**20  # bytes; size and time stand for the content of larger files
 
 
@@ -54,6 +56,7 @@ def run_stages(session: Session, stages: dict[str, tuple[list[str], dict[str, An
         title = f"[stage {number}/{len(stages)}: {name}]"
         record = Path(config["trainer"]["default_root_dir"]) / f"{name}.stage.json"
         rank = next((f"{key}={os.environ[key]}" for key in RANK_VARIABLES if key in os.environ), None)
+        _check_record(name, record)
         reason = outdated(record, config, previous)
         if not reason:
             session.heartbeat.say(f"{title} already done, skipped ({record})")
@@ -67,7 +70,9 @@ def run_stages(session: Session, stages: dict[str, tuple[list[str], dict[str, An
             started = time.monotonic()
             record.unlink(missing_ok=True)
             _run(session, name, arguments)
-            record.write_text(json.dumps(digests(config, previous, files_of(config)), indent=1), encoding="utf-8")
+            done = json.dumps(digests(config, previous, files_of(config)), indent=1)
+            with atomic_path(record) as path:
+                path.write_text(done, encoding="utf-8")
             session.heartbeat.say(f"{title} done in {time.monotonic() - started:.0f} s")
         previous = _digest(record)
 
@@ -81,6 +86,20 @@ def _run(session: Session, name: str, arguments: list[str]) -> None:
     if code > 0:
         print(f"stage {name!r} ended with code {code}", flush=True)
         raise SystemExit(code)
+
+
+def _check_record(name: str, record: Path) -> None:
+    """Refuse to replace a file that is no record of a stage."""
+    try:
+        is_record = {CONFIGURATION, EARLIER} <= json.loads(record.read_text(encoding="utf-8")).keys()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, AttributeError, RecursionError):
+        is_record = False
+    if not is_record and (not record.is_file() or record.stat().st_size):
+        raise CommandError(
+            f"stage {name!r}: {record} is in the way, and lit-ppo did not write it; move it away, or rename the stage"
+        )
 
 
 def outdated(record: Path, config: dict[str, Any], previous: str) -> str:
@@ -98,8 +117,8 @@ def digests(config: dict[str, Any], previous: str, files: Iterable[str | Path]) 
     settings = {key: value for key, value in config.items() if key != "config"}  # not where they were read from
     return {
         **{str(file): _digest(file) for file in files},
-        "its configuration or seed": json.dumps(settings, sort_keys=True, default=str),
-        "an earlier stage": previous,
+        CONFIGURATION: json.dumps(settings, sort_keys=True, default=str),
+        EARLIER: previous,
     }
 
 

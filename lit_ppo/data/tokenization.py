@@ -5,6 +5,7 @@ import json
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
@@ -16,6 +17,7 @@ PAD_TOKEN = "<|pad|>"
 EOS_TOKEN = "<|endoftext|>"
 MIN_VOCAB_SIZE = 256 + 2  # every byte and the two special tokens
 FINGERPRINT = "trained_on.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # that training writes
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | Path) -> PreTrainedTokenizerFast:
@@ -74,9 +76,10 @@ def train_tokenizer_once(where: str, texts: list[str], vocab_size: int, path: st
         digest.update(text.encode() + b"\0")
     wanted = {"vocab_size": vocab_size, "texts": len(texts), "sha256": digest.hexdigest()}
     folder, marker = Path(path), Path(path, FINGERPRINT)
-    if marker.is_file() and marker.read_bytes() == json.dumps(wanted).encode():
+    found = _marker(marker)
+    if found == wanted:
         return
-    if not marker.is_file() and (folder / "tokenizer_config.json").is_file():
+    if found is None and any((folder / name).exists() for name in (FINGERPRINT, *TOKENIZER_FILES)):
         raise ValueError(
             f"{where}: {folder.resolve()} has a tokenizer of another origin; name it as `tokenizer`, or another path"
         )
@@ -85,6 +88,15 @@ def train_tokenizer_once(where: str, texts: list[str], vocab_size: int, path: st
     marker.write_text("{}", encoding="utf-8")  # an interrupted training starts again
     train_tokenizer(texts, vocab_size, path)
     marker.write_text(json.dumps(wanted), encoding="utf-8")
+
+
+def _marker(file: Path) -> dict[str, Any] | None:
+    """What a tokenizer was trained on, empty while it is trained; None if the file is missing or another."""
+    try:
+        marker = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return marker if isinstance(marker, dict) and marker.keys() <= {"vocab_size", "texts", "sha256"} else None
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str | Path, *, keep_pad: bool = True) -> None:

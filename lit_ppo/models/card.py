@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import yaml
+from lightning.pytorch.utilities import rank_zero_warn
 
 HUB_NAME = re.compile(
     r"([\w-][\w.-]*(?:/[\w.-]+)?)(?:/[\w.-]+)?(?::\S+)?"
@@ -27,13 +28,17 @@ class Card(TypedDict, total=False):
 
 
 def write_card(folder: str | Path, card: Card, *, adapter: bool = False) -> None:
-    """Write ``README.md``, which the hub shows.
+    """Write ``README.md``, which the hub shows; one that somebody else has written stays.
 
     Args:
         folder: Of the model.
         card: What to say.
         adapter: The folder holds only an adapter.
     """
+    file = Path(folder, "README.md")
+    if file.exists() and not is_card(file):
+        rank_zero_warn(f"{file}: stays as it is, since lit-ppo did not write it; there is no model card")
+        return
     base, method, dataset = card.get("base"), card["method"], card.get("dataset")
     head = {
         "library_name": "peft" if adapter else "transformers",
@@ -55,7 +60,16 @@ def write_card(folder: str | Path, card: Card, *, adapter: bool = False) -> None
     if commands := card.get("commands"):
         parts += ["## Command", "```sh\n" + "\n".join(SECRET.sub(r"\1***", command) for command in commands) + "\n```"]
     text = "\n\n".join(part for part in parts if part)
-    Path(folder, "README.md").write_text(text + "\n", encoding="utf-8")
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def is_card(file: Path) -> bool:
+    """Whether a file is a model card that :func:`write_card` wrote, as the tags at its head say."""
+    try:
+        _, head, _ = file.read_text(encoding="utf-8").split("---\n", 2)
+        return "lit-ppo" in yaml.safe_load(head)["tags"]
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        return False
 
 
 def hub_name(path: str | None, folder: str | None = None) -> str | None:

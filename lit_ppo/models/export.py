@@ -1,7 +1,10 @@
 """Write a trained model so that it is used as the checkpoint was that it started from; push it to the hub."""
 
+import hashlib
 import json
 import re
+import shutil
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, get_args
@@ -16,10 +19,17 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from lit_ppo.models.stored import Dtype
+from lit_ppo.parallel.files import FILES, is_temporary
 from lit_ppo.shown import first_line, message_of
 from lit_ppo.validate import one_of, refuse
 
 GENERATION = "generation_config.json"
+MODEL_FILE = re.compile(
+    r"README\.md|(adapter_|generation_|tokenizer_)?config\.json|(adapter_)?model(-\d+-of-\d+)?\.safetensors"
+    r"|model\.safetensors\.index\.json|tokenizer\.(json|model)|special_tokens_map\.json|added_tokens\.json"
+    r"|chat_template\.jinja|vocab\.(json|txt)|merges\.txt|checksums\.json"
+)
+EDITABLE = 2**20  # bytes
 
 
 def checked_dtype(owner: object, dtype: Any) -> Dtype | None:
@@ -68,8 +78,44 @@ def save_model(
         config: Any = deepcopy(model.config)
         config.dtype = dtype
         config.save_pretrained(str(dirpath))
+    share_weights(Path(dirpath))
     if model.can_generate():
         _set_stops(Path(dirpath), stops)
+
+
+def share_weights(folder: Path) -> None:
+    """Give the files of weights the permissions of their neighbours: safetensors lets only their owner read them."""
+    configs = [folder / name for name in ("config.json", "adapter_config.json") if (folder / name).is_file()]
+    for file in folder.glob("*.safetensors") if configs else ():
+        shutil.copymode(configs[0], file)
+
+
+def list_files(folder: str | Path, *, all_files: bool = False) -> None:
+    """Write down what an export has written, so that the next one may replace it.
+
+    Args:
+        folder: Of the model.
+        all_files: All files in it were written by the export; else those with names of a model's files.
+    """
+    found = (name for name in sorted(file_names(Path(folder))) if name != FILES)
+    names = [name for name in found if all_files or MODEL_FILE.fullmatch(name)]
+    text = json.dumps({"files": {name: file_digest(Path(folder, name)) for name in names}}, indent=1)
+    Path(folder, FILES).write_text(text + "\n", encoding="utf-8")
+
+
+def file_names(folder: Path, prefix: str = "") -> Iterator[str]:
+    """Files, links and empty folders, below a folder."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink() and any(path.iterdir()):
+            yield from () if is_temporary(path) else file_names(path, f"{prefix}{path.name}/")
+        elif not is_temporary(path):
+            yield prefix + path.name
+
+
+def file_digest(file: Path) -> str:
+    """The digest of what a person might edit, such as the model card; empty for a large file."""
+    small = file.is_file() and file.stat().st_size <= EDITABLE
+    return hashlib.sha256(file.read_bytes()).hexdigest() if small else ""
 
 
 def save_generation_config(model: PreTrainedModel, dirpath: str | Path, stops: int | list[int] | None) -> None:

@@ -16,13 +16,13 @@ from transformers import (
 
 from lit_ppo.models.actor_critic import Critic
 from lit_ppo.models.pretrained import (
-    Unusable,
     check_causal_lm,
     check_complete,
     load_pretrained,
     n_outputs,
     tokenizer_path,
 )
+from lit_ppo.models.stored import Unusable
 from lit_ppo.shown import first_line
 
 T = TypeVar("T")

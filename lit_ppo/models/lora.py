@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_ppo.generation.engine import Responses
 from lit_ppo.models.actor_critic import Actor
+from lit_ppo.models.export import share_weights
 from lit_ppo.models.pretrained import adapter_base
 from lit_ppo.shown import first_line
 
@@ -128,6 +129,7 @@ def save_adapter(
             setattr(config, field, sorted(value))  # the same file from every process
     config.save_pretrained(str(dirpath))
     save_file(named, Path(dirpath) / "adapter_model.safetensors", metadata={"format": "pt"})
+    share_weights(Path(dirpath))
 
 
 def merged(

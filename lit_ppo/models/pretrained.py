@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from lit_ppo.models.stored import hub, stored_dtype, weight_files
+from lit_ppo.models.stored import Unusable, hub, no_pickled_code, stored_dtype, weight_files
 from lit_ppo.shown import first_line, message_of
 
 # names that torch.compile, FSDP1 and activation checkpointing put anywhere into a weight's name
@@ -29,10 +29,7 @@ BEFORE = ("module", "_forward_module", "pretrained_model", "base_model", "model"
 OTHER_HEADS = re.compile("Classification|Reward|Score|QuestionAnswering")
 
 
-class Unusable(ValueError):
-    """What a folder holds cannot be used. The message goes behind class, argument and value, and says what to do."""
-
-
+@no_pickled_code()
 def load_pretrained(auto: Any, path: str, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
     """Load a model, or a base model and the adapter in a folder, merged.
 
@@ -90,6 +87,7 @@ def adapter_base(path: str, kwargs: dict[str, Any] | None = None) -> str | None:
     return str(beside if beside.is_dir() else base)
 
 
+@no_pickled_code()
 def n_outputs(path: str, kwargs: dict[str, Any]) -> int | None:
     """The number of outputs of a sequence classifier, such as a reward model, or of its adapter; None: not one."""
     base = adapter_base(path, kwargs)

@@ -1,5 +1,9 @@
 """The files of a checkpoint, in a folder or from the hub."""
 
+import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +15,24 @@ from transformers.utils.hub import cached_file
 HUB = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 Dtype = Literal["float32", "bfloat16", "float16"]
 NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of safetensors
+
+
+class Unusable(ValueError):
+    """What a folder holds cannot be used. The message goes behind class, argument and value, and says what to do."""
+
+
+@contextmanager
+def no_pickled_code() -> Iterator[None]:
+    """Say in our own words that weights are refused: torch's tell how to load them all the same."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        if re.search("Unsupported (global|class)|GLOBAL|was not an allowed global|Trying to", str(error)):
+            raise Unusable(
+                "its weights (a .bin file) are a pickle that holds more than tensors, and loading them would run code; "
+                "give the model with weights in model.safetensors, or from a source that has tensors only"
+            ) from error
+        raise Unusable("its weights (a .bin file) are damaged, or no weights; get the file again") from error
 
 
 def hub(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,8 @@
 """Atomic checkpoint files, and error messages for checkpoints that cannot be written or read."""
 
 import contextlib
-import os
+import functools
 import pickle
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,59 +11,16 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from lit_ppo.parallel.files import atomic_path
+from lit_ppo.parallel.sharded_checkpoint import check_plain, load_full
 from lit_ppo.shown import first_line
 
-PARTIAL = ".partial"  # suffix of what is being written
+ALTERED = (LookupError, TypeError, ValueError, AttributeError)  # raised by pickles with other values than torch's
 METADATA = "meta.pt"  # what Lightning writes last into a sharded checkpoint, which is a folder
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read; the message names the file and says what to do."""
-
-
-@contextlib.contextmanager
-def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary path beside ``target``, which gets the name of ``target`` once its content is on the disk.
-
-    If the body fails, the temporary file or folder is removed and ``target`` stays as it was.
-
-    Args:
-        target: File or folder, replaced if it exists.
-    """
-    partial, old = (target.with_name(target.name + suffix) for suffix in (PARTIAL, f".old{PARTIAL}"))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove(old)
-    _remove(partial)
-    try:
-        yield partial
-        for path in [*(partial.rglob("*") if partial.is_dir() else ()), partial]:
-            _sync(path)
-        if target.is_dir():  # a folder cannot be replaced in one step
-            target.rename(old)
-        partial.replace(target)
-        _sync(target.parent)
-    finally:
-        _remove(partial)
-    _remove(old)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
-def _sync(path: Path) -> None:
-    """Write a file's content, or a folder's list of names, to the disk."""
-    is_folder = path.is_dir()
-    with contextlib.suppress(OSError) if is_folder else contextlib.nullcontext():  # not every system syncs folders
-        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -110,6 +66,41 @@ def use_atomic_checkpoints(trainer: L.Trainer) -> None:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
 
+def guard_sharded(trainer: L.Trainer) -> None:
+    """Let the trainer's strategy load a sharded checkpoint only after a check that it holds plain data.
+
+    Strategies let torch unpickle parts of it, even where they are asked for weights only.
+    """
+    strategy: Any = trainer.strategy
+    load = strategy.load_checkpoint
+    if getattr(load, "is_guarded", False):
+        return
+
+    @functools.wraps(load)
+    def load_plain(checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        if weights_only is not False and Path(checkpoint_path).is_dir():
+            with _readable(checkpoint_path):
+                check_plain(Path(checkpoint_path))
+        return load(checkpoint_path, weights_only=weights_only)
+
+    load_plain.is_guarded = True  # type: ignore[attr-defined]
+    strategy.load_checkpoint = load_plain
+
+
+def load_merged(path: Path) -> dict[str, Any]:
+    """Load a checkpoint of any strategy with its full weights; shards are merged.
+
+    Raises:
+        CheckpointError: It cannot be read, or reading it would run code.
+    """
+    if not path.is_dir():
+        return AtomicCheckpointIO().load_checkpoint(path)
+    with _readable(path):
+        check_plain(path)
+        weights = load_full(path)
+    return {**read_summary(path), **weights}
+
+
 def is_complete(checkpoint: Path) -> bool:
     """False for a sharded checkpoint, as some of Lightning's strategies write it, whose writing was cut short."""
     return not checkpoint.is_dir() or (checkpoint / METADATA).is_file()
@@ -136,11 +127,11 @@ def _readable(path: Any) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    except (OSError, EOFError, RuntimeError, LookupError, ValueError, AttributeError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, *ALTERED) as error:
         if "Weights only load failed" in str(error) and "Unsupported global" in str(error):
             raise CheckpointError(
                 f"checkpoint {path}: holds more than plain data, and reading it would run code; give a checkpoint that "
-                "lit-ppo wrote, or add --weights_only false if you trust its source"
+                "lit-ppo wrote, or resume it with --weights_only false if you trust its source"
             ) from error
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(

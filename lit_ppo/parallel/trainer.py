@@ -6,14 +6,16 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 import lit_ppo.parallel.strategies  # noqa: F401  # registers fsdp2
+from lit_ppo.parallel.checkpoint_io import guard_sharded
 
 
 def check_trainer(trainer: L.Trainer) -> None:
-    """Refuse the first version of FSDP, and warn if the CPU emulates bf16.
+    """Refuse the first version of FSDP and sharded checkpoints with code, and warn if the CPU emulates bf16.
 
     Raises:
         ValueError: The strategy is Lightning's ``FSDPStrategy``.
     """
+    guard_sharded(trainer)
     if isinstance(trainer.strategy, FSDPStrategy):
         raise ValueError(
             "Trainer(strategy=FSDPStrategy): the first version of FSDP is not supported; use strategy='fsdp2'"

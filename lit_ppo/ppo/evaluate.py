@@ -20,6 +20,7 @@ from torchmetrics import MeanMetric
 
 from lit_ppo.experience import Experience
 from lit_ppo.functional import wins
+from lit_ppo.parallel.files import atomic_path
 from lit_ppo.parallel.ranks import rank
 from lit_ppo.ppo.collect import score
 
@@ -143,18 +144,32 @@ def predict_step(module: Any, prompts: Any, batch_idx: int) -> list[dict[str, An
 
 
 def on_predict_start(module: Any) -> None:
-    """Start an empty list of predictions."""
+    """Start an empty list of predictions; check that the file may be written.
+
+    Raises:
+        ValueError: There is a file of that name with other content.
+    """
     module.evaluator.predictions.clear()
+    file = _file(module.trainer)
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    if text and not text.startswith('{"prompt": '):
+        raise ValueError(
+            f"{type(module).__name__}: {file} is in the way, and lit-ppo did not write it; move it away, or set the "
+            "Trainer's default_root_dir to another folder"
+        )
 
 
 def on_predict_end(module: Any) -> None:
     """Write all predictions as JSON lines into the run folder."""
-    path = Path(module.trainer.log_dir or module.trainer.default_root_dir) / PREDICTIONS
-    rows = module.evaluator.predictions
+    path, rows = _file(module.trainer), module.evaluator.predictions
     if rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(_line(json.dumps(row, ensure_ascii=False)) for row in rows), encoding="utf-8")
+        with atomic_path(path) as new:
+            new.write_text("".join(_line(json.dumps(row, ensure_ascii=False)) for row in rows), encoding="utf-8")
     rank_zero_info(f"{len(rows)} predictions: {path}")
+
+
+def _file(trainer: Any) -> Path:
+    return Path(trainer.log_dir or trainer.default_root_dir) / PREDICTIONS  # collective
 
 
 def _line(text: str) -> str:

@@ -11,7 +11,14 @@ from lit_ppo.callbacks.base import PPOCallback
 from lit_ppo.data.tokenization import save_tokenizer
 from lit_ppo.generation.config import stop_ids
 from lit_ppo.models.card import Card, add_data, hub_name, write_card
-from lit_ppo.models.export import checked_dtype, checked_repository, push, save_generation_config, save_model
+from lit_ppo.models.export import (
+    checked_dtype,
+    checked_repository,
+    list_files,
+    push,
+    save_generation_config,
+    save_model,
+)
 from lit_ppo.models.lora import check_has_adapter, merged, save_adapter
 from lit_ppo.models.pretrained import starting_dtype
 from lit_ppo.models.stored import Dtype
@@ -147,6 +154,7 @@ def save_pretrained(
         save_model(model, weights, dirpath, dtype=written, stops=ends)
     save_tokenizer(models.tokenizer, dirpath, keep_pad=False)
     write_card(dirpath, add_data(module.card(), module._trainer), adapter=adapter)
+    list_files(dirpath)
     if repository is not None and rank() == 0:
         push(f"save_pretrained(push_to_hub={repository!r})", dirpath, repository)
 

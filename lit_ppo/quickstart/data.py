@@ -11,10 +11,10 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_ppo.data.text import TextDataModule
-from lit_ppo.parallel.checkpoint_io import atomic_path
+from lit_ppo.parallel.files import atomic_path
 from lit_ppo.quickstart import words
 from lit_ppo.quickstart.grammar import OPENINGS, PATTERNS, SHARES, generate, generate_opening, parse
-from lit_ppo.validate import integer
+from lit_ppo.validate import integer, refuse
 
 RATINGS = {"positive": 0.95, "neutral": 0.3, "negative": 0.05}
 """Label by polarity: the fraction of raters who would call the review positive. It is never 0 or 1, so that the scores
@@ -77,20 +77,51 @@ class ReviewText(TextDataModule):
         wanted = {"grammar": fingerprint(), "seed": self.text_seed, "rows": dict(zip(files, sizes, strict=True))}
         if not _complete(root, wanted):
             rank_zero_info(f"Writing reviews, labels and prompts: {root}")
-            (root / MARKER).unlink(missing_ok=True)
-            for stream, (name, rows) in enumerate(files.items()):
-                rng = random.Random(1000 * self.text_seed + stream)
+            ours = list((_marker(root) or {}).get("rows", {}))
+            lines = {name: self._lines(stream, rows) for stream, (name, rows) in enumerate(files.items())}
+            for name in [MARKER, *(name for name in files if name not in ours)]:
+                if not _may_be_replaced(root / name, lines.get(name)):
+                    problem = f"this folder has another {name}, which lit-ppo did not write; give another folder"
+                    refuse(self, "data_root", self.data_root, problem)
+            _mark(root, {"rows": dict.fromkeys([*ours, *files])})  # complete only after the files are
+            for name in files:
                 with atomic_path(root / name) as path, path.open("w", encoding="utf-8", newline="\n") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in rows(rng))
-            (root / MARKER).write_text(json.dumps(wanted), encoding="utf-8")
+                    file.writelines(lines[name]())
+            _mark(root, wanted)
         super().prepare_data()
+
+    def _lines(
+        self, stream: int, rows: Callable[[random.Random], Iterator[dict[str, Any]]]
+    ) -> Callable[[], Iterator[str]]:
+        """The lines of a file, each time anew."""
+        return lambda: (json.dumps(row) + "\n" for row in rows(random.Random(1000 * self.text_seed + stream)))
 
 
 def _complete(root: Path, wanted: dict[str, Any]) -> bool:
-    marker = root / MARKER
-    if not marker.is_file() or not all((root / name).is_file() for name in wanted["rows"]):
-        return False
-    return marker.read_bytes() == json.dumps(wanted).encode()
+    return _marker(root) == wanted and all((root / name).is_file() for name in wanted["rows"])
+
+
+def _marker(root: Path) -> dict[str, Any] | None:
+    """What was written into the folder, with ``rows`` by file name; None if nothing was."""
+    try:
+        marker = json.loads((root / MARKER).read_text(encoding="utf-8"))
+        return marker if isinstance(marker["rows"], dict) else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def _mark(root: Path, marker: dict[str, Any]) -> None:
+    with atomic_path(root / MARKER) as path:
+        path.write_text(json.dumps(marker), encoding="utf-8")
+
+
+def _may_be_replaced(file: Path, lines: Callable[[], Iterator[str]] | None) -> bool:
+    """Whether nothing gets lost: there is no such file, it is empty, a marker of ours, or has these lines already."""
+    if not file.exists() or (file.is_file() and not file.stat().st_size):
+        return True
+    if lines is None:
+        return _marker(file.parent) is not None
+    return file.is_file() and file.read_bytes() == "".join(lines()).encode()
 
 
 def fingerprint() -> str:

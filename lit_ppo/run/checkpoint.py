@@ -1,15 +1,26 @@
 """Checkpoints of a run, and the search for the newest."""
 
+import itertools
+import os
 import re
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 
-from lit_ppo.parallel.checkpoint_io import PARTIAL, is_complete, use_atomic_checkpoints
+from lit_ppo.parallel.checkpoint_io import (
+    CheckpointError,
+    guard_sharded,
+    is_complete,
+    read_summary,
+    use_atomic_checkpoints,
+)
+from lit_ppo.parallel.files import abandoned
 from lit_ppo.parallel.ranks import gather_shares, greatest
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.events import copy_events
@@ -31,7 +42,7 @@ class StepCheckpoint(Checkpoint):
 
     Args:
         every_n_train_steps: Steps between two checkpoints.
-        keep: Number of checkpoints to keep. The oldest is removed after a new one is complete.
+        keep: Number of checkpoints of this run to keep. The oldest is removed after a new one is complete.
         dirpath: Folder of the checkpoints. None: ``checkpoints`` in the run's folder.
     """
 
@@ -42,16 +53,21 @@ class StepCheckpoint(Checkpoint):
         self.config: dict[str, Any] | None = None  # the run's, set by the command
         self.log_again = False  # whether a resumed run logs into the folder of the run that it resumes
         self.stop_request = StopRequest()
+        self._id = uuid.uuid4().hex  # of this run; a run that resumes it has the same
+        self._own: set[Path] = set()  # checkpoints of this run, which alone it may replace and remove
         self._last_step = -1
         self._after_validation = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         use_atomic_checkpoints(trainer)
+        guard_sharded(trainer)
         if self.dirpath is None and stage == "fit":
             self.dirpath = str(Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._last_step = trainer.global_step  # a resumed run starts from a checkpoint of this step
+        if trainer.ckpt_path is not None and trainer.is_global_zero and self.dirpath is not None:
+            self._own |= {path for path in Path(self.dirpath).glob("step-*.ckpt") if _id_of(path) == self._id}
         self.stop_request.listen(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -96,11 +112,18 @@ class StepCheckpoint(Checkpoint):
             logged = {name: float(value) for name, value in metrics.items()} | {"epoch": trainer.current_epoch}
         for logger in _tensorboard_loggers(trainer):
             logger.experiment.flush()  # so that a crash keeps all that the checkpoint covers
-        checkpoint[RUN] = {"config": self.config, "logged": logged, "steps_logged": steps, "time": time.time()}
+        checkpoint[RUN] = {
+            "id": self._id,
+            "config": self.config,
+            "logged": logged,
+            "steps_logged": steps,
+            "time": time.time(),
+        }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Log again what the checkpoint covers, and the continued log does not show."""
         run = checkpoint.get(RUN)
+        self._id = (run or {}).get("id", self._id)
         if not self.log_again or not run:
             return
         step, logged = run["steps_logged"], run["logged"]
@@ -121,20 +144,43 @@ class StepCheckpoint(Checkpoint):
         if step == self._last_step or trainer.fast_dev_run or self.dirpath is None:  # type: ignore[attr-defined]
             return
         self._last_step = step
-        path = Path(self.dirpath) / f"step-{step:06d}.ckpt"
+        path = trainer.strategy.broadcast(self._free_path(Path(self.dirpath), f"step-{step:06d}"))
+        self._own.add(path)
         # not Trainer.save_checkpoint: there the other ranks would wait at a barrier for a rank that failed
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         gather_shares(lambda: trainer.strategy.save_checkpoint(checkpoint, path))
         gather_shares(lambda: self._remove_old(trainer, path.parent))
 
+    def _free_path(self, folder: Path, name: str) -> Path:
+        """A path where a checkpoint replaces nothing but one of this run."""
+        path = folder / f"{name}.ckpt"
+        for version in itertools.count(1):
+            if path in self._own or not os.path.lexists(path):
+                break
+            path = folder / f"{name}-v{version}.ckpt"
+        if path.stem != name:
+            rank_zero_info(
+                f"StepCheckpoint(dirpath={str(folder)!r}): {name}.ckpt is not of this run; saves {path.name}"
+            )
+        return path
+
     def _remove_old(self, trainer: L.Trainer, folder: Path) -> None:
         if not trainer.is_global_zero:
             return
-        found = sorted(folder.glob("step-*.ckpt"), key=_age)
+        self._own = {path for path in self._own if path.exists()}
+        found = sorted(self._own, key=_age)
         kept = [path for path in found if is_complete(path)][-self.keep :]
-        for path in [*found, *folder.glob(f"step-*{PARTIAL}")]:
+        for path in [*found, *abandoned(folder, "step-*.ckpt")]:
             if path not in kept:
                 trainer.strategy.remove_checkpoint(path)
+
+
+def _id_of(checkpoint: Path) -> str | None:
+    """The run that wrote a checkpoint; None if it cannot be read."""
+    try:
+        return (read_summary(checkpoint).get(RUN) or {}).get("id")
+    except (CheckpointError, OSError):
+        return None
 
 
 def _validation_follows(trainer: L.Trainer) -> bool:

@@ -1,24 +1,32 @@
 """The result of a run: the model in Hugging Face format."""
 
 import inspect
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
+from safetensors import SafetensorError
 
 from lit_ppo.models.card import Card, add_data, write_card
-from lit_ppo.models.export import checked_dtype, checked_repository, push
+from lit_ppo.models.export import checked_dtype, checked_repository, list_files, push
 from lit_ppo.models.lora import check_has_adapter
 from lit_ppo.models.stored import Dtype
-from lit_ppo.parallel.checkpoint_io import PARTIAL, atomic_path
+from lit_ppo.parallel.files import atomic_path
 from lit_ppo.parallel.ranks import gather_shares, rank
 from lit_ppo.parallel.sharding import is_sharded
 from lit_ppo.run.figures import Figures
+from lit_ppo.run.target import check_target, folders_of
+from lit_ppo.shown import first_line
+from lit_ppo.validate import refuse
 
 CARD = "lit_ppo_card"  # key of what ExportModel adds to a checkpoint
+
+
+class ExportError(RuntimeError):
+    """The model cannot be written; the message names the folder and says what to do."""
 
 
 class ExportModel(L.Callback):
@@ -27,7 +35,8 @@ class ExportModel(L.Callback):
     A model card (README.md) says what the model was trained from, on and for, with the command and figures of the run.
 
     Args:
-        dirpath: Folder for the model; a model that is there is replaced. None: ``model`` in the run's folder.
+        dirpath: Folder for the model; an exported model that is there is replaced, and anything else is refused. None:
+            ``model`` in the run's folder.
         adapter: Write the trained adapter alone, for ``peft``. By default it is merged into the model.
         dtype: Of the weights; None: that of the checkpoint that the run started from.
         push_to_hub: Then push the folder to this repository, such as ``me/my-model``, which is made if need be.
@@ -42,6 +51,8 @@ class ExportModel(L.Callback):
         push_to_hub: str | None = None,
         private: bool | None = None,
     ) -> None:
+        if dirpath is not None and not str(dirpath).strip():
+            refuse(self, "dirpath", dirpath, "is empty; name a folder, or leave it out")
         self.dirpath = dirpath
         self.adapter = adapter
         self.dtype = checked_dtype(self, dtype)
@@ -58,11 +69,12 @@ class ExportModel(L.Callback):
 
         Raises:
             TypeError: A folder, a repository or a dtype is given, but the module cannot be exported.
-            ValueError: The folder holds something else than a model, or there is no adapter.
+            ValueError: The folder holds something that no export has written, or there is no adapter.
         """
         check_has_adapter(f"ExportModel(adapter={self.adapter})", pl_module, self.adapter)
-        if self.dirpath is not None:
-            check_target(f"ExportModel(dirpath={self.dirpath!r})", Path(self.dirpath))
+        target = self._target(trainer)
+        if self.dirpath is not None or (hasattr(pl_module, "save_pretrained") and stage == "fit"):
+            check_target(self._where(target), target, used=folders_of(pl_module))
         if stage != "fit":
             return
         for name in ("dirpath", "push_to_hub", "dtype"):
@@ -87,17 +99,23 @@ class ExportModel(L.Callback):
         self._figures.add_validation(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        log_dir = trainer.log_dir  # collective: before anything that only one rank does
+        target = self._target(trainer)  # collective: before anything that only one rank does
         if trainer.fast_dev_run or not hasattr(pl_module, "save_pretrained"):  # type: ignore[attr-defined]
             return
-        target = Path(self.dirpath or Path(log_dir or trainer.default_root_dir) / "model")
-        if trainer.is_global_zero or is_sharded(pl_module):
-            write_model(pl_module, target, adapter=self.adapter, dtype=self.dtype, card=card_of(self._state()))
-        trainer.strategy.barrier("model exported")
+        writes = trainer.is_global_zero or is_sharded(pl_module)
+        options: dict[str, Any] = {"adapter": self.adapter, "dtype": self.dtype, "card": card_of(self._state())}
+        gather_shares(lambda: write_model(self._where(target), pl_module, target, **options) if writes else None)
         self.written = target
         if (repository := self.push_to_hub) is not None:
             where = f"ExportModel(push_to_hub={repository!r})"
             gather_shares(lambda: push(where, target, repository, self.private) if rank() == 0 else None)
+
+    def _target(self, trainer: L.Trainer) -> Path:
+        log_dir = trainer.log_dir  # collective
+        return Path(self.dirpath or Path(log_dir or trainer.default_root_dir) / "model")
+
+    def _where(self, target: Path) -> str:
+        return f"ExportModel(dirpath={str(target)!r})"
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if (state := self._state()) is not None:
@@ -141,33 +159,43 @@ def _check_can_save(where: str, module: Any, name: str, value: Any) -> None:
         raise TypeError(f"{where}: {type(module).__name__}.save_pretrained takes no dtype; leave export.dtype out")
 
 
-def check_target(where: str, folder: Path) -> None:
-    """Refuse to replace a folder that is not a model.
-
-    Raises:
-        ValueError: The folder holds something else.
-    """
-    is_model = any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
-    if folder.exists() and not is_model and any(folder.iterdir()):
-        raise ValueError(f"{where}: the folder holds files that are not a model; name a new folder")
-
-
 def write_model(
-    module: Any, target: Path, *, adapter: bool = False, dtype: Dtype | None = None, card: Card | None = None
+    where: str,
+    module: Any,
+    target: Path,
+    *,
+    adapter: bool = False,
+    dtype: Dtype | None = None,
+    card: Card | None = None,
 ) -> None:
     """Write a model, and replace the one at ``target`` once it is complete. Collective if the model is sharded.
 
     Args:
+        where: Class or option, argument and value, for messages.
         module: Has ``save_pretrained``.
         target: Folder.
         adapter: Write the adapter alone.
         dtype: Of the weights; None: as ``save_pretrained`` chooses.
         card: Model card in place of the one that ``save_pretrained`` writes.
+
+    Raises:
+        ExportError: It cannot be written; what is at ``target`` stays.
+        ValueError: Something that no export has written has come there meanwhile.
     """
-    partial = target.with_name(target.name + PARTIAL)
-    with atomic_path(target) if rank() == 0 else nullcontext(partial) as folder:
-        if rank() == 0:
+    options = {k: v for k, v in {"adapter": adapter, "dtype": dtype}.items() if v}
+    if rank() != 0:
+        module.save_pretrained(target, **options)  # takes part, and writes nothing
+        return
+    try:
+        with atomic_path(target, check=partial(check_target, where, target)) as folder:
             folder.mkdir()
-        module.save_pretrained(folder, **{k: v for k, v in {"adapter": adapter, "dtype": dtype}.items() if v})
-        if rank() == 0 and card is not None:
-            write_card(folder, card, adapter=adapter)
+            module.save_pretrained(folder, **options)
+            if card is not None:
+                write_card(folder, card, adapter=adapter)
+            list_files(folder, all_files=True)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ExportError(
+            f"{where}: the model cannot be written ({reason}); what is there is kept. Free disk space or name another "
+            "folder; lit-ppo export --ckpt_path ... --output ... writes the model of a checkpoint"
+        ) from error

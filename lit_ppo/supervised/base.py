@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_ppo.data.tokenization import save_tokenizer
 from lit_ppo.generation.config import named_stops
 from lit_ppo.models.card import Card, add_data, hub_name, write_card
-from lit_ppo.models.export import checked_dtype, checked_repository, push, save_model
+from lit_ppo.models.export import checked_dtype, checked_repository, list_files, push, save_model
 from lit_ppo.models.positions import rope_bound, row_groups, token_limit
 from lit_ppo.models.pretrained import starting_dtype
 from lit_ppo.models.stored import Dtype
@@ -143,6 +143,7 @@ class SupervisedModule(L.LightningModule):
             save_model(self.model, weights, dirpath, dtype=written, stops=stops)
             save_tokenizer(self.tokenizer, dirpath, keep_pad=not writes_text)
             write_card(dirpath, add_data(self.card(), self._trainer))
+            list_files(dirpath)
             if repository is not None and rank() == 0:
                 push(f"save_pretrained(push_to_hub={repository!r})", dirpath, repository)
 

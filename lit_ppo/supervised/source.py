@@ -85,6 +85,9 @@ class ModelSource:
                 f"({first_line(error)}); check the path or name"
             ) from error
         except ValueError as error:
+            if "contains custom code" in str(error):
+                problem = "comes with its own code; if you trust it, set model_kwargs: {trust_remote_code: true}"
+                raise ValueError(f"{self.owner}({argument}={path!r}): {problem}") from error
             raise ValueError(f"{self.owner}({argument}={path!r}): {first_line(error)}") from error
 
     def _from_checkpoint(self, path: str) -> PreTrainedModel:

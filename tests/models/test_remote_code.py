@@ -1,27 +1,17 @@
 """Code that comes with a model runs only if ``trust_remote_code`` allows it."""
 
-import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from lit_ppo import LitRewardModel, LitSFT
 from lit_ppo.models.load import load_causal_lm, load_critic, load_tokenizer
 from lit_ppo.rewards import RewardModel
 from tests.helpers.tiny import make_causal_lm, make_reward_model
-
-
-def with_code(folder: Path, kind: str) -> Path:
-    """Lets the model's config, and its tokenizer's, point at a class in the folder itself."""
-    (folder / "own.py").write_text(
-        "from pathlib import Path\nimport transformers\nPath(__file__).parent, Path('sprung').touch()\n"
-        f"class OwnConfig(transformers.GPT2Config):\n    model_type = 'own'\n"
-        f"class OwnModel(transformers.{kind}):\n    config_class = OwnConfig\n"
-    )
-    config = json.loads((folder / "config.json").read_text())
-    auto = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel", "AutoModel": "own.OwnModel"}
-    auto["AutoModelForSequenceClassification"] = "own.OwnModel"
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": auto}))
-    return folder
+from tests.helpers.traps import with_code, with_pickle
 
 
 def test_code_of_a_model_runs_only_where_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,3 +32,31 @@ def test_code_of_a_model_runs_only_where_asked_for(tmp_path: Path, monkeypatch: 
     assert not Path("sprung").exists()
     assert type(load_causal_lm("actor", actor, {"trust_remote_code": True})).__name__ == "OwnModel"
     assert Path("sprung").exists()
+
+
+PICKLED: dict[str, Callable[[str], Any]] = {
+    "actor": lambda path: load_causal_lm("LitPPO(actor", path, {}),
+    "critic": lambda path: load_critic("LitPPO(critic", path, {}),
+    "reward": lambda path: RewardModel(path).build(),
+    "SFT": lambda path: LitSFT(path).configure_model(),
+    "reward model": lambda path: LitRewardModel(path).configure_model(),
+    "in another dtype": lambda path: load_causal_lm("LitPPO(actor", path, {}, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", PICKLED)
+def test_weights_in_a_pickle_with_code_are_refused_in_our_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Those of torch tell how to load them all the same."""
+    monkeypatch.chdir(tmp_path)
+    path = str(with_pickle(make_causal_lm(tmp_path / "lm")))
+    with pytest.raises(
+        ValueError, match=r"^\w+\(\w+='.*lm'\): .* loading them would run code; give .*safetensors"
+    ) as it:
+        PICKLED[name](path)
+    assert "weights_only" not in str(it.value)
+    assert not Path("sprung").exists()
+    (tmp_path / "lm/pytorch_model.bin").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match=r"^\w+\(\w+='.*lm'\): its weights .* are damaged"):
+        PICKLED[name](path)

@@ -18,23 +18,33 @@ from lit_ppo.parallel.checkpoint_io import (
     read_summary,
     use_atomic_checkpoints,
 )
+from tests.helpers.traps import Trap
 
 
 def test_files_and_folders_are_replaced(tmp_path: Path) -> None:
-    """As a whole; what writes that were killed left behind goes as well."""
+    """As a whole; names that a person might use are left alone, and so is the folder itself."""
+    others = [
+        "file.old",
+        "file.partial",
+        "folder.old",
+        "folder.old.partial",
+        "folder.partial",
+        "folder.12345678.partial",
+    ]
+    for name in others:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.tex").touch()
     for content in ("old", "new"):
         with atomic_path(tmp_path / "file") as partial:
             partial.write_text(content)
-        for left in ("folder.partial", "folder.old.partial"):
-            (tmp_path / left).mkdir()
-            (tmp_path / left / "half").touch()
         with atomic_path(tmp_path / "folder") as partial:
             assert not partial.exists()
             partial.mkdir()
             (partial / content).touch()
     assert (tmp_path / "file").read_text() == "new"
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["new"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["file", "folder", *others])
+    assert all((tmp_path / name / "thesis.tex").exists() for name in others)
 
 
 def test_a_failure_changes_nothing(tmp_path: Path) -> None:
@@ -79,13 +89,13 @@ def test_bytes_are_on_the_disk_before_they_have_their_name_and_the_name_right_af
     path = tmp_path / "saved" / "x.ckpt"
     AtomicCheckpointIO().save_checkpoint({"weight": torch.zeros(99)}, path)
     size = path.stat().st_size
-    assert disk == [("sync", "x.ckpt.partial", size), ("rename", "x.ckpt.partial", "x.ckpt"), ("sync", "saved", None)]
+    assert disk == [("sync", "new", size), ("rename", "new", "x.ckpt"), ("sync", "saved", None)]
     disk.clear()
     with atomic_path(tmp_path / "model") as folder:
         (folder / "inner").mkdir(parents=True)
         (folder / "inner" / "weights").write_bytes(b"three")
-    inside = [("sync", "inner", None), ("sync", "weights", 5), ("sync", "model.partial", None)]
-    assert disk == [*inside, ("rename", "model.partial", "model"), ("sync", tmp_path.name, None)]
+    inside = [("sync", "inner", None), ("sync", "weights", 5), ("sync", "new", None)]
+    assert disk == [*inside, ("rename", "new", "model"), ("sync", tmp_path.name, None)]
 
 
 def test_the_users_own_plugin_is_left_alone() -> None:
@@ -104,13 +114,6 @@ def test_a_sharded_checkpoint_is_complete_with_its_metadata(tmp_path: Path) -> N
     torch.save({"global_step": 3}, tmp_path / "meta.pt")
     assert is_complete(tmp_path)
     assert read_summary(tmp_path) == {"global_step": 3}
-
-
-class Trap:
-    """Runs code when it is unpickled."""
-
-    def __reduce__(self) -> Any:
-        return exec, ("import pathlib; pathlib.Path('sprung').touch()",)
 
 
 CHECKPOINT = {"state_dict": {"weight": torch.zeros(3)}, "pytorch-lightning_version": "2.6.0"}

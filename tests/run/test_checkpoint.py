@@ -51,7 +51,10 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path, tiny_lm: Path) -> No
 
 
 def test_going_back_keeps_what_is_written_last(tmp_path: Path, tiny_lm: Path) -> None:
-    """Steps 1 to 3 are there, and the run resumes from step 1: its new step 2 is the newest, not the oldest."""
+    """Steps 1 to 3 are there, and the run resumes from step 1: its new step 2 is the newest, not the oldest.
+
+    A new run in that folder removes and replaces nothing of it, even where its steps have the same names.
+    """
     fit(tmp_path, tiny_lm, updates=3)
     first = tmp_path / "saved" / "step-000001.ckpt"
     fit(tmp_path, tiny_lm, updates=2, ckpt_path=first, keep=2)
@@ -60,8 +63,15 @@ def test_going_back_keeps_what_is_written_last(tmp_path: Path, tiny_lm: Path) ->
     first.with_name("step-000009.ckpt.partial").touch()  # as killed runs leave them: a file,
     first.with_name("step-000009.ckpt").mkdir()  # and a sharded checkpoint without its metadata
     assert find_last(tmp_path, str(first.parent)).name == "step-000002.ckpt"
+    before = {path: path.stat().st_mtime_ns for path in first.parent.iterdir()}
     fit(tmp_path, tiny_lm, updates=2, keep=1)  # from the start: steps 1 and 2 once more
-    assert [path.name for path in first.parent.iterdir()] == ["step-000002.ckpt"]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    new = find_last(tmp_path, str(first.parent))
+    assert set(first.parent.iterdir()) - before.keys() == {new}
+    assert new.name == "step-000002-v1.ckpt"
+    fit(tmp_path, tiny_lm, updates=3, ckpt_path=new, keep=1)  # the same run: its own goes
+    assert not new.exists()
+    assert find_last(tmp_path, str(first.parent)).name == "step-000003-v1.ckpt"
 
 
 def test_a_second_run_with_the_same_callback_is_saved_too(tmp_path: Path, tiny_lm: Path) -> None:

@@ -1,6 +1,7 @@
 """The exported model is used as its starting checkpoint was, and says where it comes from."""
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -90,6 +91,20 @@ def test_the_dtype_is_that_of_the_start_unless_another_is_asked_for(tmp_path: Pa
     assert {w.dtype for w in load_file(tmp_path / "full/model.safetensors").values()} == {torch.float32}
     with pytest.raises(ValueError, match=r"save_pretrained\(dtype='int8'\): must be one of 'float32', 'bfloat16'"):
         module.save_pretrained(tmp_path / "full", dtype="int8")
+
+
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in MADE), ("lora", {"adapter": True})])
+def test_weights_have_the_permissions_of_their_neighbours(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    """Those of the umask: a team reads what one of them exports."""
+    module = MADE[name]((make_reward_model if name == "reward" else make_causal_lm)(tmp_path / "start"))
+    before = os.umask(0o027)
+    try:
+        module.save_pretrained(tmp_path / "end", **options)
+    finally:
+        os.umask(before)
+    assert {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "end").iterdir()} == dict.fromkeys(
+        (file.name for file in (tmp_path / "end").iterdir()), 0o640
+    )
 
 
 def test_a_dtype_of_training_that_was_asked_for_stays(tmp_path: Path, tiny_lm: Path) -> None:
