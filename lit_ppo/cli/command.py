@@ -27,6 +27,7 @@ from lit_ppo.cli.session import LIGHTNING_LOG, Session
 from lit_ppo.cli.stages import Stage, run_stages
 from lit_ppo.cli.summary import RunSummary
 from lit_ppo.parallel.environment import reserve_port
+from lit_ppo.parallel.lost_ranks import explain
 from lit_ppo.run.checkpoint import StepCheckpoint, find_checkpoints
 from lit_ppo.run.continuation import Continuation, last_of_run
 from lit_ppo.run.errors import CommandError
@@ -180,6 +181,7 @@ class Command(LightningCLI):
         if trainer.needs_folder and not trainer.fast_dev_run:
             trainer.run_folder = self.continuation.run_folder(root)
         self.session.interrupts.kill_children.append(lambda: _kill_ranks(trainer))
+        self.session.explain = lambda error: explain(error, getattr(trainer.strategy.launcher, "procs", []))
         return trainer  # type: ignore[no-any-return]
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:

@@ -22,8 +22,9 @@ def main(args: list[str] | None = None) -> int:
     session = Session([argument for argument in given if argument != "--debug"], debug="--debug" in given)
     with restored_process(imports_here=session.arguments[:1] != ["export"]):
         code = session.run(_work)
-    if args is None and session.interrupts.received is not None:
-        os._exit(code)  # after an interrupt, do not wait for threads of other libraries
+    if args is None and (session.interrupts.received is not None or session.lost_ranks):
+        sys.stdout.flush()
+        os._exit(code)  # do not wait for threads of other libraries, which may also have something to say
     return code
 
 

@@ -30,9 +30,11 @@ class Session:
     def __init__(self, arguments: list[str], *, debug: bool) -> None:
         self.arguments = arguments
         self.debug = debug
+        self.lost_ranks = False  # whether the run has ended since another rank is gone
         self.checkpoints: Path | None = None  # folder in which this run saves, once that is known
         parsed_only = any(a in ("-h", "--help") or a.startswith(("--help=", "--print_config")) for a in arguments)
         self.heartbeat = Heartbeat(enabled=bool(arguments) and not parsed_only and is_first_process())
+        self.explain: Callable[[BaseException], str | None] = lambda error: None  # set once there are ranks
         self.interrupts = Interrupts(self.say_how_to_continue)
 
     def run(self, work: Callable[["Session"], None]) -> int:
@@ -63,7 +65,9 @@ class Session:
         if self.debug:
             traceback.print_exception(error)
         sys.stdout.flush()
-        print(f"lit-ppo: error: {running_error(error)}", file=sys.stderr, flush=True)
+        explained = self.explain(error)
+        print(f"lit-ppo: error: {explained or running_error(error)}", file=sys.stderr, flush=True)
+        self.lost_ranks = explained is not None
 
     def say_how_to_continue(self) -> None:
         """Print the last line after an interrupt: the command that continues this run."""

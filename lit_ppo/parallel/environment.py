@@ -7,6 +7,8 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from lit_ppo.parallel.lost_ranks import WatchingLauncher
+
 
 class ReservedPort(LightningEnvironment):
     """Lightning's environment, with a port that no other run on the machine can take.
@@ -30,7 +32,7 @@ class ReservedPort(LightningEnvironment):
 
 
 def reserve_port(strategy: Strategy) -> None:
-    """Give a strategy a :class:`ReservedPort` if it starts the other ranks as subprocesses of this one.
+    """Give a strategy a :class:`ReservedPort` and a watching launcher if it starts the other ranks as subprocesses.
 
     Args:
         strategy: Set up by a Trainer. It stays as it is if something else starts its processes, such as torchrun.
@@ -42,4 +44,5 @@ def reserve_port(strategy: Strategy) -> None:
     if type(given) is LightningEnvironment and not given.creates_processes_externally:
         reserved = ReservedPort()
         reserved.set_world_size(given.world_size())
-        strategy.cluster_environment = launcher.cluster_environment = reserved  # type: ignore[attr-defined]
+        strategy.cluster_environment = reserved  # type: ignore[attr-defined]
+        strategy._launcher = WatchingLauncher(reserved, launcher.num_processes, launcher.num_nodes)

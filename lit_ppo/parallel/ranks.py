@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lit_ppo.shown import first_line, reason
+from lit_ppo.shown import reason
 
 T = TypeVar("T")
 Plan = list[list[list[int]]]  # rank -> micro-batch -> rows
@@ -130,7 +130,7 @@ def gather_shares(share: Callable[[], T]) -> list[T]:
             raise failure from None
         raise RuntimeError(
             f"rank {rank()} got no answer from the other ranks: one of them has exited, or hangs for longer than the "
-            f"process group's timeout; see that rank's own output ({first_line(error)})"
+            f"process group's timeout; see that rank's own output"
         ) from error
     if failure is not None:
         raise failure

@@ -7,15 +7,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 import lit_ppo.parallel.strategies  # noqa: F401  # registers fsdp2
 from lit_ppo.parallel.checkpoint_io import guard_sharded
+from lit_ppo.parallel.lost_ranks import watch_instead_of_lightning
 
 
 def check_trainer(trainer: L.Trainer) -> None:
-    """Refuse the first version of FSDP and sharded checkpoints with code, and warn if the CPU emulates bf16.
+    """Refuse the first version of FSDP and sharded checkpoints with code, and have lost ranks named.
+
+    Warns if the CPU emulates bf16.
 
     Raises:
         ValueError: The strategy is Lightning's ``FSDPStrategy``.
     """
     guard_sharded(trainer)
+    watch_instead_of_lightning()
     if isinstance(trainer.strategy, FSDPStrategy):
         raise ValueError(
             "Trainer(strategy=FSDPStrategy): the first version of FSDP is not supported; use strategy='fsdp2'"

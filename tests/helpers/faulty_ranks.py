@@ -16,6 +16,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 
 from lit_ppo.callbacks.base import PPOCallback
+from lit_ppo.parallel.lost_ranks import explain
 from lit_ppo.rewards import time_limit
 from lit_ppo.run.checkpoint import StepCheckpoint
 from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer
@@ -75,6 +76,14 @@ class BreakGradient(PPOCallback):
             self.on_critic_loss = lambda *_: None  # type: ignore[method-assign]
 
 
+class Die(PPOCallback):
+    """Rank 1 is gone at once, as after SIGKILL, in the middle of update 1."""
+
+    def on_actor_loss(self, trainer: Any, pl_module: Any, minibatch: Any, losses: Any) -> None:
+        if pl_module.rollouts == 2 and dist.get_rank() == 1:
+            os._exit(0)
+
+
 class Sigterm(PPOCallback):
     """Rank 1 alone receives SIGTERM, in the middle of update 1."""
 
@@ -106,17 +115,17 @@ def attempt(folder: Path, actor: Path, *callbacks: Any, timeout: float = 60.0, *
     trainer = make_trainer(
         folder, callbacks=list(callbacks), devices=2, strategy=strategy, max_steps=3, enable_checkpointing=True
     )
-    error = ""
+    error, explained = "", None
     try:
         trainer.fit(model, make_data(folder / str(os.environ["RANK"])))
     except (Exception, SystemExit) as raised:
-        error = f"{type(raised).__name__}: {raised}"
+        error, explained = f"{type(raised).__name__}: {raised}", explain(raised, [])
     assert dist.get_world_size() == 2
     rows = [
         {name: row.get(name) for name in ("optimizer/skipped_fraction", "objective/score")} for row in logged(trainer)
     ]
     digest = [float(p.detach().double().sum()) for p in (*model.actor.parameters(), *model.critic.parameters())]
-    return {"error": error, "rows": rows, "digest": digest}
+    return {"error": error, "explained": explained, "rows": rows, "digest": digest}
 
 
 def main(folder: Path, actor: Path) -> None:
@@ -132,7 +141,10 @@ def main(folder: Path, actor: Path) -> None:
     save = torch.save
     seen["disk"] = attempt(folder, actor, FullDisk(every_n_train_steps=1, dirpath=str(folder / "checkpoints")))
     torch.save = save
+    (folder / f"rank{rank}.json").write_text(json.dumps(seen | {"dies": None}))
+    seen["dies"] = attempt(folder, actor, Die())
     (folder / f"rank{rank}.json").write_text(json.dumps(seen))
+    os._exit(0)
 
 
 def hang(folder: Path, actor: Path) -> None:

@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
+import lit_ppo.parallel.strategies  # noqa: F401  # registers fsdp2
 from lit_ppo.parallel.environment import ReservedPort, reserve_port
 
 

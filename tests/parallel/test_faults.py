@@ -55,6 +55,15 @@ def test_sigterm_on_one_rank_saves_and_ends_both(seen: Any) -> None:
     assert torch.load(left, weights_only=True)["lit_ppo"]["rollouts"] == 2
 
 
+def test_a_rank_that_dies_in_a_backward_is_named_in_words_of_ours(seen: Any) -> None:
+    """The error of the backward is the backend's."""
+    waiting, _ = seen["dies"]
+    assert "gloo" in waiting["error"]
+    assert waiting["explained"].startswith("rank 0 gets no answer from the other ranks: one has ended, was killed")
+    assert "gloo" not in waiting["explained"]
+    assert all(other["explained"] is None for fault in ("raises", "disk", "gradient") for other in seen[fault])
+
+
 def test_a_full_disk_stops_both_and_leaves_the_checkpoint_before(seen: Any) -> None:
     writing, waiting = seen["disk"]
     assert (
