@@ -36,10 +36,10 @@ def read_ratings(where: str, path: str) -> Ratings:
         if row.get("rating") not in (None, ""):
             update, rating = (_number(row.get(name)) for name in ("update", "rating"))
             if update is None or update < 0 or update != int(update):
-                problem = f"update is {row.get('update')!r}; give the number of updates done when the response was "
+                problem = f"update is {row.get('update')!r:.80}; give the number of updates done when the response was "
                 table.refuse(i, problem + "sampled, as in samples.jsonl")
             if rating is None:
-                table.refuse(i, f"rating is {row['rating']!r}; give a finite number")
+                table.refuse(i, f"rating is {row['rating']!r:.80}; give a finite number")
             ratings.setdefault(int(update), []).append(rating)
     return ratings
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_ppo.data.chat import Options, Span, render_chats
-from lit_ppo.data.table import Message, short
+from lit_ppo.data.table import Message, lone_surrogate, short
 from lit_ppo.shown import shown
 from lit_ppo.special_tokens import without_repeats
 
@@ -58,6 +58,9 @@ def encode_prompts(
     texts = [str(prompt) for prompt in prompts]
     if chats:
         texts = render_chats(tokenizer, chats, where, options=options, place=place)
+    for i, text in enumerate(texts):
+        if half := lone_surrogate(text):
+            raise ValueError(f"{where}: {place(i)} holds {half}")
     # a template writes all special tokens itself
     ids = tokenize(tokenizer, texts, add_special_tokens=not chats)
     if not chats:
@@ -79,6 +82,8 @@ def tokenize(
     options: dict[str, Any] = {"add_special_tokens": add_special_tokens, "verbose": False}
     logged = time.monotonic()
     for portion in _portions(texts):
+        if len(portion[0]) > CHARACTERS_AT_ONCE:
+            rank_zero_info(f"Tokenising a text of {len(portion[0])} characters")
         encoded = tokenizer(portion, **options)["input_ids"]
         if add_special_tokens:
             encoded = [row[kept] for row, kept in zip(encoded, without_repeats(tokenizer, encoded), strict=True)]

@@ -121,7 +121,7 @@ def _read_file(file: Path, kind: str, names: Sequence[str] | None, max_rows: int
     rows: list[Row] = []
     lines: list[int] = []
     try:
-        with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as content:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as content:
             if kind == ".json" and content.peek(BLOCK).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
                 intake.unit = "item"
                 numbered: Iterator[tuple[int, Any]] = JSONList(content, intake).items()

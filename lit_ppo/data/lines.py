@@ -8,7 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from lit_ppo.data.table import DEPTH, ROW_COSTS, Intake, Row, listed, short
 from lit_ppo.shown import message_of
@@ -24,7 +24,7 @@ KINDS = {
 }
 NOT_UTF8 = "not UTF-8 ({}); save it as UTF-8"
 BLOCK = 2**16
-Content = gzip.GzipFile | io.BufferedReader
+Content: TypeAlias = "gzip.GzipFile | io.BufferedReader[Any]"
 LONE = re.compile(r"\\u[dD][89a-fA-F]")  # perhaps half of a character
 DECODER = json.JSONDecoder()
 SPACE = re.compile(r"[ \t\n\r]*")

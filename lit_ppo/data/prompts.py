@@ -24,6 +24,8 @@ from lit_ppo.data.objects import Data
 from lit_ppo.data.table import ROW_MB, Table
 from lit_ppo.validate import integer, refuse
 
+MOST_VALUES = 2**28  # every row has a value for each column, at least None
+
 
 class PromptDataModule(TableDataModule):
     """Prompts for sampling: plain text, or chat messages where the column has lists of them.
@@ -127,6 +129,9 @@ class PromptDataModule(TableDataModule):
         for i, prompt in enumerate(prompts):
             if isinstance(prompt, list) != chat:
                 table.refuse(i, "plain and chat prompts are mixed; use one kind")
+        if len(table.columns) * len(table) > MOST_VALUES:
+            problem = f"{table.source} has {len(table.columns)} different columns in {len(table)} rows"
+            raise ValueError(f"{table.where}: {problem}; write what differs from row to row as values, not as names")
         columns = {name: [row.get(name) for row in table.rows] for name in table.columns if name != column}
         if not chat and columns.pop("messages", None) is not None:
             warnings.warn(

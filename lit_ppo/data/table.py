@@ -203,7 +203,7 @@ class Intake:
         if number % 256 and n_bytes < self.row_limit // 256:
             return
         if time.monotonic() - self._logged > SECONDS_BETWEEN_LOGS:
-            rank_zero_info(f"Read {self._taken >> 20} MiB, up to {place(self.source, number, unit or self.unit)}")
+            rank_zero_info(f"Read up to {place(self.source, number, unit or self.unit)}")
             self._logged = time.monotonic()
 
     def row(self, number: int, row: Mapping[Any, Any]) -> None:
@@ -242,11 +242,20 @@ class Intake:
         return size
 
     def _encoded(self, number: int, text: str, column: Any) -> int:
-        try:
-            return len(text) if text.isascii() else len(text.encode())
-        except UnicodeEncodeError as error:
-            half = f"a lone surrogate ({text[error.start]!a}, half of a character) at character {error.start + 1}"
-            self.refuse(number, f"{short(column)} holds {half}; replace or remove it")
+        if half := lone_surrogate(text):
+            self.refuse(number, f"{short(column)} holds {half}")
+        return len(text) if text.isascii() else len(text.encode())
+
+
+def lone_surrogate(text: str) -> str | None:
+    """What is wrong with text that no tokenizer and no file takes, and what to do; None: nothing."""
+    try:
+        if not text.isascii():
+            text.encode()
+    except UnicodeEncodeError as error:
+        half = f"a lone surrogate ({text[error.start]!a}, half of a character)"
+        return f"{half} at character {error.start + 1}; replace or remove it"
+    return None
 
 
 def place(source: object, number: int, unit: str = "line") -> str:

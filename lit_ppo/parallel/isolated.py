@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
-SECONDS = 20.0
+SECONDS = 5.0
 """Processor time of one call; ten times as much may pass."""
 
 MEMORY = 2**30

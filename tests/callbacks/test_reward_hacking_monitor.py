@@ -14,6 +14,7 @@ import torch
 
 from lit_ppo.callbacks import RewardHackingMonitor
 from lit_ppo.callbacks.hooks import Fired
+from lit_ppo.callbacks.ratings import read_ratings
 from tests.helpers.toy_data import Prompts
 from tests.helpers.toy_runs import run_updates
 from tests.helpers.trick import Trick
@@ -285,6 +286,15 @@ def test_what_ratings_cannot_be(tmp_path: Path) -> None:
     file.write_text("update,rating\n0,good\n")
     with pytest.raises(ValueError, match=r"ratings.csv, line 2: rating is 'good'; give a finite number"):
         watch(second, UP[3:4], UP[4:], UP[4:])
+
+
+def test_ratings_to_come_and_ratings_beyond_any_number(tmp_path: Path) -> None:
+    file = tmp_path / "ratings.csv"
+    file.write_text("update,rating\n")
+    assert read_ratings("w", str(file)) == {}
+    write(file.with_suffix(".jsonl"), [(0, 10**400)])
+    with pytest.raises(ValueError, match=r"line 1: rating is 10{79}; give a finite number"):
+        read_ratings("w", str(file.with_suffix(".jsonl")))
 
 
 @pytest.mark.filterwarnings("ignore:.*Monitor")

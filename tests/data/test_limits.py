@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from lit_ppo.data import prompts
+from lit_ppo.data.encoding import encode_prompts
 from lit_ppo.data.files import read_table
 from lit_ppo.data.preferences import PreferenceDataModule
 from lit_ppo.data.prompts import PromptDataModule
@@ -94,6 +96,18 @@ def test_data_sets_have_the_same_limits() -> None:
     rows = datasets.Dataset.from_list([{"p": [0.5]}, {"p": [0.5] * 2000}])
     with pytest.raises(ValueError, match=rf"^w: .*row 2: {LONG}"):
         read_table("w", rows, max_row_mb=ROW_MB)
+
+
+def test_prompts_of_rollout_are_named() -> None:
+    with pytest.raises(ValueError, match=r"encode_prompts: prompt 1 holds a lone surrogate .* at character 2; replace"):
+        encode_prompts(make_tokenizer(), ["a film", "a\ud800"])
+
+
+def test_columns_that_differ_from_row_to_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "MOST_VALUES", 100)
+    rows = [{"prompt": "a film", f"id{i}": i} for i in range(10)]
+    with pytest.raises(ValueError, match="has 11 different columns in 10 rows; write what differs"):
+        PromptDataModule(rows, tokenizer=make_tokenizer()).setup("fit")
 
 
 def test_parquet_bombs(tmp_path: Path) -> None:

@@ -132,6 +132,7 @@ def test_validation_rows(tmp_path: Path) -> None:
         ({"head": "good", "tail": "bad", "label": "pos"}, EDGES, r"line 2: label 'pos' in column 'label'; give 0"),
         ({"head": "good", "tail": "bad", "label": 2}, EDGES, r"line 2: label 2 in column 'label'; give 0"),
         ({"head": "good", "tail": "bad", "label": -1}, EDGES, r"line 2: label -1 in column 'label'; give 0"),
+        ({"head": "good", "tail": "bad", "label": 10**400}, EDGES, r"line 2: label 10{79} in column 'label'; give 0"),
         ({"head": "good", "tail": " ", "label": 1}, EDGES, r"line 2: empty 'tail'"),
     ],
 )
