@@ -6,6 +6,7 @@ import lightning as L
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside, refuse_none, require
+from lit_ppo.constructor import constructor
 from lit_ppo.functional import adaptive_kl_coef, linear_schedule, masked_mean
 from lit_ppo.validate import all_or_none, integer, one_of, positive, positive_or_none
 
@@ -33,6 +34,7 @@ class AdaptiveKL(PPOCallback):
 
     reads = ("kl", "response_mask")
 
+    @constructor
     def __init__(
         self,
         target: float = 6.0,
@@ -42,7 +44,7 @@ class AdaptiveKL(PPOCallback):
         decay_updates: int | None = None,
     ) -> None:
         self.target = positive(self, "target", target)
-        self.horizon = positive(self, "horizon", horizon)
+        self.horizon = integer(self, "horizon", horizon)
         self.per = one_of(self, "per", per, ("response", "token"))
         self.final_target = positive_or_none(self, "final_target", final_target)
         self.decay_updates = None if decay_updates is None else integer(self, "decay_updates", decay_updates)

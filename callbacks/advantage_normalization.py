@@ -5,6 +5,7 @@ from typing import Any, Literal
 import lightning as L
 
 from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule
+from lit_ppo.constructor import constructor
 from lit_ppo.functional import whiten
 from lit_ppo.validate import boolean, one_of, positive_or_none
 
@@ -27,6 +28,7 @@ class AdvantageNormalization(PPOCallback):
 
     reads = ("advantages", "response_mask")
 
+    @constructor
     def __init__(
         self, scope: Literal["batch", "minibatch"] = "batch", clip: float | None = None, unbiased: bool = True
     ) -> None:

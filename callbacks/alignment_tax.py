@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from lit_ppo.callbacks.base import PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import loader_over_rows, refuse_beside, require, require_data_module, warn_of_gaps
 from lit_ppo.callbacks.trainer import as_in_a_step, batch_of, make_ready
+from lit_ppo.constructor import constructor
 from lit_ppo.validate import integer
 
 
@@ -31,6 +32,7 @@ class AlignmentTax(PPOCallback):
     Source: Ouyang et al. 2022, arXiv:2203.02155, sections 1 and 3.5 (the alignment tax).
     """
 
+    @constructor
     def __init__(self, data: L.LightningDataModule, every: int = 50, batches: int = 8) -> None:
         self.data = require_data_module(self, data)
         self.every = integer(self, "every", every)

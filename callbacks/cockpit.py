@@ -16,8 +16,9 @@ from lit_ppo.callbacks.collapse_monitor import CollapseMonitor
 from lit_ppo.callbacks.figures import score_against_kl, score_distributions
 from lit_ppo.callbacks.reward_hacking_monitor import RewardHackingMonitor
 from lit_ppo.callbacks.trainer import as_in_a_step, writers
+from lit_ppo.constructor import constructor
 from lit_ppo.functional import best_of_n_score
-from lit_ppo.validate import integer
+from lit_ppo.validate import integer, samples
 
 # Question -> chart -> tags, as regular expressions.
 LAYOUT: dict[str, dict[str, list[str]]] = {
@@ -104,11 +105,12 @@ class Cockpit(PPOCallback):
 
     reads = ("raw_scores", "kl", "ref_logprobs", "advantages", "response_mask", "logprobs", "new_logprobs")
 
+    @constructor
     def __init__(self, every: int = 10, figures_every: int = 50, best_of_prompts: int = 16, best_of: int = 16) -> None:
         self.every = integer(self, "every", every)
         self.figures_every = integer(self, "figures_every", figures_every)
-        self.best_of_prompts = integer(self, "best_of_prompts", best_of_prompts)
-        self.best_of = integer(self, "best_of", best_of, at_least=0)
+        self.best_of_prompts = samples(self, "best_of_prompts", best_of_prompts)
+        self.best_of = samples(self, "best_of", best_of, at_least=0)
         self._updates = 0
         self._kl: list[float] = []  # per update; empty without a reference
         self._score: list[float] = []

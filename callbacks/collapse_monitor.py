@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside
+from lit_ppo.constructor import constructor
 from lit_ppo.functional import distinct_ngrams, duplicate_fraction, largest_opening, masked_mean
 from lit_ppo.validate import ascending, boolean, integer
 
@@ -65,6 +66,7 @@ class CollapseMonitor(PPOCallback):
 
     reads = ("response_ids", "response_mask", "logprobs", "ref_logprobs", "kl", "raw_scores")
 
+    @constructor
     def __init__(
         self,
         kl: Levels = (0.3, 0.6),

@@ -7,6 +7,7 @@ import lightning as L
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import metric, refuse_beside, refuse_none, require
 from lit_ppo.callbacks.fields import present
+from lit_ppo.constructor import constructor
 from lit_ppo.functional import explained_variance as explained_variance_of
 from lit_ppo.validate import fraction_or_none, integer, positive_or_none, refuse
 
@@ -38,6 +39,7 @@ class CriticWarmup(PPOCallback):
 
     reads = ("values", "returns", "response_mask")
 
+    @constructor
     def __init__(
         self,
         updates: int | None = None,

@@ -7,8 +7,9 @@ import torch
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside, require_weighted_rows
+from lit_ppo.constructor import constructor
 from lit_ppo.functional import linear_schedule
-from lit_ppo.validate import fraction, integer
+from lit_ppo.validate import fraction, integer, text
 
 
 class CurriculumSampling(PPOCallback):
@@ -30,8 +31,9 @@ class CurriculumSampling(PPOCallback):
     (linear competence).
     """
 
+    @constructor
     def __init__(self, column: str, updates: int, start: float = 0.2) -> None:
-        self.column = column
+        self.column = text(self, "column", column)
         self.updates = integer(self, "updates", updates)
         self.start = fraction(self, "start", start)
         self._done = 0

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lit_ppo.callbacks.base import MinibatchLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_same_loss, require
+from lit_ppo.constructor import constructor
 from lit_ppo.functional import dual_clip_policy_loss, policy_loss
 from lit_ppo.validate import number
 
@@ -28,6 +29,7 @@ class DualClip(PPOCallback):
 
     reads = ("new_logprobs", "logprobs", "advantages")
 
+    @constructor
     def __init__(self, c: float = 3.0) -> None:
         self.c = number(self, "c", c, above=1)
 

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside
 from lit_ppo.callbacks.rejection_sampling import RejectionSampling
+from lit_ppo.constructor import constructor
 from lit_ppo.functional import groups_alike
 from lit_ppo.validate import integer, non_negative
 
@@ -36,6 +37,7 @@ class DynamicSampling(PPOCallback):
 
     reads = ("scores", "raw_scores", "group")
 
+    @constructor
     def __init__(self, min_groups: int = 1, tolerance: float = 0.0) -> None:
         self.min_groups = integer(self, "min_groups", min_groups)
         self.tolerance = non_negative(self, "tolerance", tolerance)

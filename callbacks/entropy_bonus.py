@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import metric, refuse_beside
+from lit_ppo.constructor import constructor
 from lit_ppo.validate import positive, positive_or_none
 
 
@@ -27,6 +28,7 @@ class EntropyBonus(PPOCallback):
 
     reads = ("new_entropy",)
 
+    @constructor
     def __init__(self, coef: float = 0.01, target: float | None = None) -> None:
         self.coef = positive(self, "coef", coef)
         self.target = positive_or_none(self, "target", target)

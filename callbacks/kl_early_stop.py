@@ -4,6 +4,7 @@ import lightning as L
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import metric, refuse_beside
+from lit_ppo.constructor import constructor
 from lit_ppo.validate import positive
 
 
@@ -23,6 +24,7 @@ class KLEarlyStop(PPOCallback):
     Source: OpenAI Spinning Up 2018, PPO.
     """
 
+    @constructor
     def __init__(self, target: float) -> None:
         self.target = positive(self, "target", target)
         self._stopped = False

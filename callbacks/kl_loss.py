@@ -8,6 +8,7 @@ from torch import Tensor
 from lit_ppo.callbacks.base import MinibatchLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside, refuse_none, require
 from lit_ppo.callbacks.fields import present
+from lit_ppo.constructor import constructor
 from lit_ppo.functional import KLEstimator, kl_estimate
 from lit_ppo.validate import one_of, positive, refuse
 
@@ -38,6 +39,7 @@ class KLLoss(PPOCallback):
 
     reads = ("new_logprobs", "ref_logprobs", "logprobs")
 
+    @constructor
     def __init__(
         self,
         coef: float,
@@ -45,7 +47,7 @@ class KLLoss(PPOCallback):
         to: Literal["reference", "old"] = "reference",
     ) -> None:
         self.coef = positive(self, "coef", coef)
-        if kind == "k1":
+        if isinstance(kind, str) and kind == "k1":
             problem = "its expected gradient is zero until the policy changes, so as a loss it is noise; "
             refuse(self, "kind", kind, problem + "use 'k2', 'k3' or 'exact'")
         self.kind = one_of(self, "kind", kind, ("k2", "k3", "exact"))

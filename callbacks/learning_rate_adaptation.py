@@ -6,8 +6,9 @@ import lightning as L
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import metric, refuse_beside, require
+from lit_ppo.constructor import constructor
 from lit_ppo.functional import adaptive_learning_rate
-from lit_ppo.validate import number, positive
+from lit_ppo.validate import number, positive, refuse
 
 
 class LearningRateAdaptation(PPOCallback):
@@ -30,11 +31,14 @@ class LearningRateAdaptation(PPOCallback):
     arXiv:1707.06347, section 4.
     """
 
+    @constructor
     def __init__(self, target: float, factor: float = 1.5, minimum: float = 1e-7, maximum: float = 1e-4) -> None:
         self.target = positive(self, "target", target)
         self.factor = number(self, "factor", factor, above=1)
         self.maximum = positive(self, "maximum", maximum)
-        self.minimum = number(self, "minimum", minimum, above=0, below=maximum)
+        self.minimum = positive(self, "minimum", minimum)
+        if self.minimum >= self.maximum:
+            refuse(self, "minimum", minimum, f"must be below maximum={maximum:g}; lower it, or raise maximum")
         self._kls: list[float] = []  # per optimizer step of this update
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:

@@ -6,6 +6,7 @@ import lightning as L
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside
+from lit_ppo.constructor import constructor
 from lit_ppo.functional import length_penalty
 from lit_ppo.validate import integer, positive, positive_or_none
 
@@ -30,6 +31,7 @@ class LengthPenalty(PPOCallback):
 
     reads = ("response_mask", "scores")
 
+    @constructor
     def __init__(self, budget: int, coef: float, max_penalty: float | None = None) -> None:
         self.budget = integer(self, "budget", budget, at_least=0)
         self.coef = positive(self, "coef", coef)

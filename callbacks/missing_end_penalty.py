@@ -7,6 +7,7 @@ import torch
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside
+from lit_ppo.constructor import constructor
 from lit_ppo.validate import exactly_one, number, positive_or_none
 
 
@@ -28,6 +29,7 @@ class MissingEndPenalty(PPOCallback):
 
     reads = ("ended", "scores")
 
+    @constructor
     def __init__(self, penalty: float | None = None, score: float | None = None) -> None:
         exactly_one(self, penalty=penalty, score=score)
         self.penalty = positive_or_none(self, "penalty", penalty)

@@ -9,6 +9,7 @@ from torch import Tensor
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside, require_weighted_rows
 from lit_ppo.callbacks.curriculum_sampling import CurriculumSampling
+from lit_ppo.constructor import constructor
 from lit_ppo.functional import sampling_priorities
 from lit_ppo.validate import ascending, exactly_one, fraction, number
 
@@ -36,6 +37,7 @@ class PrioritizedSampling(PPOCallback):
 
     reads = ("raw_scores", "prompt_index")
 
+    @constructor
     def __init__(
         self, threshold: float | None = None, scale: tuple[float, float] | None = None, floor: float = 0.05
     ) -> None:

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import loader_over_rows, refuse_beside, require, require_data_module
 from lit_ppo.callbacks.trainer import batch_of, make_ready
+from lit_ppo.constructor import constructor
 from lit_ppo.validate import positive
 
 
@@ -40,6 +41,7 @@ class PTXLoss(PPOCallback):
     Source: Ouyang et al. 2022, arXiv:2203.02155, section 3.5 (PPO-ptx).
     """
 
+    @constructor
     def __init__(self, data: L.LightningDataModule, coef: float) -> None:
         self.data = require_data_module(self, data)
         self.coef = positive(self, "coef", coef)

@@ -7,6 +7,7 @@ import torch
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside, require, require_model
+from lit_ppo.constructor import constructor
 from lit_ppo.functional import moving_average
 from lit_ppo.validate import exactly_one, fraction_or_none, integer
 
@@ -29,6 +30,7 @@ class ReferenceUpdate(PPOCallback):
     arXiv:2406.16768 (moving average as the anchor).
     """
 
+    @constructor
     def __init__(self, every: int | None = None, decay: float | None = None) -> None:
         exactly_one(self, every=every, decay=decay)
         self.every = None if every is None else integer(self, "every", every)

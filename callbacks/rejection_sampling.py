@@ -8,8 +8,9 @@ from torch import Tensor
 
 from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside, require
+from lit_ppo.constructor import constructor
 from lit_ppo.functional import best_of_groups
-from lit_ppo.validate import integer
+from lit_ppo.validate import integer, samples
 
 
 class RejectionSampling(PPOCallback):
@@ -41,8 +42,9 @@ class RejectionSampling(PPOCallback):
 
     reads = ("scores", "group", "new_logprobs", "advantages")
 
+    @constructor
     def __init__(self, k: int, every: int = 2) -> None:
-        self.k = integer(self, "k", k, at_least=2)
+        self.k = samples(self, "k", k, at_least=2)
         self.every = integer(self, "every", every)
         self._updates = 0
         self._rejects = False  # in this update

@@ -9,6 +9,7 @@ from lit_ppo.callbacks.checks import refuse_behind, refuse_beside, refuse_none, 
 from lit_ppo.callbacks.reward_clipping import RewardClipping
 from lit_ppo.callbacks.reward_normalization import RewardNormalization
 from lit_ppo.callbacks.reward_scaling import RewardScaling
+from lit_ppo.constructor import constructor
 from lit_ppo.validate import one_of
 
 
@@ -32,6 +33,7 @@ class RewardBaseline(PPOCallback):
 
     reads = ("group", "scores")
 
+    @constructor
     def __init__(self, policy: Literal["actor", "reference"] = "actor") -> None:
         self.policy = one_of(self, "policy", policy, ("actor", "reference"))
 

@@ -6,6 +6,7 @@ import lightning as L
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside
+from lit_ppo.constructor import constructor
 from lit_ppo.validate import positive
 
 
@@ -27,6 +28,7 @@ class RewardClipping(PPOCallback):
 
     reads = ("scores",)
 
+    @constructor
     def __init__(self, limit: float) -> None:
         self.limit = positive(self, "limit", limit)
 

@@ -14,10 +14,11 @@ from lit_ppo.callbacks.best_checkpoint import BestCheckpoint
 from lit_ppo.callbacks.checks import refuse_beside, require, require_prompts, reward_names, warn_of_gaps
 from lit_ppo.callbacks.ratings import Ratings, is_ratings, read_ratings
 from lit_ppo.callbacks.trainer import as_in_a_step, of_first_process
+from lit_ppo.constructor import constructor
 from lit_ppo.functional import diverging
 from lit_ppo.rewards.function import RewardFunction, call_foreign, check_scores, with_copies
 from lit_ppo.rewards.signature import takes_experience
-from lit_ppo.validate import fraction, integer, one_of, positive, refuse
+from lit_ppo.validate import fraction, integer, one_of, positive, refuse, samples, text
 
 STREAM = "reward_hacking"
 NONE, OVERFITTING, HACKING = 0, 1, 2
@@ -66,6 +67,7 @@ class RewardHackingMonitor(PPOCallback):
 
     reads = ("raw_scores",)
 
+    @constructor
     def __init__(
         self,
         gold: str | Callable[..., Any] | None = None,
@@ -76,7 +78,11 @@ class RewardHackingMonitor(PPOCallback):
         then: str = "warn",
     ) -> None:
         self.gold = gold
-        self.prompts = integer(self, "prompts", prompts, at_least=2)
+        if isinstance(gold, str):
+            text(self, "gold", gold)
+        elif gold is not None and (isinstance(gold, type) or not callable(gold)):
+            refuse(self, "gold", gold, "must be a function, its import path, a reward's name, or a file of ratings")
+        self.prompts = samples(self, "prompts", prompts, at_least=2)
         self.every = integer(self, "every", every)
         self.decay = fraction(self, "decay", decay)
         self.fall = positive(self, "fall", fall)

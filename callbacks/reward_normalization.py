@@ -7,8 +7,9 @@ from torch import Tensor
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside
+from lit_ppo.constructor import constructor
 from lit_ppo.functional import merge_moments
-from lit_ppo.validate import number, one_of, positive_or_none
+from lit_ppo.validate import number, one_of, positive_or_none, refuse
 
 
 class RewardNormalization(PPOCallback):
@@ -32,6 +33,7 @@ class RewardNormalization(PPOCallback):
 
     reads = ("scores",)
 
+    @constructor
     def __init__(
         self,
         clip: float | None = None,
@@ -43,10 +45,8 @@ class RewardNormalization(PPOCallback):
         self.statistics = one_of(self, "statistics", statistics, ("batch", "running", "given"))
         for name, value in {"mean": mean, "std": std}.items():
             if (statistics == "given") != (value is not None):
-                raise ValueError(
-                    f"RewardNormalization(statistics={statistics!r}, {name}={value!r}): give mean and std with "
-                    "statistics='given', and only then"
-                )
+                problem = "give mean and std with statistics='given', and only then"
+                refuse(self, name, value, f"statistics={self.statistics!r}; {problem}")
         self.mean = None if mean is None else number(self, "mean", mean)
         self.std = positive_or_none(self, "std", std)
         self._moments: tuple[float, float, float] = (0, 0.0, 0.0)  # count, mean, sum of squared deviations

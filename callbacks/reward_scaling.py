@@ -8,6 +8,7 @@ from torch import Tensor
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside
 from lit_ppo.callbacks.reward_normalization import RewardNormalization
+from lit_ppo.constructor import constructor
 from lit_ppo.functional import merge_moments
 from lit_ppo.validate import fraction_or_none, one_of, refuse
 
@@ -33,6 +34,7 @@ class RewardScaling(PPOCallback):
 
     reads = ("scores",)
 
+    @constructor
     def __init__(self, statistics: Literal["running", "batch"] = "running", decay: float | None = None) -> None:
         self.statistics = one_of(self, "statistics", statistics, ("running", "batch"))
         self.decay = fraction_or_none(self, "decay", decay)

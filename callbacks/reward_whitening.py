@@ -7,6 +7,7 @@ import torch
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside, require_token_rewards
+from lit_ppo.constructor import constructor
 from lit_ppo.functional import scale
 from lit_ppo.validate import boolean, integer
 
@@ -30,6 +31,7 @@ class RewardWhitening(PPOCallback):
 
     reads = ("rewards", "response_mask")
 
+    @constructor
     def __init__(self, rows: int | None = None, unbiased: bool = True) -> None:
         self.rows = None if rows is None else integer(self, "rows", rows)
         self.unbiased = boolean(self, "unbiased", unbiased)

@@ -11,7 +11,8 @@ from lit_ppo.callbacks.base import PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside, require, require_prompts
 from lit_ppo.callbacks.showing import html_table, pieces
 from lit_ppo.callbacks.trainer import as_in_a_step, writers
-from lit_ppo.validate import integer
+from lit_ppo.constructor import constructor
+from lit_ppo.validate import integer, samples
 
 FILE = "samples.jsonl"
 SQUARES = ((2.0, "🟥"), (0.5, "🟧"), (0.1, "🟨"))  # smallest KL of a token with this colour, nats
@@ -45,9 +46,10 @@ class SampleLogger(PPOCallback):
     Source: ours, as recommended by Zheng et al. 2023, arXiv:2307.04964, section 5.2 (reward and loss alone hide it).
     """
 
+    @constructor
     def __init__(self, every: int = 50, prompts: int = 8) -> None:
         self.every = integer(self, "every", every)
-        self.prompts = integer(self, "prompts", prompts)
+        self.prompts = samples(self, "prompts", prompts)
         self._updates = 0
         self._before: list[dict[str, Any]] | None = None  # None until sampled or restored
         self._shown = 0  # updates done at the last sample

@@ -8,6 +8,7 @@ from torch import Tensor
 from lit_ppo.callbacks.base import MinibatchLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_none, refuse_same_loss
 from lit_ppo.callbacks.fields import present
+from lit_ppo.constructor import constructor
 from lit_ppo.functional import clipped_value_loss, value_loss
 from lit_ppo.validate import positive
 
@@ -29,6 +30,7 @@ class ValueClipping(PPOCallback):
 
     reads = ("new_values", "values", "returns")
 
+    @constructor
     def __init__(self, clip_range: float = 0.2) -> None:
         self.clip_range = positive(self, "clip_range", clip_range)
 

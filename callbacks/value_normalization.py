@@ -8,6 +8,7 @@ from torch import Tensor
 from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside, require, require_model
 from lit_ppo.callbacks.fields import present
+from lit_ppo.constructor import constructor
 from lit_ppo.functional import merge_moments, popart_rescaling
 from lit_ppo.validate import fraction_or_none
 
@@ -37,6 +38,7 @@ class ValueNormalization(PPOCallback):
 
     reads = ("values", "returns", "response_mask")
 
+    @constructor
     def __init__(self, decay: float | None = None) -> None:
         self.decay = fraction_or_none(self, "decay", decay)
         self._moments = (0.0, 0.0, 0.0)  # of returns: weight, mean, sum of squared deviations

@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_ppo.constructor import constructor
 from lit_ppo.functional import gae, group_relative_advantages, leave_one_out_advantages, reinforce_advantages
-from lit_ppo.validate import boolean, refuse
+from lit_ppo.validate import boolean, number, refuse
 
 
 class AdvantageEstimator(ABC):
@@ -65,9 +66,10 @@ class GAE(AdvantageEstimator):
 
     needs_values = True
 
+    @constructor
     def __init__(self, gamma: float = 1.0, lam: float = 0.95) -> None:
-        self.gamma = _unit_interval(self, "gamma", gamma)
-        self.lam = _unit_interval(self, "lam", lam)
+        self.gamma = number(self, "gamma", gamma, at_least=0, at_most=1)
+        self.lam = number(self, "lam", lam, at_least=0, at_most=1)
 
     def __call__(self, experience: Any) -> tuple[Tensor, Tensor]:
         """Advantages and returns.
@@ -102,6 +104,7 @@ class GroupRelative(AdvantageEstimator):
     needs_groups = True
     needs_rewards = False
 
+    @constructor
     def __init__(self, scale: bool = True) -> None:
         self.scale = boolean(self, "scale", scale)
 
@@ -124,6 +127,9 @@ class LeaveOneOut(AdvantageEstimator):
 
     needs_values = False
     needs_groups = True
+
+    @constructor
+    def __init__(self) -> None: ...
 
     def __call__(self, experience: Any) -> tuple[Tensor, None]:
         return leave_one_out_advantages(experience.rewards, experience.group, experience.response_mask), None
@@ -148,6 +154,7 @@ class Reinforce(AdvantageEstimator):
 
     needs_values = False
 
+    @constructor
     def __init__(self, group_baseline: bool = False) -> None:
         self.group_baseline = self.needs_groups = boolean(self, "group_baseline", group_baseline)
 
@@ -157,10 +164,3 @@ class Reinforce(AdvantageEstimator):
 
     def __repr__(self) -> str:
         return f"Reinforce(group_baseline={self.group_baseline})"
-
-
-def _unit_interval(owner: object, name: str, value: Any) -> float:
-    """A number from 0 to 1, both included."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
-        refuse(owner, name, value, "must be a number from 0 to 1; 1 is no discount")
-    return value

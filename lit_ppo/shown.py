@@ -1,5 +1,12 @@
 """Values and exceptions of other people's code as text for messages: short, on one line, never another exception."""
 
+import reprlib
+
+_short = reprlib.Repr()
+_short.maxlevel = 4
+_short.maxtuple = _short.maxlist = _short.maxdict = _short.maxset = _short.maxfrozenset = 12
+_short.maxstring = _short.maxother = _short.maxlong = 200
+
 
 def shown(value: object, length: int = 80) -> str:
     """The quoted text of a value.
@@ -8,6 +15,20 @@ def shown(value: object, length: int = 80) -> str:
     'two words' '3.5' 'xxxxx...'
     """
     return repr(shortened(_text(value), length))
+
+
+def written(value: object) -> str:
+    """A value as one would write it, whatever its ``repr`` does.
+
+    >>> written(["a"] * 1000)
+    "['a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', ...]"
+    """
+    try:
+        if isinstance(value, int) and abs(value) > 10**200:  # Python refuses to write out very large ones
+            return f"<int of {value.bit_length()} bits>"
+        return shortened(_short.repr(value), 202)
+    except Exception:
+        return f"<{type(value).__name__}>"
 
 
 def reason(error: BaseException, length: int = 500) -> str:
@@ -39,8 +60,9 @@ def first_line(error: BaseException, length: int = 200) -> str:
 
 
 def shortened(text: str, length: int) -> str:
-    """Text on one line, cut to ``length`` characters."""
-    flat = " ".join(text[: 20 * length + 1000].split())
+    """Text on one line, cut to ``length`` characters; control characters are escaped."""
+    words = " ".join(text[: 20 * length + 1000].split())
+    flat = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
     return flat if len(flat) <= length and len(text) <= 20 * length + 1000 else flat[: length - 3] + "..."
 
 

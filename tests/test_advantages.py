@@ -31,7 +31,9 @@ def test_gae_by_hand():
 
 @pytest.mark.parametrize(("name", "value"), [("gamma", -0.1), ("gamma", 1.1), ("lam", NAN)])
 def test_arguments_lie_between_zero_and_one(name: str, value: float):
-    with pytest.raises(ValueError, match=rf"GAE\({name}={value!r}\): must be a number from 0 to 1"):
+    with pytest.raises(
+        ValueError, match=rf"GAE\({name}={value!r}\): must be a finite number, at least 0 and at most 1"
+    ):
         GAE(**{name: value})
 
 

@@ -12,7 +12,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from lit_ppo.data.table import Message, Table
 from lit_ppo.parallel.isolated import MEMORY, isolated
 from lit_ppo.shown import message_of
-from lit_ppo.validate import refuse
+from lit_ppo.validate import mapping, refuse
 
 T = TypeVar("T")
 
@@ -37,11 +37,10 @@ def checked_options(owner: object, options: Any) -> dict[str, Any]:
     Raises:
         ValueError: It is not a mapping, or sets what is not the user's to set.
     """
-    if options is not None and not isinstance(options, Mapping):
-        refuse(owner, "chat_template_kwargs", options, "give variables of the template: {enable_thinking: false}")
-    if taken := [name for name in options or {} if name in OURS or name.startswith("return_")]:
+    variables = mapping(owner, "chat_template_kwargs", options)
+    if taken := [name for name in variables if name in OURS or name.startswith("return_")]:
         refuse(owner, "chat_template_kwargs", options, f"{taken[0]} is set by the use of the text; leave it out")
-    return dict(options or {})
+    return variables
 
 
 def render_chats(

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
+from os import PathLike
 from typing import Any, NoReturn
 
 import numpy as np
@@ -15,6 +16,7 @@ from lit_ppo.data.chat import Options, Span, render_chats
 from lit_ppo.data.table import Message, lone_surrogate, short
 from lit_ppo.shown import shown
 from lit_ppo.special_tokens import without_repeats
+from lit_ppo.validate import path, refuse
 
 TEXTS_AT_ONCE = 1000
 CHARACTERS_AT_ONCE = 2**22  # a tokenizer needs some 40 bytes for each while it works
@@ -183,6 +185,19 @@ def truncate_left(
 def _tail(row: list[int], length: int, bos: int | None) -> list[int]:
     head = row[:1] if bos is not None and row[0] == bos else []
     return head + row[len(row) - (length - len(head)) :]
+
+
+def checked_tokenizer(owner: object, value: Any) -> Any:
+    """The argument ``tokenizer`` of a data module: a tokenizer, its path or hub name, or None.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if value is None or (callable(value) and hasattr(value, "eos_token_id")):
+        return value
+    if not isinstance(value, str | PathLike):
+        refuse(owner, "tokenizer", value, "must be a tokenizer of transformers, its folder or its hub name")
+    return path(owner, "tokenizer", value)
 
 
 def resolve_tokenizer(where: str, tokenizer: str | PreTrainedTokenizerBase | None, trainer: Any) -> Any:

@@ -16,11 +16,21 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_ppo.data.batch import EpochSampler, ResumableLoader
 from lit_ppo.data.chat import checked_options
-from lit_ppo.data.encoding import resolve_tokenizer
+from lit_ppo.data.encoding import checked_tokenizer, resolve_tokenizer
 from lit_ppo.data.files import read_table
-from lit_ppo.data.objects import Data, has_splits, shown
+from lit_ppo.data.objects import Data, checked_data, has_splits, shown
 from lit_ppo.data.table import Table
-from lit_ppo.validate import boolean, integer, number, refuse
+from lit_ppo.validate import (
+    boolean,
+    checked_names,
+    integer,
+    integer_or_none,
+    number,
+    path_or_none,
+    refuse,
+    seed_number,
+    text_or_none,
+)
 
 
 class TableDataModule(L.LightningDataModule):
@@ -45,21 +55,24 @@ class TableDataModule(L.LightningDataModule):
         max_row_mb: float,
     ) -> None:
         super().__init__()
-        self.path: Data = str(path) if isinstance(path, PathLike) else path
-        self.val_path, self.column_names, self.data_root = val_path, column_names, data_root
-        self.max_rows = None if max_rows is None else integer(self, "max_rows", max_rows)
+        self.path = checked_data(self, "path", path)
+        self.val_path = None if val_path is None else checked_data(self, "val_path", val_path)
+        self.column_names = None if column_names is None else checked_names(self, "column_names", column_names)
+        self.data_root = path_or_none(self, "data_root", data_root)
+        self.max_rows = integer_or_none(self, "max_rows", max_rows)
         self.max_row_mb = number(self, "max_row_mb", max_row_mb, above=0, below=2**20)
         self._template_options = None if chat_template_kwargs is None else checked_options(self, chat_template_kwargs)
         self._in_memory: dict[str, Table] = {}  # some rows can be read only once
         self.val_fraction = number(self, "val_fraction", val_fraction, at_least=0, below=1)
-        self.split_column, self.lower_case = split_column, boolean(self, "lower_case", lower_case)
+        self.split_column = text_or_none(self, "split_column", split_column)
+        self.lower_case = boolean(self, "lower_case", lower_case)
         self.batch_size = integer(self, "batch_size", batch_size)
-        self.tokenizer_source = tokenizer
-        self._seed = None if seed is None else integer(self, "seed", seed, at_least=0)
-        if val_path is not None and val_fraction:
+        self.tokenizer_source = checked_tokenizer(self, tokenizer)
+        self._seed = None if seed is None else seed_number(self, "seed", seed)
+        if val_path is not None and self.val_fraction:
             problem = f"val_fraction={val_fraction} is given too; leave one of them out"
             raise ValueError(f"{self.where('val_path')}: {problem}")
-        if split_column is not None and not val_fraction:
+        if split_column is not None and not self.val_fraction:
             refuse(self, "split_column", split_column, "nothing is split; give a val_fraction, or leave it out")
 
     def where(self, argument: str) -> str:

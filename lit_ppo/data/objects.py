@@ -3,11 +3,13 @@
 import importlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from lit_ppo.data.table import FILE_ROWS, ROW_MB, Intake, Row, Table, short
-from lit_ppo.shown import message_of
+from lit_ppo.shown import message_of, written
+from lit_ppo.validate import path, refuse
 
 Data = str | Iterable[Any]
 """A file, a folder or a hub name; or rows: a data set, a list, a mapping of columns, a stream."""
@@ -16,11 +18,24 @@ ROWS_AT_ONCE = 16  # of a Parquet file, whose values may be long
 SAVED = ("state.json", "dataset_dict.json")  # in a folder that save_to_disk has written
 
 
+def checked_data(owner: object, name: str, value: Any) -> Data:
+    """An argument that gives rows: a path or name, or an object that holds rows in an order.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if isinstance(value, str | PathLike):
+        return path(owner, name, value)
+    rows = isinstance(value, Iterable) or (hasattr(value, "__getitem__") and hasattr(value, "__len__"))
+    if not rows or isinstance(value, bytes | bytearray | set | frozenset | type):
+        refuse(owner, name, value, "holds no rows in an order; give a path, a data set, or a list of rows")
+    return value  # type: ignore[no-any-return]
+
+
 def shown(value: Any) -> str:
     """An argument for messages: rows by their type and number."""
     if value is None or isinstance(value, str | int | float | Path):
-        text = repr(value)
-        return text if len(text) <= 300 else f"{text[:297]}..."
+        return written(value)
     count = _length(value)
     return f"<{type(value).__name__}{'' if count is None else f' of {count}'}>"
 

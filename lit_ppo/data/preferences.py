@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lit_ppo.constructor import constructor
 from lit_ppo.data.chat import conversation, render_chats
 from lit_ppo.data.encoding import pad_right, padding_id, tokenize, truncate_left
 from lit_ppo.data.module import RowDataModule
 from lit_ppo.data.objects import Data
 from lit_ppo.data.table import ROW_MB, Table
-from lit_ppo.validate import all_or_none, integer, refuse
+from lit_ppo.validate import all_or_none, checked_names, integer, refuse, text, text_or_none
 
 
 class PreferenceDataModule(RowDataModule):
@@ -48,6 +49,7 @@ class PreferenceDataModule(RowDataModule):
             as much (4 GiB): unpacked, with 512 bytes for each row.
     """
 
+    @constructor
     def __init__(
         self,
         path: Data,
@@ -75,13 +77,14 @@ class PreferenceDataModule(RowDataModule):
             path, val_path, val_fraction, split_column, batch_size, lower_case, column_names, tokenizer, data_root,
             seed, max_rows, chat_template_kwargs, max_row_mb,
         )  # fmt: skip
-        self.chosen_column, self.rejected_column, self.prompt_column = chosen_column, rejected_column, prompt_column
-        self.text_column, self.label_column = text_column, label_column
+        self.chosen_column = text(self, "chosen_column", chosen_column)
+        self.rejected_column = text(self, "rejected_column", rejected_column)
+        self.prompt_column = text_or_none(self, "prompt_column", prompt_column)
+        self.text_column, self.label_column = text_column, text_or_none(self, "label_column", label_column)
         self.max_length = integer(self, "max_length", max_length, at_least=2)
         all_or_none(self, text_column=text_column, label_column=label_column)
-        self.text_columns = [text_column] if isinstance(text_column, str) else list(text_column or [])
-        if text_column is not None and not self.text_columns:
-            refuse(self, "text_column", text_column, "names no column; name at least one")
+        columns = [text_column] if isinstance(text_column, str) else text_column
+        self.text_columns = [] if columns is None else checked_names(self, "text_column", columns)
         for argument, default in (
             ("chosen_column", "chosen"),
             ("rejected_column", "rejected"),

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from lit_ppo.constructor import constructor
 from lit_ppo.data.batch import (
     HeldOutPrompts,
     PromptBatch,
@@ -20,9 +21,9 @@ from lit_ppo.data.batch import (
 )
 from lit_ppo.data.encoding import encode_prompts
 from lit_ppo.data.module import TableDataModule, check_identity
-from lit_ppo.data.objects import Data
+from lit_ppo.data.objects import Data, checked_data
 from lit_ppo.data.table import ROW_MB, Table
-from lit_ppo.validate import integer, refuse
+from lit_ppo.validate import integer_or_none, refuse, text
 
 MOST_VALUES = 2**28  # every row has a value for each column, at least None
 
@@ -58,6 +59,7 @@ class PromptDataModule(TableDataModule):
 
     column_of_text = "prompt_column"
 
+    @constructor
     def __init__(
         self,
         path: Data,
@@ -83,10 +85,10 @@ class PromptDataModule(TableDataModule):
             path, val_path, val_fraction, split_column, batch_size, lower_case, column_names, tokenizer, data_root,
             seed, max_rows, chat_template_kwargs, max_row_mb,
         )  # fmt: skip
-        self.prompt_column, self.test_path, self.predict_path = prompt_column, test_path, predict_path
-        self.max_prompt_length = max_prompt_length
-        if max_prompt_length is not None:
-            integer(self, "max_prompt_length", max_prompt_length, at_least=2)
+        self.prompt_column = text(self, "prompt_column", prompt_column)
+        self.test_path = None if test_path is None else checked_data(self, "test_path", test_path)
+        self.predict_path = None if predict_path is None else checked_data(self, "predict_path", predict_path)
+        self.max_prompt_length = integer_or_none(self, "max_prompt_length", max_prompt_length, at_least=2)
         self._tables: dict[str, PromptTable] = {}
         self._weights: np.ndarray | None = None
         self._training: TrainingPrompts | None = None

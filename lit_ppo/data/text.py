@@ -7,13 +7,24 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
+from lit_ppo.constructor import constructor
 from lit_ppo.data.chat import Span, assistant_spans, check_template, conversation, each_chat, render
 from lit_ppo.data.encoding import pad_right, padding_id, tokenize, tokens_in_spans
 from lit_ppo.data.module import RowDataModule
 from lit_ppo.data.objects import Data
 from lit_ppo.data.table import ROW_MB, Table
-from lit_ppo.data.tokenization import train_tokenizer_once
-from lit_ppo.validate import all_or_none, at_most_one, boolean, integer, refuse
+from lit_ppo.data.tokenization import MIN_VOCAB_SIZE, train_tokenizer_once
+from lit_ppo.validate import (
+    all_or_none,
+    at_most_one,
+    boolean,
+    integer,
+    integer_or_none,
+    path_or_none,
+    refuse,
+    text,
+    text_or_none,
+)
 
 IGNORED = -100
 """Label of a token without loss."""
@@ -64,6 +75,7 @@ class TextDataModule(RowDataModule):
 
     column_of_text = "text_column"
 
+    @constructor
     def __init__(
         self,
         path: Data,
@@ -94,11 +106,16 @@ class TextDataModule(RowDataModule):
             path, val_path, val_fraction, split_column, batch_size, lower_case, column_names, tokenizer, data_root,
             seed, max_rows, chat_template_kwargs, max_row_mb,
         )  # fmt: skip
-        self.text_column, self.prompt_column, self.completion_column = text_column, prompt_column, completion_column
+        self.text_column, self.prompt_column = text(self, "text_column", text_column), prompt_column
+        text(self, "prompt_column", prompt_column)
+        self.completion_column = text_or_none(self, "completion_column", completion_column)
         self.packing, self.append_eos = boolean(self, "packing", packing), boolean(self, "append_eos", append_eos)
         self.train_on_prompts = boolean(self, "train_on_prompts", train_on_prompts)
         self.max_length = integer(self, "max_length", max_length, at_least=2)
-        self.tokenizer_path, self.tokenizer_vocab_size = tokenizer_path, tokenizer_vocab_size
+        self.tokenizer_path = path_or_none(self, "tokenizer_path", tokenizer_path)
+        self.tokenizer_vocab_size = integer_or_none(
+            self, "tokenizer_vocab_size", tokenizer_vocab_size, at_least=MIN_VOCAB_SIZE
+        )
         all_or_none(self, tokenizer_path=tokenizer_path, tokenizer_vocab_size=tokenizer_vocab_size)
         at_most_one(self, tokenizer=tokenizer, tokenizer_path=tokenizer_path)
 

@@ -5,9 +5,10 @@ from typing import Any, NoReturn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import GenerationMode
 
+from lit_ppo.generation.fields import LONGEST_RESPONSE, check_vocabulary, checked_field
 from lit_ppo.parallel.isolated import isolated
-from lit_ppo.shown import first_line
-from lit_ppo.validate import integer, refuse
+from lit_ppo.shown import message_of
+from lit_ppo.validate import integer, mapping, refuse
 
 # transformers' own defaults for what is unset are neutral, except for this one
 NEUTRAL: dict[str, Any] = {"do_sample": True, "top_k": 0}
@@ -24,28 +25,36 @@ ELSEWHERE = {
 }
 
 
-def check_generation(generation: dict[str, Any]) -> None:
-    """Check the user's generation settings before any model is loaded.
+def checked_generation(owner: object, generation: Any) -> dict[str, Any]:
+    """The argument ``generation``, checked before any model is loaded.
 
     Args:
+        owner: The object with the argument, for messages.
         generation: Fields of ``transformers.GenerationConfig``.
 
     Raises:
-        ValueError: An unknown field, one that is set elsewhere, or a mode other than sampling.
+        ValueError: An unknown field, one that is set elsewhere, a value out of range, or a mode other than sampling.
     """
     known = GenerationConfig().to_dict()
-    for name, value in generation.items():
+    if generation is None:
+        refuse(owner, "generation", None, "give at least {max_new_tokens: 64}, the most tokens of a response")
+    fields = mapping(owner, "generation", generation)
+    for name, value in fields.items():
         if name in ELSEWHERE and (name, value) not in (("guidance_scale", None), ("guidance_scale", 1)):
-            refuse("LitPPO", "generation", {name: value}, f"{name} is not set here; {ELSEWHERE[name]}")
+            refuse(owner, "generation", {name: value}, f"{name} is not set here; {ELSEWHERE[name]}")
         if name not in known:
-            refuse("LitPPO", "generation", {name: value}, f"transformers.GenerationConfig has no field {name!r}")
-    integer("LitPPO", "generation.max_new_tokens", generation.get("max_new_tokens"))
+            refuse(owner, "generation", {name: value}, f"transformers.GenerationConfig has no field {name!r}")
+    fields = {name: checked_field(owner, name, value) for name, value in fields.items()}
+    longest = integer(owner, "generation.max_new_tokens", fields.get("max_new_tokens"), at_most=LONGEST_RESPONSE)
+    if (least := fields.get("min_new_tokens")) is not None and least > longest:
+        refuse(owner, "generation.min_new_tokens", least, f"must be at most max_new_tokens={longest}")
     try:
-        mode = neutral(**generation).get_generation_mode()
-    except (ValueError, TypeError) as error:
-        refuse("LitPPO", "generation", generation, f"{first_line(error)}; correct it or leave it out")
+        mode = neutral(**fields).get_generation_mode()
+    except Exception as error:  # transformers' own checks
+        refuse(owner, "generation", fields, f"{message_of(error)}; correct it or leave it out")
     if mode != GenerationMode.SAMPLE:
-        refuse("LitPPO", "generation", generation, f"asks for {mode.value}; PPO needs plain sampling")
+        refuse(owner, "generation", fields, f"asks for {mode.value}; PPO needs plain sampling")
+    return fields
 
 
 def neutral(**fields: Any) -> GenerationConfig:
@@ -69,7 +78,9 @@ def generation_config(
         "bos_token_id": tokenizer.bos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    return neutral(**{**ids, **generation, "temperature": temperature})
+    config = neutral(**{**ids, **generation, "temperature": temperature})
+    check_vocabulary("LitPPO", generation, stop_ids(config), model.config.get_text_config().vocab_size)
+    return config
 
 
 def say_stops(

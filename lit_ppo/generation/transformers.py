@@ -147,7 +147,7 @@ def reshaping_fields(model: PreTrainedModel, config: GenerationConfig, generatio
         setattr(alone, name, getattr(config, name))
         try:
             call_generate(model, one_token, torch.ones_like(one_token, dtype=torch.bool), alone, decode)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
             refuse("LitPPO", "generation", {name: value}, f"{first_line(error)}; leave it out or correct it")
         holds_nothing_back = (name, value) == ("min_new_tokens", 0)  # transformers builds a processor all the same
         if any(not isinstance(processor, KEEP_DISTRIBUTION) for processor in built) and not holds_nothing_back:

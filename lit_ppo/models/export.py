@@ -34,23 +34,22 @@ EDITABLE = 2**20  # bytes
 
 def checked_dtype(owner: object, dtype: Any) -> Dtype | None:
     """The argument ``dtype`` of an export: a floating-point type of torch or its name, or None."""
-    name = dtype if dtype is None else str(dtype).removeprefix("torch.")
+    name = str(dtype) if isinstance(dtype, torch.dtype) else dtype
+    name = name.removeprefix("torch.") if isinstance(name, str) else name
     return None if name is None else one_of(owner, "dtype", name, get_args(Dtype))
 
 
 def checked_repository(owner: object, name: Any) -> str | None:
     """The argument ``push_to_hub``: the name of a repository on the hub, or None."""
+    if name is None:
+        return None
     try:
         validate_repo_id(name)
         if str(name).lower() in ("true", "false"):
             raise HFValidationError("it is no name")
-    except HFValidationError as error:
-        refuse(
-            owner,
-            "push_to_hub",
-            name,
-            f"give the repository's name on the hub, such as me/my-model ({message_of(error)})",
-        )
+    except Exception as error:  # whatever the name is
+        reason = message_of(error) if isinstance(error, HFValidationError) else "it is no name"
+        refuse(owner, "push_to_hub", name, f"give the repository's name on the hub, such as me/my-model ({reason})")
     return name  # type: ignore[no-any-return]
 
 

@@ -104,8 +104,9 @@ def _named(argument: str, path: str, load: Callable[[], T]) -> T:
                 f"{argument}={path!r}): comes with its own code; if you trust it, set model_kwargs: "
                 "{trust_remote_code: true}"
             ) from error
-        where = (
-            "the folder holds no complete model" if Path(path).is_dir() else "no such folder, nor a hub model in reach"
-        )
+        folder = Path(path)
+        where = "the folder holds no complete model" if folder.is_dir() else "no such folder, nor a hub model in reach"
+        if any(folder.glob("*.safetensors")):
+            where = "cannot be loaded"
         reason = first_line(error)
         raise ValueError(f"{argument}={path!r}): {where}; give a local folder or a hub name ({reason})") from error

@@ -19,12 +19,14 @@ from lit_ppo.generation.engine import Responses
 from lit_ppo.models.actor_critic import Actor
 from lit_ppo.models.export import share_weights
 from lit_ppo.models.pretrained import adapter_base
-from lit_ppo.shown import first_line
+from lit_ppo.shown import message_of, written
+from lit_ppo.validate import boolean, integer, mapping, positive, refuse
 
 FIELDS = (
     "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern",
     "use_rslora",
 )  # fmt: skip
+CHECKS: dict[str, Callable[..., Any]] = {"r": integer, "lora_alpha": positive, "use_rslora": boolean}
 NEUTRAL = {"lora_dropout": 0, "bias": "none"}  # may be named, as other people's settings do
 
 
@@ -39,14 +41,16 @@ def check_lora(argument: str, fields: Any) -> None:
         ValueError: A field that would train other weights than an adapter's, add dropout or move the frozen ones.
         ImportError: peft is not installed.
     """
+    owner, _, given = argument.partition("(")
     if not isinstance(fields, dict):
-        raise ValueError(f"{argument}={fields!r}): must be fields of peft.LoraConfig, such as {{r: 16}}")
-    for name, value in fields.items():
+        refuse(owner, given, fields, "must be fields of peft.LoraConfig, such as {r: 16}")
+    for name, value in mapping(owner, given, fields).items():
         if name not in FIELDS and (name not in NEUTRAL or value != NEUTRAL[name]):
-            raise ValueError(
-                f"{argument}={fields!r}): {name}={value!r} is not supported: the reference must be the same model "
-                f"without its adapter, and dropout is off in rollouts and updates; give {', '.join(FIELDS)}"
-            )
+            problem = f"{name}={written(value)} is not supported: the reference must be the same model without its "
+            problem += f"adapter, and dropout is off in rollouts and updates; give {', '.join(FIELDS)}"
+            refuse(owner, given, fields, problem)
+        if name in CHECKS and value is not None:
+            CHECKS[name](owner, f"{given}.{name}", value)
     if find_spec("peft") is None:
         raise ImportError(f"{argument}={fields!r}): needs peft; pip install 'lit-ppo[peft]', or leave it out")
 
@@ -73,8 +77,8 @@ def add_adapter(argument: str, model: PreTrainedModel, fields: dict[str, Any], s
             # what single layers of another kind need is set for them
             warnings.filterwarnings("ignore", message=r"fan_in_fan_out is set to")
             model.add_adapter(config)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{argument}={fields!r}): {first_line(error)}") from error
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        raise ValueError(f"{argument}={written(fields)}): {message_of(error)}; correct it") from error
     layers = _adapted_layers(model)
     if model.get_input_embeddings() in layers or model.get_output_embeddings() in layers:
         raise ValueError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,13 +21,18 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from lit_ppo.models.stored import Unusable, hub, no_pickled_code, stored_dtype, weight_files
-from lit_ppo.shown import first_line, message_of
+from lit_ppo.shown import first_line, message_of, reason, written
 
 # names that torch.compile, FSDP1 and activation checkpointing put anywhere into a weight's name
 INSIDE = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # and what DDP, DeepSpeed, TRL's value heads, peft and modules around a model put before it
 BEFORE = ("module", "_forward_module", "pretrained_model", "base_model", "model", "actor", "policy")
 OTHER_HEADS = re.compile("Classification|Reward|Score|QuestionAnswering")
+
+
+SET_HERE = ("trust_remote_code", "ignore_mismatched_sizes")
+# raised where neither from_pretrained nor the model's config takes an argument
+WRONG_ARGUMENT = (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, StrictDataclassError)
 
 
 @no_pickled_code()
@@ -48,7 +54,14 @@ def load_pretrained(auto: Any, path: str, **kwargs: Any) -> tuple[PreTrainedMode
     kwargs = {"trust_remote_code": False, **kwargs, "ignore_mismatched_sizes": True}  # they count as missing
     if adapter_base(path, kwargs) is not None:
         return _merged(auto, path, kwargs)
-    model, info = auto.from_pretrained(path, output_loading_info=True, **kwargs)
+    try:
+        model, info = auto.from_pretrained(path, output_loading_info=True, **kwargs)
+    except WRONG_ARGUMENT as error:
+        given = {k: v for k, v in kwargs.items() if k not in SET_HERE and not isinstance(v, torch.dtype)}
+        if not given or isinstance(error, torch.OutOfMemoryError):
+            raise
+        problem = f"cannot be loaded with model_kwargs={written(given)} ({reason(error)}); correct or leave them out"
+        raise Unusable(problem) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise Unusable("it holds a full model and an adapter; remove one of them, or save them merged")
     missing = _missing(info)

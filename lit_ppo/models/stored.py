@@ -12,6 +12,8 @@ from safetensors import safe_open
 from transformers import AutoConfig
 from transformers.utils.hub import cached_file
 
+from lit_ppo.validate import boolean, mapping, refuse
+
 HUB = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 Dtype = Literal["float32", "bfloat16", "float16"]
 NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of safetensors
@@ -38,6 +40,26 @@ def no_pickled_code() -> Iterator[None]:
 def hub(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of ``from_pretrained`` that say where on the hub a model is."""
     return {name: value for name, value in kwargs.items() if name in HUB}
+
+
+def checked_model_kwargs(owner: object, kwargs: Any, *taken: str) -> dict[str, Any]:
+    """The argument ``model_kwargs``.
+
+    Args:
+        owner: The object with the argument, for messages.
+        kwargs: Arguments of ``from_pretrained``, or None.
+        *taken: Names that the owner sets itself.
+
+    Raises:
+        ValueError: It is no mapping of names, sets what is not the user's to set, or its consent is neither yes nor no.
+    """
+    given = mapping(owner, "model_kwargs", kwargs)
+    for name in given:
+        if name in (*taken, "output_loading_info", "state_dict"):
+            refuse(owner, "model_kwargs", given, f"{name} is not set here; leave it out")
+    if "trust_remote_code" in given:  # any other text than an empty one would be a yes
+        boolean(owner, "model_kwargs.trust_remote_code", given["trust_remote_code"])
+    return given
 
 
 def weight_files(path: str, kwargs: dict[str, Any]) -> list[Path]:

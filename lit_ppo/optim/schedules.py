@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lit_ppo.validate import integer, refuse
+from lit_ppo.constructor import constructor
+from lit_ppo.validate import integer, integer_or_none, number, refuse
 
 
 class WarmupCosine(LRScheduler):
@@ -39,6 +40,7 @@ class WarmupCosine(LRScheduler):
     [0.5, 1.0, 1.0, 0.5, 0.0, 0.0]
     """
 
+    @constructor
     def __init__(
         self,
         optimizer: Optimizer,
@@ -48,12 +50,16 @@ class WarmupCosine(LRScheduler):
         last_epoch: int = -1,
     ) -> None:
         self.warmup_steps = integer(self, "warmup_steps", warmup_steps, at_least=0)
-        if not 0.0 <= final_fraction <= 1.0:
-            refuse(self, "final_fraction", final_fraction, "must be between 0 and 1")
-        self.final_fraction = final_fraction
-        if total_steps is not None and total_steps <= warmup_steps:
+        self.final_fraction = number(self, "final_fraction", final_fraction, at_least=0, at_most=1)
+        self.total_steps = integer_or_none(self, "total_steps", total_steps)
+        if self.total_steps is not None and self.total_steps <= self.warmup_steps:
             refuse(self, "total_steps", total_steps, f"must be above warmup_steps={warmup_steps}")
-        self.total_steps = total_steps
+        if not isinstance(optimizer, Optimizer):
+            refuse(self, "optimizer", optimizer, "must be a torch optimizer, such as torch.optim.SGD(parameters)")
+        integer(self, "last_epoch", last_epoch, at_least=-1)
+        if last_epoch >= 0 and any("initial_lr" not in group for group in optimizer.param_groups):
+            problem = "continues a schedule, but the optimizer has not had one; give -1"
+            refuse(self, "last_epoch", last_epoch, problem)
         super().__init__(optimizer, last_epoch)
 
     def set_total_steps(self, total_steps: int) -> None:

@@ -12,8 +12,11 @@ import lightning as L
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from lit_ppo.optim.schedules import per_step
+from lit_ppo.shown import message_of, written
+from lit_ppo.validate import factory
 
 
 @dataclass
@@ -74,6 +77,21 @@ class BuiltOptimizer:
                 self.schedule.step()
 
 
+def checked_factories(owner: object, factories: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+    """The arguments ``..._optimizer`` and ``..._scheduler`` of a module, which make both later.
+
+    Args:
+        owner: The module.
+        factories: From the first part of their names, perhaps empty, to optimizer and scheduler; the latter or None.
+    """
+    for name, (optimizer, scheduler) in factories.items():
+        prefix = f"{name}_" if name else ""
+        factory(owner, f"{prefix}optimizer", optimizer, "lambda parameters: torch.optim.AdamW(parameters, lr=1e-5)")
+        if scheduler is not None:
+            factory(owner, f"{prefix}scheduler", scheduler, "lambda optimizer: WarmupCosine(optimizer, 10)")
+    return factories
+
+
 def build_optimizer(
     module: L.LightningModule,
     prefix: str,
@@ -94,9 +112,23 @@ def build_optimizer(
 
     def schedule(optimizer: Optimizer) -> Any:
         assert make_schedule is not None
-        return per_step(f"{where}scheduler", make_schedule(optimizer), module)
+        return per_step(f"{where}scheduler", _made(f"{where}scheduler", make_schedule, optimizer, LRScheduler), module)
 
-    return BuiltOptimizer(f"{where}optimizer", make(parameters), None if make_schedule is None else schedule)
+    optimizer = _made(f"{where}optimizer", make, parameters, Optimizer)
+    return BuiltOptimizer(f"{where}optimizer", optimizer, None if make_schedule is None else schedule)
+
+
+def _made(where: str, make: Callable[[Any], Any], argument: Any, kind: Any) -> Any:
+    """What the user's function makes, with errors that name the argument."""
+    try:
+        made = make(argument)
+    except (TypeError, ValueError) as error:
+        if str(error).startswith("WarmupCosine("):
+            raise
+        raise ValueError(f"{where}): {message_of(error)}; correct its arguments") from error
+    if not isinstance(made, kind):
+        raise ValueError(f"{where}): makes {written(made)}; it must return a torch {kind.__name__}")
+    return made
 
 
 def restore_settings(

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import (
 )
 from torch.optim import SGD, Adagrad, Optimizer
 
+from lit_ppo.constructor import constructor
 from lit_ppo.parallel.environment import reserve_port
 from lit_ppo.parallel.full_state import (
     full_optimizer_state,
@@ -28,7 +29,7 @@ from lit_ppo.parallel.full_state import (
     load_full_optimizer_states,
     load_full_state_dict,
 )
-from lit_ppo.validate import refuse
+from lit_ppo.validate import boolean, refuse, text_or_none
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -47,6 +48,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         timeout: Of collectives.
     """
 
+    @constructor
     def __init__(
         self,
         mixed_precision: str | MixedPrecisionPolicy | None = None,
@@ -55,22 +57,25 @@ class FSDP2Strategy(ModelParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=30),
     ) -> None:
+        if timeout is not None and not (isinstance(timeout, timedelta) and timeout > timedelta(0)):
+            refuse(self, "timeout", timeout, "must be a datetime.timedelta above 0, or None")
+        text_or_none(self, "process_group_backend", process_group_backend)
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        if isinstance(mixed_precision, str):
-            if mixed_precision != "bfloat16":
-                problem = "must be 'bfloat16', a MixedPrecisionPolicy, or null for float32"
-                refuse(self, "mixed_precision", mixed_precision, problem)
+        if isinstance(mixed_precision, str) and mixed_precision == "bfloat16":
             mixed_precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        if not isinstance(mixed_precision, MixedPrecisionPolicy | None):
+            problem = "must be 'bfloat16', a MixedPrecisionPolicy, or null for float32"
+            refuse(self, "mixed_precision", mixed_precision, problem)
         # forwards take the hidden states of other models and return log-probs and values: neither may be rounded
         policy = mixed_precision or MixedPrecisionPolicy()
         self.mixed_precision = replace(policy, cast_forward_inputs=False, output_dtype=None)
-        self.offload_frozen = offload_frozen
-        self.sync_every_micro_batch = sync_every_micro_batch
+        self.offload_frozen = boolean(self, "offload_frozen", offload_frozen)
+        self.sync_every_micro_batch = boolean(self, "sync_every_micro_batch", sync_every_micro_batch)
         self._offloaded: list[nn.Module] = []
 
     def _configure_launcher(self) -> None:

@@ -154,7 +154,7 @@ def check_critic(owner: Any, critic: str | None, advantages: Any) -> None:
         ValueError: Names both.
     """
     estimator = type(advantages).__name__
-    if not hasattr(advantages, "needs_values"):
+    if isinstance(advantages, type) or not callable(advantages) or not hasattr(advantages, "needs_values"):
         problem = "not an estimator: it lacks needs_values, which says whether it takes a critic's values"
         refuse(owner, "advantages", advantages, problem)
     if critic is None and advantages.needs_values:

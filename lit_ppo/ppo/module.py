@@ -11,19 +11,22 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lit_ppo.advantages import GAE, AdvantageEstimator
 from lit_ppo.callbacks.base import fire
+from lit_ppo.constructor import constructor
 from lit_ppo.data.batch import PromptBatch
 from lit_ppo.data.chat import checked_options
 from lit_ppo.experience import Experience, LossReduction
 from lit_ppo.functional import KLEstimator, token_rewards
+from lit_ppo.generation.config import checked_generation
 from lit_ppo.models.actor_critic import Actor, Critic, Reference
 from lit_ppo.models.lora import WithoutAdapter
+from lit_ppo.optim.settings import checked_factories
 from lit_ppo.ppo import build, evaluate, optimize, own_loop, preflight, saved, settings, text_loss
 from lit_ppo.ppo.collect import Policy, add_logprobs, rollout_with_hooks, sample_responses, score
 from lit_ppo.ppo.metrics import Progress, current_coefficients, log_update
 from lit_ppo.ppo.prompts import Origin, as_batch
 from lit_ppo.ppo.settings import Models, ModelSettings, ReferenceDtype
 from lit_ppo.rewards import Rewards, ScoreSource, as_source, eval_sources, source_names
-from lit_ppo.validate import integer, non_negative, non_negative_or_none, one_of, positive, positive_or_none, refuse
+from lit_ppo.validate import integer, non_negative_or_none, number, one_of, refuse, samples, seconds_or_none
 
 
 class LitPPO(L.LightningModule):
@@ -81,6 +84,7 @@ class LitPPO(L.LightningModule):
     generation: GenerationConfig
     safe_length: float
 
+    @constructor
     def __init__(
         self,
         actor: str,
@@ -121,31 +125,26 @@ class LitPPO(L.LightningModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        unsaved = saved.not_plain(
-            actor=actor, tokenizer=tokenizer, critic=critic, reference=reference,
-            rewards=rewards, eval_rewards=eval_rewards, advantages=advantages, generation=generation,
-            actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer, actor_scheduler=actor_scheduler,
-            critic_scheduler=critic_scheduler, model_kwargs=model_kwargs, chat_template_kwargs=chat_template_kwargs,
-        )  # fmt: skip
-        self.save_hyperparameters(ignore=unsaved)
+        generation = checked_generation(self, generation)
+        saved.save_arguments(self)
         self.automatic_optimization = False
         self.strict_loading = False  # frozen weights stay out of checkpoints; on_load_checkpoint checks the rest
         self.seed = settings.checked_seed(self, seed)
-        self.temperature = positive(self, "temperature", temperature)
+        self.temperature = number(self, "temperature", temperature, at_least=1e-3, at_most=1e3)
         self.chat_template_kwargs = checked_options(self, chat_template_kwargs)
         self.model_settings = ModelSettings(
             owner=type(self).__name__, actor=actor, tokenizer=tokenizer, critic=critic, reference=reference,
             reference_dtype=reference_dtype, actor_lora=actor_lora, critic_lora=critic_lora,
             activation_checkpointing=activation_checkpointing, compile_blocks=compile_blocks,
-            generation=dict(generation), temperature=self.temperature, model_kwargs=dict(model_kwargs or {}),
-            seed=self.seed, skip_special_tokens=skip_special_tokens,
+            generation=generation, temperature=self.temperature, seed=self.seed,
+            model_kwargs=settings.checked_kwargs(self, model_kwargs), skip_special_tokens=skip_special_tokens,
         )  # fmt: skip
-        self.rewards = None if rewards is None else as_source(rewards)
+        self.rewards = None if rewards is None else as_source(rewards, self)
         self.source_names = source_names(self.rewards)  # scores of several rewards are in ``extras`` by name
         self.eval_rewards = None if eval_rewards is None else eval_sources(self, self.rewards, eval_rewards)
         self.advantages = advantages
-        self.samples_per_prompt = integer(self, "samples_per_prompt", samples_per_prompt)
-        self.kl_coef = non_negative(self, "kl_coef", kl_coef)
+        self.samples_per_prompt = samples(self, "samples_per_prompt", samples_per_prompt)
+        self.kl_coef = number(self, "kl_coef", kl_coef, at_least=0, at_most=1e6)
         self.kl_estimator = one_of(self, "kl_estimator", kl_estimator, get_args(KLEstimator))
         self.clip_range = settings.checked_clip_range(self, clip_range)
         self.ppo_epochs = integer(self, "ppo_epochs", ppo_epochs)
@@ -153,9 +152,10 @@ class LitPPO(L.LightningModule):
         self.limits = optimize.micro_batch_limits(self, micro_batch_size, micro_batch_tokens)
         self.tolerance = non_negative_or_none(self, "sampling_logprobs_tolerance", sampling_logprobs_tolerance)
         self.loss_reduction = settings.checked_reduction(self, loss_reduction)
-        self.reward_timeout = positive_or_none(self, "reward_timeout", reward_timeout)
+        self.reward_timeout = seconds_or_none(self, "reward_timeout", reward_timeout)
         self.optimization = optimize.Optimization(self, max_grad_norm, max_skipped_steps)
-        self.factories = {"actor": (actor_optimizer, actor_scheduler), "critic": (critic_optimizer, critic_scheduler)}
+        makers = {"actor": (actor_optimizer, actor_scheduler), "critic": (critic_optimizer, critic_scheduler)}
+        self.factories = checked_factories(self, makers)
         build.check_critic(self, critic, advantages)
         self.evaluator, self.progress = evaluate.Evaluator(), Progress()
         self.rollouts = 0  # training rollouts so far: the number of the update in every random draw

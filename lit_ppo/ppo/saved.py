@@ -1,5 +1,6 @@
 """What checkpoints of LitPPO hold, and its export in Hugging Face format."""
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,16 +32,25 @@ from lit_ppo.rewards import RewardFunction
 FROZEN = ("rewards.", "eval_rewards.")
 
 
-def not_plain(**arguments: Any) -> list[str]:
-    """Names of the arguments that cannot go into a checkpoint's hyperparameters."""
-    return [name for name, value in arguments.items() if not _is_plain(value)]
+def save_arguments(module: Any) -> None:
+    """Save the arguments of a LitPPO, and of a subclass, as hyperparameters, except those that no checkpoint can hold.
+
+    Args:
+        module: The LitPPO, whose constructor calls this.
+    """
+    constructor: Any = sys._getframe(1)
+    ignored = [name for name, value in constructor.f_locals.items() if not _is_plain(value)]
+    caller = constructor.f_back.f_back  # of a subclass: Lightning does not look behind the decorator
+    if caller.f_code.co_name == "__init__" and any(value is module for value in caller.f_locals.values()):
+        module.save_hyperparameters(ignore=ignored, frame=caller)
+    module.save_hyperparameters(ignore=ignored, frame=constructor)
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: Any, depth: int = 20) -> bool:
     if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
+        return depth > 0 and all(_is_plain(entry, depth - 1) for entry in value.values())
     if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
+        return depth > 0 and all(_is_plain(entry, depth - 1) for entry in value)
     return value is None or isinstance(value, str | int | float | bool)
 
 

@@ -9,11 +9,20 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lit_ppo.experience import LossReduction
 from lit_ppo.functional import ClipRange
-from lit_ppo.generation.config import check_generation
 from lit_ppo.models.actor_critic import Actor, Critic, Reference
 from lit_ppo.models.load import load_causal_lm, load_tokenizer
 from lit_ppo.models.lora import WithoutAdapter, check_lora
-from lit_ppo.validate import boolean, integer, number, one_of, path_or_name, positive_or_none, refuse
+from lit_ppo.models.stored import checked_model_kwargs
+from lit_ppo.validate import (
+    LARGEST_COUNT,
+    boolean,
+    number,
+    one_of,
+    path_or_name,
+    positive_or_none,
+    refuse,
+    seed_number,
+)
 
 ReferenceDtype = Literal["float32", "bfloat16"]
 
@@ -44,6 +53,7 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         """Check the arguments against each other, before anything is loaded."""
+        path_or_name(self.owner, "actor", self.actor)
         for argument in ("actor", "tokenizer", "critic", "reference"):
             if getattr(self, argument) is not None:
                 setattr(self, argument, path_or_name(self.owner, argument, getattr(self, argument)))
@@ -58,11 +68,8 @@ class ModelSettings:
                 check_lora(f"{self.owner}({argument}", fields)
         if self.critic is None and self.critic_lora is not None:
             refuse(self.owner, "critic_lora", self.critic_lora, "there is no critic; leave it out")
-        if {"dtype", "torch_dtype"} & self.model_kwargs.keys():
-            problem = "trained weights are kept in float32; give the Trainer a precision instead"
-            refuse(self.owner, "model_kwargs", self.model_kwargs, problem)
-        boolean(self.owner, "skip_special_tokens", self.skip_special_tokens)
-        check_generation(self.generation)
+        for argument in ("skip_special_tokens", "activation_checkpointing", "compile_blocks"):
+            boolean(self.owner, argument, getattr(self, argument))
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The actor's tokenizer."""
@@ -87,9 +94,18 @@ class Models:
     safe_length: float = 0.0  # prompts of so many tokens fit all of them; longer ones are checked
 
 
+def checked_kwargs(owner: object, value: Any) -> dict[str, Any]:
+    """The argument ``model_kwargs``."""
+    given = checked_model_kwargs(owner, value)
+    if {"dtype", "torch_dtype"} & given.keys():
+        problem = "trained weights are kept in float32; give the Trainer a precision instead"
+        refuse(owner, "model_kwargs", given, problem)
+    return given
+
+
 def checked_seed(owner: object, value: Any) -> int:
     """The argument ``seed``; None: that of ``seed_everything``."""
-    return integer(owner, "seed", int(os.environ.get("PL_GLOBAL_SEED", "0")) if value is None else value, at_least=0)
+    return seed_number(owner, "seed", int(os.environ.get("PL_GLOBAL_SEED", "0")) if value is None else value)
 
 
 def checked_clip_range(owner: object, value: Any) -> ClipRange | None:
@@ -98,15 +114,16 @@ def checked_clip_range(owner: object, value: Any) -> ClipRange | None:
         return positive_or_none(owner, "clip_range", value)
     if len(value) != 2:
         refuse(owner, "clip_range", value, "give one number, or two: how far the ratio may go below 1, and above")
-    for side in value:
-        number(owner, f"clip_range={value!r}, side", side, above=0)
-    return tuple(value)
+    low, high = (number(owner, f"clip_range[{i}]", side, above=0) for i, side in enumerate(value))
+    return low, high
 
 
 def checked_reduction(owner: object, value: Any) -> LossReduction:
     """The argument ``loss_reduction``."""
-    if value in ("token_mean", "sequence_mean") or (type(value) is int and value > 0):
-        return value  # type: ignore[no-any-return]
+    if isinstance(value, str) and value in ("token_mean", "sequence_mean"):
+        return value  # type: ignore[return-value]
+    if type(value) is int and 0 < value <= LARGEST_COUNT:
+        return value
     refuse(
         owner, "loss_reduction", value,
         "must be one of 'token_mean', 'sequence_mean', or a number of tokens, at least 1, by which each response's sum "

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lit_ppo.rewards.function import RewardFunction, scores_of, source_names
 from lit_ppo.rewards.model import RewardModel
 from lit_ppo.rewards.signature import takes_experience
-from lit_ppo.validate import number, refuse
+from lit_ppo.shown import shortened, written
+from lit_ppo.validate import class_name, mapping, number, refuse
 
 __all__ = [
     "RewardFunction",
@@ -61,21 +62,30 @@ class WeightedRewards(nn.Module):
     Args:
         sources: Name -> source.
         weights: Name -> weight, by default 1. A weight of 0 only logs.
+        owner: Class with the argument that gives the sources, for messages.
+        argument: That argument.
     """
 
-    def __init__(self, sources: Mapping[str, ScoreSource], weights: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        sources: Mapping[str, ScoreSource],
+        weights: Mapping[str, float] | None = None,
+        owner: object = "WeightedRewards",
+        argument: str = "sources",
+    ) -> None:
         super().__init__()
-        weights = dict(weights or {})
+        weights = mapping(owner, "weights", weights)
         if not sources:
-            refuse(self, "sources", {}, "is empty; name at least one source")
+            refuse(owner, argument, {}, "is empty; name at least one source")
         for name in sources:
-            if not name or "." in name:
-                refuse(self, "sources", name, "names must be non-empty, without dots")
+            if not isinstance(name, str) or not name or "." in name:
+                refuse(owner, argument, name, "names must be non-empty, without dots")
         if unknown := weights.keys() - sources.keys():
             problem = f"there is no source named {', '.join(sorted(unknown))}; there are {', '.join(sources)}"
-            refuse(self, "weights", weights, problem)
-        self.sources = {name: as_source(source) for name, source in sources.items()}
-        self.weights = {name: number(self, f"weights[{name!r}]", weights.get(name, 1.0)) for name in sources}
+            refuse(owner, "weights", weights, problem)
+        part = f"{argument}[{{!r:.80}}]".format
+        self.sources = {name: as_source(source, owner, part(name)) for name, source in sources.items()}
+        self.weights = {name: number(owner, f"{part(name)}.weight", weights.get(name, 1.0)) for name in sources}
         self.models = nn.ModuleDict({k: source for k, source in self.sources.items() if isinstance(source, nn.Module)})
 
     def build(self) -> None:
@@ -96,13 +106,15 @@ class WeightedRewards(nn.Module):
         return torch.stack([self.weights[name] * s.to(device) for name, s in scores.items()]).sum(0)
 
 
-def as_source(rewards: Any) -> ScoreSource:
+def as_source(rewards: Any, owner: object = "LitPPO", argument: str = "rewards") -> ScoreSource:
     """Make a score source of the value of ``LitPPO(rewards=...)``.
 
     Args:
         rewards: A source (an ``nn.Module``, or a callable whose only required argument is named ``experience``); a
             reward function or its import path; or a dict of those by name, each plain or as
             ``{source: ..., weight: ...}``.
+        owner: Class with the argument, for messages.
+        argument: The argument.
 
     Raises:
         TypeError: None of these was given.
@@ -111,22 +123,25 @@ def as_source(rewards: Any) -> ScoreSource:
         weighted = {name: r if isinstance(r, Mapping) else {"source": r} for name, r in rewards.items()}
         for name, entry in weighted.items():
             if not {"source"} <= entry.keys() <= {"source", "weight"}:
-                raise ValueError(f"rewards[{name!r}] has the keys {', '.join(entry)}; give source and weight")
+                problem = f"has the keys {shortened(', '.join(map(str, entry)), 80)}; give source and weight"
+                refuse(owner, f"{argument}[{name!r:.80}]", dict(entry), problem)
         weights = {name: entry["weight"] for name, entry in weighted.items() if "weight" in entry}
-        return WeightedRewards({name: entry["source"] for name, entry in weighted.items()}, weights)
+        return WeightedRewards({k: entry["source"] for k, entry in weighted.items()}, weights, owner, argument)
     if hasattr(rewards, "save_pretrained"):
+        where = f"{class_name(owner)}({argument}={type(rewards).__name__})"
         raise TypeError(
-            f"rewards={type(rewards).__name__}: a model scores token ids, not responses; save it and its tokenizer in "
+            f"{where}: a model scores token ids, not responses; save it and its tokenizer in "
             "one folder (save_pretrained) and give RewardModel('folder')"
         )
     if isinstance(rewards, nn.Module):
         return rewards
-    if callable(rewards) and takes_experience(rewards):
+    if callable(rewards) and not isinstance(rewards, type) and takes_experience(rewards):
         return rewards  # type: ignore[no-any-return]
     if isinstance(rewards, str) or callable(rewards):
         return RewardFunction(rewards)
     raise TypeError(
-        f"rewards={rewards!r}: {type(rewards).__name__} is neither a score source nor a function; "
+        f"{class_name(owner)}({argument}={written(rewards)}): {type(rewards).__name__} is neither a score source nor a "
+        "function; "
         "give a RewardModel, a function (prompts, responses, **columns), or a dict of those by name"
     )
 
@@ -162,7 +177,7 @@ def eval_sources(owner: object, rewards: Any, eval_rewards: Any) -> WeightedRewa
     if taken := [name for name in source_names(rewards) if name in eval_rewards]:
         problem = "a training reward has this name, and both would be logged under it; rename one of them"
         refuse(owner, "eval_rewards", ", ".join(taken), problem)
-    return WeightedRewards(eval_rewards)
+    return WeightedRewards(eval_rewards, owner=owner, argument="eval_rewards")
 
 
 def reward_models(source: Any) -> list[RewardModel]:

@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_ppo.constructor import constructor
 from lit_ppo.rewards.arrays import ONE_EACH, as_array, dense, of_array
 from lit_ppo.rewards.signature import imported, parameters
-from lit_ppo.shown import reason, shown
+from lit_ppo.shown import reason, shown, written
+from lit_ppo.validate import mapping
 
 T = TypeVar("T")
 FUNCTION = "expected is a function (prompts, responses, **columns) that returns one number a response"
@@ -41,13 +43,14 @@ class RewardFunction:
     [1.0, 0.0]
     """
 
+    @constructor
     def __init__(self, function: str | Callable[..., Any], kwargs: dict[str, Any] | None = None) -> None:
-        importing = f"RewardFunction(function={function!r}): importing it"
-        self.function: Any = call_foreign(importing, lambda: imported(function), only_exits=True)
-        if not callable(self.function):
-            raise TypeError(f"RewardFunction(function={function!r}): is not callable; {FUNCTION}")
+        where = f"RewardFunction(function={written(function)})"
+        self.function: Any = call_foreign(f"{where}: importing it", lambda: imported(function), only_exits=True)
+        if not callable(self.function) or isinstance(self.function, type):
+            raise TypeError(f"{where}: {'is a class' if callable(self.function) else 'is not callable'}; {FUNCTION}")
         self.name = function if isinstance(function, str) else _name(function)
-        self.kwargs = dict(kwargs or {})
+        self.kwargs = mapping(self, "kwargs", kwargs)
         self._read_signature()
 
     def _read_signature(self) -> None:
@@ -61,14 +64,14 @@ class RewardFunction:
         if not self._takes_all and set(_TEXTS).isdisjoint(self._names):
             takes = ", ".join(map(str, found)) or "nothing"
             raise TypeError(
-                f"RewardFunction({self.name}): takes neither prompts nor responses (or completions), but {takes}, and "
-                f"arguments are matched by name; {FUNCTION}"
+                f"RewardFunction(function={self.name}): takes neither prompts nor responses (or completions), but "
+                f"{takes}, and arguments are matched by name; {FUNCTION}"
             )
         self._response_names = [name for name in _TEXTS[1:] if name in self._names] or ["responses"]
         unknown = sorted(name for name in self.kwargs if name in _TEXTS or not self._accepts(name))
         if unknown:
             raise ValueError(
-                f"RewardFunction(kwargs={self.kwargs!r}): {self.name} takes no argument {', '.join(unknown)}; "
+                f"RewardFunction(kwargs={written(self.kwargs)}): {self.name} takes no argument {', '.join(unknown)}; "
                 f"its arguments are {', '.join(p.name for p in found)}"
             )
 

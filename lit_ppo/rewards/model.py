@@ -7,15 +7,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lit_ppo.constructor import constructor
 from lit_ppo.data.chat import Span, checked_options
 from lit_ppo.functional import masked_mean
 from lit_ppo.models.positions import row_groups
 from lit_ppo.models.scoring import score_in_float32
+from lit_ppo.models.stored import checked_model_kwargs
 from lit_ppo.parallel.ranks import deal
 from lit_ppo.parallel.sharding import build, shard
 from lit_ppo.rewards.inputs import Row, conversations, encode, questions_and_answers, warn_too_long
 from lit_ppo.rewards.loading import find_label, load_classifier, load_tokenizer, max_tokens
-from lit_ppo.validate import at_most_one, boolean, integer, one_of, path_or_name, refuse
+from lit_ppo.validate import LARGEST_COUNT, at_most_one, boolean, integer, one_of, path_or_name, refuse
 
 BATCH_SIZE = 32
 
@@ -47,6 +49,7 @@ class RewardModel(nn.Module):
     Reads ``experience.prompts``, ``responses`` and ``columns``.
     """
 
+    @constructor
     def __init__(
         self,
         model: str,
@@ -64,15 +67,18 @@ class RewardModel(nn.Module):
         self.path = path_or_name(self, "model", model)
         self.tokenizer_path = self.path if tokenizer is None else path_or_name(self, "tokenizer", tokenizer)
         self.aggregation, self.label = one_of(self, "aggregation", aggregation, ("last", "mean")), label
+        is_name, is_index = isinstance(label, str) and label, isinstance(label, int) and not isinstance(label, bool)
+        if label is not None and not is_name and not (is_index and 0 <= int(label) <= LARGEST_COUNT):
+            refuse(self, "label", label, "must be the name of a label of the model, or its index, from 0 on")
         self.append_eos = None if append_eos is None else boolean(self, "append_eos", append_eos)
-        self.pairs = pairs if pairs == "auto" else boolean(self, "pairs", pairs)
+        self.pairs = pairs if isinstance(pairs, str) and pairs == "auto" else boolean(self, "pairs", pairs)
         if pairs and aggregation == "mean":
             refuse(self, "pairs", pairs, "pairs have one score each; use aggregation='last'")
         self.chat_template_kwargs = checked_options(self, chat_template_kwargs)
         at_most_one(self, batch_size=batch_size, batch_tokens=batch_tokens)
         self.batch_size = BATCH_SIZE if batch_size is None else integer(self, "batch_size", batch_size)
         self.batch_tokens = None if batch_tokens is None else integer(self, "batch_tokens", batch_tokens)
-        self.model_kwargs = {"dtype": torch.float32} | (model_kwargs or {})
+        self.model_kwargs = {"dtype": torch.float32} | checked_model_kwargs(self, model_kwargs)
         self.model: Any = None
         self.tokenizer: Any = None
         self._warned = False

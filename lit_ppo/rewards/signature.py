@@ -5,6 +5,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from lit_ppo.shown import written
+
 
 def parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     """The function's parameters; a builtin that tells none is taken to want prompts and responses."""
@@ -24,18 +26,18 @@ def imported(path: str | Callable[..., Any]) -> Callable[..., Any]:
     if not isinstance(path, str):
         return path
     module_path, _, name = path.rpartition(".")
-    if not module_path:
-        raise ValueError(f"RewardFunction(function={path!r}): write it as module.function")
+    if not module_path or not all(part and part.isprintable() for part in path.split(".")):
+        raise ValueError(f"RewardFunction(function={written(path)}): write it as module.function")
     try:
         module = import_module(module_path)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_path + ".").startswith(error.name + "."):
             raise  # the module is there, what it imports is not
         raise ValueError(
-            f"RewardFunction(function={path!r}): no module named {error.name!r}; "
+            f"RewardFunction(function={written(path)}): no module named {error.name!r}; "
             "modules are looked for in the working directory and among the installed packages"
         ) from error
     if not hasattr(module, name):
-        raise ValueError(f"RewardFunction(function={path!r}): module {module_path!r} has no {name!r}")
+        raise ValueError(f"RewardFunction(function={written(path)}): module {module_path!r} has no {name!r}")
     function: Callable[..., Any] = getattr(module, name)
     return function

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_ppo.constructor import constructor
 from lit_ppo.parallel.checkpoint_io import (
     CheckpointError,
     guard_sharded,
@@ -25,7 +26,7 @@ from lit_ppo.parallel.ranks import gather_shares, greatest
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.events import copy_events
 from lit_ppo.run.stop import StopRequest
-from lit_ppo.validate import integer
+from lit_ppo.validate import integer, path_or_none
 
 RUN = "lit_ppo_run"  # key of what this callback adds to a checkpoint
 
@@ -46,10 +47,11 @@ class StepCheckpoint(Checkpoint):
         dirpath: Folder of the checkpoints. None: ``checkpoints`` in the run's folder.
     """
 
+    @constructor
     def __init__(self, every_n_train_steps: int = 50, keep: int = 2, dirpath: str | None = None) -> None:
         self.every_n_train_steps = integer(self, "every_n_train_steps", every_n_train_steps)
         self.keep = integer(self, "keep", keep)
-        self.dirpath = dirpath
+        self.dirpath = path_or_none(self, "dirpath", dirpath)
         self.config: dict[str, Any] | None = None  # the run's, set by the command
         self.log_again = False  # whether a resumed run logs into the folder of the run that it resumes
         self.stop_request = StopRequest()

@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 
+from lit_ppo.constructor import constructor
 from lit_ppo.models.card import Card, add_data, write_card
 from lit_ppo.models.export import checked_dtype, checked_repository, list_files, push
 from lit_ppo.models.lora import check_has_adapter
@@ -20,7 +21,7 @@ from lit_ppo.parallel.sharding import is_sharded
 from lit_ppo.run.figures import Figures
 from lit_ppo.run.target import check_target, folders_of
 from lit_ppo.shown import first_line
-from lit_ppo.validate import refuse
+from lit_ppo.validate import boolean, path_or_none
 
 CARD = "lit_ppo_card"  # key of what ExportModel adds to a checkpoint
 
@@ -43,6 +44,7 @@ class ExportModel(L.Callback):
         private: Whether a new repository is private; None: as the account's settings say.
     """
 
+    @constructor
     def __init__(
         self,
         dirpath: str | None = None,
@@ -51,13 +53,11 @@ class ExportModel(L.Callback):
         push_to_hub: str | None = None,
         private: bool | None = None,
     ) -> None:
-        if dirpath is not None and not str(dirpath).strip():
-            refuse(self, "dirpath", dirpath, "is empty; name a folder, or leave it out")
-        self.dirpath = dirpath
-        self.adapter = adapter
+        self.dirpath = path_or_none(self, "dirpath", dirpath)
+        self.adapter = boolean(self, "adapter", adapter)
         self.dtype = checked_dtype(self, dtype)
         self.push_to_hub = checked_repository(self, push_to_hub)
-        self.private = private
+        self.private = None if private is None else boolean(self, "private", private)
         self.written: Path | None = None
         self.command: str | None = None  # of this run, set by the command
         self._card: Card | None = None

@@ -17,7 +17,7 @@ from lit_ppo.models.export import checked_dtype, checked_repository, list_files,
 from lit_ppo.models.positions import rope_bound, row_groups, token_limit
 from lit_ppo.models.pretrained import starting_dtype
 from lit_ppo.models.stored import Dtype
-from lit_ppo.optim.settings import BuiltOptimizer, build_optimizer, restore_settings
+from lit_ppo.optim.settings import BuiltOptimizer, build_optimizer, checked_factories, restore_settings
 from lit_ppo.parallel.full_state import full_weights
 from lit_ppo.parallel.ranks import rank
 from lit_ppo.parallel.sharding import build, check_placed, shard
@@ -47,7 +47,7 @@ class SupervisedModule(L.LightningModule):
         super().__init__()
         self.model: PreTrainedModel | None = None  # until configure_model
         self.source = source
-        self._optimizer, self._scheduler = optimizer, scheduler
+        self._optimizer, self._scheduler = checked_factories(self, {"": (optimizer, scheduler)})[""]
         self._built: dict[str, BuiltOptimizer] = {}
         self._resumed: tuple[dict[str, Any], list[Any]] | None = None
 

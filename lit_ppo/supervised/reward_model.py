@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryAccuracy
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from lit_ppo.constructor import constructor
 from lit_ppo.models.pretrained import n_outputs
 from lit_ppo.models.scoring import score_in_float32
 from lit_ppo.supervised.base import SupervisedModule
@@ -49,6 +50,7 @@ class LitRewardModel(SupervisedModule):
     method, task = "reward model", "text-classification"
     objective = "the better text of a pair (Bradley-Terry), or labels; the one output is the reward"
 
+    @constructor
     def __init__(
         self,
         model: str | dict[str, Any],

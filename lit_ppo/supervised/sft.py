@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM
 
+from lit_ppo.constructor import constructor
 from lit_ppo.supervised.base import SupervisedModule
 from lit_ppo.supervised.source import ModelSource
 
@@ -42,6 +43,7 @@ class LitSFT(SupervisedModule):
 
     method, task, objective = "SFT", "text-generation", "the next token of text (cross-entropy)"
 
+    @constructor
     def __init__(
         self,
         model: str | dict[str, Any],

@@ -1,11 +1,19 @@
 """Load a Hugging Face model and its tokenizer, or build the model from scratch."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lit_ppo.data.tokenization import loads_the_same
 from lit_ppo.models.pretrained import (
@@ -15,8 +23,9 @@ from lit_ppo.models.pretrained import (
     load_pretrained,
     tokenizer_path,
 )
-from lit_ppo.shown import first_line
-from lit_ppo.validate import path_or_name, refuse
+from lit_ppo.models.stored import checked_model_kwargs
+from lit_ppo.shown import first_line, reason
+from lit_ppo.validate import mapping, path_or_name, refuse, text
 
 T = TypeVar("T")
 
@@ -45,16 +54,21 @@ class ModelSource:
         model_kwargs: dict[str, Any] | None,
         **config: Any,
     ) -> None:
-        model = model if isinstance(model, dict) else path_or_name(owner, "model", model)
+        model = mapping(owner, "model", model) if isinstance(model, Mapping) else path_or_name(owner, "model", model)
         tokenizer = None if tokenizer is None else path_or_name(owner, "tokenizer", tokenizer)
         if isinstance(model, dict) and "model_type" not in model:
             refuse(owner, "model", model, "no model_type; name one, such as 'llama' or 'gpt2'")
+        if isinstance(model, dict) and text(owner, "model.model_type", model["model_type"]) not in CONFIG_MAPPING:
+            refuse(
+                owner, "model.model_type", model["model_type"], "transformers has no such type; give one, as 'llama'"
+            )
         if isinstance(model, dict) and tokenizer is None:
             refuse(owner, "tokenizer", None, "a model from scratch has no tokenizer; name a tokenizer's folder")
         self.owner, self.auto_class, self.model, self.config = owner, auto_class, model, config
         self.tokenizer_path = tokenizer if tokenizer is not None else str(model)
-        self.model_kwargs = {"dtype": torch.float32} | dict(model_kwargs or {})
-        self.names_dtype = not {"dtype", "torch_dtype"}.isdisjoint(model_kwargs or {})
+        given = checked_model_kwargs(owner, model_kwargs, *config)
+        self.model_kwargs = {"dtype": torch.float32} | given
+        self.names_dtype = not {"dtype", "torch_dtype"}.isdisjoint(given)
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
@@ -125,11 +139,22 @@ class ModelSource:
     def _from_scratch(self, settings: dict[str, Any]) -> Any:
         tokenizer = self.tokenizer
         special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
-        config = AutoConfig.for_model(**{"vocab_size": len(tokenizer)} | special | settings | self.config)
+        with self._naming("model", settings):
+            config = AutoConfig.for_model(**{"vocab_size": len(tokenizer)} | special | settings | self.config)
         if not loads_the_same(tokenizer, config):
             problem = (
                 f"transformers loads a {config.model_type} checkpoint with a tokenizer class of its own, which splits "
                 f"text differently from {self.tokenizer_path!r}; use another model_type, such as llama"
             )
             refuse(self.owner, "model", settings, problem)
-        return self.auto_class.from_config(config, **self.model_kwargs)
+        named = ("model_kwargs", self.model_kwargs) if len(self.model_kwargs) > 1 else ("model", settings)
+        with self._naming(*named):
+            return self.auto_class.from_config(config, **self.model_kwargs)
+
+    @contextmanager
+    def _naming(self, argument: str, value: Any) -> Iterator[None]:
+        """Errors of transformers name the argument that they are about."""
+        try:
+            yield
+        except Exception as error:
+            refuse(self.owner, argument, value, f"{reason(error)}; correct it")

@@ -6,7 +6,7 @@ import torch
 from transformers import GenerationConfig
 
 from lit_ppo import LitSFT
-from lit_ppo.generation.config import check_generation, generation_config, stop_ids
+from lit_ppo.generation.config import checked_generation, generation_config, stop_ids
 from lit_ppo.generation.transformers import generate, inverse_cdf, reshaping_fields, uniforms
 from lit_ppo.models.actor_critic import Actor
 from lit_ppo.models.load import load_causal_lm, load_tokenizer
@@ -148,7 +148,7 @@ def test_inverse_cdf_hits_each_token_as_often_as_its_probability_says():
 )
 def test_what_generation_cannot_be_asked_is_refused(generation, message):
     with pytest.raises(ValueError, match=rf"^LitPPO\(generation.*{message}"):
-        check_generation(generation)
+        checked_generation("LitPPO", generation)
 
 
 @pytest.mark.parametrize(

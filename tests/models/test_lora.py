@@ -310,7 +310,7 @@ def test_what_cannot_be_is_refused_at_once(tiny_lm: Path, arguments: dict[str, A
         ({"target_modules": ["nothing"]}, r"LitPPO\(actor_lora=.*\): .*nothing.* not found"),
         ({"target_modules": ["lm_head", "c_attn"]}, r"LitPPO\(actor_lora=.*\): target_modules hold the embeddings or"),
         ({"target_modules": ["wte", "c_attn"]}, r"LitPPO\(actor_lora=.*\): target_modules hold the embeddings or"),
-        ({"r": 0}, r"LitPPO\(actor_lora={'r': 0}\): .*should be a positive integer"),
+        ({"r": 0}, r"LitPPO\(actor_lora.r=0\): must be an integer, at least 1"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of peft, about tied weights

@@ -53,7 +53,7 @@ def test_resumed_schedule_goes_on() -> None:
     ("kwargs", "message"),
     [
         ({"warmup_steps": -1}, r"warmup_steps=-1\): must be an integer, at least 0"),
-        ({"final_fraction": 1.5}, r"final_fraction=1.5\): must be between 0 and 1"),
+        ({"final_fraction": 1.5}, r"final_fraction=1.5\): must be a finite number, at least 0 and at most 1"),
         ({"warmup_steps": 5, "total_steps": 5}, r"total_steps=5\): must be above warmup_steps=5"),
     ],
 )

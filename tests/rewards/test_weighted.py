@@ -60,11 +60,11 @@ def test_wrong_scores_of_one_of_several_name_it():
 @pytest.mark.parametrize(
     ("rewards", "says"),
     [
-        ({}, r"WeightedRewards\(sources=\{\}\): is empty"),
+        ({}, r"^LitPPO\(rewards=\{\}\): is empty"),
         ({"a.b": ones}, "names must be non-empty, without dots"),
         ({"": ones}, "names must be non-empty, without dots"),
-        ({"a": {"source": ones, "weight": math.nan}}, r"WeightedRewards\(weights\['a'\]=.*\): must be a finite number"),
-        ({"a": {"sauce": ones}}, r"rewards\['a'\] has the keys sauce; give source and weight"),
+        ({"a": {"source": ones, "weight": math.nan}}, r"^LitPPO\(rewards\['a'\].weight=nan\): must be a finite number"),
+        ({"a": {"sauce": ones}}, r"^LitPPO\(rewards\['a'\]=.*\): has the keys sauce; give source and weight"),
     ],
 )
 def test_bad_combinations(rewards: Any, says: str):
