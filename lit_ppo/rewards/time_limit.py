@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
@@ -64,9 +65,12 @@ def _as_greenlet(seconds: float, what: str, call: Callable[[], T]) -> T:
         signal.signal(number, leave)
     timer = signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.5)
     watch = _Watch(seconds, what)
+    # of C code that keeps Python's lock for ever, only this thread outside Python can end the process
+    faulthandler.dump_traceback_later(seconds + 2 * GRACE, exit=True, file=2)
     try:
         result = inner.switch()
     finally:
+        faulthandler.cancel_dump_traceback_later()
         watch.done.set()
         signal.setitimer(signal.ITIMER_VIRTUAL, *timer)
         for number in (signal.SIGURG, signal.SIGVTALRM):

@@ -118,6 +118,21 @@ def test_its_own_errors_arrive(error: type[BaseException]) -> None:
         within(60, "the reward", raises)
 
 
+def test_code_that_keeps_pythons_lock_ends_the_process_by_a_thread_outside_python(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Such as ``max(itertools.count())``: no other thread and no signal handler runs any more."""
+    armed: list[Any] = []
+    monkeypatch.setattr(
+        time_limit.faulthandler, "dump_traceback_later", lambda *args, **kwargs: armed.append((args, kwargs))
+    )
+    monkeypatch.setattr(time_limit.faulthandler, "cancel_dump_traceback_later", armed.clear)
+    ((seconds,), options) = within(5, "the reward", lambda: armed[0])
+    assert seconds > 5
+    assert options["exit"] is True
+    assert not armed
+
+
 def test_code_that_reacts_to_nothing_ends_the_process(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
