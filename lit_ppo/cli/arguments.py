@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_ppo.cli.layers import layers, load
+from lit_ppo.run.arguments import check_command, check_trainer
 from lit_ppo.run.errors import CommandError
 
 MODE = "yaml that says one thing"  # of the parser; its own "yaml" takes the last of two equal keys
@@ -70,18 +71,27 @@ class _LayeredConfigFile(ActionConfigFile):
                 cfg.pop("base", None)
 
 
-def complete(config: Namespace) -> bool:
-    """Check groups and strategy, use public names of classes, and hand ``data_root`` to the data that take it.
+def complete(config: Namespace, *, trains: bool = True) -> bool:
+    """Check groups and arguments, use public names of classes, and hand ``data_root`` to the data that take it.
+
+    Args:
+        config: Of a subcommand.
+        trains: Whether that is ``fit``.
 
     Returns:
         False if ``data_root`` is given, but neither the data module nor data of a callback takes it.
 
     Raises:
-        CommandError: A group is not a mapping, or the strategy is not supported; the parser accepts both.
+        CommandError: A group is not a mapping, or an argument has a value that the parser accepts and the run does not.
     """
     for group in ("trainer", "checkpoint", "export", "report"):
         if not isinstance(config.get(group), Namespace):
             raise CommandError(f"{group}: {config.get(group)!r} is not a mapping; give its keys below it", exit_code=2)
+    try:
+        check_command(config)
+        check_trainer(vars(config.trainer), trains=trains)
+    except ValueError as error:
+        raise CommandError(str(error), exit_code=2) from error
     callbacks = config.trainer.get("callbacks") or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         if isinstance(callback, Namespace) and resolve_name(callback.class_path) is Callback:  # also of {}

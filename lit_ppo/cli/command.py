@@ -103,7 +103,11 @@ class Command(LightningCLI):
         self.heartbeat.begin("reading the configuration")
         self.config = self._parse(parser, args)
         config = self._config
-        if not complete(config) and not config.stages and "LIT_PPO_STAGE" not in os.environ:
+        if (
+            not complete(config, trains=self.config.subcommand == "fit")
+            and not config.stages
+            and "LIT_PPO_STAGE" not in os.environ
+        ):
             raise CommandError(
                 f"--data_root {config.data_root}: neither the data module nor a stage takes it; leave it out",
                 exit_code=2,

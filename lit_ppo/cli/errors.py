@@ -1,5 +1,6 @@
 """Errors as one line: place, value and remedy, for arguments, configurations and everything that is built or run."""
 
+import inspect
 import os
 import re
 import traceback
@@ -14,7 +15,7 @@ from typing import Any
 import yaml
 
 from lit_ppo.cli.layers import RefusedText, compose, layers, line_of
-from lit_ppo.shown import message_of
+from lit_ppo.shown import message_of, shortened
 
 # jsonargparse raises a chain of exceptions, from the key at the top down to the reason. Its exceptions have no
 # attributes: key, class, type and value are only in the first lines of their texts, in these forms. Where a form
@@ -124,11 +125,11 @@ def _explain(
     if given := EXPECTED.match(message):
         found = [match[1] for sibling in siblings if (match := EXPECTED.match(str(sibling)))]
         types = " or ".join(dict.fromkeys(name for name in found if name != "NoneType"))
-        return "", f"expected {types or 'null'}, got {shortened(given[2])!r}"
+        return "", f"expected {types or 'null'}, got {shortened(given[2], 200)!r}"
     if given := GROUP.match(message):
-        return "", f"expected a mapping, got {shortened(given[1])!r}; give its keys below it, or leave it out"
+        return "", f"expected a mapping, got {shortened(given[1], 200)!r}; give its keys below it, or leave it out"
     if given := CLASS_EXPECTED.match(message):
-        return "", f"expected a class, got {shortened(given[1])!r}; give class_path and init_args, or leave it out"
+        return "", f"expected a class, got {shortened(given[1], 200)!r}; give class_path and init_args, or leave it out"
     return "", on_one_line(message.partition("\nSubclass types expect")[0])
 
 
@@ -236,6 +237,8 @@ def running_error(error: BaseException) -> str:
     unintended = (LookupError, AttributeError, NameError, AssertionError, ImportError)
     if message and module.partition(".")[0] == "lit_ppo" and not isinstance(error, unintended):
         return message
+    if argument := _trainer_argument(error, module, message):
+        return f"Trainer({argument}): {message.rstrip('.;')}; correct it or leave it out"
     frames = [(frame.f_globals.get("__name__"), number) for frame, number in traceback.walk_tb(error.__traceback__)]
     line = next((number for name, number in reversed(frames) if name == module), 0)
     place = f" in {module}, line {line}" if module else ""
@@ -249,6 +252,17 @@ def is_meant(stop: SystemExit) -> bool:
     return _module_of(stop).partition(".")[0] in ("argparse", "jsonargparse", "lightning", "lit_ppo")
 
 
+def _trainer_argument(error: BaseException, module: str, message: str) -> str:
+    """The argument of the Trainer that Lightning refuses on purpose; empty if that is not what the error is."""
+    if not module.startswith("lightning.") or isinstance(error, LookupError | AttributeError | ArithmeticError):
+        return ""
+    from lightning import Trainer
+
+    names = inspect.signature(Trainer.__init__).parameters.keys() - {"self"}
+    quoted = re.findall(r"`(?:Trainer\()?(\w+)|for (\w+),", message)
+    return next((word for match in quoted for word in match if word in names), "")
+
+
 def _module_of(error: BaseException) -> str:
     """Name of the module that raised it."""
     names = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -257,18 +271,9 @@ def _module_of(error: BaseException) -> str:
 
 def on_one_line(text: str) -> str:
     """On one line of bounded length, with control characters escaped: a terminal must not obey a response in it."""
-    return escaped(" ".join(shortened(text, LONGEST).split()))
+    return escaped(shortened(text, LONGEST))
 
 
 def escaped(text: str) -> str:
     """With control characters and those that change the direction of writing as escapes; line ends stay."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-
-
-def shortened(text: str, length: int = 200) -> str:
-    """Without its middle if it is longer.
-
-    >>> shortened("a" * 50 + "z" * 50, length=20)
-    'aaaaaaaaaa ... zzzzzzzzzz'
-    """
-    return text if len(text) <= length else f"{text[: length // 2]} ... {text[-(length // 2) :]}"

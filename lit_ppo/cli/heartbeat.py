@@ -5,6 +5,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from lit_ppo.cli.errors import escaped
+
 
 def duration(seconds: float) -> str:
     """Seconds in the two largest units.
@@ -51,7 +53,7 @@ class Heartbeat:
         self.begin(doing or text)
         if self.enabled:
             self.touch()
-            print(text, flush=True)
+            print(escaped(text), flush=True)
 
     def touch(self) -> None:
         """Restart the count of silent seconds: something was printed."""
@@ -65,7 +67,7 @@ class Heartbeat:
                 self.tick()
         elif self.clock() - self._printed >= self.quiet:
             self.touch()
-            print(f"{self._doing} ... {duration(self.clock() - self._since)}", flush=True)
+            print(f"{escaped(self._doing)} ... {duration(self.clock() - self._since)}", flush=True)
 
     def _run(self) -> None:
         while not self._stop.wait(1.0):

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import get_loader
-from jsonargparse._util import config_load_stack
 
 from lit_ppo.run.errors import CommandError
 
@@ -63,6 +61,9 @@ def _refuse(file: str, problem: str) -> NoReturn:
 
 def load(text: str) -> Any:
     """The values of YAML or JSON text: the parser's loader, with the checks of :func:`compose`."""
+    from jsonargparse import get_loader
+    from jsonargparse._util import config_load_stack
+
     try:
         compose(text)
         return get_loader("yaml")(text)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lit_ppo.cli.errors import is_meant, running_error
+from lit_ppo.cli.errors import escaped, is_meant, running_error
 from lit_ppo.cli.heartbeat import Heartbeat
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.stop import Interrupts, is_first_process
@@ -63,7 +63,7 @@ class Session:
     def say_error(self, error: BaseException) -> None:
         """Print the last line of standard error: place, value and remedy."""
         if self.debug:
-            traceback.print_exception(error)
+            print(escaped("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         sys.stdout.flush()
         explained = self.explain(error)
         print(f"lit-ppo: error: {explained or running_error(error)}", file=sys.stderr, flush=True)
@@ -76,7 +76,7 @@ class Session:
         arguments = self.arguments
         if self.checkpoints is not None and any(self.checkpoints.glob("*.ckpt")):
             arguments = [*_without_ckpt_path(arguments), "--ckpt_path", "last"]
-        command = shlex.join(["lit-ppo", *arguments])
+        command = escaped(shlex.join(["lit-ppo", *arguments]))
         sys.stdout.flush()
         print(f"lit-ppo: interrupted; continue with: {command}", file=sys.stderr, flush=True)
 
@@ -126,7 +126,7 @@ def _show_own_warnings_without_place() -> None:
         message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: str | None = None
     ) -> None:
         if Path(filename).is_relative_to(Path(__file__).parents[1]):
-            print(f"lit-ppo: warning: {message}", file=file or sys.stderr, flush=True)
+            print(f"lit-ppo: warning: {escaped(str(message))}", file=file or sys.stderr, flush=True)
         else:
             show_other(message, category, filename, lineno, file, line)
 

@@ -3,12 +3,15 @@
 Lightning alone restores those of the checkpoint.
 """
 
+import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 from torch.optim import Optimizer
@@ -35,6 +38,9 @@ class BuiltOptimizer:
 
     def __post_init__(self) -> None:
         self.options = [_options(group) for group in self.optimizer.param_groups]  # before a schedule changes them
+        for name, value in (item for options in self.options for item in options.items()):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{self.where}={_name(self.optimizer)}): {name}={value} must be a finite number")
         self.schedule: Any = None if self.make_schedule is None else self.make_schedule(self.optimizer)
         self.settings = {
             "class": _name(self.optimizer),
@@ -42,6 +48,21 @@ class BuiltOptimizer:
             "schedule": None if self.schedule is None else _name(self.schedule),
             "schedule_state": {} if self.schedule is None else _plain(self.schedule.state_dict()),
         }
+
+    def check_steps_alone(self) -> None:
+        """Refuse an optimizer whose step computes the loss itself, or takes only sparse gradients.
+
+        Raises:
+            ValueError: Names the argument.
+        """
+        closure = inspect.signature(self.optimizer.step).parameters.get("closure")
+        if isinstance(self.optimizer, torch.optim.SparseAdam):
+            problem = "takes only sparse gradients, which these models do not have"
+        elif closure is not None and closure.default is inspect.Parameter.empty:
+            problem = "computes the loss several times in a step, by a closure that PPO's minibatches do not have"
+        else:
+            return
+        raise ValueError(f"{self.where}={_name(self.optimizer)}): {problem}; use another, such as torch.optim.AdamW")
 
     def take_effect(self, trainer: L.Trainer, saved: dict[str, Any], steps: int) -> None:
         """Apply these settings if they differ from the checkpoint's.

@@ -65,6 +65,7 @@ def configure_optimizers(module: Any) -> tuple[list[Optimizer], list[Any]]:
             make, make_schedule = module.factories[name]
             trained = [p for p in model.parameters() if p.requires_grad]
             built[name] = build_optimizer(module, f"{name}_", trained, make, make_schedule)
+            built[name].check_steps_alone()
     schedules = [entry.schedule for entry in built.values() if entry.schedule is not None]
     return [entry.optimizer for entry in built.values()], schedules
 

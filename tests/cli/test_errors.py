@@ -1,6 +1,7 @@
 """Bad input to the command: one line, the last one, with place, value and remedy; no traceback."""
 
 import signal
+import warnings
 from asyncio import CancelledError
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import lightning as L
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
+from lit_ppo.cli import session
 from lit_ppo.cli.errors import nearest, parsing_error, running_error
 from lit_ppo.cli.main import main
-from lit_ppo.cli.session import Session
+from lit_ppo.cli.session import Session, restored_process
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.stop import STOP_SIGNALS
 from tests.helpers.cli_toys import Toy
@@ -59,6 +61,11 @@ ARGUMENTS = {
     "callback's value": ("--checkpoint.keep=0", ["StepCheckpoint(keep=0)", "at least 1"]),
     "config": ("--config=nope.yaml", ["nope.yaml", "does not exist"]),
     "callback's module": ("--trainer.callbacks+=broken.Trick", ["trainer.callbacks", "broken.py", "invalid syntax"]),
+    "trainer's value": ("--trainer.log_every_n_steps=-1", ["Trainer(log_every_n_steps=-1)", "at least 0"]),
+    "lightning's own check": ("--trainer.accelerator=gpuu", ["Trainer(accelerator): ", "'gpuu'", "correct it"]),
+    "lightning's check of data": ("--trainer.val_check_interval=99", ["Trainer(val_check_interval): ", "99"]),
+    "seed": ("--seed_everything=-1", ["--seed_everything -1", "from 0 to 4294967295"]),
+    "no data root": ("--data_root=", ["--data_root ''", "leave it out"]),
     "data root": ("--data=tests.helpers.cli_toys.RootlessData --data_root=here", ["--data_root here", "leave it out"]),
 }
 
@@ -107,6 +114,9 @@ PPO = {
     "missing reward model": ("--model.rewards.model=nope", ["RewardModel(model='nope')"]),
     "choice": ("--model.kl_estimator=k4", ["model (LitPPO).kl_estimator", "'k4'", "'k3'"]),
     "argument of the optimizer": ("--model.actor_optimizer.lrr=1", ["model (LitPPO).actor_optimizer", "'lrr'", "'lr'"]),
+    "closure": ("--model.critic_optimizer=torch.optim.LBFGS", ["LitPPO(critic_optimizer=LBFGS)", "closure", "AdamW"]),
+    "sparse": ("--model.actor_optimizer=torch.optim.SparseAdam", ["LitPPO(actor_optimizer=SparseAdam)", "AdamW"]),
+    "rate": ("--model.actor_optimizer.lr=.inf", ["LitPPO(actor_optimizer=AdamW)", "lr=inf", "finite"]),
     "loss that is not finite": ("--model.actor_optimizer.lr=1e30", ["not finite", "max_skipped_steps=0", "responses"]),
 }
 
@@ -204,6 +214,20 @@ class Raises(Dataset[Any]):
 def test_exits_of_the_parser_are_no_errors(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int) -> None:
     assert main(arguments) == code
     assert "error" not in capsys.readouterr().err
+
+
+def test_nothing_in_a_traceback_or_warning_is_obeyed_by_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Colours, the title, and characters that reverse the direction of writing; line ends are kept."""
+    bad = "\x1b]0;title\x07 \x1b[2J \r \x9b1m \u202e \u2066 \u200f end\nnext"
+    with restored_process():
+        warnings.simplefilter("always")
+        warnings.warn_explicit(bad, UserWarning, session.__file__, 1)
+    Session([], debug=True).say_error(ValueError(bad))
+    printed = capsys.readouterr().err
+    assert "lit-ppo: warning: " in printed
+    assert "ValueError: " in printed
+    assert printed.count("end\nnext") == 2
+    assert all(c == "\n" or c.isprintable() for c in printed)
 
 
 def test_running_error_tells_ours_from_others() -> None:
