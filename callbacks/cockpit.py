@@ -118,6 +118,7 @@ class Cockpit(PPOCallback):
         self._best: list[float] = []  # of 1, 2, 3, ... samples of the starting policy
         self._ratios: list[Tensor] = []  # per optimizer step of this update
         self._now: list[float] = []  # this update's scores
+        self._final: dict[str, float] = {}  # the last values of FINAL
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         refuse_beside(self, trainer, Cockpit, why="both would write the same charts")
@@ -157,6 +158,17 @@ class Cockpit(PPOCallback):
         self._updates += 1
         self._ratios = []
 
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._take_metrics(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._take_metrics(trainer)
+
+    def _take_metrics(self, trainer: L.Trainer) -> None:
+        logged = {} if trainer.sanity_checking else trainer.callback_metrics
+        self._final |= {name: float(logged[name]) for name in FINAL if name in logged}
+
     def _write_histograms(self, trainer: L.Trainer, experience: ExperienceLike) -> None:
         mask = experience.response_mask
         histograms = {
@@ -195,20 +207,21 @@ class Cockpit(PPOCallback):
         last = self._updates - 1
         if self._now and (not last or last % self.figures_every):
             self._draw(trainer)
-        logged = trainer.callback_metrics
-        outcome = {f"final/{name}": float(logged[name]) for name in FINAL if name in logged}
+        outcome = {f"final/{name}": self._final[name] for name in FINAL if name in self._final}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and outcome:
                 logger.log_hyperparams(_hyperparameters(trainer, pl_module), outcome, step=self._updates)
 
     def state_dict(self) -> dict[str, Any]:
-        history = {"kl": self._kl, "score": self._score, "start": self._start, "best": self._best}
-        return {"updates": self._updates, **{name: list(values) for name, values in history.items()}}
+        history = {"kl": self._kl, "score": self._score, "start": self._start, "best": self._best, "now": self._now}
+        lists = {name: list(values) for name, values in history.items()}
+        return {"updates": self._updates, "final": dict(self._final), **lists}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._updates = state_dict["updates"]
         self._kl, self._score = list(state_dict["kl"]), list(state_dict["score"])
         self._start, self._best = list(state_dict["start"]), list(state_dict["best"])
+        self._now, self._final = list(state_dict.get("now", [])), dict(state_dict.get("final", {}))
 
 
 def _peek(trainer: Any) -> Callable[..., Any] | None:

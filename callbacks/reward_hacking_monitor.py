@@ -126,7 +126,8 @@ class RewardHackingMonitor(PPOCallback):
             rank_zero_info(f"RewardHackingMonitor: reads ratings from {Path(str(self.gold)).expanduser().absolute()}")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._goes_back, self._back_at = False, None
+        self._goes_back &= trainer.should_stop  # resumed after the stop, before the end of the run
+        self._back_at = None
         if not self._courses:
             self._measure(trainer, pl_module)
 
@@ -249,12 +250,13 @@ class RewardHackingMonitor(PPOCallback):
     def state_dict(self) -> dict[str, Any]:
         courses = {name: dict(course) for name, course in self._courses.items()}
         kept = {"spread": dict(self._spread), "said": dict(self._said), "kept": self._checkpoint.path}
-        return {"updates": self._updates, "courses": courses, **kept}
+        return {"updates": self._updates, "courses": courses, "goes_back": self._goes_back, **kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._updates, self._spread = state_dict["updates"], dict(state_dict["spread"])
         self._courses = {name: dict(course) for name, course in state_dict["courses"].items()}
         self._said, self._checkpoint.path = dict(state_dict["said"]), state_dict["kept"]
+        self._goes_back = state_dict.get("goes_back", False)
 
 
 def _source(gold: str | Callable[..., Any] | None) -> str | Callable[[Any], Any] | None:

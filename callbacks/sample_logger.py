@@ -3,6 +3,8 @@
 import json
 from math import inf
 from pathlib import Path
+from shutil import copymode
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import lightning as L
@@ -66,7 +68,7 @@ class SampleLogger(PPOCallback):
         file = _file(trainer)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             _check_is_ours(file)
-        _cut(file, trainer, self._updates)
+        _cut(file, trainer, self._shown if self._updates else -1)
         if not self._updates:
             self._show(trainer, pl_module)
 
@@ -130,11 +132,11 @@ class SampleLogger(PPOCallback):
         return f"{LEGEND}\n\n{table}"  # above the table, of which TensorBoard shows only a part
 
     def state_dict(self) -> dict[str, Any]:
-        return {"updates": self._updates, "before": self._before}
+        return {"updates": self._updates, "before": self._before, "shown": self._shown}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._updates, self._before = state_dict["updates"], state_dict["before"]
-        self._shown = self._updates
+        self._shown = state_dict.get("shown", self._updates)
 
 
 def square(kl: float) -> str:
@@ -168,10 +170,13 @@ def _check_is_ours(file: Path) -> None:
 
 
 def _cut(file: Path, trainer: L.Trainer, updates: int) -> None:
-    """Remove the lines of updates after ``updates``, which are written again. A new run starts a new file."""
+    """Remove the lines of updates after ``updates``, which are written again; -1, in a new run: all lines."""
     if trainer.is_global_zero and not trainer.fast_dev_run and file.exists():  # type: ignore[attr-defined]
-        lines = [f"{line}\n" for line in file.read_text(encoding="utf-8").splitlines()] if updates else []
-        file.write_text("".join(line for line in lines if _written_after(line) <= updates), encoding="utf-8")
+        lines = [f"{line}\n" for line in file.read_text(encoding="utf-8").splitlines()]
+        with NamedTemporaryFile("w", dir=file.parent, encoding="utf-8", delete=False) as partial:
+            partial.writelines(line for line in lines if _written_after(line) <= updates)
+        copymode(file, partial.name)
+        Path(partial.name).replace(file)  # a killed run loses no line
 
 
 def _written_after(line: str) -> float:

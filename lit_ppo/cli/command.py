@@ -159,6 +159,12 @@ class Command(LightningCLI):
             self.heartbeat.say(f"{self.config.subcommand}: weights of {config.ckpt_path or untrained}")
         if is_fit and config.ckpt_path:
             changed = self.continuation.compare(self._effective(config))
+            if self.continuation.completed and not changed:
+                self.heartbeat.say(
+                    f"fit: the run of {config.ckpt_path} is complete, nothing is left to do; to train longer, raise "
+                    "trainer.max_steps or trainer.max_epochs; to start a new run, leave --ckpt_path out"
+                )
+                raise SystemExit(0)
             if changed:
                 lines = [f"Resuming {config.ckpt_path} with another configuration:", *changed]
                 self.heartbeat.say("\n  ".join(lines), doing="reading the configuration")

@@ -112,17 +112,19 @@ class ResumableLoader(DataLoader[Any]):
         self._batches, self._start = self._start, 0
         if isinstance(self.sampler, EpochSampler):  # overfit_batches replaces it
             self.sampler.start = self._batches * (self.batch_size or 1)
-        for batch in super().__iter__():
+        with torch.random.fork_rng(devices=[], enabled=self._batches > 0):  # the epoch has drawn its number before
+            batches = super().__iter__()
+        for batch in batches:
             self._batches += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The number of batches yielded in this epoch."""
-        return {"batches": self._batches}
+        """The number of batches yielded in this epoch; 0 after the last one."""
+        return {"batches": self._batches % len(self)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Continue after these batches."""
-        self._start = state_dict["batches"] % len(self)  # 0 after the last batch: the next epoch
+        self._batches = self._start = state_dict["batches"] % len(self)
 
 
 class PromptLoader(DataLoader[Any]):

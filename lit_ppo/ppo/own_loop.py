@@ -162,9 +162,13 @@ class OwnLoop:
         self._experience = self._fit.parent.switch()
         self.waiting = False
         if self._experience is None:
+            epoch = self.trainer.fit_loop.epoch_loop
+            epoch.batch_progress.is_last_batch = False  # these prompts are not trained on
+            epoch._batches_that_stepped -= 1  # as in any checkpoint of the last update
             for callback in self.trainer.checkpoint_callbacks:
                 if hasattr(callback, "save"):  # now, before Lightning counts the epoch as finished
                     callback.save(self.trainer)
+            epoch._batches_that_stepped += 1
             self.trainer.should_stop = True
             raise StopIteration
         return self._experience.prompts if self._data is None else prompts

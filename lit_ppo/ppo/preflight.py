@@ -19,6 +19,7 @@ from lit_ppo.models.lora import WithoutAdapter
 from lit_ppo.models.positions import check_length
 from lit_ppo.optim.settings import restore_settings
 from lit_ppo.parallel.checkpoint_io import use_atomic_checkpoints
+from lit_ppo.parallel.loops import use_exact_loops
 from lit_ppo.parallel.sharding import shards
 from lit_ppo.parallel.trainer import check_trainer
 from lit_ppo.ppo.collect import score
@@ -47,6 +48,7 @@ def setup(module: Any, stage: str) -> None:
     # this one appears when every step of the first update was skipped
     warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
     use_atomic_checkpoints(module.trainer)
+    use_exact_loops(module.trainer)
     strategy, precision = module.trainer.strategy, module.trainer.precision
     check_trainer(module.trainer)
     dtype = module.model_settings.reference_dtype

@@ -22,9 +22,13 @@ from lit_ppo.parallel.checkpoint_io import (
     use_atomic_checkpoints,
 )
 from lit_ppo.parallel.files import abandoned
-from lit_ppo.parallel.ranks import gather_shares, greatest
+from lit_ppo.parallel.loops import use_exact_loops
+from lit_ppo.parallel.ranks import gather_shares, greatest, rank
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.events import copy_events
+from lit_ppo.run.folder import COMPLETED, is_completed, mark_completed
+from lit_ppo.run.random_state import random_state, restore_random_state
+from lit_ppo.run.resume import changes
 from lit_ppo.run.stop import StopRequest
 from lit_ppo.validate import integer, path_or_none
 
@@ -39,7 +43,8 @@ class StepCheckpoint(Checkpoint):
     a resumed run misses nothing that is logged.
 
     After SIGTERM, or SLURM's requeue signal, the current step ends, is saved, and the run ends. A second signal ends
-    the run at once.
+    the run at once. When everything is done, report and export included, ``lit_ppo_completed.json`` appears in the
+    run's folder. A run that is killed after its last checkpoint, and resumed, does what is missing.
 
     Args:
         every_n_train_steps: Steps between two checkpoints.
@@ -59,17 +64,29 @@ class StepCheckpoint(Checkpoint):
         self._own: set[Path] = set()  # checkpoints of this run, which alone it may replace and remove
         self._last_step = -1
         self._after_validation = False
+        self._run_folder = Path()
+        self._random: list[dict[str, Any]] = []  # by rank, of the checkpoint
+        self._ended = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         use_atomic_checkpoints(trainer)
         guard_sharded(trainer)
+        use_exact_loops(trainer)
+        self._ended = False
         if self.dirpath is None and stage == "fit":
             self.dirpath = str(Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._last_step = trainer.global_step  # a resumed run starts from a checkpoint of this step
+        start = trainer.ckpt_path
+        if start is None or Path(start).parent.absolute() == Path(self.dirpath or "").absolute():
+            self._last_step = trainer.global_step  # a resumed run starts from a checkpoint of this step
+        self._run_folder = Path(trainer.log_dir or trainer.default_root_dir)  # collective
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            (self._run_folder / COMPLETED).unlink(missing_ok=True)
         if trainer.ckpt_path is not None and trainer.is_global_zero and self.dirpath is not None:
             self._own |= {path for path in Path(self.dirpath).glob("step-*.ckpt") if _id_of(path) == self._id}
+        if rank() < len(self._random):
+            restore_random_state(self._random[rank()])
         self.stop_request.listen(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -78,8 +95,11 @@ class StepCheckpoint(Checkpoint):
         The last step must be saved here: at the end of training Lightning counts the epoch as finished, and a longer
         run would skip the rest of it.
         """
+        if trainer.fit_loop._should_accumulate():
+            return  # no checkpoint holds the gradients so far
         stop = greatest(self.stop_request.received)  # from any rank
-        due = trainer.global_step % self.every_n_train_steps == 0 or trainer.global_step == trainer.max_steps
+        step = trainer.global_step
+        due = step % self.every_n_train_steps == 0 or step == trainer.max_steps or _ends_last_epoch(trainer)
         now = bool(stop) or trainer.should_stop
         self._after_validation = due and not now and _validation_follows(trainer)
         if now or (due and not self._after_validation):
@@ -88,13 +108,15 @@ class StepCheckpoint(Checkpoint):
             self.stop_request.obey(trainer, stop)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._after_validation and not trainer.sanity_checking:
+        if (self._after_validation or trainer.should_stop) and not trainer.sanity_checking:
             self._after_validation = False
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.save(trainer)
+        self._remove_old(trainer)  # also if the run was killed when it had just saved
         self.stop_request.close()
+        self._ended = not trainer.fast_dev_run  # type: ignore[attr-defined]
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.stop_request.close()
@@ -104,28 +126,30 @@ class StepCheckpoint(Checkpoint):
 
         That is so for any checkpoint saved at the end of a batch, also by another callback.
         """
-        steps, logged = trainer.global_step, {}
+        # Lightning's step for loggers. What is shown of it is copied by a resumed run, as the end may show more of it
+        steps = max(0, min(trainer.fit_loop.epoch_loop._batches_that_stepped, trainer.global_step - 1))
+        logged: dict[str, float] = {}
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
         in_batch_end = trainer.training and progress.processed > progress.completed
         if in_batch_end and trainer._logger_connector.should_update_logs:
-            steps = trainer.fit_loop.epoch_loop._batches_that_stepped  # Lightning's step for loggers
             # validation before the first update is logged under the same step
             metrics = trainer._logger_connector.metrics["log"] if steps else trainer.logged_metrics
             logged = {name: float(value) for name, value in metrics.items()} | {"epoch": trainer.current_epoch}
         for logger in _tensorboard_loggers(trainer):
             logger.experiment.flush()  # so that a crash keeps all that the checkpoint covers
-        checkpoint[RUN] = {
-            "id": self._id,
-            "config": self.config,
-            "logged": logged,
-            "steps_logged": steps,
-            "time": time.time(),
-        }
+        run = {"config": self.config, "logged": logged, "steps_logged": steps, "time": time.time(), "id": self._id}
+        folder, states = os.path.relpath(self._run_folder, self.dirpath or None), gather_shares(random_state)
+        checkpoint[RUN] = {**run, "folder": folder, "stopping": trainer.should_stop, "random": states}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Log again what the checkpoint covers, and the continued log does not show."""
-        run = checkpoint.get(RUN)
-        self._id = (run or {}).get("id", self._id)
+        """Log again what the checkpoint covers, and the continued log does not show; obey a stop that it precedes."""
+        run = checkpoint.get(RUN) or {}
+        self._id = run.get("id", self._id)
+        is_same = not changes(run.get("config") or {}, self.config or {})
+        self._random = run.get("random", [])
+        completed = is_completed(Path(trainer.ckpt_path or ""), run)
+        if trainer.training and run.get("stopping") and is_same and not completed:
+            trainer.should_stop = True
         if not self.log_again or not run:
             return
         step, logged = run["steps_logged"], run["logged"]
@@ -151,7 +175,7 @@ class StepCheckpoint(Checkpoint):
         # not Trainer.save_checkpoint: there the other ranks would wait at a barrier for a rank that failed
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         gather_shares(lambda: trainer.strategy.save_checkpoint(checkpoint, path))
-        gather_shares(lambda: self._remove_old(trainer, path.parent))
+        self._remove_old(trainer)
 
     def _free_path(self, folder: Path, name: str) -> Path:
         """A path where a checkpoint replaces nothing but one of this run."""
@@ -166,7 +190,12 @@ class StepCheckpoint(Checkpoint):
             )
         return path
 
-    def _remove_old(self, trainer: L.Trainer, folder: Path) -> None:
+    def _remove_old(self, trainer: L.Trainer) -> None:
+        """Collective."""
+        if not trainer.fast_dev_run and self.dirpath is not None:  # type: ignore[attr-defined]
+            gather_shares(lambda: self._keep_newest(trainer, Path(self.dirpath or "")))
+
+    def _keep_newest(self, trainer: L.Trainer, folder: Path) -> None:
         if not trainer.is_global_zero:
             return
         self._own = {path for path in self._own if path.exists()}
@@ -175,6 +204,17 @@ class StepCheckpoint(Checkpoint):
         for path in [*found, *abandoned(folder, "step-*.ckpt")]:
             if path not in kept:
                 trainer.strategy.remove_checkpoint(path)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Note that the run has done everything."""
+        saved = find_checkpoints(Path(self.dirpath)) if self._ended and self.dirpath and trainer.is_global_zero else []
+        if saved:
+            mark_completed(self._run_folder, saved[-1])
+
+
+def _ends_last_epoch(trainer: L.Trainer) -> bool:
+    """Whether this batch is the last of the last epoch."""
+    return trainer.current_epoch + 1 == trainer.max_epochs and trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
 
 def _id_of(checkpoint: Path) -> str | None:

@@ -11,7 +11,7 @@ from lit_ppo.parallel.checkpoint_io import read_summary
 from lit_ppo.ppo.module import LitPPO
 from lit_ppo.run.checkpoint import RUN, find_checkpoints, find_last, steps_logged
 from lit_ppo.run.errors import CommandError
-from lit_ppo.run.folder import PREFIX, claim_version
+from lit_ppo.run.folder import PREFIX, claim_version, is_completed
 from lit_ppo.run.resume import changes, check_changes, describe_changes
 from lit_ppo.supervised.base import SupervisedModule
 
@@ -33,9 +33,10 @@ class Continuation:
     """
 
     def __init__(self, given: str | None, root: Path, dirpath: str | None, *, keep_folder: bool) -> None:
-        self.path = given
+        self.path, self._given = given, given
         self.folder: Path | None = None  # run folder to keep using
         self.steps_logged = 0  # steps whose logs were complete when the checkpoint was written
+        self.completed = False  # whether the run that it keeps using has done everything; known after ``compare``
         if given in ("last", "auto"):
             try:
                 found = find_last(root, dirpath)
@@ -63,7 +64,10 @@ class Continuation:
             return []
         summary = read_summary(Path(self.path))
         self.steps_logged = steps_logged(summary)
-        saved = (summary.get(RUN) or {}).get("config")
+        run = summary.get(RUN) or {}
+        saved = run.get("config")
+        known = self._given in ("last", "auto") and saved is not None
+        self.completed = known and is_completed(Path(self.path), run)
         changed = {} if saved is None else changes(saved, config)
         check_changes(self.path, changed)
         lines = describe_changes(changed)

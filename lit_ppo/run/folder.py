@@ -2,7 +2,10 @@
 
 import contextlib
 import itertools
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -10,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lit_ppo.run.stop import is_first_process
 
 PREFIX = "version_"
+COMPLETED = "lit_ppo_completed.json"  # of a run that has done everything; names its last checkpoint
 
 
 class RunTrainer(L.Trainer):
@@ -43,3 +47,24 @@ def claim_version(root: Path) -> int | None:
             (root / f"{PREFIX}{version}").mkdir()
             return version
     return None
+
+
+def mark_completed(folder: Path, checkpoint: Path) -> None:
+    """Note that a run has done everything, up to report and export; ``checkpoint`` is its last one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / COMPLETED).write_text(json.dumps({"checkpoint": os.path.relpath(checkpoint, folder)}) + "\n")
+
+
+def is_completed(checkpoint: Path, run: dict[str, Any]) -> bool:
+    """Whether the run of a checkpoint has done everything.
+
+    Args:
+        checkpoint: Its path.
+        run: What ``StepCheckpoint`` has added to it.
+    """
+    folder = checkpoint.parent / run.get("folder", os.pardir)
+    try:
+        done = json.loads((folder / COMPLETED).read_text())
+        return os.path.samefile(folder / done["checkpoint"], checkpoint)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False

@@ -19,6 +19,7 @@ from lit_ppo.models.pretrained import starting_dtype
 from lit_ppo.models.stored import Dtype
 from lit_ppo.optim.settings import BuiltOptimizer, build_optimizer, checked_factories, restore_settings
 from lit_ppo.parallel.full_state import full_weights
+from lit_ppo.parallel.loops import use_exact_loops
 from lit_ppo.parallel.ranks import rank
 from lit_ppo.parallel.sharding import build, check_placed, shard
 from lit_ppo.parallel.trainer import check_trainer
@@ -58,6 +59,7 @@ class SupervisedModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         check_trainer(self.trainer)
+        use_exact_loops(self.trainer)
 
     def make_model(self) -> PreTrainedModel:
         """Load or build the model on the CPU."""

@@ -1,6 +1,7 @@
 """The command: configuration, run folders, resuming, results."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,33 @@ def test_twice_gives_two_folders_with_the_same_numbers_and_another_seed_others(
 def test_resume_goes_on_in_the_same_folder(config: Path, tmp_path: Path, run: tuple[Result, Path]) -> None:
     run_command("fit", "--config", config, "--trainer.max_steps=5", cwd=tmp_path).ok()
     (tmp_path / "runs/version_0/checkpoints/step-000005.ckpt").unlink()  # as if it had been killed after the fifth
-    (tmp_path / "runs/version_0/checkpoints/step-000006.ckpt.partial").write_text("half")
     run_command("fit", "--config", config, "--ckpt_path=last", cwd=tmp_path).ok()
     assert not (tmp_path / "runs/version_1").exists()
     assert scalars(tmp_path / "runs/version_0") == scalars(run[1])
     names = [path.name for path in sorted((tmp_path / "runs/version_0/checkpoints").iterdir())]
     assert names == ["step-000006.ckpt", "step-000008.ckpt"]
+
+
+def test_a_run_that_was_killed_before_its_end_ends_and_a_complete_one_stays_as_it_is(
+    config: Path, tmp_path: Path
+) -> None:
+    command, folder = ["fit", "--config", config, "--ckpt_path=auto"], tmp_path / "runs/version_0"
+
+    def files() -> dict[Path, tuple[bytes, int]]:
+        return {x: (x.read_bytes(), x.stat().st_mtime_ns) for x in (tmp_path / "runs").rglob("*") if x.is_file()}
+
+    run_command(*command, cwd=tmp_path).ok()
+    exported = (folder / "model/weights.pt").read_bytes()
+    (folder / "lit_ppo_completed.json").unlink()
+    shutil.rmtree(folder / "model")
+    ended = run_command(*command, cwd=tmp_path).ok()
+    assert "8 steps (8 of them before it was resumed)" in ended.out
+    assert (folder / "model/weights.pt").read_bytes() == exported
+    before = files()
+    assert "is complete, nothing is left to do" in run_command(*command, cwd=tmp_path).ok().out
+    assert files() == before
+    run_command(*command, "--trainer.max_epochs=2", cwd=tmp_path).ok()
+    assert sorted(scalars(folder)) == [*range(16)]
 
 
 def test_last_without_a_checkpoint_is_an_error(config: Path, tmp_path: Path) -> None:

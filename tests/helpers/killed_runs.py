@@ -133,17 +133,22 @@ def tricks_of(run: str, folder: Path) -> list[Any]:
 
 
 def train(folder: Path, actor: Path, updates: int, run: str) -> None:
-    """The run, from wherever it stands, as the command makes it: two batches an epoch, validation every third."""
+    """The run, from wherever it stands, as the command makes it: two batches an epoch, validation every third.
+
+    ``"others"`` counts epochs, and saves only at their ends.
+    """
+    in_epochs = run == "others"
     newest = last_checkpoint(folder)
     purge = 0 if newest is None else steps_logged(read_summary(newest))
     logger = TensorBoardLogger(folder, name="", version=0, purge_step=purge, default_hp_metric=False)
-    checkpoint = StepCheckpoint(every_n_train_steps=1)
+    checkpoint = StepCheckpoint(every_n_train_steps=2 if in_epochs else 1)
     checkpoint.log_again = newest is not None
     trainer = make_trainer(
         folder,
         callbacks=[Moments(), *tricks_of(run, folder.parent), RunReport(prompts=2, samples=0), checkpoint],
         logger=logger,
-        max_steps=updates,
+        max_steps=-1 if in_epochs else updates,
+        max_epochs=updates // 2 if in_epochs else -1,
         enable_checkpointing=True,
         val_check_interval=3,
         check_val_every_n_epoch=None,

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ import torch
 from lit_ppo.run.checkpoint import step_of
 from tests.helpers import killed_runs
 from tests.helpers.command import PRELOAD
+from tests.helpers.equal import same
 from tests.helpers.event_files import metrics, shown
 from tests.helpers.tiny import make_causal_lm
 
@@ -33,13 +33,14 @@ MOMENTS = [
     "before os.remove x 1",
     "train end x 1",
 ]
-FEW = ["half written x 3"]
+IN_EPOCHS = ["update 3 x 1", "update 5 x 1", "half written x 1", "train end x 1"]
 WATCHED = [
     "gathering the checkpoint x 1",  # the monitors have measured, and nothing is saved of it
     "half written x 2",
     "validating x 1",
     "after os.replace x 1",  # histograms are with the writer's thread
     "batch end x 1",
+    "train end x 1",
 ]
 
 
@@ -66,15 +67,6 @@ def updates_of(seen: list[str]) -> list[int]:
     return [int(name.removeprefix("update ")) for name in seen if name.startswith("update ") and name[-1].isdigit()]
 
 
-def same(one: Any, other: Any) -> bool:
-    """Bit for bit."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one.equal(other) if isinstance(one, torch.Tensor) else one == other
-
-
 def check_that_all_act(scalars: dict[str, list[tuple[int, float]]]) -> None:
     """A trick that does nothing in the run has nothing to resume."""
     for tag in ("policy/early_stop", "policy/lr", "objective/kl_coef", "data/success_rate", "ptx/loss"):
@@ -87,7 +79,7 @@ def check_that_all_act(scalars: dict[str, list[tuple[int, float]]]) -> None:
     assert kls[3] == kls[6] == 0 != kls[5]  # the reference has caught up with the actor
 
 
-@pytest.mark.parametrize(("tricks", "moments"), [("most", MOMENTS), ("others", FEW), ("monitors", WATCHED)])
+@pytest.mark.parametrize(("tricks", "moments"), [("most", MOMENTS), ("others", IN_EPOCHS), ("monitors", WATCHED)])
 def test_killed_at_every_kind_of_moment(tmp_path: Path, tricks: str, moments: list[str]) -> None:
     actor = make_causal_lm(tmp_path / "lm", scale=4.0)
     assert updates_of(run(tmp_path / "uninterrupted", actor, tricks)) == [*range(UPDATES)]
@@ -99,7 +91,8 @@ def test_killed_at_every_kind_of_moment(tmp_path: Path, tricks: str, moments: li
         newest = killed_runs.last_checkpoint(cut)
         covered = 0 if newest is None else step_of(newest)
         if done:
-            assert covered in (done[-1], done[-1] + 1), moment  # the update at work is all that is lost
+            at_most = 2 if tricks == "others" else 1  # updates since the last checkpoint
+            assert 0 <= done[-1] + 1 - covered <= at_most, moment
     assert covered == UPDATES
     uninterrupted, cut_logs = (metrics(folder / "version_0") for folder in (tmp_path / "uninterrupted", cut))
     assert cut_logs == uninterrupted
@@ -116,7 +109,7 @@ def test_killed_at_every_kind_of_moment(tmp_path: Path, tricks: str, moments: li
         torch.load(killed_runs.last_checkpoint(folder) or "", weights_only=True)
         for folder in (tmp_path / "uninterrupted", cut)
     )
-    keys = ["state_dict", "optimizer_states", "lr_schedulers", "callbacks", "lit_ppo", "PromptDataModule"]
+    keys = ["loops", "state_dict", "optimizer_states", "lr_schedulers", "callbacks", "lit_ppo", "PromptDataModule"]
     for key in [*keys, "epoch", "global_step"]:
         assert same(one[key], other[key]), key
     assert len(list((cut / "version_0/checkpoints").iterdir())) == 2

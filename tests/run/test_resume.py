@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from lit_ppo import LitRewardModel, LitSFT, PreferenceDataModule, TextDataModule
 from lit_ppo.callbacks import AdaptiveKL, CriticWarmup, RewardNormalization
 from lit_ppo.run.checkpoint import RUN, StepCheckpoint, find_checkpoints
-from tests.helpers.tiny import make_causal_lm
-from tests.helpers.toys import logged, make_data, make_module, make_trainer
+from tests.helpers.equal import same
+from tests.helpers.tiny import WORDS, make_causal_lm, write_rows
+from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer
 
 UPDATES = 5  # two batches an epoch: into the third epoch
 
@@ -66,10 +68,52 @@ def test_a_checkpoint_holds_only_the_metrics_that_its_step_logs(tmp_path, uninte
     trainer = make_trainer(tmp_path, callbacks=[saving], **options)
     trainer.fit(make_module(uninterrupted[1]), make_data(tmp_path))
     runs = [torch.load(path, weights_only=True)[RUN] for path in find_checkpoints(tmp_path)]
-    assert [run["steps_logged"] for run in runs] == [1, 1, 3, 3]
+    assert [run["steps_logged"] for run in runs] == [0, 1, 2, 3]
     assert [run["logged"].get("objective/score") for run in runs[::2]] == [None, None]
     scores = [row["objective/score"] for row in logged(trainer)]
     assert [run["logged"]["objective/score"] for run in runs[1::2]] == scores
+
+
+def supervised(kind: str, folder: Path, actor: Path) -> tuple[Any, Any]:
+    """A module and three batches an epoch."""
+    rows = [{"text": word, "prompt": word, "chosen": f"{word} good", "rejected": word} for word in WORDS[:5]]
+    path, module = write_rows(folder / "rows.jsonl", rows), LitSFT if kind == "SFT" else LitRewardModel
+    data = TextDataModule if kind == "SFT" else PreferenceDataModule
+    return module(str(actor), optimizer=adam, scheduler=halve), data(path, val_path=path, batch_size=2, seed=1)
+
+
+@pytest.mark.parametrize("kind", ["SFT", "reward model", "PPO", "own loop"])
+def test_a_run_resumed_between_epochs_has_the_checkpoints_of_the_uninterrupted_one(
+    tmp_path: Path, kind: str, uninterrupted: Any
+) -> None:
+    """Three updates an epoch, and a checkpoint at each epoch's end: the next resume starts from the same state."""
+    actor = uninterrupted[1]
+
+    def fit(folder: Path, start: Path | None = None) -> dict[str, Any]:
+        saving = StepCheckpoint(every_n_train_steps=3, keep=9, dirpath=str(folder))
+        limits = {"max_steps": -1, "max_epochs": 4, "enable_checkpointing": True, "num_sanity_val_steps": 0}
+        trainer = make_trainer(folder, callbacks=[saving], **limits)
+        module: Any = make_module(actor, minibatch_size=2, actor_optimizer=adam, critic_optimizer=adam)
+        data: Any = make_data(tmp_path, batch_size=4, val_path=str(tmp_path / "prompts.jsonl"))
+        if kind in ("SFT", "reward model"):
+            module, data = supervised(kind, tmp_path, actor)
+        if kind == "own loop":
+            with module.attach(trainer, data, ckpt_path=start) as batches:
+                for prompts in batches:
+                    experience = module.rollout(prompts)
+                    experience.scores = count_good(experience.prompts, experience.responses)
+                    module.step(experience)
+        else:
+            trainer.fit(module, data, ckpt_path=start)
+        saved = {path.name: torch.load(path, weights_only=True) for path in sorted(folder.glob("*.ckpt"))}
+        return {name: {key: x for key, x in checkpoint.items() if key != RUN} for name, checkpoint in saved.items()}
+
+    full = fit(tmp_path / "full")
+    assert [*full] == [f"step-{step:06d}.ckpt" for step in (3, 6, 9, 12)]
+    rest = fit(tmp_path / "rest", tmp_path / "full/step-000003.ckpt")
+    assert [*rest] == [*full][1:]
+    for name, checkpoint in rest.items():
+        assert same(checkpoint, full[name]), name
 
 
 def test_a_checkpoint_of_other_models_is_refused(tmp_path, uninterrupted):
