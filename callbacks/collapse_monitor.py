@@ -16,6 +16,7 @@ from lit_ppo.validate import ascending, boolean, integer
 Levels = tuple[float, float] | None
 LEVELS = ("warning", "alarm")
 FACTORS = ("length", "perplexity", "entropy", "distinct")  # rules whose distance is a factor, 1 at the start
+TAGS = {name: f"{name}_per_token" for name in ("kl", "entropy")}  # ``objective/kl`` is per response
 TRENDS = ("kl", "perplexity", "entropy")  # means over all tokens; statistics of responses are too noisy to extrapolate
 # Message of each rule: statistic now and at the start, and the two token counts.
 WORDS = {
@@ -58,8 +59,8 @@ class CollapseMonitor(PPOCallback):
 
     Reads ``experience.response_ids``, ``response_mask``, ``logprobs``, ``ref_logprobs``, ``kl``, ``raw_scores``;
     writes ``trainer.should_stop`` with ``stop``. Without a reference two rules are off. Logs ``collapse/level``: 0
-    healthy, 1 warning, 2 alarm, the maximum over all rules; and each statistic, as ``collapse/kl``,
-    ``collapse/length``, ...
+    healthy, 1 warning, 2 alarm, the maximum over all rules; and each statistic, as ``collapse/length``,
+    ``collapse/kl_per_token``, ...
     Source: Zheng et al. 2023, arXiv:2307.04964, section 5.2 (KL, length, perplexity, tail of the rewards); Li et al.
     2016, arXiv:1510.03055 (distinct n-grams).
     """
@@ -123,7 +124,7 @@ class CollapseMonitor(PPOCallback):
         found = {name: self._level(name, distance) for name, distance in distances.items()}
         self._before = [*self._before[-1:], distances]
         for name, value in now.items():
-            pl_module.log(f"collapse/{name}", value)
+            pl_module.log(f"collapse/{TAGS.get(name, name)}", value)
         pl_module.log("collapse/level", float(max(found.values())))
         for name, level in found.items():
             if level > self._said.get(name, 0):

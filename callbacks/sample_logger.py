@@ -11,19 +11,14 @@ import lightning as L
 
 from lit_ppo.callbacks.base import PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside, require, require_prompts
-from lit_ppo.callbacks.showing import html_table, pieces
+from lit_ppo.callbacks.showing import html, html_table, pieces, readable_prompts
 from lit_ppo.callbacks.trainer import as_in_a_step, writers
 from lit_ppo.constructor import constructor
 from lit_ppo.validate import integer, samples
 
 FILE = "samples.jsonl"
-SQUARES = ((2.0, "🟥"), (0.5, "🟧"), (0.1, "🟨"))  # smallest KL of a token with this colour, nats
-LESS_LIKELY = "🟦"
 NUMBERS = ("score", "KL")  # columns
-LEGEND = "KL of the next token, nats: " + ", ".join(
-    [f"{colour} from {least:g}" for least, colour in reversed(SQUARES)]
-    + [f"{LESS_LIKELY} from {-SQUARES[-1][0]:g} down"]
-)
+LEGEND = "KL of a token, nats: *italic* from 0.1, **bold** from 0.5, ***both*** from 2, `code` from -0.1 down"
 
 
 class SampleLogger(PPOCallback):
@@ -34,10 +29,11 @@ class SampleLogger(PPOCallback):
     so only the policy differs. Costs a rollout of ``prompts`` responses each time. Needs a data module with ``peek``,
     such as a ``PromptDataModule``.
 
-    TensorBoard, and any logger whose experiment has ``add_text``, gets a table: before and after with scores and KL,
-    and before each token a square by its KL: 🟨 from 0.1 nats, 🟧 from 0.5, 🟥 from 2, 🟦 from -0.1 down, where the
-    reference prefers the token more than the policy does. With any logger, and without one, JSON lines in the run
-    folder. Text is escaped: a tag, a table row or a control sequence in a response shows as text.
+    TensorBoard, and any logger whose experiment has ``add_text``, gets a table: before and after with scores and KL.
+    Special tokens are shown. The style of a token shows its KL: italic from 0.1 nats, bold from 0.5, both from 2, and
+    code from -0.1 down, where the reference prefers the token more than the policy does. With any logger, and without
+    one, JSON lines in the run folder. Text is escaped: a tag, a table row or a control sequence in a response shows as
+    text.
 
     Args:
         every: Updates between samples; the last ones are at the end of the run.
@@ -88,7 +84,7 @@ class SampleLogger(PPOCallback):
     def _show(self, trainer: Any, pl_module: Any) -> None:
         samples = self._samples(trainer, pl_module)
         if self._before is None:
-            self._before = [{name: sample[name] for name in ("prompt", "response", "score")} for sample in samples]
+            self._before = [{name: sample[name] for name in ("prompt", "tokens", "score")} for sample in samples]
         self._shown = self._updates
         file = _file(trainer)
         for add_text in writers(trainer, "add_text"):
@@ -108,26 +104,26 @@ class SampleLogger(PPOCallback):
         lengths = experience.response_mask.sum(1).tolist()
         ids, kl = experience.response_ids.tolist(), experience.kl.tolist()
         samples = []
-        for row, n in enumerate(lengths):
+        for row, (n, prompt) in enumerate(zip(lengths, readable_prompts(experience), strict=True)):
             tokens = pieces(tokenizer.decode, ids[row][:n], kl[row][:n])
-            sample = {"prompt": experience.prompts[row], "response": experience.responses[row], "score": scores[row]}
+            sample = {"prompt": prompt, "response": experience.responses[row], "score": scores[row]}
             samples.append({**sample, "kl": sum(kl[row][:n]), "tokens": [list(token) for token in tokens]})
         return samples
 
     def _table(self, samples: list[dict[str, Any]]) -> str:
         if not self._updates:
             header = ["prompt", "before the first update", "score"]
-            return html_table(header, [[s["prompt"], s["response"], f"{s['score']:+.2f}"] for s in samples], NUMBERS)
+            return html_table(header, [[html(s["prompt"]), *_said(s)] for s in samples], NUMBERS)
         after = "after one update" if self._updates == 1 else f"after {self._updates} updates"
         rows = []
         for i, sample in enumerate(samples):
             known = self._before is not None and i < len(self._before)
             before = self._before[i] if known else {}  # type: ignore[index]
             if before.get("prompt") != sample["prompt"]:  # resumed with other prompts
-                before = {"response": "(not sampled)", "score": float("nan")}
-            coloured = "".join(square(kl) + text for text, kl in sample["tokens"])
-            numbers = [f"{before['score']:+.2f}", coloured, f"{sample['score']:+.2f}", f"{sample['kl']:+.2f}"]
-            rows.append([sample["prompt"], before["response"], *numbers])
+                before = {"tokens": [["(not sampled)", 0.0]], "score": float("nan")}
+            styled = "".join(token_html(text, kl) for text, kl in sample["tokens"])
+            numbers = [f"{sample['score']:+.2f}", f"{sample['kl']:+.2f}"]
+            rows.append([html(sample["prompt"]), *_said(before), styled, *numbers])
         table = html_table(["prompt", "before the first update", "score", after, "score", "KL"], rows, NUMBERS)
         return f"{LEGEND}\n\n{table}"  # above the table, of which TensorBoard shows only a part
 
@@ -139,15 +135,23 @@ class SampleLogger(PPOCallback):
         self._shown = state_dict.get("shown", self._updates)
 
 
-def square(kl: float) -> str:
-    """The colour of a token's KL; none if it is small.
+def token_html(text: str, kl: float) -> str:
+    """A token in the style of its KL, in tags that TensorBoard lets through.
 
-    >>> [square(kl) for kl in (0.0, 0.1, 0.6, 3.0, -0.2)]
-    ['', '🟨', '🟧', '🟥', '🟦']
+    >>> [token_html("a", kl) for kl in (0.0, 0.1, 0.5, 2.0, -0.1)]
+    ['a', '<em>a</em>', '<strong>a</strong>', '<strong><em>a</em></strong>', '<code>a</code>']
     """
-    if kl <= -SQUARES[-1][0]:
-        return LESS_LIKELY
-    return next((colour for least, colour in SQUARES if kl >= least), "")
+    shown = html(text)
+    if kl <= -0.1:
+        return f"<code>{shown}</code>"
+    if 0.1 <= kl < 0.5 or kl >= 2.0:
+        shown = f"<em>{shown}</em>"
+    return f"<strong>{shown}</strong>" if kl >= 0.5 else shown
+
+
+def _said(sample: dict[str, Any]) -> list[str]:
+    """The cells of a response and its score."""
+    return [html("".join(text for text, _ in sample["tokens"])), f"{sample['score']:+.2f}"]
 
 
 def _file(trainer: L.Trainer) -> Path:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from html import escape
+from typing import Any
 
 BROKEN = "\ufffd"  # decoded from a part of a character
 # Not printable for Python, but needed: joiners of Persian words and of emoji, the space of Chinese and Japanese.
@@ -44,15 +45,41 @@ def pieces(decode: Callable[[list[int]], str], ids: Sequence[int], values: Seque
     return found
 
 
+def readable_prompts(experience: Any) -> list[str]:
+    r"""Prompts without the markup of a chat template: the turns of a chat, one per line.
+
+    Args:
+        experience: With ``prompts`` and ``columns``.
+
+    >>> from types import SimpleNamespace
+    >>> chat = [{"role": "user", "content": "hi"}]
+    >>> readable_prompts(SimpleNamespace(prompts=["<|user|>hi<|end|>\n<|assistant|>"], columns={"messages": [chat]}))
+    ['user: hi']
+    """
+    chats = experience.columns.get("messages")
+    if chats is None:
+        return list(experience.prompts)
+    return ["\n".join(f"{turn['role']}: {turn['content']}" for turn in chat) for chat in chats]
+
+
+def html(text: str) -> str:
+    r"""Text as HTML that shows it, control characters escaped and lines kept.
+
+    >>> html("<b>\nfine\x1b")
+    '&lt;b&gt;<br/>fine\\x1b'
+    """
+    return "<br/>".join(escape(printable(line)) for line in text.split("\n"))
+
+
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str] = ()) -> str:
-    """An HTML table with escaped cells, which Markdown does not interpret.
+    """An HTML table, in which Markdown is not interpreted.
 
     Args:
         header: Names of the columns.
-        rows: Rows of cells.
+        rows: Rows of cells in HTML; see :func:`html`.
         numbers: Names of columns that TensorBoard must not wrap; it would break words and numbers.
 
-    >>> html_table(["response"], [["<b>| a"]])
+    >>> html_table(["response"], [[html("<b>| a")]])
     '<table><thead><tr><th>response</th></tr></thead><tbody><tr><td>&lt;b&gt;| a</td></tr></tbody></table>'
     """
     unbroken = [name in numbers for name in header]
@@ -61,6 +88,5 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Se
 
 
 def _row(tag: str, cells: Sequence[str], unbroken: Sequence[bool]) -> str:
-    shown = [escape(printable(cell)) for cell in cells]
-    shown = [f"<pre>{text}</pre>" if keep else text for text, keep in zip(shown, unbroken, strict=True)]
+    shown = [f"<pre>{cell}</pre>" if keep else cell for cell, keep in zip(cells, unbroken, strict=True)]
     return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in shown) + "</tr>"

@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning as L
 
-from lit_ppo.callbacks.showing import printable
+from lit_ppo.callbacks.showing import printable, readable_prompts
 from lit_ppo.validate import integer, refuse
 
 
@@ -36,9 +36,9 @@ class RunReport(L.Callback):
             return
         print(f"\nThe same {len(after['prompts'])} prompts before and after:")
         for i in range(min(self.samples, len(after["prompts"]))):
-            print(f"  {printable(after['prompts'][i])!r}")
+            print(_lines("  ", after["prompts"][i]))
             for name, sampled in (("before", before), ("after", after)):
-                print(f"    {name:6} {sampled['scores'][i]:+7.2f}  {printable(sampled['responses'][i])}")
+                print(_lines(f"    {name:6} {sampled['scores'][i]:+7.2f}  ", sampled["responses"][i]))
         for name, unit in (("score", ""), ("kl", " nats per response to the reference")):
             print(f"  mean {name:5} {before[name]:+.3f} -> {after[name]:+.3f}{unit}", flush=True)
 
@@ -50,7 +50,7 @@ class RunReport(L.Callback):
         experience = pl_module.rollout(batch, samples_per_prompt=1, stream="report")  # the same draws both times
         scores = pl_module.score(experience)
         return {
-            "prompts": experience.prompts,
+            "prompts": readable_prompts(experience),
             "responses": experience.responses,
             "scores": scores.tolist(),
             "score": float(scores.mean()),
@@ -62,3 +62,13 @@ class RunReport(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._before = state_dict["before"]
+
+
+def _lines(start: str, text: str) -> str:
+    r"""Text after its start; further lines begin below its first.
+
+    >>> print(_lines("after  +1.00  ", "one\ntwo"))
+    after  +1.00  one
+                  two
+    """
+    return start + f"\n{' ' * len(start)}".join(printable(line) for line in text.split("\n"))

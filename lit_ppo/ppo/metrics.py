@@ -38,6 +38,7 @@ from time import monotonic
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -131,6 +132,12 @@ def log_update(
         coefficients: From :func:`current_coefficients`.
         steps: Metrics of each optimizer step; they are averaged.
     """
+    if module.rollouts == 1 and not experience.ended.any():
+        rank_zero_info(
+            f"LitPPO(generation={{'max_new_tokens': {module.generation.max_new_tokens}}}): none of the "
+            f"{len(experience)} responses of the first update ended by itself; raise max_new_tokens, or check the stop "
+            "tokens that the start of the run names and the chat template"
+        )
     seconds: dict[str, float] = module.progress.stop()
     total = sum(seconds.values())
     metrics = {

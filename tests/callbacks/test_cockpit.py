@@ -205,7 +205,7 @@ def test_every_chart_finds_its_curves_and_no_curve_is_in_two(events: EventAccumu
     wins = ["", "/good", "/letters", "/more"]
     assert sorted(found["win rate against the reference"]) == [f"val/win_rate{name}" for name in wins]
     left = {"epoch", "hp_metric", "objective/entropy", "policy/loss", "hacking/best_update",
-            "tax/loss_increase", "collapse/entropy", "collapse/kl", "collapse/length"}  # fmt: skip
+            "tax/loss_increase", "collapse/entropy_per_token", "collapse/kl_per_token", "collapse/length"}  # fmt: skip
     assert {name for name in logged if not name.startswith("final/")} - {*shown} <= left
 
 

@@ -139,7 +139,9 @@ def test_levels_of_each_rule(rule: str, factors: tuple[float, float], level: flo
     (first, second), said, stop = watch(one_rule(rule, *bounds, lookahead=0), rows(), rows(**changes))
     assert first["collapse/level"] == 0.0
     assert second["collapse/level"] == level
-    assert second[f"collapse/{rule}"] == pytest.approx(statistic, rel=1e-5)
+    assert second[
+        "collapse/" + {"kl": "kl_per_token", "entropy": "entropy_per_token"}.get(rule, rule)
+    ] == pytest.approx(statistic, rel=1e-5)
     assert len(said) == (level > 0)
     assert not stop
     if said:
@@ -224,8 +226,8 @@ def test_an_alarm_stops_the_run_if_it_may(stop: bool, kl: float, stopped: bool) 
 
 def test_without_a_reference_its_rules_rest() -> None:
     logs, said, _ = watch(CollapseMonitor(), rows(ref_logprobs=None), rows(ref_logprobs=None))
-    assert not {"collapse/kl", "collapse/perplexity"} & logs[1].keys()
-    assert logs[1]["collapse/entropy"] == pytest.approx(1.0)
+    assert not {"collapse/kl_per_token", "collapse/perplexity"} & logs[1].keys()
+    assert logs[1]["collapse/entropy_per_token"] == pytest.approx(1.0)
     assert said == []
 
 
@@ -246,7 +248,11 @@ def test_a_resumed_monitor_keeps_its_trend_and_what_it_said() -> None:
 def test_on_litppo_the_numbers_are_those_it_logs(tmp_path: Any, lm: Any) -> None:
     row = logged(record(tmp_path, lm, CollapseMonitor(**NO_RULES))[2])[1]
     assert row["collapse/length"] == pytest.approx(row["response/length"])
-    assert row["collapse/kl"] == pytest.approx(row["objective/kl"] / row["response/length"], rel=1e-5)
-    assert row["collapse/entropy"] == pytest.approx(row["objective/entropy"] / row["response/length"], rel=1e-5)
+    assert row["collapse/kl_per_token"] == pytest.approx(row["objective/kl"] / row["response/length"], rel=1e-5)
+    assert row["collapse/entropy_per_token"] == pytest.approx(
+        row["objective/entropy"] / row["response/length"], rel=1e-5
+    )
     # log pi - log ref is the KL's estimate: the reference's perplexity is exp(entropy + KL)
-    assert math.log(row["collapse/perplexity"]) == pytest.approx(row["collapse/entropy"] + row["collapse/kl"], rel=1e-4)
+    assert math.log(row["collapse/perplexity"]) == pytest.approx(
+        row["collapse/entropy_per_token"] + row["collapse/kl_per_token"], rel=1e-4
+    )

@@ -36,7 +36,8 @@ def shown(text: str) -> tuple[list[list[str]], str, ElementTree.Element]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what its own parts say about each other
         from tensorboard.plugins.text.text_plugin import text_array_to_html
-    page = ElementTree.fromstring(f"<page>{text_array_to_html(np.array(text), enable_markdown=True)}</page>")
+    html = text_array_to_html(np.array(text), enable_markdown=True).replace("<br>", "\n")
+    page = ElementTree.fromstring(f"<page>{html}</page>")
     rows = [["".join(cell.itertext()) for cell in row] for row in page.iter("tr")]
     return rows, "".join(text for paragraph in page.findall("p") for text in paragraph.itertext()), page
 
@@ -97,18 +98,23 @@ def test_before_and_after_stand_side_by_side(tmp_path: Path):
     assert later[0] == ["prompt", "before the first update", "score", "after 2 updates", "score", "KL"]
     for row, one, other in zip(later[1:], before, after, strict=True):
         assert row[:3] == [one["prompt"], one["response"], f"{one['score']:+.2f}"]
-        assert re.sub("[🟥🟧🟨🟦]", "", row[3]) == other["response"]
+        assert row[3] == other["response"]
         assert row[4:] == [f"{other['score']:+.2f}", f"{other['kl']:+.2f}"]
-    assert above == "KL of the next token, nats: 🟨 from 0.1, 🟧 from 0.5, 🟥 from 2, 🟦 from -0.1 down"
+    assert above == "KL of a token, nats: italic from 0.1, bold from 0.5, both from 2, code from -0.1 down"
 
 
-def test_tokens_are_coloured_by_their_kl():
+def test_the_style_of_a_token_shows_its_kl():
     """From 0.1, 0.5 and 2 nats on, and from -0.1 down; what was not asked before is not compared with."""
     sampler = SampleLogger()
     sampler._updates, sampler._before = 1, []
     tokens = [["a", 0.05], ["b", 0.1], ["c", 0.5], ["d", 2.0], ["e", -0.09], ["f", -0.1]]
     table = sampler._table([{"prompt": "p", "response": "abcdef", "score": 0.0, "kl": 2.46, "tokens": tokens}])
-    assert shown(table)[0][1] == ["p", "(not sampled)", "+nan", "a🟨b🟧c🟥de🟦f", "+0.00", "+2.46"]
+    rows, _, page = shown(table)
+    assert rows[1] == ["p", "(not sampled)", "+nan", "abcdef", "+0.00", "+2.46"]
+    styled = {
+        tag: ["".join(part.itertext()) for part in page.findall(f".//td//{tag}")] for tag in ("em", "strong", "code")
+    }
+    assert styled == {"em": ["b", "d"], "strong": ["c", "d"], "code": ["f"]}
 
 
 def test_held_out_prompts_come_first_then_the_training_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -199,19 +205,19 @@ WICKED = [
 def test_a_response_is_shown_as_text_whatever_it_is(wicked: str):
     """In TensorBoard's own rendering: as many cells as there should be, and in each the text, escapes written out."""
     sampler = SampleLogger()
-    sampler._updates, sampler._before = 3, [{"prompt": wicked, "response": wicked, "score": 1.0}]
+    sampler._updates, sampler._before = 3, [{"prompt": wicked, "tokens": [[wicked, 0.0]], "score": 1.0}]
     tokens = [[wicked, 0.0]]
     table = sampler._table([{"prompt": wicked, "response": wicked, "score": 2.0, "kl": 0.0, "tokens": tokens}])
     rows, above, page = shown(table)
     assert {element.tag for element in page.iter()} == {
-        *["page", "table", "thead", "tbody", "tr", "th", "td", "pre", "p"]
+        *["page", "table", "thead", "tbody", "tr", "th", "td", "pre", "p", "em", "strong", "code"]
     }
-    assert above == LEGEND
+    assert above == re.sub("[*`]", "", LEGEND)
     whole = ["".join(element.itertext()) for element in page.iter("pre")]
     assert whole == ["score", "score", "KL", "+1.00", "+2.00", "+0.00"]  # TensorBoard breaks numbers in two
-    written_out = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in wicked)
+    written_out = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in wicked)
     assert rows[1] == [written_out, written_out, "+1.00", written_out, "+2.00", "+0.00"]
-    assert written_out.isprintable()
+    assert written_out.replace("\n", "").isprintable()
 
 
 def test_the_file_can_be_printed_on_a_terminal_and_read_back(tmp_path: Path):
