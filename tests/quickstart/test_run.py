@@ -39,6 +39,7 @@ def quickstart(folder: Path, *arguments: str) -> Result:
     (folder / "small.yaml").write_text(yaml.safe_dump({"stages": stages}))
     files = ["--config", CONFIGS / "quickstart.yaml", "--config", "small.yaml"]
     sizes = ["--data.init_args.batch_size=8", "--model.init_args.minibatch_size=4", "--trainer.max_steps=2"]
+    sizes.append("--trainer.val_check_interval=0.5")
     return run_command("fit", *files, *sizes, *arguments, cwd=folder).ok()
 
 

@@ -1,0 +1,115 @@
+"""Open every tab of TensorBoard on a finished run in Chromium, fail on an empty chart, and take the manual's pictures.
+
+    pip install -e '.[docs]'
+    lit-ppo fit --config configs/quickstart.yaml --config configs/monitors/cockpit.yaml \
+        --config configs/monitors/sample_logger.yaml
+    python docs/pictures.py runs/quickstart/ppo/version_0
+
+It needs a Chromium, such as Debian's package ``chromium``.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from urllib.request import urlopen
+
+from playwright.sync_api import Error, Locator, Page, sync_playwright
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.program import TensorBoard
+
+PICTURES = Path(__file__).parent / "pictures"
+LARGEST = 200_000  # bytes
+# Tab -> what holds one chart, and what is inside once it shows something.
+CHARTS = {
+    "timeseries": ("card-view", "tb-data-table-content-row, img, histogram-card g path"),
+    "scalars": ("tf-scalar-card", "path.line[d]:not([d=''])"),
+    "custom_scalars": ("tf-custom-scalar-multi-line-chart-card", "path.line[d]:not([d=''])"),
+    "images": ("tf-image-loader", "img[src]"),
+    "histograms": ("tf-histogram-loader", "path[d*='L']"),
+    "distributions": ("tf-distribution-loader", "path[d*='L']"),
+    "text": ("tf-text-loader", "tf-markdown-view td"),
+    "hparams": ("tf-hparams-table-view", "vaadin-grid-cell-content"),
+}
+# Chromium asks for updates, which a machine without a network refuses one after the other.
+QUIET = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+)
+
+
+def tabs(address: str) -> list[str]:
+    """The tabs for which the run has data."""
+    with urlopen(f"{address}data/plugins_listing") as answer:
+        return [name for name, plugin in json.load(answer).items() if plugin["enabled"]]
+
+
+def charts(page: Page, address: str, tab: str) -> list[Locator]:
+    """Open a tab with all its groups, and find its charts."""
+    page.goto("about:blank")  # a new fragment alone would not load the page
+    page.goto(f"{address}#{tab}")
+    page.locator(CHARTS[tab][0]).first.wait_for(state="attached")
+    closed = page.locator("button.heading:not([open-button]), button[aria-label='Expand group']")
+    closed.evaluate_all("buttons => buttons.forEach(button => button.click())")
+    page.wait_for_timeout(2000)
+    return page.locator(CHARTS[tab][0]).all()
+
+
+def empty(page: Page, address: str, tab: str) -> list[str]:
+    """The charts of a tab that show nothing."""
+    found = []
+    for chart in charts(page, address, tab):
+        chart.scroll_into_view_if_needed()
+        try:
+            chart.locator(CHARTS[tab][1]).first.wait_for(state="attached")
+        except Error:
+            title = chart.evaluate("card => card.tag || card.innerText.trim()")
+            found.append(f"{tab}: {' '.join(title.split())[:80]}")
+    page.mouse.wheel(0, -100_000)
+    return found
+
+
+def save(picture: bytes, path: Path) -> None:
+    """Write a picture of the manual; large ones are refused."""
+    if len(picture) > LARGEST:
+        raise ValueError(f"{path}: has {len(picture)} bytes, at most {LARGEST} are kept in the repository")
+    path.write_bytes(picture)
+
+
+def main() -> None:
+    """See above."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a finished run, with Cockpit and SampleLogger")
+    parser.add_argument("--chromium", default=shutil.which("chromium"), help="the browser; by default that on the PATH")
+    parser.add_argument("--output", type=Path, default=PICTURES, help="folder of the pictures")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    board = TensorBoard()
+    board.configure(argv=["tensorboard", "--logdir", str(arguments.run), "--port", "0", "--load_fast", "false"])
+    address = board.launch()
+    problems = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=arguments.chromium, args=QUIET)
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(10_000)
+        shown = tabs(address)
+        for tab in shown:
+            problems += empty(page, address, tab) if tab in CHARTS else [f"{tab}: a tab that this script does not know"]
+            page.wait_for_timeout(1000)  # lines grow to their places
+            save(page.screenshot(), arguments.output / f"{tab}.png")
+        browser.close()
+    missing = [f"{tab}: is missing" for tab in CHARTS if tab not in shown]
+    events = EventAccumulator(str(arguments.run), size_guidance={"images": 0}).Reload()
+    figure = events.Images("figure/score_against_kl")[-1].encoded_image_string
+    save(figure, arguments.output / "score_against_kl.png")
+    print(f"{len(shown)} tabs: {', '.join(shown)}")
+    if problems or missing:
+        sys.exit("\n".join([*missing, *problems]))
+
+
+if __name__ == "__main__":
+    main()
