@@ -3,7 +3,7 @@
     pip install -e '.[docs]'
     lit-ppo fit --config configs/quickstart.yaml --config configs/monitors/cockpit.yaml \
         --config configs/monitors/sample_logger.yaml
-    python docs/pictures.py runs/quickstart/ppo/version_0
+    python docs/tools/pictures.py runs/quickstart/ppo/version_0
 
 It needs a Chromium, such as Debian's package ``chromium``.
 """
@@ -19,7 +19,7 @@ from playwright.sync_api import Error, Locator, Page, sync_playwright
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.program import TensorBoard
 
-PICTURES = Path(__file__).parent / "pictures"
+PICTURES = Path(__file__).parents[1] / "pictures"
 LARGEST = 200_000  # bytes
 # Tab -> what holds one chart, and what is inside once it shows something.
 CHARTS = {
