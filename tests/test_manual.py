@@ -261,6 +261,18 @@ def test_every_trick_and_estimator_is_explained() -> None:
         assert re.search(rf"^\| \[`{name}`\]\[lit_ppo\.[\w.]*{name}\] \| .*\(https?://", page, re.MULTILINE), name
 
 
+@pytest.mark.filterwarnings("ignore:.*smaller than minibatch_size", "ignore:.*bf16")
+def test_the_loop_for_users_of_trl(tiny_lm: Path) -> None:
+    (block,) = (block for block in blocks("python", "from_trl.md") if "ppo.step(experience)" in block)
+    assert "LitPPO(" in block
+    names: dict[str, Any] = {
+        "LitPPO": lit_ppo.LitPPO, "loader": [["the film", "a plot"]] * 2, "my_scores": lambda *texts: [0.0, 1.0]
+    }  # fmt: skip
+    exec(block.replace("runs/sft/version_0/model", str(tiny_lm)).replace("64", "4"), names)
+    names["ppo"].loop.close()
+    assert names["metrics"]["objective/score"] == 0.5
+
+
 def test_the_chat_tutorial(tmp_path: Path) -> None:
     """Its three stages, on tiny models and its own rows, repeated."""
     page = "tutorials/chat.md"

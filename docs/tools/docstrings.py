@@ -9,6 +9,7 @@ from latex2mathml.converter import convert
 ROLE = re.compile(r":(?:class|func|meth|mod):`~?([\w.]+)`")
 DISPLAYED = re.compile(r"\.\. math::\s*(.+?)(?=\n\s*\n|\Z)", re.DOTALL)
 INLINE = re.compile(r":math:`([^`]+)`")
+ARXIV = re.compile(r"(?<![/\[])arXiv:(\d{4}\.\d{5}|cs/\d{7})")
 EXAMPLE = re.compile(r"(?:^>>> .*\n?(?:^.*\S.*\n?)*)", re.MULTILINE)
 
 
@@ -25,6 +26,8 @@ def markdown(text: str, obj: Object) -> str:
     """A docstring as Markdown."""
     text = DISPLAYED.sub(lambda match: f"\n\n{mathml(match[1], 'block')}\n\n", text)
     text = INLINE.sub(lambda match: mathml(match[1], "inline"), text)
+    text = ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", text).replace("\nSource: ", "\n\nSource: ")
+    text = text.replace("::\n\n", ":\n\n")
     text = EXAMPLE.sub(lambda match: f"\n```pycon\n{match[0].rstrip()}\n```\n", text)
     return ROLE.sub(_link, text)
 

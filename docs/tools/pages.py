@@ -35,6 +35,10 @@ KINDS = {
     "quickstart": "Stages of the quickstart",
     "sentiment": "Stages of the film reviews",
 }
+SHORT = """    options:
+      members: false
+      show_root_full_path: false
+"""
 TAG = re.compile(r"``([a-z]+(?:/[\w<>.]+)+)``")
 
 
@@ -44,6 +48,7 @@ def pages() -> dict[str, str]:
     found["reference/index.md"] = index_page()
     found["reference/tricks.md"] = callbacks_page("tricks")
     found["reference/monitors.md"] = callbacks_page("monitors")
+    found["reference/command.md"] = command_page()
     found["reference/metrics.md"] = metrics_page()
     found["reference/configurations.md"] = configurations_page()
     return found
@@ -136,7 +141,7 @@ def callbacks_page(kind: str) -> str:
     for path in sorted((CONFIGS / kind).glob("*.yaml")):
         module = f"lit_ppo.callbacks.{path.stem}"
         (name,) = _callbacks(modules()[module])
-        text += f'\n::: {module}.{name}\n\n```yaml title="--config {kind}/{path.stem}"\n{path.read_text()}```\n'
+        text += f'\n::: {module}.{name}\n{SHORT}\n```yaml title="--config {kind}/{path.stem}"\n{path.read_text()}```\n'
     return text
 
 
@@ -148,6 +153,30 @@ def configurations_page() -> str:
         for path in sorted((CONFIGS / folder).glob("*.yaml")):
             name = path.relative_to(CONFIGS).with_suffix("").as_posix()
             text += f"\n### {name}\n\n```yaml\n{path.read_text()}```\n"
+    return text
+
+
+def command_page() -> str:
+    """The options that the command has beside those of Lightning, and those of ``lit-ppo export``."""
+    trees, names = modules(), public_names()
+    text = "# The command\n\n"
+    text += "`lit-ppo SUBCOMMAND --help` lists all options; `--print_config` shows the configuration that they make.\n"
+    text += "`--model.help LitPPO` and `--data.help PromptDataModule` list the arguments of a class.\n"
+    for module, title in (
+        ("lit_ppo.cli.command", "lit-ppo fit, validate, test, predict"),
+        ("lit_ppo.cli.export_command", "lit-ppo export"),
+    ):
+        text += f"\n## {title}\n\n| option | meaning |\n|---|---|\n"
+        for call in (node for node in ast.walk(trees[module]) if isinstance(node, ast.Call)):
+            function = getattr(call.func, "attr", "")
+            if function == "add_argument":
+                option, words = ast.literal_eval(call.args[0]), {k.arg: k.value for k in call.keywords}
+                text += f"| `{option}` | {ast.literal_eval(words['help'])} |\n"
+            elif function == "add_lightning_class_args":
+                name, group = ast.unparse(call.args[0]), ast.literal_eval(call.args[1])
+                link = f"[`{name}`][{names[f'lit_ppo.{name}']}]" if f"lit_ppo.{name}" in names else f"`{name}`"
+                text += f"| `--{group}.*` | arguments of {link} |\n"
+        text += "| `--debug` | The traceback of an error. |\n"
     return text
 
 
