@@ -35,7 +35,8 @@ def test_emulated_bf16_is_warned_about(
 ) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: not emulates, raising=False)
-    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)), precision=precision)
+    strategy = SimpleNamespace(root_device=torch.device(device), load_checkpoint=torch.load)
+    trainer: Any = SimpleNamespace(strategy=strategy, precision=precision)
     # warnings are errors in these tests
     with pytest.warns(UserWarning, match="use precision='32-true'") if warns else nullcontext():
         check_trainer(trainer)
