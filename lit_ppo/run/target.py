@@ -11,6 +11,7 @@ from lit_ppo.models.export import MODEL_FILE, file_digest, file_names
 from lit_ppo.parallel.files import FILES, is_temporary
 from lit_ppo.rewards import reward_models
 
+CONFIGS = ("config.json", "adapter_config.json")
 SHOWN = 8  # names of files in the way
 
 
@@ -51,12 +52,14 @@ def in_the_way(folder: Path) -> list[str]:
 
 
 def _written(folder: Path) -> dict[str, str]:
-    """The files that an export wrote into a folder, with their digests; empty where none did."""
+    """The files that an export wrote into a folder, with their digests; empty where none did, or it is no model."""
     try:
         files = json.loads((folder / FILES).read_text(encoding="utf-8"))["files"]
-        return {str(name): str(digest) for name, digest in files.items()} | {FILES: ""}
+        ours = {str(name): str(digest) for name, digest in files.items()} | {FILES: ""}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
+    is_taken_apart = any(name in ours and not (folder / name).exists() for name in CONFIGS)
+    return {} if is_taken_apart and not any(map(is_temporary, folder.iterdir())) else ours  # else a kill did that
 
 
 def folders_in(settings: Any, name: str = "model") -> dict[str, str]:

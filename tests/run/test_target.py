@@ -74,6 +74,10 @@ IN_THE_WAY: dict[str, tuple[Callable[[Path], Any], str]] = {
     "notes deep in a model": (exported_with("encoder/notes.txt"), "has written: encoder/notes.txt;"),
     "a model card that was edited": (exported_with("config.json"), r"has written: config\.json \(edited\);"),
     "an empty folder in a model": (lambda folder: (export(folder, "old"), (folder / ".git").mkdir()), ".git"),
+    "a model without its config": (
+        lambda f: (export(f, "old"), (f / "config.json").unlink()),
+        "encoder, lit_ppo_files",
+    ),
     "a link in a model": (linked, "has written: link;"),
     "checkpoints": (lambda folder: (folder.mkdir(), (folder / "step-000001.ckpt").write_text("x")), "step-000001.ckpt"),
     "a sharded checkpoint": (lambda folder: (folder.mkdir(), (folder / ".metadata").write_text("x")), ".metadata"),
