@@ -66,7 +66,11 @@ class BestCheckpoint:
         if path is None or not exists or found is None or int(found[1]) != update:
             rank_zero_warn(f"{self.owner}: no checkpoint of update {update} ({path}); the weights do not change")
             return False
-        checkpoint = trainer.strategy.load_checkpoint(path)
+        try:
+            checkpoint = trainer.strategy.load_checkpoint(path)
+        except RuntimeError as error:  # damaged
+            rank_zero_warn(f"{self.owner}: {error}; the weights do not change")
+            return False
         trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
         if trainer.is_global_zero:
             Path(path).touch()

@@ -27,6 +27,7 @@ from lit_ppo.cli.session import LIGHTNING_LOG, Session
 from lit_ppo.cli.stages import Stage, run_stages
 from lit_ppo.cli.summary import RunSummary
 from lit_ppo.parallel.environment import reserve_port
+from lit_ppo.parallel.files import VERIFY
 from lit_ppo.parallel.lost_ranks import explain
 from lit_ppo.run.checkpoint import StepCheckpoint, find_checkpoints
 from lit_ppo.run.continuation import Continuation, last_of_run
@@ -93,6 +94,9 @@ class Command(LightningCLI):
         parser.add_argument(
             "--data_root", type=str | None, default=None, help="Folder that relative paths of the data start from."
         )
+        parser.add_argument(
+            "--verify", type=bool, default=True, help="Compare checkpoints and models with their checksums when read."
+        )
         parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ExportModel, "export")
         parser.add_lightning_class_args(RunReport, "report")
@@ -103,6 +107,8 @@ class Command(LightningCLI):
         self.heartbeat.begin("reading the configuration")
         self.config = self._parse(parser, args)
         config = self._config
+        if not config.verify:
+            os.environ[VERIFY] = "0"  # ranks and stages inherit it
         if (
             not complete(config, trains=self.config.subcommand == "fit")
             and not config.stages
@@ -151,9 +157,11 @@ class Command(LightningCLI):
         config, is_fit = self._config, self.config.subcommand == "fit"
         root, dirpath = Path(config.trainer.default_root_dir), config.checkpoint.dirpath
         files = [Path(str(file.absolute)) for file in config.config or []]
-        given = config.ckpt_path if is_fit or config.ckpt_path else last_of_run(files, dirpath)
+        given = config.ckpt_path if is_fit or config.ckpt_path is not None else last_of_run(files, dirpath)
         self.continuation = Continuation(given, root, dirpath, keep_folder=is_fit)
         config.ckpt_path = self.continuation.path
+        for note in self.continuation.notes:
+            self.heartbeat.say(note)
         if not is_fit:
             untrained = "no checkpoint: the model as its configuration names it; give --ckpt_path to choose one"
             self.heartbeat.say(f"{self.config.subcommand}: weights of {config.ckpt_path or untrained}")

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from lit_ppo.cli.layers import RefusedText, compose, layers, line_of
+from lit_ppo.run.errors import of_the_disk, restoring
 from lit_ppo.shown import message_of, shortened
 
 # jsonargparse raises a chain of exceptions, from the key at the top down to the reason. Its exceptions have no
@@ -239,6 +240,8 @@ def running_error(error: BaseException) -> str:
         return message
     if argument := _trainer_argument(error, module, message):
         return f"Trainer({argument}): {message.rstrip('.;')}; correct it or leave it out"
+    if problem := restoring(error, message) or of_the_disk(error):
+        return problem
     frames = [(frame.f_globals.get("__name__"), number) for frame, number in traceback.walk_tb(error.__traceback__)]
     line = next((number for name, number in reversed(frames) if name == module), 0)
     place = f" in {module}, line {line}" if module else ""

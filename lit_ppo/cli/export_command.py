@@ -1,6 +1,7 @@
 """``lit-ppo export``: the model of a checkpoint, in Hugging Face format."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -10,7 +11,9 @@ from lit_ppo.models.export import checked_repository, push
 from lit_ppo.models.lora import check_has_adapter
 from lit_ppo.models.stored import Dtype
 from lit_ppo.parallel.checkpoint_io import load_merged, read_summary
+from lit_ppo.parallel.files import VERIFY
 from lit_ppo.run.checkpoint import RUN
+from lit_ppo.run.continuation import check_given
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.export import CARD, card_of, write_model
 from lit_ppo.run.rebuild import build
@@ -49,10 +52,12 @@ def export(arguments: list[str]) -> None:
         "--trust_class", action="append", default=[], metavar="NAME",
         help="Import and build this class of the checkpoint, such as my_module.MyModel; may be repeated.",
     )  # fmt: skip
+    parser.add_argument("--verify", choices=("true", "false"), default="true", help="Compare it with its checksums.")
     given = parser.parse_args(arguments)
+    if given.verify == "false":
+        os.environ[VERIFY] = "0"
     where = f"--ckpt_path {given.ckpt_path}"
-    if not given.ckpt_path.exists():
-        raise CommandError(f"{where}: no such checkpoint")
+    check_given(str(given.ckpt_path))
     config = config_of(given.ckpt_path)
     check_target(f"--output {given.output}", given.output, used=folders_in(config.get("model")))
     try:

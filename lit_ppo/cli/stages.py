@@ -114,7 +114,7 @@ def outdated(record: Path, config: dict[str, Any], previous: str) -> str:
 
 def digests(config: dict[str, Any], previous: str, files: Iterable[str | Path]) -> dict[str, str]:
     """What a stage depends on and exports, by name; ``previous`` is the digest of the earlier stage's record."""
-    settings = {key: value for key, value in config.items() if key != "config"}  # not where they were read from
+    settings = {key: value for key, value in config.items() if key not in ("config", "verify")}  # of no effect
     return {
         **{str(file): _digest(file) for file in files},
         CONFIGURATION: json.dumps(settings, sort_keys=True, default=str),

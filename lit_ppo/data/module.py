@@ -224,6 +224,9 @@ def check_identity(data: TableDataModule, saved: dict[str, Any], now: dict[str, 
         ValueError: They differ.
     """
     for name, value in now.items():
+        if name not in saved:
+            problem = f"cannot resume from the checkpoint: its state of the data lacks {name}"
+            raise ValueError(f"{data.where('path')}: {problem}; give another checkpoint, or start a new run")
         if saved[name] != value:
             reason = f"the training {what} differ" if name == "fingerprint" else f"{name} was {saved[name]}"
             argument = name if name in ("seed", "batch_size") else "path"

@@ -232,8 +232,11 @@ class PromptDataModule(TableDataModule):
             return  # other prompts are fine for validation
         training = self._fit_state("load_state_dict")
         check_identity(self, state_dict, self._identity(training), "prompts")
-        training.position = int(state_dict["position"])
-        weights = state_dict["weights"]
+        position, weights = state_dict.get("position"), state_dict.get("weights", "none")
+        if not isinstance(position, int) or not isinstance(weights, torch.Tensor | None):
+            problem = "cannot resume from the checkpoint: in its state of the data, position must be an integer and"
+            raise ValueError(f"{self.where('path')}: {problem} weights a tensor or None; give another checkpoint")
+        training.position = position
         self._weights = training.order.weights = None if weights is None else weights.numpy()
 
     @staticmethod

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from lit_ppo.models.stored import Unusable, hub, no_pickled_code, stored_dtype, weight_files
+from lit_ppo.models.stored import Unusable, check_files, hub, no_pickled_code, stored_dtype, weight_files
 from lit_ppo.shown import first_line, message_of, reason, written
 
 # names that torch.compile, FSDP1 and activation checkpointing put anywhere into a weight's name
@@ -52,6 +52,7 @@ def load_pretrained(auto: Any, path: str, **kwargs: Any) -> tuple[PreTrainedMode
         OSError: transformers cannot load it. A ``ValueError`` too.
     """
     kwargs = {"trust_remote_code": False, **kwargs, "ignore_mismatched_sizes": True}  # they count as missing
+    check_files(path, kwargs)
     if adapter_base(path, kwargs) is not None:
         return _merged(auto, path, kwargs)
     try:

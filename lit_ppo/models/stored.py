@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 from transformers.utils.hub import cached_file
 
+from lit_ppo.parallel.files import CHECKSUMS, DamagedFileError, verify_model
 from lit_ppo.validate import boolean, mapping, refuse
 
 HUB = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
@@ -88,3 +89,15 @@ def _dtypes(file: Path) -> list[torch.dtype | None]:
             return [NAMES.get(stored.get_slice(name).get_dtype()) for name in stored.keys()]  # noqa: SIM118
     weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     return [weight.dtype if weight.is_floating_point() else None for weight in weights.values()]
+
+
+def check_files(path: str, kwargs: dict[str, Any]) -> None:
+    """Compare the files of a folder that an export wrote with their checksums.
+
+    Raises:
+        Unusable: A file of weights differs.
+    """
+    try:
+        verify_model(Path(path, kwargs.get("subfolder") or ""))
+    except DamagedFileError as error:
+        raise Unusable(f"{error}; export the model again, or delete {CHECKSUMS} if you changed the file") from error

@@ -10,17 +10,38 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.distributed.checkpoint.api import CheckpointException
 
-from lit_ppo.parallel.files import atomic_path
-from lit_ppo.parallel.sharded_checkpoint import check_plain, load_full
+from lit_ppo.parallel.entries import EntryError, check_kinds, check_plain, load_full
+from lit_ppo.parallel.files import CHECKSUMS, DamagedFileError, atomic_path, verify, write_shared_checksums
+from lit_ppo.parallel.ranks import gather_shares, rank
 from lit_ppo.shown import first_line
 
-ALTERED = (LookupError, TypeError, ValueError, AttributeError)  # raised by pickles with other values than torch's
 METADATA = "meta.pt"  # what Lightning writes last into a sharded checkpoint, which is a folder
+DELETE = "delete it, and '--ckpt_path last' finds the previous one"
+GIVE_ANOTHER = "give a checkpoint from a run's folder, or 'last'"
+UNREADABLE = (
+    OSError, EOFError, RuntimeError, LookupError, ValueError, AttributeError, TypeError, AssertionError,
+    pickle.UnpicklingError, CheckpointException,
+)  # fmt: skip  # what torch raises about a damaged file
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read; the message names the file and says what to do."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint differs from what was written.
+
+    Args:
+        path: The checkpoint.
+        reason: What is wrong with it.
+        remedy: What to do.
+    """
+
+    def __init__(self, path: Any, reason: str, remedy: str) -> None:
+        super().__init__(f"checkpoint {path}: {reason}; {remedy}")
+        self.reason = reason
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -43,10 +64,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with atomic_path(Path(path)) as partial, partial.open("wb") as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError after a failed write
-            raise CheckpointError(
-                f"checkpoint {path}: cannot be written ({_os_error(error)}); the previous checkpoint is kept. "
-                "Free disk space or check the folder, then continue with --ckpt_path last"
-            ) from error
+            raise _unwritable(path, error) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint.
@@ -54,10 +72,36 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             CheckpointError: It is damaged, not a training checkpoint, or holds more than plain data.
         """
-        with _readable(path):
+        with readable(path):
             checkpoint = super().load_checkpoint(path, map_location, weights_only is not False)
-        _check_keys(path, checkpoint)
+        check_keys(path, checkpoint)
         return checkpoint
+
+
+def save_checked(strategy: Any, checkpoint: dict[str, Any], path: Path) -> None:
+    """Let a strategy write a checkpoint, and add checksums if it writes a folder. Collective.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be written.
+        RuntimeError: Another rank cannot write it.
+    """
+
+    def save() -> None:
+        try:
+            strategy.save_checkpoint(checkpoint, path)
+        except CheckpointException as error:  # not an Exception
+            raise _unwritable(path, next(iter(error.failures.values()))[0]) from error
+
+    # a folder that is written again is not complete before its metadata is
+    gather_shares(lambda: _invalidate(path) if rank() == 0 else None)
+    gather_shares(save)
+    write_shared_checksums(path)
+
+
+def _invalidate(path: Path) -> None:
+    for file in (path / METADATA, path / CHECKSUMS):
+        if path.is_dir():
+            file.unlink(missing_ok=True)
 
 
 def use_atomic_checkpoints(trainer: L.Trainer) -> None:
@@ -67,7 +111,7 @@ def use_atomic_checkpoints(trainer: L.Trainer) -> None:
 
 
 def guard_sharded(trainer: L.Trainer) -> None:
-    """Let the trainer's strategy load a sharded checkpoint only after a check that it holds plain data.
+    """Let the trainer's strategy load a sharded checkpoint only after a check that it is intact, plain data.
 
     Strategies let torch unpickle parts of it, even where they are asked for weights only.
     """
@@ -78,9 +122,10 @@ def guard_sharded(trainer: L.Trainer) -> None:
 
     @functools.wraps(load)
     def load_plain(checkpoint_path: Any, weights_only: bool | None = None) -> Any:
-        if weights_only is not False and Path(checkpoint_path).is_dir():
-            with _readable(checkpoint_path):
-                check_plain(Path(checkpoint_path))
+        if Path(checkpoint_path).is_dir():
+            with readable(checkpoint_path):
+                if weights_only is not False:
+                    check_plain(Path(checkpoint_path))
         return load(checkpoint_path, weights_only=weights_only)
 
     load_plain.is_guarded = True  # type: ignore[attr-defined]
@@ -95,10 +140,10 @@ def load_merged(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         return AtomicCheckpointIO().load_checkpoint(path)
-    with _readable(path):
+    summary = read_summary(path)
+    with readable(path):
         check_plain(path)
-        weights = load_full(path)
-    return {**read_summary(path), **weights}
+        return {**summary, **load_full(path)}
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -106,48 +151,81 @@ def is_complete(checkpoint: Path) -> bool:
     return not checkpoint.is_dir() or (checkpoint / METADATA).is_file()
 
 
-def read_summary(path: Path) -> dict[str, Any]:
+def read_summary(path: Path, *, compare: bool = True) -> dict[str, Any]:
     """Read a checkpoint of any strategy, but leave its tensors on the disk.
+
+    Args:
+        path: The checkpoint.
+        compare: Compare it with its checksums, which reads all of it.
 
     Raises:
         CheckpointError: It cannot be read.
     """
-    with _readable(path):
+    if not is_complete(path):
+        raise DamagedCheckpointError(
+            path, f"a folder without {METADATA}, so it is no checkpoint, or its writing was cut short", GIVE_ANOTHER
+        )
+    with readable(path, compare=compare):
         file = path / METADATA if path.is_dir() else path
         summary: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    if not path.is_dir():
-        _check_keys(path, summary)
+    check_keys(path, summary)
     return summary
 
 
 @contextlib.contextmanager
-def _readable(path: Any) -> Iterator[None]:
-    """Turn torch's errors about a file into a ``CheckpointError``."""
+def readable(path: Any, *, compare: bool = True) -> Iterator[None]:
+    """Compare a checkpoint with its checksums, and turn torch's errors about it into a ``CheckpointError``."""
     try:
+        if compare and "://" not in str(path):
+            verify(Path(path))
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, CheckpointError):
         raise
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, *ALTERED) as error:
+    except DamagedFileError as error:
+        raise DamagedCheckpointError(path, str(error), DELETE) from error
+    except UNREADABLE as error:
         if "Weights only load failed" in str(error) and "Unsupported global" in str(error):
             raise CheckpointError(
                 f"checkpoint {path}: holds more than plain data, and reading it would run code; give a checkpoint that "
                 "lit-ppo wrote, or resume it with --weights_only false if you trust its source"
             ) from error
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(
-            f"checkpoint {path}: cannot be read, it is damaged or not a checkpoint ({reason[0][:120]}); delete it, and "
-            "'--ckpt_path last' finds the previous one"
-        ) from error
+        problem = f"cannot be read, it is damaged or not a checkpoint ({reason[0][:120]})"
+        raise DamagedCheckpointError(path, problem, DELETE) from error
 
 
-def _check_keys(path: Any, checkpoint: Any) -> None:
+def check_keys(path: Any, checkpoint: Any) -> None:
+    """Check that something read from ``path`` is a training checkpoint, and the kinds of its entries.
+
+    Raises:
+        CheckpointError: It is not; names what is missing or changed.
+    """
     found = checkpoint if isinstance(checkpoint, dict) else {}
-    missing = [key for key in ("state_dict", "pytorch-lightning_version") if key not in found]
+    is_sharded = Path(path).is_dir()
+    keys = ("pytorch-lightning_version",) if is_sharded else ("state_dict", "pytorch-lightning_version")
+    missing = [key for key in keys if key not in found]
     if missing:
         raise CheckpointError(
-            f"checkpoint {path}: not a training checkpoint; missing: {', '.join(missing)}; give a checkpoint from a "
-            "run's folder, or 'last'"
+            f"checkpoint {path}: not a training checkpoint; missing: {', '.join(missing)}; {GIVE_ANOTHER}"
         )
+    with checked_entries(path):
+        check_kinds(found)
+
+
+@contextlib.contextmanager
+def checked_entries(path: Any) -> Iterator[None]:
+    """Name the checkpoint in an error about one of its entries."""
+    try:
+        yield
+    except EntryError as error:
+        raise DamagedCheckpointError(path, f"{error}: it was changed, or saved without it", GIVE_ANOTHER) from error
+
+
+def _unwritable(path: Any, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {path}: cannot be written ({_os_error(error)}); the previous checkpoint is kept. "
+        "Free disk space or check the folder, then continue with --ckpt_path last"
+    )
 
 
 def _os_error(error: BaseException) -> str:

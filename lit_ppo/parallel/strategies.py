@@ -22,6 +22,7 @@ from torch.distributed.fsdp import (
 from torch.optim import SGD, Adagrad, Optimizer
 
 from lit_ppo.constructor import constructor
+from lit_ppo.parallel.checkpoint_io import check_keys, readable
 from lit_ppo.parallel.environment import reserve_port
 from lit_ppo.parallel.full_state import (
     full_optimizer_state,
@@ -145,9 +146,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         return full_optimizer_state(optimizer)
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        checkpoint: dict[str, Any] = torch.load(
-            checkpoint_path, map_location="cpu", mmap=True, weights_only=weights_only
-        )
+        with readable(checkpoint_path):
+            checkpoint: dict[str, Any] = torch.load(
+                checkpoint_path, map_location="cpu", mmap=True, weights_only=weights_only
+            )
+        check_keys(checkpoint_path, checkpoint)
         return checkpoint  # its tensors stay in the file until each rank reads its shards
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

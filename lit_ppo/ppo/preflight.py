@@ -1,15 +1,12 @@
 """Before the first update: try what would fail later."""
 
-import shutil
 import warnings
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_ppo.experience import Experience, Minibatch
 from lit_ppo.generation.config import end_of_turn, stop_ids
@@ -21,7 +18,7 @@ from lit_ppo.optim.settings import restore_settings
 from lit_ppo.parallel.checkpoint_io import use_atomic_checkpoints
 from lit_ppo.parallel.loops import use_exact_loops
 from lit_ppo.parallel.sharding import shards
-from lit_ppo.parallel.trainer import check_trainer
+from lit_ppo.parallel.trainer import check_disk, check_trainer
 from lit_ppo.ppo.collect import score
 from lit_ppo.ppo.evaluate import validate_before_training
 from lit_ppo.ppo.metrics import forget_last_update
@@ -30,9 +27,6 @@ from lit_ppo.ppo.settings import Models, ModelSettings
 from lit_ppo.rewards import source_names
 from lit_ppo.shown import message_of
 from lit_ppo.validate import refuse
-
-BYTES_PER_PARAMETER = 4 * 3  # float32 weights and the two moments of AdamW
-CHECKPOINTS_KEPT = 2
 
 
 def setup(module: Any, stage: str) -> None:
@@ -113,28 +107,6 @@ def on_train_batch_start(module: Any, batch: Any, batch_idx: int) -> None:
     """Drop what the last update logged. A loop of the user's own has done so before its rollout."""
     if not module.loop:
         forget_last_update(module.trainer)
-
-
-def check_disk(trainer: L.Trainer, model: nn.Module) -> None:
-    """Report the size of checkpoints, and refuse a disk that cannot hold them."""
-    if not trainer.checkpoint_callbacks:
-        return
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = trained * BYTES_PER_PARAMETER
-    folder = Path(trainer.default_root_dir).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    rank_zero_info(
-        f"{trained:,} trained parameters; a checkpoint takes about {_gib(size)}, at most {CHECKPOINTS_KEPT} are kept, "
-        f"{_gib(free)} are free"
-    )
-    needed = (CHECKPOINTS_KEPT + 1) * size  # the next one is written before the oldest is removed
-    if free < needed:
-        refuse(
-            "Trainer", "default_root_dir", trainer.default_root_dir,
-            f"{_gib(free)} free, checkpoints need {_gib(needed)}; free some space or choose another folder",
-        )  # fmt: skip
 
 
 def check_loggers(loggers: list[Any], names: list[str]) -> None:
@@ -242,7 +214,3 @@ def longest_micro_batch(
         response_ids=response, response_mask=torch.ones_like(response, dtype=torch.bool), ended=numbers < 0,
     )  # fmt: skip
     return Minibatch.of(experience, range(n_rows), "token_mean")
-
-
-def _gib(n_bytes: float) -> str:
-    return f"{n_bytes / 2**30:.2f} GiB"

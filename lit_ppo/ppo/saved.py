@@ -23,6 +23,9 @@ from lit_ppo.models.export import (
 from lit_ppo.models.lora import check_has_adapter, merged, save_adapter
 from lit_ppo.models.pretrained import starting_dtype
 from lit_ppo.models.stored import Dtype
+from lit_ppo.parallel.checkpoint_io import checked_entries
+from lit_ppo.parallel.entries import check_complete, check_resumable, check_weights
+from lit_ppo.parallel.files import write_checksums
 from lit_ppo.parallel.full_state import full_weights
 from lit_ppo.parallel.ranks import rank
 from lit_ppo.ppo.preflight import check_moving_reference
@@ -79,7 +82,7 @@ def on_load_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
     Raises:
         ValueError: Names the weights that are missing or unexpected.
     """
-    owner = type(module).__name__
+    owner, trainer = type(module).__name__, module._trainer
     names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     expected = set(filter(_is_saved(module), names))  # without gathering any weights
     found = checkpoint.get("state_dict", {}).keys()
@@ -94,6 +97,11 @@ def on_load_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
             "critic_lora of the run that wrote it"
         )
     state = checkpoint["lit_ppo"]
+    with checked_entries(getattr(trainer, "ckpt_path", None)):
+        check_weights(checkpoint, expected)
+        check_complete(checkpoint, [f"lit_ppo.{name}" for name in ("rollouts", "skipped_steps", "optimizers")])
+        if trainer is not None and trainer.state.fn == "fit":
+            check_resumable(trainer, checkpoint, state["optimizers"])
     module.rollouts, module.optimization.skipped_steps = state["rollouts"], state["skipped_steps"]
     module.optimization.resumed = state["optimizers"], checkpoint.get("lr_schedulers", [])
 
@@ -164,6 +172,7 @@ def save_pretrained(
         save_model(model, weights, dirpath, dtype=written, stops=ends)
     save_tokenizer(models.tokenizer, dirpath, keep_pad=False)
     write_card(dirpath, add_data(module.card(), module._trainer), adapter=adapter)
+    write_checksums(Path(dirpath))
     list_files(dirpath)
     if repository is not None and rank() == 0:
         push(f"save_pretrained(push_to_hub={repository!r})", dirpath, repository)

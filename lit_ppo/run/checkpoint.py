@@ -16,14 +16,18 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_ppo.constructor import constructor
 from lit_ppo.parallel.checkpoint_io import (
     CheckpointError,
+    checked_entries,
     guard_sharded,
     is_complete,
     read_summary,
+    save_checked,
     use_atomic_checkpoints,
 )
+from lit_ppo.parallel.entries import check_complete
 from lit_ppo.parallel.files import abandoned
 from lit_ppo.parallel.loops import use_exact_loops
 from lit_ppo.parallel.ranks import gather_shares, greatest, rank
+from lit_ppo.parallel.trainer import check_writable
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.events import copy_events
 from lit_ppo.run.folder import COMPLETED, is_completed, mark_completed
@@ -75,6 +79,9 @@ class StepCheckpoint(Checkpoint):
         self._ended = False
         if self.dirpath is None and stage == "fit":
             self.dirpath = str(Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
+        if self.dirpath is not None and stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            folder = Path(self.dirpath)
+            gather_shares(lambda: check_writable(self, "dirpath", folder) if trainer.is_global_zero else None)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         start = trainer.ckpt_path
@@ -152,6 +159,8 @@ class StepCheckpoint(Checkpoint):
             trainer.should_stop = True
         if not self.log_again or not run:
             return
+        with checked_entries(trainer.ckpt_path):
+            check_complete(checkpoint, [f"{RUN}.{name}" for name in ("steps_logged", "logged", "time")])
         step, logged = run["steps_logged"], run["logged"]
         for tensorboard in _tensorboard_loggers(trainer):
             copy_events(tensorboard, step, run["time"], skip=logged)
@@ -174,7 +183,7 @@ class StepCheckpoint(Checkpoint):
         self._own.add(path)
         # not Trainer.save_checkpoint: there the other ranks would wait at a barrier for a rank that failed
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        gather_shares(lambda: trainer.strategy.save_checkpoint(checkpoint, path))
+        save_checked(trainer.strategy, checkpoint, path)
         self._remove_old(trainer)
 
     def _free_path(self, folder: Path, name: str) -> Path:
@@ -220,7 +229,7 @@ def _ends_last_epoch(trainer: L.Trainer) -> bool:
 def _id_of(checkpoint: Path) -> str | None:
     """The run that wrote a checkpoint; None if it cannot be read."""
     try:
-        return (read_summary(checkpoint).get(RUN) or {}).get("id")
+        return (read_summary(checkpoint, compare=False).get(RUN) or {}).get("id")
     except (CheckpointError, OSError):
         return None
 
@@ -265,8 +274,8 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return sorted(filter(is_complete, found), key=_age)
 
 
-def find_last(root: Path, dirpath: str | None = None) -> Path:
-    """The newest complete checkpoint of the runs under ``root``.
+def find_runs_checkpoints(root: Path, dirpath: str | None = None) -> list[Path]:
+    """The complete checkpoints of the runs under ``root``, oldest first.
 
     Args:
         root: ``trainer.default_root_dir``.
@@ -283,4 +292,9 @@ def find_last(root: Path, dirpath: str | None = None) -> Path:
             f"--ckpt_path last: no complete checkpoint under {where}; leave --ckpt_path out to start a new run, "
             "or set --trainer.default_root_dir to the folder of the run to resume"
         )
-    return max(found, key=_age)
+    return sorted(found, key=_age)
+
+
+def find_last(root: Path, dirpath: str | None = None) -> Path:
+    """The newest of :func:`find_runs_checkpoints`."""
+    return find_runs_checkpoints(root, dirpath)[-1]

@@ -7,9 +7,9 @@ from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lit_ppo.parallel.checkpoint_io import read_summary
+from lit_ppo.parallel.checkpoint_io import DamagedCheckpointError, is_complete, read_summary
 from lit_ppo.ppo.module import LitPPO
-from lit_ppo.run.checkpoint import RUN, find_checkpoints, find_last, steps_logged
+from lit_ppo.run.checkpoint import RUN, find_checkpoints, find_runs_checkpoints, steps_logged
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.folder import PREFIX, claim_version, is_completed
 from lit_ppo.run.resume import changes, check_changes, describe_changes
@@ -35,21 +35,23 @@ class Continuation:
     def __init__(self, given: str | None, root: Path, dirpath: str | None, *, keep_folder: bool) -> None:
         self.path, self._given = given, given
         self.folder: Path | None = None  # run folder to keep using
+        self.notes: list[str] = []  # about damaged checkpoints
         self.steps_logged = 0  # steps whose logs were complete when the checkpoint was written
         self.completed = False  # whether the run that it keeps using has done everything; known after ``compare``
         if given in ("last", "auto"):
             try:
-                found = find_last(root, dirpath)
+                candidates = find_runs_checkpoints(root, dirpath)
             except CommandError:
                 if given == "last":
                     raise
                 self.path = None
             else:
+                found, self.notes = find_intact(given, candidates)
                 self.path = str(found)
                 folder = found.parent.parent
                 self.folder = folder if keep_folder and folder.name.startswith(PREFIX) else None
-        elif given and "://" not in given and not Path(given).exists():
-            raise CommandError(f"--ckpt_path {given}: no such file; give a checkpoint's path, or 'last'")
+        elif given is not None and "://" not in given:
+            check_given(given)
 
     def compare(self, config: dict[str, Any]) -> list[str]:
         """Describe the changes since the checkpoint was written, one line each; empty without changes.
@@ -102,4 +104,56 @@ def last_of_run(files: Sequence[Path], dirpath: str | None) -> str | None:
     """
     folders = [file.parent for file in files if file.name == "config.yaml" and file.parent.name.startswith(PREFIX)]
     found = [path for folder in folders[-1:] for path in find_checkpoints(Path(dirpath or folder))]
-    return str(found[-1]) if found else None
+    return str(find_intact("last", found)[0]) if found else None
+
+
+def check_given(given: str) -> None:
+    """Check that a path can be that of a checkpoint.
+
+    Raises:
+        CommandError: It is empty, there is nothing, or it is a folder that is not a sharded checkpoint.
+        CheckpointError: It is a sharded checkpoint that is damaged.
+    """
+    path = Path(given)
+    if not given.strip():
+        raise CommandError("--ckpt_path '': empty; give a checkpoint's path, 'last' or 'auto', or leave it out", 2)
+    if not path.exists():
+        raise CommandError(f"--ckpt_path {given}: no such file; give a checkpoint's path, or 'last'")
+    if not is_complete(path):
+        inside = find_checkpoints(path)
+        remedy = f"give {inside[-1]}" if inside else "give a checkpoint's path, or 'last'"
+        raise CommandError(f"--ckpt_path {given}: a folder, not a checkpoint; {remedy}", 2)
+    if path.is_dir():
+        read_summary(path)  # the strategy reads it without checks
+
+
+def find_intact(given: str, found: Sequence[Path]) -> tuple[Path, list[str]]:
+    """The newest checkpoint if it is intact; for ``auto``, the newest intact one.
+
+    Args:
+        given: ``last`` or ``auto``, for messages.
+        found: Checkpoints, oldest first.
+
+    Returns:
+        The checkpoint, and what to say about damaged ones.
+
+    Raises:
+        CommandError: The newest is damaged and ``auto`` was not given, or all are damaged.
+    """
+    damaged = []
+    for path in reversed(found):
+        try:
+            read_summary(path)
+        except DamagedCheckpointError as error:
+            damaged.append(f"checkpoint {path}: {error.reason}")
+            continue
+        if damaged and given != "auto":
+            raise CommandError(
+                f"--ckpt_path {given}: {damaged[0]}; the newest intact checkpoint is {path}; give --ckpt_path auto to "
+                "resume from it, or its path"
+            )
+        return path, [f"--ckpt_path {given}: {each}; using {path}, an earlier one" for each in damaged]
+    raise CommandError(
+        f"--ckpt_path {given}: {'; '.join(damaged[:2])}; no checkpoint is intact ({len(damaged)} tried); restore one "
+        "from a backup, or leave --ckpt_path out to start a new run"
+    )

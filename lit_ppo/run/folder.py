@@ -10,6 +10,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from lit_ppo.parallel.trainer import check_writable
+from lit_ppo.run.errors import CommandError
 from lit_ppo.run.stop import is_first_process
 
 PREFIX = "version_"
@@ -39,6 +41,10 @@ def claim_version(root: Path) -> int | None:
     """Create the next free ``version_N`` and return N, so that two commands that start at once do not share one."""
     if not is_first_process():
         return None  # this process uses the first one's
+    try:
+        check_writable("Trainer", "default_root_dir", root)
+    except ValueError as error:
+        raise CommandError(str(error), exit_code=2) from error
     root.mkdir(parents=True, exist_ok=True)
     n = len(PREFIX)
     taken = [int(path.name[n:]) for path in root.glob(f"{PREFIX}*") if path.name[n:].isdigit()]

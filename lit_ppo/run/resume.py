@@ -4,7 +4,7 @@ from typing import Any
 
 from lit_ppo.run.errors import CommandError
 
-IGNORED = ("config", "ckpt_path", "weights_only", "stages")
+IGNORED = ("config", "ckpt_path", "weights_only", "stages", "verify")
 FIXED = {
     "seed_everything": "it determines the order of the data and all random numbers",
     "model.class_path": "the checkpoint holds the weights and states of that class",

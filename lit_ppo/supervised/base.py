@@ -18,6 +18,9 @@ from lit_ppo.models.positions import rope_bound, row_groups, token_limit
 from lit_ppo.models.pretrained import starting_dtype
 from lit_ppo.models.stored import Dtype
 from lit_ppo.optim.settings import BuiltOptimizer, build_optimizer, checked_factories, restore_settings
+from lit_ppo.parallel.checkpoint_io import checked_entries
+from lit_ppo.parallel.entries import check_complete, check_resumable, check_weights
+from lit_ppo.parallel.files import write_checksums
 from lit_ppo.parallel.full_state import full_weights
 from lit_ppo.parallel.loops import use_exact_loops
 from lit_ppo.parallel.ranks import rank
@@ -87,6 +90,12 @@ class SupervisedModule(L.LightningModule):
         checkpoint["optimizers"] = {name: built.settings for name, built in self._built.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trainer = self._trainer
+        with checked_entries(getattr(trainer, "ckpt_path", None)):
+            check_weights(checkpoint, (name for name, _ in self.named_parameters(remove_duplicate=False)))
+            if trainer is not None and trainer.state.fn == "fit":
+                check_complete(checkpoint, [f"optimizers.{name}" for name in ("model",)])
+                check_resumable(trainer, checkpoint, checkpoint["optimizers"])
         self._resumed = checkpoint.get("optimizers", {}), checkpoint.get("lr_schedulers", [])
 
     def on_train_start(self) -> None:
@@ -145,6 +154,7 @@ class SupervisedModule(L.LightningModule):
             save_model(self.model, weights, dirpath, dtype=written, stops=stops)
             save_tokenizer(self.tokenizer, dirpath, keep_pad=not writes_text)
             write_card(dirpath, add_data(self.card(), self._trainer))
+            write_checksums(Path(dirpath))
             list_files(dirpath)
             if repository is not None and rank() == 0:
                 push(f"save_pretrained(push_to_hub={repository!r})", dirpath, repository)

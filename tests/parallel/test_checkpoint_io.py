@@ -14,7 +14,6 @@ from lit_ppo.parallel.checkpoint_io import (
     AtomicCheckpointIO,
     CheckpointError,
     atomic_path,
-    is_complete,
     read_summary,
     use_atomic_checkpoints,
 )
@@ -108,18 +107,10 @@ def test_the_users_own_plugin_is_left_alone() -> None:
         assert type(trainer.strategy.checkpoint_io) is used
 
 
-def test_a_sharded_checkpoint_is_complete_with_its_metadata(tmp_path: Path) -> None:
-    """Lightning writes ``meta.pt`` after all shards."""
-    assert not is_complete(tmp_path)
-    torch.save({"global_step": 3}, tmp_path / "meta.pt")
-    assert is_complete(tmp_path)
-    assert read_summary(tmp_path) == {"global_step": 3}
-
-
 CHECKPOINT = {"state_dict": {"weight": torch.zeros(3)}, "pytorch-lightning_version": "2.6.0"}
 DAMAGED = "cannot be read, it is damaged"
 UNREADABLE = {
-    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-400]), DAMAGED),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-400]), ".* is damaged: File is not a zip file"),
     "empty": (lambda path: path.write_bytes(b""), DAMAGED),
     "no checkpoint": (lambda path: path.write_text("hello"), DAMAGED),
     "a plain pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1}, protocol=2)), DAMAGED),

@@ -10,7 +10,8 @@ import torch
 from lit_ppo import LitPPO
 from lit_ppo.advantages import GroupRelative, LeaveOneOut, Reinforce
 from lit_ppo.models.actor_critic import Actor, Critic
-from lit_ppo.ppo.preflight import check_batch, check_disk, check_end_of_turn
+from lit_ppo.parallel.trainer import check_disk
+from lit_ppo.ppo.preflight import check_batch, check_end_of_turn
 from lit_ppo.rewards import RewardModel
 from lit_ppo.run.checkpoint import StepCheckpoint
 from tests.helpers.tiny import CHAT_TEMPLATE, WORDS, make_causal_lm, make_reward_model, make_tokenizer
@@ -152,24 +153,33 @@ def test_a_full_disk_is_found_before_the_first_rollout(tmp_path, tiny_lm, monkey
     monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "total used free")(1, 1, 1000))
     make_trainer(tmp_path, max_steps=0).fit(make_module(tiny_lm), make_data(tmp_path))  # none are written
     trainer = make_trainer(tmp_path, enable_checkpointing=True, callbacks=[StepCheckpoint()])
-    with pytest.raises(ValueError, match=r"default_root_dir=.*free, checkpoints need .*free some space"):
+    with pytest.raises(ValueError, match=r"dirpath=.*1000 bytes free, 1 checkpoints need .* KiB; free some space"):
         trainer.fit(make_module(tiny_lm), make_data(tmp_path))
 
 
-def test_room_for_three_checkpoints_is_enough(tmp_path, tiny_lm, monkeypatch):
-    """Two are kept and the next is written before the oldest goes; each number trained takes 12 bytes with its moments.
+@pytest.mark.parametrize(
+    ("keep", "steps", "there", "needed"), [(2, 500, 0, 3), (5, 500, 0, 6), (5, 100, 0, 2), (2, 500, 2, 1)]
+)
+def test_room_for_the_checkpoints_that_are_kept_is_enough(tmp_path, tiny_lm, monkeypatch, keep, steps, there, needed):
+    """The next is written before the oldest goes, and a run of 100 steps writes two: after 50 and 100.
 
-    The frozen reference is in no checkpoint.
+    Each number trained takes 12 bytes with its moments; the frozen reference is in no checkpoint. The disk is that of
+    the checkpoints' folder. A resumed run has some already.
     """
     module = make_module(tiny_lm)
     module.configure_model()
-    module._trainer = make_trainer(tmp_path, enable_checkpointing=True, callbacks=[StepCheckpoint()])
+    saving = StepCheckpoint(keep=keep, dirpath=str(tmp_path / "saved"))
+    module._trainer = make_trainer(tmp_path / "run", enable_checkpointing=True, callbacks=[saving], max_steps=steps)
     trained = [*module.actor.parameters(), *module.critic.parameters()]
-    need = 3 * 12 * sum(p.numel() for p in trained)
-    for free in (need, need - 1):
-        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
-        refused = pytest.raises(ValueError, match="free some space or choose another folder")
-        with nullcontext() if free == need else refused:
+    one = 12 * sum(p.numel() for p in trained)
+    (tmp_path / "saved").mkdir()
+    for step in range(there):
+        (tmp_path / "saved" / f"step-{step:06d}.ckpt").write_bytes(bytes(one))
+    for free in (needed * one, needed * one - 1):
+        disks = {tmp_path / "saved": SimpleNamespace(free=free)}
+        monkeypatch.setattr("shutil.disk_usage", disks.__getitem__)
+        refused = pytest.raises(ValueError, match=r"StepCheckpoint\(dirpath=.*free some space, keep fewer or choose")
+        with nullcontext() if free == needed * one else refused:
             check_disk(module.trainer, module)
 
 

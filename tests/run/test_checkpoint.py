@@ -44,9 +44,9 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, tiny_lm: Path
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path, tiny_lm: Path) -> None:
-    """Not even root can write below a file."""
+    """Not even root can write below a file. It is said before the first rollout."""
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CheckpointError, match=r"file/saved/step-000001.ckpt: cannot be written \(Not a directory\)"):
+    with pytest.raises(ValueError, match=r"StepCheckpoint\(dirpath=.*saved'\): cannot be written to \(Not a dir"):
         fit(tmp_path, tiny_lm, updates=1, dirpath=str(tmp_path / "file" / "saved"))
 
 
