@@ -24,7 +24,7 @@ from lit_ppo.cli.errors import parsing_error
 from lit_ppo.cli.progress import progress_bar
 from lit_ppo.cli.report import RunReport
 from lit_ppo.cli.session import LIGHTNING_LOG, Session
-from lit_ppo.cli.stages import Stage, run_stages
+from lit_ppo.cli.stages import Stage, files_of, run_stages
 from lit_ppo.cli.summary import RunSummary
 from lit_ppo.parallel.environment import reserve_port
 from lit_ppo.parallel.files import VERIFY
@@ -166,8 +166,10 @@ class Command(LightningCLI):
             untrained = "no checkpoint: the model as its configuration names it; give --ckpt_path to choose one"
             self.heartbeat.say(f"{self.config.subcommand}: weights of {config.ckpt_path or untrained}")
         if is_fit and config.ckpt_path:
-            changed = self.continuation.compare(self._effective(config))
-            if self.continuation.completed and not changed:
+            effective = self._effective(config)
+            changed = self.continuation.compare(effective)
+            saved = Path(config.ckpt_path)
+            if self.continuation.completed and not changed and not _newer(files_of({"data": effective["data"]}), saved):
                 self.heartbeat.say(
                     f"fit: the run of {config.ckpt_path} is complete, nothing is left to do; to train longer, raise "
                     "trainer.max_steps or trainer.max_epochs; to start a new run, leave --ckpt_path out"
@@ -250,6 +252,11 @@ class Command(LightningCLI):
             "TensorBoard": f"tensorboard --logdir {folder.parent if trainer.logger else folder}" if shown else None,
         }
         print("\n" + "\n".join(f"{name + ':':13}{text}" for name, text in lines.items() if text), flush=True)
+
+
+def _newer(files: list[Path], checkpoint: Path) -> list[Path]:
+    """Files that were written after a checkpoint."""
+    return [file for file in files if file.stat().st_mtime > checkpoint.stat().st_mtime]
 
 
 def _kill_ranks(trainer: L.Trainer) -> None:

@@ -124,7 +124,7 @@ def test_the_commands_run_folder_is_its_own_with_any_logger(tmp_path: Path) -> N
     out = run_command("fit", "--config", "toy.yaml", "--ckpt_path=last", cwd=tmp_path).ok().out
     assert "Run folder:  runs/version_1" in out
     names = {path.name for path in (tmp_path / "runs/version_1").iterdir()}
-    assert names == {"config.yaml", "checkpoints", "model"}
+    assert names == {"config.yaml", "checkpoints", "model", "lit_ppo_completed.json"}
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"version_0", "version_1"}
     assert {path.name for path in tmp_path.iterdir()} <= {"toy.yaml", "runs", ".stdout", ".stderr"}
     assert [path.name for path in sorted((tmp_path / "runs/version_1/checkpoints").iterdir())] == [
