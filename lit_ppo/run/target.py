@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_ppo.models.export import MODEL_FILE, file_digest, file_names
-from lit_ppo.parallel.files import FILES, is_temporary
+from lit_ppo.parallel.files import FILES, OLD, is_temporary
 from lit_ppo.rewards import reward_models
 
 CONFIGS = ("config.json", "adapter_config.json")
@@ -59,7 +59,8 @@ def _written(folder: Path) -> dict[str, str]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
     is_taken_apart = any(name in ours and not (folder / name).exists() for name in CONFIGS)
-    return {} if is_taken_apart and not any(map(is_temporary, folder.iterdir())) else ours  # else a kill did that
+    was_killed = any(is_temporary(path) and (path / OLD).exists() for path in folder.iterdir())
+    return {} if is_taken_apart and not was_killed else ours
 
 
 def folders_in(settings: Any, name: str = "model") -> dict[str, str]:
