@@ -52,6 +52,7 @@ LONG = (
     "test_configs.py",
     "quickstart/test_run.py",
     "test_recipes.py",
+    "test_manual.py",
     "ppo/test_module.py",
     "test_benchmarks.py",
     "cli/test_stages.py",
