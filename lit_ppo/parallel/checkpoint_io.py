@@ -21,8 +21,8 @@ METADATA = "meta.pt"  # what Lightning writes last into a sharded checkpoint, wh
 DELETE = "delete it, and '--ckpt_path last' finds the previous one"
 GIVE_ANOTHER = "give a checkpoint from a run's folder, or 'last'"
 UNREADABLE = (
-    OSError, EOFError, RuntimeError, LookupError, ValueError, AttributeError, TypeError, AssertionError,
-    pickle.UnpicklingError, CheckpointException,
+    OSError, EOFError, RuntimeError, LookupError, ValueError, AttributeError, TypeError, AssertionError, MemoryError,
+    OverflowError, pickle.UnpicklingError, CheckpointException,
 )  # fmt: skip  # what torch raises about a damaged file
 
 
