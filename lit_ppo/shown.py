@@ -2,6 +2,8 @@
 
 import reprlib
 
+LONGEST = 4000  # characters of a message
+
 _short = reprlib.Repr()
 _short.maxlevel = 4
 _short.maxtuple = _short.maxlist = _short.maxdict = _short.maxset = _short.maxfrozenset = 12
@@ -64,6 +66,19 @@ def shortened(text: str, length: int) -> str:
     words = " ".join(text[: 20 * length + 1000].split())
     flat = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
     return flat if len(flat) <= length and len(text) <= 20 * length + 1000 else flat[: length - 3] + "..."
+
+
+def on_one_line(text: str) -> str:
+    """A message on one line of bounded length, with control characters escaped."""
+    return escaped(shortened(text, LONGEST))
+
+
+def escaped(text: str) -> str:
+    """With control characters and those that change the direction of writing as escapes; line ends stay.
+
+    A terminal must not obey a response that is part of a message.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _text(value: object) -> str:

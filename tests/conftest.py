@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
+from tests.helpers.cli_toys import CONFIG
 from tests.helpers.tiny import make_causal_lm, make_reward_model
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -36,6 +38,14 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPT-2-like sequence classifier with one label."""
     return make_reward_model(tmp_path_factory.mktemp("reward"))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A configuration of eight steps of a toy, for tests of the command."""
+    path = tmp_path / "toy.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return path
 
 
 # The longest files, longest first: they start first, so that no worker is left alone with one of them.

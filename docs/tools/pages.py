@@ -24,6 +24,7 @@ PACKAGES = {
     "optim": ("Optimizers and schedules", "Learning-rate schedules, and how settings change when a run is resumed."),
     "parallel": ("Processes and strategies", "Ranks, sharding and strategies."),
     "run": ("Runs", "Run folders, checkpoints, resuming, stopping and export."),
+    "console": ("Console", "What a run prints: progress, signs of life, samples before and after, summary."),
     "cli": ("The command's modules", "The code of the `lit-ppo` command."),
     "quickstart": ("The quickstart's data", "The grammar that writes the reviews of the quickstart."),
 }

@@ -21,11 +21,11 @@ from transformers.utils.logging import disable_progress_bar
 import lit_ppo.callbacks
 from lit_ppo.cli.arguments import LayeredParser, complete
 from lit_ppo.cli.errors import parsing_error
-from lit_ppo.cli.progress import progress_bar
-from lit_ppo.cli.report import RunReport
 from lit_ppo.cli.session import LIGHTNING_LOG, Session
 from lit_ppo.cli.stages import Stage, files_of, run_stages
-from lit_ppo.cli.summary import RunSummary
+from lit_ppo.console.progress import progress_bar
+from lit_ppo.console.report import RunReport
+from lit_ppo.console.summary import RunSummary
 from lit_ppo.parallel.environment import reserve_port
 from lit_ppo.parallel.files import VERIFY
 from lit_ppo.parallel.lost_ranks import explain

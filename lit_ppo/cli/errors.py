@@ -16,7 +16,7 @@ import yaml
 
 from lit_ppo.cli.layers import RefusedText, compose, layers, line_of
 from lit_ppo.run.errors import of_the_disk, restoring
-from lit_ppo.shown import message_of, shortened
+from lit_ppo.shown import message_of, on_one_line, shortened
 
 # jsonargparse raises a chain of exceptions, from the key at the top down to the reason. Its exceptions have no
 # attributes: key, class, type and value are only in the first lines of their texts, in these forms. Where a form
@@ -29,7 +29,6 @@ NOT_A_NAME = re.compile(r"(?:Key must be a string, got|Empty nested key|Spaces n
 GROUP = re.compile(r'Parser key "[^"]+": Unable to load config "(.*)"', re.DOTALL)
 CLASS_EXPECTED = re.compile(r"(?:Not a valid subclass of|Expected an import path)\b.*?[Gg]ot (?:value: )?(.*)")
 STARTS = re.compile(r"\W*(unrecognized arguments|Expected a dot import path string|.* arguments are required): (.*)")
-LONGEST = 4000  # characters of a message
 # packages whose classes a configuration may name without the package
 PACKAGES = (
     "lit_ppo",
@@ -270,13 +269,3 @@ def _module_of(error: BaseException) -> str:
     """Name of the module that raised it."""
     names = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     return next((name for name in reversed(names) if name != "_sitebuiltins"), "")  # where exit() is
-
-
-def on_one_line(text: str) -> str:
-    """On one line of bounded length, with control characters escaped: a terminal must not obey a response in it."""
-    return escaped(shortened(text, LONGEST))
-
-
-def escaped(text: str) -> str:
-    """With control characters and those that change the direction of writing as escapes; line ends stay."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lit_ppo.cli.errors import escaped, is_meant, running_error
-from lit_ppo.cli.heartbeat import Heartbeat
+from lit_ppo.cli.errors import is_meant, running_error
+from lit_ppo.console.heartbeat import Heartbeat
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.stop import Interrupts, is_first_process
+from lit_ppo.shown import escaped
 
 LIGHTNING_LOG = logging.getLogger("lightning.pytorch.utilities.rank_zero")
 

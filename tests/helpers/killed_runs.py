@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_ppo import TextDataModule, callbacks
-from lit_ppo.cli.report import RunReport
+from lit_ppo.console.report import RunReport
 from lit_ppo.parallel.checkpoint_io import read_summary
 from lit_ppo.run.checkpoint import StepCheckpoint, find_last, steps_logged
 from lit_ppo.run.errors import CommandError

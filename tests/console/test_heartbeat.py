@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lit_ppo.cli.heartbeat import Heartbeat
+from lit_ppo.console.heartbeat import Heartbeat
 from tests.helpers.command import run_command
 from tests.helpers.scripted import Clock
 

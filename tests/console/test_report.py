@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lit_ppo.cli.report import RunReport
+from lit_ppo.console.report import RunReport
 from tests.helpers.toys import count_good, make_data, make_module, make_trainer, write_prompts
 
 

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from lit_ppo.cli.errors import escaped
+from lit_ppo.shown import escaped
 
 
 def duration(seconds: float) -> str:

@@ -7,8 +7,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_ppo.cli.heartbeat import duration
-from lit_ppo.cli.progress import number, short, total_updates, unit
+from lit_ppo.console.heartbeat import duration
+from lit_ppo.console.progress import number, short, total_updates, unit
 from lit_ppo.run.figures import Figures
 
 

@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from tqdm import tqdm  # type: ignore[import-untyped]
 from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
 
-from lit_ppo.cli.heartbeat import Heartbeat, duration
+from lit_ppo.console.heartbeat import Heartbeat, duration
 from lit_ppo.run.figures import updates_done
 
 RECENT = 20  # batches whose mean duration gives the time left

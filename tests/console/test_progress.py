@@ -17,9 +17,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from lit_ppo.callbacks import CollapseMonitor
-from lit_ppo.cli.heartbeat import Heartbeat
-from lit_ppo.cli.progress import ProgressLine, progress_bar
-from lit_ppo.cli.summary import RunSummary
+from lit_ppo.console.heartbeat import Heartbeat
+from lit_ppo.console.progress import ProgressLine, progress_bar
+from lit_ppo.console.summary import RunSummary
 from tests.helpers.scripted import Automatic, Clock, Scripted, fit
 from tests.helpers.spies import Spy
 from tests.helpers.toys import make_data, make_module, make_trainer, write_prompts

@@ -11,7 +11,7 @@ import pytest
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_ppo.cli.summary import RunSummary, warned
+from lit_ppo.console.summary import RunSummary, warned
 from tests.helpers.scripted import Automatic, Clock, Scripted, fit
 from tests.helpers.spies import Spy
 
