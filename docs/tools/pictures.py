@@ -21,6 +21,7 @@ from tensorboard.program import TensorBoard
 
 PICTURES = Path(__file__).parents[1] / "pictures"
 LARGEST = 200_000  # bytes
+SHOWN = ("custom_scalars", "text")  # the tabs whose pictures the manual has
 # Tab -> what holds one chart, and what is inside once it shows something.
 CHARTS = {
     "timeseries": ("card-view", "tb-data-table-content-row, img, histogram-card g path"),
@@ -69,6 +70,7 @@ def empty(page: Page, address: str, tab: str) -> list[str]:
         except Error:
             title = chart.evaluate("card => card.tag || card.innerText.trim()")
             found.append(f"{tab}: {' '.join(title.split())[:80]}")
+    page.mouse.move(640, 600)  # over the charts
     page.mouse.wheel(0, -100_000)
     return found
 
@@ -100,7 +102,8 @@ def main() -> None:
         for tab in shown:
             problems += empty(page, address, tab) if tab in CHARTS else [f"{tab}: a tab that this script does not know"]
             page.wait_for_timeout(1000)  # lines grow to their places
-            save(page.screenshot(), arguments.output / f"{tab}.png")
+            if tab in SHOWN:
+                save(page.screenshot(), arguments.output / f"tensorboard_{tab}.png")
         browser.close()
     missing = [f"{tab}: is missing" for tab in CHARTS if tab not in shown]
     events = EventAccumulator(str(arguments.run), size_guidance={"images": 0}).Reload()

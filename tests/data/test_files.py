@@ -98,7 +98,7 @@ def test_a_field_longer_than_the_csv_module_likes(tmp_path: Path) -> None:
         ("a.jsonl.gz", gzip.compress(b'{"p": 1}\n' * 99, mtime=0)[:-9], r"a.jsonl.gz is not a complete gzip file"),
         (
             "a.jsonl.gz",
-            gzip.compress(b'{"p": 1}\n') + b"junk",
+            gzip.compress(b'{"p": 1}\n', mtime=0) + b"junk",
             r"a.jsonl.gz is not .*breaks off after line 1\); compress",
         ),
         ("a.parq", "p\n", r"cannot read a .parq file .*use one of .jsonl, .json, .csv, .tsv"),
@@ -120,7 +120,7 @@ def test_a_field_longer_than_the_csv_module_likes(tmp_path: Path) -> None:
         ("a.csv", "p\na\0b\n", "line 2: a NUL byte"),
         ("a.tsv", "p\nab\n".encode("utf-16-le"), "line 1: a NUL byte, as in UTF-16"),
         ("a.tsv", "p\nab\n".encode("utf-16"), "line 1: UTF-16 or UTF-32; save it as UTF-8"),
-        ("a.json", gzip.compress(b"[]"), r"line 1: a gzip file; its name must end in .gz"),
+        ("a.json", gzip.compress(b"[]", mtime=0), r"line 1: a gzip file; its name must end in .gz"),
     ],
 )
 def test_broken_files_are_named_with_their_line(tmp_path: Path, name: str, content: Any, message: str) -> None:
