@@ -24,11 +24,13 @@ set_loader(MODE, load, exceptions=(yaml.YAMLError,))
 class LayeredParser(LightningArgumentParser):
     """A parser whose configuration files may have a ``base``, and in which another class starts without arguments.
 
-    The parser's own nested ``config`` key merges plain values only: a class of the lower file keeps its arguments.
+    The parser's own nested ``config`` key merges plain values only: a class of the lower file keeps its arguments. It
+    also tries all types of a union on one mapping, which each may change: ``kwargs`` of a named reward were lost.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         jsonargparse._typehints.discard_init_args_on_class_path_change = _discard_arguments
+        jsonargparse._typehints.pristine_value = _copy
         super().__init__(*args, **{**kwargs, "parser_mode": MODE})
 
     def _check_value_key(self, action: Any, value: Any, key: str, *args: Any, **kwargs: Any) -> Any:
@@ -41,6 +43,15 @@ class LayeredParser(LightningArgumentParser):
         if kwargs.get("action") is ActionConfigFile:
             kwargs["action"] = _LayeredConfigFile
         return super().add_argument(*args, **kwargs)
+
+
+def _copy(value: Any) -> Any:
+    """A value whose mappings and lists may be changed."""
+    if isinstance(value, Namespace):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list) else value
 
 
 def _discard_arguments(parser: Any, previous: Any, value: Any) -> None:

@@ -93,3 +93,12 @@ def test_another_class_starts_with_its_own_defaults(tmp_path: Path, layers: list
     found = shown["model"]["init_args"]["optimizer"]["init_args"]
     expected = inspect.signature(torch.optim.SGD).parameters
     assert found == {name: 0.3 if name == "lr" else expected[name].default for name in found}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_one_of_several_rewards_keeps_arguments_that_are_mappings(tmp_path: Path) -> None:
+    given = {"class_path": "lit_ppo.RewardModel", "init_args": {"model": "x", "model_kwargs": {"dtype": "bfloat16"}}}
+    overlay = {"model": {"init_args": {"rewards": {"liked": {"source": given, "weight": 0.5}}}}}
+    (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay))
+    rewards = effective(CONFIGS / "ppo.yaml", tmp_path / "overlay.yaml")["model"]["init_args"]["rewards"]
+    assert given["init_args"].items() <= rewards["liked"]["source"]["init_args"].items()
