@@ -172,6 +172,19 @@ def test_settings_parse(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused(arguments, folder, monkeypatch) == []
 
 
+def test_options_in_text_parse(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options with a value, on top of ``ppo``, or of what the page is about."""
+    bases = {"tutorials/gsm8k.md": "grpo", "monitoring.md": "monitors/reward_hacking_monitor"}
+    arguments = [
+        ["fit", *shipped("ppo"), *shipped(bases.get(page, "ppo")), *lit_ppo_arguments(["lit-ppo", *shlex.split(code)])]
+        for page, text in PAGES.items()
+        for code in re.findall(r"`(--\w[^`\n]*[ =][^`\n]+)`", text)
+        if page not in ("how_to/export.md", "performance.md") and not re.search("NAME|DIR|print_config|logger", code)
+    ]
+    assert len(arguments) > 20
+    assert refused(arguments, folder, monkeypatch) == []
+
+
 @cache
 def messages() -> list[str]:
     """The constant parts of every text in the code, with ``\\0`` where a value is put in."""
