@@ -7,6 +7,7 @@ from typing import Any, NoReturn, get_args
 
 import yaml
 
+from lit_ppo.cli.rebuild import build
 from lit_ppo.models.export import checked_repository, push
 from lit_ppo.models.lora import check_has_adapter
 from lit_ppo.models.stored import Dtype
@@ -16,7 +17,6 @@ from lit_ppo.run.checkpoint import RUN
 from lit_ppo.run.continuation import check_given
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.export import CARD, card_of, write_model
-from lit_ppo.run.rebuild import build
 from lit_ppo.run.target import check_target, folders_in
 
 
