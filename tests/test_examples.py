@@ -78,8 +78,8 @@ def test_the_loop_of_its_own(tmp_path: Path, lm: Path, monkeypatch: pytest.Monke
 def test_rewards_of_your_own(tmp_path: Path, lm: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     example = runpy.run_path(str(EXAMPLES / "own_reward.py"))
-    assert example["praise"](["a great great great great film", "a dull film"]) == [3.0, 0.0]
-    assert example["on_topic"](["the film was long", "the film"], ["film", "meal"]) == [1.0, 0.0]
+    assert example["praise"](["a great, great great great film.", "a dull film"]) == [3.0, 0.0]
+    assert example["on_topic"](["every scene of it", "every bite"], ["scene", "song"]) == [1.0, 0.0]
     assert example["brief"](["a b c", "a"], budget=2) == [-1.0, 0.0]
     trainer = example["train"](str(lm), epochs=2)
     names = {f"objective/score/{name}" for name in ("praise", "on_topic", "brief")}
