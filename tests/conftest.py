@@ -62,7 +62,7 @@ LONG = (
     "test_configs.py",
     "quickstart/test_run.py",
     "test_recipes.py",
-    "test_manual.py",
+    "test_tutorials.py",
     "ppo/test_module.py",
     "test_benchmarks.py",
     "cli/test_stages.py",
