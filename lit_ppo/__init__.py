@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from lit_ppo.advantages import GAE, AdvantageEstimator, GroupRelative, LeaveOneOut, Reinforce
     from lit_ppo.data.preferences import PreferenceDataModule

@@ -24,7 +24,7 @@ IMPORT = "import lit_ppo.callbacks; print(lit_ppo.callbacks.AdaptiveKL.__module_
 
 def sources(target: Path, *, link: str) -> Path:
     """A copy of the project, the link as git makes it or as a text file."""
-    for name in ("lit_ppo", "callbacks"):
+    for name in ("lit_ppo", "callbacks", "configs"):
         shutil.copytree(
             REPOSITORY / name, target / name, ignore=lambda _, names: {"__pycache__", "callbacks"} & set(names)
         )
@@ -79,7 +79,8 @@ def test_wheel(tmp_path: Path, link: str) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     tricks = {f"lit_ppo/callbacks/{path.name}" for path in (project / "callbacks").glob("*.py")}
     ours = {path.relative_to(project).as_posix() for path in (project / "lit_ppo").rglob("*.py")} - tricks
-    assert names == {*ours, *tricks, "lit_ppo/py.typed"}
+    configs = {f"lit_ppo/{path.relative_to(project).as_posix()}" for path in (project / "configs").rglob("*.yaml")}
+    assert names == {*ours, *tricks, *configs, "lit_ppo/py.typed"}
     run(python, "-m", "pip", "install", *OFFLINE, wheel, cwd=tmp_path)
     assert Path(run(python, "-c", FIND, cwd=tmp_path).strip()).is_relative_to(tmp_path / "venv")
     assert list(python.parent.glob("lit-ppo*"))
@@ -108,7 +109,7 @@ def test_what_is_imported_is_declared_and_nothing_else() -> None:
     imported |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
     packages = {name.partition(".")[0] for name in imported} - {*sys.stdlib_module_names, "lit_ppo"}
     distributions = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
-    extras = {"peft"}
+    extras = {"peft", "shtab"}
     assert {distributions.get(name, name) for name in packages} - extras == requirements(extras=False)
 
 

@@ -1,15 +1,17 @@
-"""The command's parser, and what is checked and completed in a configuration once it is parsed."""
+"""The command's parser, its help, and what is checked and completed in a configuration once it is parsed."""
 
 import os
-from argparse import ArgumentError
+import re
+from argparse import Action, ArgumentError
+from collections.abc import Iterable
 from importlib import import_module
 from pkgutil import resolve_name
 from typing import Any
 
 import jsonargparse._typehints
 import yaml
-from jsonargparse import ActionConfigFile, Namespace, set_loader  # type: ignore[attr-defined]
-from jsonargparse._actions import _ActionConfigLoad
+from jsonargparse import ActionConfigFile, DefaultHelpFormatter, Namespace, set_loader  # type: ignore[attr-defined]
+from jsonargparse._actions import _ActionConfigLoad, _ActionHelpClassPath
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -19,6 +21,9 @@ from lit_ppo.run.errors import CommandError
 
 MODE = "yaml that says one thing"  # of the parser; its own "yaml" takes the last of two equal keys
 set_loader(MODE, load, exceptions=(yaml.YAMLError,))
+NAMES = 8  # classes that the help of an argument names
+LONGEST_TYPE = 60  # characters; what a longer type means is in the docstring
+KNOWN = re.compile(r", known subclasses: (.*)\)", re.DOTALL)
 
 
 class LayeredParser(LightningArgumentParser):
@@ -31,7 +36,7 @@ class LayeredParser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         jsonargparse._typehints.discard_init_args_on_class_path_change = _discard_arguments
         jsonargparse._typehints.pristine_value = _copy
-        super().__init__(*args, **{**kwargs, "parser_mode": MODE})
+        super().__init__(*args, **{"formatter_class": ShortHelp, **kwargs, "parser_mode": MODE})
 
     def _check_value_key(self, action: Any, value: Any, key: str, *args: Any, **kwargs: Any) -> Any:
         """Refuse what is not a mapping for a group; jsonargparse lets it replace the group's earlier keys."""
@@ -80,6 +85,52 @@ class _LayeredConfigFile(ActionConfigFile):
                 raise
             if len(files) > 1:
                 cfg.pop("base", None)
+
+
+class ShortHelp(DefaultHelpFormatter):
+    """Without a usage that repeats all arguments, entries for help on classes, and long lists of classes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "max_help_position": 12})  # type: ignore[no-untyped-call]
+        self._with_help: set[str] = set()  # arguments with an entry for help on their classes
+
+    def add_usage(self, usage: str | None, actions: Iterable[Action], *args: Any, **kwargs: Any) -> None:
+        actions = list(actions)
+        needed = [action for action in actions if not action.option_strings]
+        short = usage or ("%(prog)s [options]" if len(actions) > 8 and not needed else None)
+        super().add_usage(short, actions, *args, **kwargs)
+
+    def add_arguments(self, actions: Iterable[Action]) -> None:
+        actions = list(actions)
+        helps = [action for action in actions if isinstance(action, _ActionHelpClassPath)]
+        self._with_help |= {option.removesuffix(".help") for action in helps for option in action.option_strings}
+        super().add_arguments([action for action in actions if action not in helps])
+
+    def _get_help_string(self, action: Action) -> str:
+        return KNOWN.sub(lambda found: f", known: {_some(found[1].split(', '))})", super()._get_help_string(action))
+
+    def _get_type_str(self, action: Action) -> str | None:
+        text = super()._get_type_str(action)
+        return None if text and len(text) > LONGEST_TYPE else text
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        if not self._with_help:
+            return text
+        return (
+            f"{text}\nHelp on one class of an argument: ARGUMENT.help NAME, such as {min(self._with_help)}.help NAME\n"
+        )
+
+
+def _some(paths: list[str]) -> str:
+    """Names of a few classes, those of this package first.
+
+    >>> _some(["torch.optim.Adam", "lit_ppo.GAE", "torch.optim.Adam"])
+    'GAE, Adam'
+    """
+    paths = [path for path in sorted(paths, key=lambda path: not path.startswith("lit_ppo.")) if path]
+    names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+    return ", ".join(names[:NAMES]) + (", ..." if len(names) > NAMES else "")
 
 
 def complete(config: Namespace, *, trains: bool = True) -> bool:

@@ -12,7 +12,6 @@ from typing import Any
 import lightning as L
 import yaml
 from jsonargparse import Namespace
-from jsonargparse.typing import Path_fr
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -83,7 +82,7 @@ class Command(LightningCLI):
         return config
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        kwargs["epilog"] = "Also: lit-ppo export writes the model of a checkpoint; see lit-ppo export --help."
+        kwargs.setdefault("prog", "lit-ppo")  # also for python -m lit_ppo
         # abbreviations would hide mistyped options; errors are raised, and become one line in _parse
         return super().init_parser(allow_abbrev=False, exit_on_error=False, **kwargs)
 
@@ -103,7 +102,7 @@ class Command(LightningCLI):
         parser.description = f"{parser.description or ''} Add --debug for tracebacks of errors.".strip()
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, hand ``data_root`` to the data, and make paths of stages absolute."""
+        """Parse, and hand ``data_root`` to the data."""
         self.heartbeat.begin("reading the configuration")
         self.config = self._parse(parser, args)
         config = self._config
@@ -118,8 +117,6 @@ class Command(LightningCLI):
                 f"--data_root {config.data_root}: neither the data module nor a stage takes it; leave it out",
                 exit_code=2,
             )
-        for stage in config.stages or []:
-            stage.config = [Path_fr(path.absolute) for path in stage.config]
 
     def _parse(self, parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
         try:

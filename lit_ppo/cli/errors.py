@@ -125,11 +125,11 @@ def _explain(
     if given := EXPECTED.match(message):
         found = [match[1] for sibling in siblings if (match := EXPECTED.match(str(sibling)))]
         types = " or ".join(dict.fromkeys(name for name in found if name != "NoneType"))
-        return "", f"expected {types or 'null'}, got {shortened(given[2], 200)!r}"
+        return "", f"expected {types or 'null'}, got '{shortened(given[2], 200)}'"
     if given := GROUP.match(message):
-        return "", f"expected a mapping, got {shortened(given[1], 200)!r}; give its keys below it, or leave it out"
+        return "", f"expected a mapping, got '{shortened(given[1], 200)}'; give its keys below it, or leave it out"
     if given := CLASS_EXPECTED.match(message):
-        return "", f"expected a class, got {shortened(given[1], 200)!r}; give class_path and init_args, or leave it out"
+        return "", f"expected a class, got '{shortened(given[1], 200)}'; give class_path and init_args, or leave it out"
     return "", on_one_line(message.partition("\nSubclass types expect")[0])
 
 

@@ -3,10 +3,11 @@
 import argparse
 import os
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 import yaml
 
+from lit_ppo.cli.quick import Parser
 from lit_ppo.cli.rebuild import build
 from lit_ppo.models.export import checked_repository, push
 from lit_ppo.models.lora import check_has_adapter
@@ -20,11 +21,6 @@ from lit_ppo.run.export import CARD, card_of, write_model
 from lit_ppo.run.target import check_target, folders_in
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise CommandError(f"export: {message}; see lit-ppo export --help", exit_code=2)
-
-
 def export(arguments: list[str]) -> None:
     """Run the command.
 
@@ -34,7 +30,7 @@ def export(arguments: list[str]) -> None:
     Raises:
         CommandError: An argument is missing or wrong, or the checkpoint cannot be exported.
     """
-    parser = _Parser(
+    parser = Parser(
         "lit-ppo export",
         description="Writes the model of a checkpoint. Runs no code that the checkpoint names, unless told to here.",
         allow_abbrev=False,

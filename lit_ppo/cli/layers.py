@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from lit_ppo.cli import shipped
 from lit_ppo.run.errors import CommandError
 
 DEPTH = 100  # levels of nesting in a text, aliases expanded
@@ -19,13 +20,22 @@ class RefusedText(yaml.MarkedYAMLError):
 
 
 def layers(file: str) -> list[str]:
-    """The files that a configuration file stands for: the lowest base first, the file itself last."""
-    files = [file]
+    """The files that a configuration stands for: the lowest base first, the file itself last.
+
+    Args:
+        file: Its path, or the name of one that comes with the package; YAML text and URLs stay as they are.
+    """
+    files = [shipped.find(file)]
+    if shipped.is_name(file) and not os.path.isfile(files[0]):
+        raise CommandError(
+            f"--config {file}: file does not exist, nor is it a name; {shipped.nearest(file)}", exit_code=2
+        )
     while (base := _base(files[0])) is not None:
         if base in files:
             _refuse(files[0], f"{base} is based on this file; remove one of the two")
         if not os.path.isfile(base):
-            _refuse(files[0], f"file {base} does not exist; give a path relative to this file")
+            problem = f"file {base} does not exist; give a path relative to this file, or a name"
+            _refuse(files[0], f"{problem}; {shipped.nearest(base)}")
         files.insert(0, base)
     return files
 
@@ -50,7 +60,7 @@ def _base(file: str) -> str | None:
         return None
     if not isinstance(found[0], yaml.ScalarNode) or not found[0].value:
         _refuse(file, "must be the path of a configuration file, relative to this file")
-    return os.path.normpath(Path(file).parent / str(found[0].value))
+    return shipped.find(str(found[0].value), Path(file).parent)
 
 
 def _refuse(file: str, problem: str) -> NoReturn:

@@ -6,6 +6,7 @@ The heavy libraries are imported only after the first line is printed, so that t
 import os
 import sys
 
+from lit_ppo.cli.quick import answer
 from lit_ppo.cli.session import Session, restored_process
 
 
@@ -29,7 +30,10 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _work(session: Session) -> None:
-    """Import the libraries, which takes seconds, and run the subcommand."""
+    """Answer at once, or import the libraries, which takes seconds, and run the subcommand."""
+    if answer(session.arguments):
+        return
+    _wait_without_spinning()
     session.heartbeat.say("lit-ppo: loading PyTorch, transformers and Lightning", doing="loading libraries")
     from lit_ppo.cli.command import Command
     from lit_ppo.cli.export_command import export
@@ -38,7 +42,22 @@ def _work(session: Session) -> None:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # progress bars are for terminals
-    if session.arguments[:1] == ["export"]:
-        export(session.arguments[1:])
+    subcommand, *arguments = session.arguments
+    if subcommand == "export":
+        export(arguments)
+    elif subcommand == "completion":
+        from lit_ppo.cli.completion import completion
+
+        completion(arguments, session)
     else:
         Command(session)
+
+
+def _wait_without_spinning() -> None:
+    """Let threads of OpenMP sleep soon while they wait for each other, unless the user says otherwise.
+
+    By default they spin for milliseconds, and where another program wants the cores, too, the work of one waits for
+    the spinning of the other. OpenMP reads this when torch is imported; stages and ranks inherit it.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}  # the latter is GNU's, and measured best

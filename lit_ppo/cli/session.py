@@ -33,7 +33,9 @@ class Session:
         self.debug = debug
         self.lost_ranks = False  # whether the run has ended since another rank is gone
         self.checkpoints: Path | None = None  # folder in which this run saves, once that is known
-        parsed_only = any(a in ("-h", "--help") or a.startswith(("--help=", "--print_config")) for a in arguments)
+        parsed_only = arguments[:1] == ["completion"] or any(
+            a in ("-h", "--help") or a.startswith(("--help=", "--print_config")) for a in arguments
+        )
         self.heartbeat = Heartbeat(enabled=bool(arguments) and not parsed_only and is_first_process())
         self.explain: Callable[[BaseException], str | None] = lambda error: None  # set once there are ranks
         self.interrupts = Interrupts(self.say_how_to_continue)

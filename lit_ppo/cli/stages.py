@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jsonargparse.typing import Path_fr
+from jsonargparse.typing import register_type
 
+from lit_ppo.cli import shipped
 from lit_ppo.cli.session import Session
 from lit_ppo.parallel.files import atomic_path
 from lit_ppo.run.errors import CommandError
@@ -26,27 +27,50 @@ CONFIGURATION, EARLIER = "its configuration or seed", "an earlier stage"  # in e
 LARGE = 64 * 2**20  # bytes; size and time stand for the content of larger files
 
 
+class ConfigFile(str):
+    """The absolute path of a configuration file, from a path or a name of one that comes with the package."""
+
+    def __new__(cls, text: str) -> "ConfigFile":
+        file = shipped.find(text)
+        if not os.path.isfile(file):
+            raise ValueError(f"{text}: file does not exist, nor is it a name; {shipped.nearest(text)}")
+        return super().__new__(cls, os.path.abspath(file))  # the parser is in the folder of the file that it reads
+
+    @property
+    def shown(self) -> str:
+        """Its name, or its path relative to the working directory if it lies below it."""
+        here = Path(self).relative_to(Path.cwd()) if Path(self).is_relative_to(Path.cwd()) else self
+        return shipped.name_of(self) or str(here)
+
+    @property
+    def saved(self) -> str:
+        """Its name, which another machine knows, too, or its path."""
+        return shipped.name_of(self) or str(self)
+
+
+register_type(ConfigFile, lambda file: file.saved, ConfigFile)
+
+
 @dataclass
 class Stage:
     """One run that comes first.
 
     Args:
         name: Short name, for messages and file names.
-        config: Configuration files, relative to the file that names them.
+        config: Configuration files, relative to the file that names them, or names that ``lit-ppo ls`` lists.
         args: Further arguments for ``lit-ppo fit``.
     """
 
     name: str
-    config: list[Path_fr] = field(default_factory=list)
+    config: list[ConfigFile] = field(default_factory=list)
     args: list[str | int | float | bool] = field(default_factory=list)
 
     def arguments(self, seed: int | bool, data_root: str | None) -> list[str]:
         """Arguments of ``lit-ppo fit`` that run the stage."""
-        here = [(Path(str(path)), Path.cwd()) for path in self.config]
-        files = [path.relative_to(cwd) if path.is_relative_to(cwd) else path for path, cwd in here]
         args = [str(arg).lower() if isinstance(arg, bool) else str(arg) for arg in self.args]
         root = [] if data_root is None else ["--data_root", data_root]
-        return [*(f"--config={file}" for file in files), *args, "--seed_everything", str(seed).lower(), *root]
+        files = [f"--config={ConfigFile(file).shown}" for file in self.config]
+        return [*files, *args, "--seed_everything", str(seed).lower(), *root]
 
 
 def run_stages(session: Session, stages: dict[str, tuple[list[str], dict[str, Any]]]) -> None:

@@ -6,7 +6,6 @@ import re
 import shutil
 import sys
 import time
-from collections import deque
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,9 +16,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
 
 from lit_ppo.console.heartbeat import Heartbeat, duration
+from lit_ppo.console.pace import Pace
 from lit_ppo.run.figures import updates_done
 
-RECENT = 20  # batches whose mean duration gives the time left
 EVALUATIONS = {"sanity_check": "sanity_val", "validate": "val", "test": "test", "predict": "predict"}
 
 
@@ -72,7 +71,8 @@ class ProgressLine(ProgressBar):
         super().setup(trainer, pl_module, stage)
         self._run = TrainerFn(stage).value
         self._metrics: dict[str, float] = {}
-        self._durations: deque[float] = deque(maxlen=RECENT)  # of training batches
+        self._pace = Pace()  # of training batches
+        self._started = False  # whether a batch has begun
         self._since = self.clock()  # when the current batch began
         self._batches = 0  # of the current evaluation
         self._shown = -math.inf  # when the line was shown last
@@ -130,14 +130,13 @@ class ProgressLine(ProgressBar):
         return f"({words})" if words else ""
 
     def _left(self) -> str:
-        """The mean of the last updates, validation not counted, times the updates left."""
-        trainer, durations = self.trainer, self._durations
-        updates = total_updates(trainer) - updates_done(trainer) if durations else 0.0
-        if not 0 < updates < math.inf:
+        """The pace of the updates, validation not counted, times the updates left."""
+        trainer, pace = self.trainer, self._pace.seconds
+        updates = total_updates(trainer) - updates_done(trainer) if pace is not None else 0.0
+        if pace is None or not 0 < updates < math.inf:
             return ""
         spent = self.clock() - self._since if trainer.training else 0.0
-        mean = trainer.accumulate_grad_batches * sum(durations) / len(durations)
-        return f"{duration(max(0.0, updates * mean - spent))} left"
+        return f"{duration(updates * trainer.accumulate_grad_batches * pace - min(spent, pace))} left"
 
     def _open(self) -> None:
         if not self._is_open and self.is_enabled:
@@ -165,12 +164,12 @@ class ProgressLine(ProgressBar):
         self.show(force=True)
 
     def on_train_batch_start(self, *_: Any) -> None:
-        if not self._durations:  # later ones begin where the one before ends
-            self._since = self.clock()
+        if not self._started:  # later ones begin where the one before ends
+            self._started, self._since = True, self.clock()
 
     def on_train_batch_end(self, *_: Any) -> None:
         self._take_metrics()
-        self._durations.append(self.clock() - self._since)
+        self._pace.add(self.clock() - self._since)
         self._since = self.clock()
         if updates_done(self.trainer) < total_updates(self.trainer):
             self.show()

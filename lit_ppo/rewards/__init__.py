@@ -52,7 +52,7 @@ class Source(Protocol):
 
 
 # The parser serialises by the first type that matches: a dict matches no class, but it would match any callable.
-Rewards = RewardModel | RewardFunction | nn.Module | Source | dict[str, WeightedSource | ScoreSource] | ScoreSource
+Rewards = RewardModel | RewardFunction | Source | dict[str, WeightedSource | ScoreSource] | ScoreSource
 """The type of ``LitPPO(rewards=...)``."""
 
 

@@ -98,7 +98,7 @@ def test_a_bad_argument_is_refused(config: Path, tmp_path: Path, argument: str, 
     run_command("fit", "--config", config, *argument.split(), cwd=tmp_path).refused(*words)
 
 
-@pytest.mark.parametrize("args", [["fitt"], ["fit"], []])
+@pytest.mark.parametrize("args", [["fitt"], ["fit"]])
 def test_an_incomplete_command_is_refused(tmp_path: Path, args: list[str]) -> None:
     assert run_command(*args, cwd=tmp_path).refused().code == 2
 

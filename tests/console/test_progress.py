@@ -78,17 +78,17 @@ def test_a_run_in_mid_update_says_phase_how_long_and_how_far(tmp_path: Path):
     lines = run(tmp_path, bar, [9, 69, 0.4], during=looks)
     assert [line for line in lines if "(" in line] == [
         *(f"update 0/3  ({phase})" for phase in ("rollout 9 s, token 5/32", "score 2 s", "11 s")),
-        "update 1/3  score 0  tok/s 1,234  (rollout 1 min 9 s, token 5/32)  0 s left",
-        "update 1/3  score 0  tok/s 1,234  (score 2 s)  0 s left",
-        "update 1/3  score 0  tok/s 1,234  (1 min 11 s)  0 s left",
-        "update 2/3  score 1  tok/s 1,234  (rollout, token 5/32)  41 s left",  # (11 + 71) / 2 - 0.4
-        "update 2/3  score 1  tok/s 1,234  (score 2 s)  39 s left",
-        "update 2/3  score 1  tok/s 1,234  (2 s)  39 s left",
+        "update 1/3  score 0  tok/s 1,234  (rollout 1 min 9 s, token 5/32)",
+        "update 1/3  score 0  tok/s 1,234  (score 2 s)",
+        "update 1/3  score 0  tok/s 1,234  (1 min 11 s)",
+        "update 2/3  score 1  tok/s 1,234  (rollout, token 5/32)  1 min 11 s left",  # 71 - 0.4
+        "update 2/3  score 1  tok/s 1,234  (score 2 s)  1 min 9 s left",
+        "update 2/3  score 1  tok/s 1,234  (2 s)  1 min 9 s left",
     ]
 
 
 def test_validation_counts_its_batches_and_stops_the_clock(tmp_path: Path):
-    """Of its own 100 s a batch none count: after updates of 4 and 6 s, one of 5 is left."""
+    """Of its own 100 s a batch none count: after updates of 4 and 6 s, one of 6 is left."""
     bar = Lines()
 
     class Measures(Scripted):
@@ -101,16 +101,16 @@ def test_validation_counts_its_batches_and_stops_the_clock(tmp_path: Path):
     fit(tmp_path, Measures(bar.clock, [4, 6, 5]), bar, max_epochs=1, **options)
     assert bar.positions[:3] == ["sanity check 0/1", "sanity check 1/1", "update 0/3"]
     assert "update 0/3" in bar.lines  # without the score of the sanity check
-    assert "validate 1/2  score 0  tok/s 1,234  (1 min 40 s)  8 s left" in bar.lines
-    assert "update 2/3  score 1  tok/s 1,234  val/score 2  5 s left" in bar.lines  # measured after one update
+    assert "validate 1/2  score 1  tok/s 1,234  val/score 2  (1 min 40 s)  6 s left" in bar.lines
+    assert "update 2/3  score 1  tok/s 1,234  val/score 2  6 s left" in bar.lines  # measured after one update
     assert bar.lines[-1] == "update 3/3  score 2  tok/s 1,234  val/score 6"
 
 
 def test_the_total_and_the_time_left_are_those_of_the_run(tmp_path: Path):
     """Two steps an update, known after the first, make two updates of four steps.
 
-    The last twenty updates give the time: one of 1000 s and 20 of 2 s, three are left. Resumed after two updates of
-    50 s, of 10, 20, 15 and 15 s: after the third, three of 10 s are left.
+    The first update does not count: after one of 1000 s and 20 of 2 s, three are left. Resumed after two updates of
+    50 s, of 10, 20, 15 and 15 s: after the fourth, two of 20 s are left.
     """
     bar = Lines()
     run(tmp_path, bar, [1] * 9, max_epochs=-1, max_steps=4)
@@ -120,8 +120,8 @@ def test_the_total_and_the_time_left_are_those_of_the_run(tmp_path: Path):
     two = {"limit_train_batches": 2}
     fit(tmp_path, Scripted(Clock(), [50] * 2), max_epochs=1, **two).save_checkpoint(tmp_path / "two.ckpt")
     lines = run(tmp_path, Lines(), [0, 0, 10, 20, 15, 15], max_epochs=3, resume=tmp_path / "two.ckpt", **two)
-    assert lines[:2] == ["update 2/6", "update 3/6  score 2  tok/s 1,234  30 s left"]
-    assert lines[2] == "update 4/6  score 3  tok/s 1,234  30 s left"
+    assert lines[:2] == ["update 2/6", "update 3/6  score 2  tok/s 1,234"]
+    assert lines[2] == "update 4/6  score 3  tok/s 1,234  40 s left"
 
 
 def test_accumulated_batches_make_one_step(tmp_path: Path):
@@ -162,15 +162,15 @@ def test_litppo_says_what_it_does_and_what_it_has_done(tmp_path: Path, tiny_lm: 
 
 
 def test_a_pipe_gets_the_first_line_the_last_and_one_every_five_seconds(tmp_path: Path, capsys: Any):
-    """After two of six updates the mean is 6 s and four are left: 24 s. A run without an end has no total."""
+    """After two of six updates four of 8 s are left, after five one of 2.5 s: 8 s count as 2 (1 + 4 / 4)."""
     bar = progress_bar(Heartbeat(enabled=False))
     run(tmp_path, bar, [4, 8, 2, 2, 2, 6], max_epochs=2)
     stop = Spy("on_train_batch_end", lambda module, *_: setattr(module.trainer, "should_stop", True))
     run(tmp_path, bar, [1] * 9, stop, max_epochs=-1)
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("update")] == [
         "update 0/6",
-        "update 2/6  score 1  tok/s 1,234  24 s left",
-        "update 5/6  score 4  tok/s 1,234  4 s left",
+        "update 2/6  score 1  tok/s 1,234  32 s left",
+        "update 5/6  score 4  tok/s 1,234  2 s left",
         "update 6/6  score 5  tok/s 1,234",
         "update 0",
         "update 1  score 0  tok/s 1,234",
@@ -253,8 +253,8 @@ def test_a_terminal_has_one_line_for_the_run(tmp_path: Path, terminal: Any):
     """Three of six updates fill half of the ten columns."""
     screen, bar = terminal(120)
     run(tmp_path, bar, [4, 8, 6, 6, 6, 6], max_epochs=2, limit_val_batches=2)
-    assert "update 3/6  score 2  tok/s 1,234  18 s left  █████" in screen.frames
-    assert "validate 1/2  score 2  tok/s 1,234  18 s left  █████" in screen.frames
+    assert "update 3/6  score 2  tok/s 1,234  21 s left  █████" in screen.frames
+    assert "validate 1/2  score 2  tok/s 1,234  21 s left  █████" in screen.frames
     assert "update 6/6  score 5  tok/s 1,234  ██████████" in screen.frames
     drawn = screen.getvalue()[screen.getvalue().index("update 0/6") :]
     assert drawn.split("`Trainer.fit` stopped")[0].count("\n") == 0
@@ -267,9 +267,9 @@ def test_a_terminal_has_one_line_for_the_run(tmp_path: Path, terminal: Any):
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
-        (43, "update 2/3  score 1  tok/s 1,234  6 s left"),  # 42 columns; a terminal wraps a line of its own width
-        (30, "update 2/3  score 1  6 s left"),
-        (29, "update 2/3  6 s left"),
+        (43, "update 2/3  score 1  tok/s 1,234  8 s left"),  # 42 columns; a terminal wraps a line of its own width
+        (30, "update 2/3  score 1  8 s left"),
+        (29, "update 2/3  8 s left"),
         (7, "update"),
     ],
 )

@@ -11,6 +11,7 @@ RUNS = {  # what the configuration of a run folder was made of
     "runs/quickstart/ppo/version_0/config.yaml": ["quickstart"],
     "runs/ppo/version_0/config.yaml": ["ppo"],
     "runs/gsm8k/version_0/config.yaml": ["grpo", "gsm8k.yaml"],
+    "my.yaml": ["grpo"],
 }
 
 
