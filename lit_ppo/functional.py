@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from lit_ppo.device import exact_device
+
 KLEstimator = Literal["k1", "k2", "k3"]
 ClipRange = float | Sequence[float]  # of both sides, or below and above 1
 
@@ -458,7 +460,7 @@ def merge_moments(count: float, mean: float, m2: float, x: Tensor) -> tuple[floa
     """
     if not x.numel():
         return count, mean, m2
-    x = x.double()
+    x = x.to(exact_device(x.device), torch.float64)
     new, delta = x.numel(), float(x.mean()) - mean
     total = count + new
     spread = float((x - x.mean()).square().sum())

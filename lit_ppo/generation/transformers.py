@@ -21,6 +21,7 @@ from transformers import (
 from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import ALL_CACHE_NAMES
 
+from lit_ppo.device import exact_device
 from lit_ppo.functional import token_logprobs
 from lit_ppo.generation.config import neutral, stop_ids
 from lit_ppo.generation.engine import Progress, Responses, Seed
@@ -198,7 +199,7 @@ def _decode(
     batch = rows = torch.arange(len(input_ids), device=input_ids.device)  # rows in the model's batch; still going
     named = [] if config.eos_token_id is None else config.eos_token_id
     stops = torch.as_tensor(named, dtype=torch.long, device=input_ids.device).reshape(-1)
-    draws = None if draws is None else draws.to(input_ids.device, _cdf_dtype(input_ids.device))
+    draws = None if draws is None else draws.to(exact_device(input_ids.device))
     tokens, tokens_logprobs, alive_at = [], [], []
     outputs = model._prefill(input_ids, config, state, is_first_iteration=True)
     for t in range(config.max_new_tokens):
@@ -208,7 +209,7 @@ def _decode(
         logits = _process(logits_processor, input_ids, raw, rows)
         if progress is not None:
             progress.detail = f"token {t + 1}/{config.max_new_tokens}"
-        token = logits.argmax(-1) if draws is None else inverse_cdf(logits, draws[rows, t])
+        token = logits.argmax(-1) if draws is None else inverse_cdf(logits, draws[rows.to(draws.device), t])
         tokens.append(token)
         if logprobs:
             tokens_logprobs.append(token_logprobs(raw.unsqueeze(1), token.unsqueeze(1), config.temperature).squeeze(1))
@@ -260,17 +261,18 @@ def _can_be_cut(state: dict[str, Any]) -> bool:
 def inverse_cdf(logits: Tensor, draws: Tensor) -> Tensor:
     """The token at which the cumulative probability exceeds the draw.
 
+    Float32 has too few numbers below 1: of a large vocabulary some tokens would never be drawn.
+
+    Args:
+        logits: Of the next token.
+        draws: Uniform float64 in [0, 1), on a device that computes in float64; see :func:`exact_device`.
+
     Shapes:
-        logits (B, V), draws (B,) in [0, 1) -> (B,).
+        logits (B, V), draws (B,) -> (B,), on the device of the logits.
     """
-    cdf = torch.softmax(logits, dim=-1).cumsum(-1, dtype=draws.dtype)
+    cdf = torch.softmax(logits, dim=-1).to(draws.device).cumsum(-1, dtype=draws.dtype)
     position = torch.searchsorted(cdf, (draws * cdf[:, -1]).unsqueeze(1), right=True).squeeze(1)
-    return position.clamp(max=logits.shape[-1] - 1)
-
-
-def _cdf_dtype(device: torch.device) -> torch.dtype:
-    """Many small probabilities are summed in double precision, where the device supports it."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    return position.clamp(max=logits.shape[-1] - 1).to(logits.device)
 
 
 def _keep_rows(state: dict[str, Any], going: Tensor) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lit_ppo.device import has_float64
 from lit_ppo.shown import reason
 
 T = TypeVar("T")
@@ -160,7 +161,7 @@ def sum_over_ranks(
     if not named:
         return {}
     device = next((x.device for x in named.values() if x.device.type != "cpu"), torch.device("cpu"))
-    precise = torch.float32 if device.type == "mps" else torch.float64
+    precise = torch.float64 if has_float64(device.type) else torch.float32
     stacked = torch.stack([x.detach().to(device, precise) for x in named.values()])
     sizes = [len(kind) for kind in kinds]
     if n_ranks() > 1 and any(sizes):

@@ -1,0 +1,21 @@
+"""What differs between kinds of devices."""
+
+from functools import cache
+
+import torch
+
+
+@cache
+def has_float64(kind: str) -> bool:
+    """Whether devices of this kind, such as ``cuda``, compute in float64. Apple's GPUs and some of Intel's do not."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=kind).cumsum(0)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+@cache
+def exact_device(device: torch.device) -> torch.device:
+    """Where to compute in float64 with the values of a device: there, or else on the CPU."""
+    return device if has_float64(device.type) else torch.device("cpu")
