@@ -71,6 +71,15 @@ def test_editable_install(tmp_path: Path, link: str) -> None:
     assert "import lit_ppo.callbacks instead of callbacks" in refused.stderr
 
 
+def assert_types_serve_others(python: Path, folder: Path) -> None:
+    """``py.typed`` counts for mypy, and a project with subclasses of ours passes in strict mode."""
+    shutil.copy(REPOSITORY / "tests/typed/project.py", folder)
+    if (REPOSITORY / ".mypy_cache").exists():  # of the libraries; without it, this takes a minute
+        shutil.copytree(REPOSITORY / ".mypy_cache", folder / "cache")
+    options = ["--config-file", REPOSITORY / "pyproject.toml", "--python-executable", python, "--cache-dir", "cache"]
+    assert "Success" in run(sys.executable, "-m", "mypy", "--strict", *options, "project.py", cwd=folder)
+
+
 @pytest.mark.parametrize("link", ["text", "link"])
 def test_wheel(tmp_path: Path, link: str) -> None:
     project, python = sources(tmp_path / "project", link=link), environment(tmp_path / "venv")
@@ -84,6 +93,8 @@ def test_wheel(tmp_path: Path, link: str) -> None:
     run(python, "-m", "pip", "install", *OFFLINE, wheel, cwd=tmp_path)
     assert Path(run(python, "-c", FIND, cwd=tmp_path).strip()).is_relative_to(tmp_path / "venv")
     assert list(python.parent.glob("lit-ppo*"))
+    if link == "link":
+        assert_types_serve_others(python, tmp_path)
 
 
 def test_the_link_is_tracked_as_a_link() -> None:
