@@ -1,7 +1,6 @@
 """Keep a checkpoint of the best update, and restore its weights at the end of a run."""
 
 import itertools
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ class BestCheckpoint:
         """A path where a checkpoint replaces nothing but one of this run."""
         versions = itertools.chain([""], (f"-v{number}" for number in itertools.count(1)))
         files = (folder / f"best-step-{update:06d}{version}.ckpt" for version in versions)
-        return next(file for file in files if file in self._saved or not os.path.lexists(file))
+        return next(file for file in files if file in self._saved or not (file.exists() or file.is_symlink()))
 
     def restore(self, trainer: Any, pl_module: Any, update: int) -> bool:
         """Load the weights of an update, if its checkpoint exists, and make the checkpoint the newest one.

@@ -1,6 +1,7 @@
 """Values and exceptions of other people's code as text for messages: short, on one line, never another exception."""
 
 import reprlib
+from collections.abc import Callable
 
 LONGEST = 4000  # characters of a message
 
@@ -11,12 +12,12 @@ _short.maxstring = _short.maxother = _short.maxlong = 200
 
 
 def shown(value: object, length: int = 80) -> str:
-    """The quoted text of a value.
+    r"""The quoted text of a value.
 
-    >>> print(shown("two   words"), shown(3.5), shown("x" * 90, length=8))
-    'two words' '3.5' 'xxxxx...'
+    >>> print(shown("two   words"), shown(3.5), shown("x" * 90, length=8), shown("\x1b[2J"))
+    'two words' '3.5' 'xxxxx...' '\x1b[2J'
     """
-    return repr(shortened(_text(value), length))
+    return repr(_cut(_text(value), length))
 
 
 def written(value: object) -> str:
@@ -63,9 +64,13 @@ def first_line(error: BaseException, length: int = 200) -> str:
 
 def shortened(text: str, length: int) -> str:
     """Text on one line, cut to ``length`` characters; control characters are escaped."""
-    words = " ".join(text[: 20 * length + 1000].split())
-    flat = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
-    return flat if len(flat) <= length and len(text) <= 20 * length + 1000 else flat[: length - 3] + "..."
+    return _cut(text, length, escaped)
+
+
+def _cut(text: str, length: int, change: Callable[[str], str] = str) -> str:
+    start = text[: 20 * length + 1000]
+    flat = change(" ".join(start.split()))
+    return flat if len(flat) <= length and len(start) == len(text) else flat[: length - 3] + "..."
 
 
 def on_one_line(text: str) -> str:

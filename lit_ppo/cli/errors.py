@@ -16,7 +16,7 @@ import yaml
 
 from lit_ppo.cli.layers import RefusedText, compose, layers, line_of
 from lit_ppo.run.errors import of_the_disk, restoring
-from lit_ppo.shown import message_of, on_one_line, shortened
+from lit_ppo.shown import message_of, on_one_line, shown
 
 # jsonargparse raises a chain of exceptions, from the key at the top down to the reason. Its exceptions have no
 # attributes: key, class, type and value are only in the first lines of their texts, in these forms. Where a form
@@ -125,11 +125,11 @@ def _explain(
     if given := EXPECTED.match(message):
         found = [match[1] for sibling in siblings if (match := EXPECTED.match(str(sibling)))]
         types = " or ".join(dict.fromkeys(name for name in found if name != "NoneType"))
-        return "", f"expected {types or 'null'}, got '{shortened(given[2], 200)}'"
+        return "", f"expected {types or 'null'}, got {shown(given[2], 200)}"
     if given := GROUP.match(message):
-        return "", f"expected a mapping, got '{shortened(given[1], 200)}'; give its keys below it, or leave it out"
+        return "", f"expected a mapping, got {shown(given[1], 200)}; give its keys below it, or leave it out"
     if given := CLASS_EXPECTED.match(message):
-        return "", f"expected a class, got '{shortened(given[1], 200)}'; give class_path and init_args, or leave it out"
+        return "", f"expected a class, got {shown(given[1], 200)}; give class_path and init_args, or leave it out"
     return "", on_one_line(message.partition("\nSubclass types expect")[0])
 
 

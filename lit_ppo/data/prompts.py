@@ -58,6 +58,7 @@ class PromptDataModule(TableDataModule):
     """
 
     column_of_text = "prompt_column"
+    follows_updates = True  # a checkpoint without its state resumes at the update that the loops count
 
     @constructor
     def __init__(

@@ -154,7 +154,7 @@ def check_resumable(trainer: L.Trainer, checkpoint: dict[str, Any], settings: di
         rank_zero_info(f"checkpoint {trainer.ckpt_path}: no state of {', '.join(new)}, which starts anew")
     data: Any = getattr(trainer, "datamodule", None)
     if data is not None and data.state_dict():
-        _check_data(trainer.ckpt_path, checkpoint, type(data).__qualname__)
+        _check_data(trainer.ckpt_path, checkpoint, data)
 
 
 def _check_count(checkpoint: dict[str, Any], name: str, optimizers: list[str]) -> None:
@@ -165,8 +165,11 @@ def _check_count(checkpoint: dict[str, Any], name: str, optimizers: list[str]) -
         )
 
 
-def _check_data(path: Any, checkpoint: dict[str, Any], name: str) -> None:
-    if name not in checkpoint:
+def _check_data(path: Any, checkpoint: dict[str, Any], data: Any) -> None:
+    name = type(data).__qualname__
+    if name not in checkpoint and getattr(data, "follows_updates", False):
+        rank_zero_info(f"checkpoint {path}: no state of {name}, which continues after the updates that it counts")
+    elif name not in checkpoint:
         rank_zero_warn(f"checkpoint {path}: no state of {name}, so the data starts from its beginning")
     elif not isinstance(checkpoint[name], dict) or not checkpoint[name]:
         raise EntryError(f"its entry {name!r} must be a dictionary with the state of the data")

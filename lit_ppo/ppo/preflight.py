@@ -42,9 +42,9 @@ def setup(module: Any, stage: str) -> None:
     # this one appears when every step of the first update was skipped
     warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
     use_atomic_checkpoints(module.trainer)
-    use_exact_loops(module.trainer)
     strategy, precision = module.trainer.strategy, module.trainer.precision
     check_trainer(module.trainer)
+    use_exact_loops(module.trainer)
     dtype = module.model_settings.reference_dtype
     if precision not in ("32-true", "64-true", "bf16-mixed"):
         refuse("Trainer", "precision", precision, "weights are kept in float32; use 'bf16-mixed'")

@@ -122,13 +122,13 @@ def test_a_run_that_goes_on_without_its_reference_has_no_kl_to_show_either(tmp_p
     assert [(tag, step) for tag, _, step in logger.of("add_figure")] == [("figure/scores", 1)]
 
 
-def test_a_resumed_run_that_is_stopped_at_once_draws_nothing(tmp_path: Path):
-    """It has no scores of its own; those of the update before were drawn by the run that had it."""
-    watch(tmp_path, 2, save=tmp_path / "two.ckpt")
+def test_a_resumed_run_that_is_stopped_at_once_draws_what_the_end_draws(tmp_path: Path):
+    """Those of the update before the checkpoint, as the run that had it."""
+    _, before = watch(tmp_path, 2, save=tmp_path / "two.ckpt")
     stop = Spy("on_train_start", lambda module: setattr(module.trainer, "should_stop", True))
     module, logger = watch(tmp_path, 4, stop, resume=tmp_path / "two.ckpt")
     assert int(module.updates) == 2
-    assert logger.of("add_figure") == []
+    assert logger.of("add_figure") == before.of("add_figure")[-2:]
 
 
 def test_score_distributions_are_shares_of_now_and_the_start(tmp_path: Path):

@@ -316,6 +316,7 @@ def test_the_first_process_asks_for_all() -> None:
         precision_plugin=SimpleNamespace(forward_context=nullcontext),
         strategy=SimpleNamespace(broadcast=lambda nothing: ([1.0, 3.0], None)),
         is_global_zero=False,
+        should_stop=False,
     )
     monitor.on_train_start(trainer, SimpleNamespace(rollout=lambda *_, **__: [], score=lambda _: torch.zeros(2)))  # type: ignore[arg-type]
     assert monitor.state_dict()["courses"]["gold"] == {0: 2.0}

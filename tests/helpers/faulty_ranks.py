@@ -93,6 +93,9 @@ class Sigterm(PPOCallback):
             self.on_actor_loss = lambda *_: None  # type: ignore[method-assign]
 
 
+SAVE = torch.save
+
+
 class FullDisk(StepCheckpoint):
     """A disk with room for the first checkpoint."""
 
@@ -102,7 +105,9 @@ class FullDisk(StepCheckpoint):
         super().save(trainer)
 
 
-def _no_room(checkpoint: Any, file: Any) -> None:
+def _no_room(saved: Any, file: Any, **options: Any) -> None:
+    if not isinstance(saved, dict):  # a tensor on its way to another rank
+        return SAVE(saved, file, **options)
     file.write(b"half")
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

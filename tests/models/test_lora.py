@@ -194,9 +194,9 @@ def test_exports_merged_and_alone(tmp_path: Path, lm: Path, trained: Any) -> Non
         torch.testing.assert_close(stock_logprobs(model, experience), experience.logprobs, rtol=0, atol=1e-5)
     assert (stock_logprobs(stock, experience) - experience.logprobs).abs().max() > 0.05
     for folder in ("merged", "adapter"):  # the module is as it was
-        module.save_pretrained(tmp_path / "again", adapter=folder == "adapter")
+        module.save_pretrained(tmp_path / f"{folder}-again", adapter=folder == "adapter")
         for file in (tmp_path / folder).iterdir():
-            assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+            assert (tmp_path / f"{folder}-again" / file.name).read_bytes() == file.read_bytes()
     torch.testing.assert_close(module.rollout(PROMPTS, stream="test").logprobs, experience.logprobs, rtol=0, atol=0)
     assert make(tmp_path / "merged").rollout(PROMPTS).kl.abs().max() == 0
     again = make(tmp_path / "adapter")  # an adapter on top of a merged one
@@ -406,4 +406,8 @@ def test_ranks_resume_save_and_export_as_one_process(tmp_path: Path, lm: Path) -
                 for folder in (name, f"{name}-again")
             )
             assert kept in ours
+            cards = [files.pop("README.md").decode() for files in (ours, theirs) if files.pop("lit_ppo_files.json")]
+            assert cards[0] == cards[1].replace(
+                f"{name}-again/prompts.jsonl", f"{name}/prompts.jsonl"
+            )  # their own data
             assert ours == theirs

@@ -19,7 +19,9 @@ from tests.helpers.cli_toys import Toy, ToyData
 from tests.helpers.traps import Trap
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:torch.distributed is disabled", "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"
+    "ignore:torch.distributed is disabled",
+    "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning",
+    "ignore:.*has no checksums.json",
 )
 STATE = {"weight": torch.arange(3.0), "bf16": torch.ones(2, dtype=torch.bfloat16), "count": 3, "name": "x"}
 

@@ -21,7 +21,7 @@ from tests.helpers.toys import count_good, make_data, make_module, make_trainer,
 
 TAGS = {
     "objective/score", "objective/kl", "policy/loss", "value/loss", "response/length", "throughput/tokens_per_second",
-    "val/score", "val/kl", "val/win_rate", "collapse/level", "collapse/kl", "hacking/verdict", "hacking/gold",
+    "val/score", "val/kl", "val/win_rate", "collapse/level", "collapse/kl_per_token", "hacking/verdict", "hacking/gold",
     "tax/loss", "tax/loss_increase",
 }  # fmt: skip
 
