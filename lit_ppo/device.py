@@ -16,6 +16,17 @@ def has_float64(kind: str) -> bool:
 
 
 @cache
+def sums_in_float32(kind: str) -> bool:
+    """Whether devices of this kind sum products of 16-bit numbers in float32 and return the sums so."""
+    try:
+        pair = torch.zeros(8, 8, dtype=torch.bfloat16, device=kind)
+        torch.mm(pair, pair, out_dtype=torch.float32)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+@cache
 def exact_device(device: torch.device) -> torch.device:
     """Where to compute in float64 with the values of a device: there, or else on the CPU."""
     return device if has_float64(device.type) else torch.device("cpu")

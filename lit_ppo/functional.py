@@ -10,12 +10,42 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
+from torch.nn.functional import linear, log_softmax
 
-from lit_ppo.device import exact_device
+from lit_ppo.device import exact_device, sums_in_float32
 
 KLEstimator = Literal["k1", "k2", "k3"]
 ClipRange = float | Sequence[float]  # of both sides, or below and above 1
+
+
+def summed_in_float32(weight: Tensor) -> bool:
+    """Whether products with a weight are summed in float32, or better, without a copy of the weight in float32."""
+    return weight.dtype.itemsize >= 4 or sums_in_float32(weight.device.type)
+
+
+def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer's output, summed in float32 also where its 16-bit inputs would give 16-bit outputs.
+
+    Outside of autocast, without gradients.
+
+    Args:
+        x: Inputs.
+        weight: Of the same dtype.
+        bias: Of the same dtype.
+
+    Shapes:
+        x (N, H), weight (V, H), bias (V,) -> (N, V), float32 (float64 stays).
+
+    >>> ones = torch.ones(1, 257, dtype=torch.bfloat16)  # bf16 has no 257
+    >>> float32_linear(ones, ones)
+    tensor([[257.]])
+    """
+    if x.dtype.itemsize >= 4:
+        return linear(x, weight, bias)
+    if not sums_in_float32(x.device.type):
+        return linear(x.float(), weight.float(), None if bias is None else bias.float())
+    output: Tensor = torch.mm(x, weight.T, out_dtype=torch.float32)
+    return output if bias is None else output.add_(bias)
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:

@@ -11,24 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
-    PreTrainedModel,
-    TemperatureLogitsWarper,
-)
+from transformers import GenerationConfig, PreTrainedModel, TemperatureLogitsWarper
 from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from lit_ppo.device import exact_device
-from lit_ppo.functional import token_logprobs
-from lit_ppo.generation.config import neutral, stop_ids
+from lit_ppo.functional import float32_linear, summed_in_float32, token_logprobs
 from lit_ppo.generation.engine import Progress, Responses, Seed
-from lit_ppo.shown import first_line
-from lit_ppo.validate import refuse
-
-KEEP_DISTRIBUTION = (TemperatureLogitsWarper, LogitNormalization, InfNanRemoveLogitsProcessor)
 
 
 def generate(
@@ -82,7 +71,8 @@ def sample(
     ) -> None:
         _decode(model, input_ids, logits_processor, config, draws, responses, logprobs, progress, state)
 
-    with _weights_cast_once(model, prompt_ids.device.type):
+    device = prompt_ids.device.type
+    with _weights_cast_once(model, device), _float32_logits(model, device):
         call_generate(model, prompt_ids, prompt_mask, config, decode, do_sample=draws is not None)
     return responses
 
@@ -121,41 +111,6 @@ def call_generate(
         model.generation_config = own
 
 
-def reshaping_fields(model: PreTrainedModel, config: GenerationConfig, generation: dict[str, Any]) -> list[str]:
-    """Fields with which sampling draws from another distribution than the one whose log-probs PPO compares.
-
-    They are those for which transformers builds a logits processor that does more than apply the temperature. No
-    forward runs.
-
-    Args:
-        model: Causal LM.
-        config: From :func:`lit_ppo.generation.config.generation_config`.
-        generation: The user's fields.
-
-    Raises:
-        ValueError: transformers refuses a field's value.
-    """
-    found = []
-    one_token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    for name, value in generation.items():
-        built: list[Any] = []
-
-        def decode(model: Any, input_ids: Tensor, logits_processor: Any, built: list[Any] = built, **_: Any) -> None:
-            built.extend(logits_processor)
-
-        special = {"eos_token_id": stop_ids(config) or None, "pad_token_id": config.pad_token_id}
-        alone = neutral(max_new_tokens=config.max_new_tokens, **special)
-        setattr(alone, name, getattr(config, name))
-        try:
-            call_generate(model, one_token, torch.ones_like(one_token, dtype=torch.bool), alone, decode)
-        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-            refuse("LitPPO", "generation", {name: value}, f"{first_line(error)}; leave it out or correct it")
-        holds_nothing_back = (name, value) == ("min_new_tokens", 0)  # transformers builds a processor all the same
-        if any(not isinstance(processor, KEEP_DISTRIBUTION) for processor in built) and not holds_nothing_back:
-            found.append(name)
-    return found
-
-
 def uniforms(seeds: Sequence[Seed], n: int) -> Tensor:
     """One uniform random number per token, computed from the row's seed alone.
 
@@ -182,6 +137,30 @@ def _weights_cast_once(model: nn.Module, device: str) -> Iterator[None]:
             for parameter in frozen:
                 parameter.requires_grad_(False)
             torch.clear_autocast_cache()  # the weights change before the next rollout
+
+
+@contextmanager
+def _float32_logits(model: Any, device: str) -> Iterator[None]:
+    """Sum the head's products in float32, as training does: bf16 logits are those of another distribution."""
+    head = model.get_output_embeddings()
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if type(head) is not nn.Linear or (dtype := autocast or head.weight.dtype).itemsize >= 4:
+        yield
+        return
+    weight, bias = head.weight.detach().to(dtype), None if head.bias is None else head.bias.detach().to(dtype)
+    if not summed_in_float32(weight):
+        weight, bias = weight.float(), None if bias is None else bias.float()
+
+    def forward(states: Tensor) -> Any:
+        rows = states.to(dtype).to(weight.dtype).flatten(0, -2)
+        with torch.autocast(device, enabled=False):
+            return float32_linear(rows, weight, bias).unflatten(0, states.shape[:-1])
+
+    vars(head)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(head)["forward"]
 
 
 def _decode(

@@ -1,14 +1,18 @@
 """The language-model head on target tokens only, in chunks: no (B, T, V) tensor ever exists."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+
+from lit_ppo.functional import float32_linear, summed_in_float32
 
 CHUNK_ELEMENTS = 2**23  # logits worked on at a time: 32 MiB in float32
 KEPT_ELEMENTS = 2**25  # probabilities kept for the backward, 128 MiB; beyond that, logits are computed again
+CUDA_CHUNK_ELEMENTS = 2**27  # at most; each chunk reads the head again, and more tokens keep a GPU busy
+CUDA_SHARE = 1 / 8  # of the free memory, for a chunk
 
 
 class HeadInputs(NamedTuple):
@@ -19,12 +23,51 @@ class HeadInputs(NamedTuple):
     bias: Tensor | None  # (V,)
 
 
+class Chunks(NamedTuple):
+    """How much of the logits to work on at a time."""
+
+    tokens: int  # in a chunk
+    kept: int  # probabilities that are kept for the backward
+
+
+def chunks_for(kind: str, free: int, vocabulary: int, dtype: torch.dtype) -> Chunks:
+    """The size of chunks on a kind of device.
+
+    Args:
+        kind: Of device, such as ``cuda``.
+        free: Bytes that are free there; only read for ``cuda``.
+        vocabulary: Tokens.
+        dtype: Of the products.
+
+    >>> chunks_for("cpu", 0, 151_936, torch.float32)
+    Chunks(tokens=55, kept=33554432)
+    >>> chunks_for("cuda", 40 * 2**30, 151_936, torch.bfloat16)
+    Chunks(tokens=883, kept=134217728)
+    """
+    if kind != "cuda":
+        return Chunks(max(1, CHUNK_ELEMENTS // vocabulary), KEPT_ELEMENTS)
+    # five tensors of at least float32, and the gradient in the dtype of the products
+    bytes_per_logit = 5 * max(4, dtype.itemsize) + dtype.itemsize
+    fits = int(free * CUDA_SHARE) // bytes_per_logit
+    elements = min(CUDA_CHUNK_ELEMENTS, max(CHUNK_ELEMENTS, 2 ** max(0, fits.bit_length() - 1)))
+    return Chunks(max(1, elements // vocabulary), elements)
+
+
+@cache
+def _free_bytes(device: torch.device) -> int:
+    """Free memory of a GPU when this is first asked: chunks of one size keep the order of sums, and so all bits."""
+    if device.type != "cuda":
+        return 0
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + cached
+
+
 def token_statistics(
     head: HeadInputs, ids: Tensor, temperature: float = 1.0, kl_to: HeadInputs | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each token, and the entropy of its distribution or the exact KL to another model's.
 
-    Both are differentiable, once. Under autocast the products are taken in its dtype, all else in float32.
+    Both are differentiable, once. Under autocast the products are taken in its dtype; sums and all else are float32.
 
     Args:
         head: States and head.
@@ -72,15 +115,17 @@ class _Statistics(torch.autograd.Function):
         at_least_float32 = torch.promote_types(dtype, torch.float32)
         logprobs, divergence = (torch.empty(len(ids), dtype=at_least_float32, device=ids.device) for _ in range(2))
         kept: list[Tensor] = []
-        for chunk in _chunks(head):
+        sizes = chunks_for(ids.device.type, _free_bytes(ids.device), len(weight), dtype)
+        head, reference = _for_logits(head), None if reference is None else _for_logits(reference)
+        for chunk in _chunks(len(ids), sizes):
             log_p = _log_softmax(head, chunk, temperature)
             p = log_p.exp()
             logprobs[chunk] = log_p.gather(1, ids[chunk, None]).squeeze(1)
             divergence[chunk] = _dot(p, _log_ratio(log_p, reference, chunk, temperature))
-            if keep and chunk.stop * p.shape[1] <= KEPT_ELEMENTS:
+            if keep and chunk.stop * p.shape[1] <= sizes.kept:
                 kept.append(p)
         ctx.save_for_backward(states, weight, bias, ids, divergence, *kept)
-        ctx.temperature, ctx.dtype, ctx.reference = temperature, dtype, reference
+        ctx.temperature, ctx.dtype, ctx.reference, ctx.sizes = temperature, dtype, reference, sizes
         ctx.set_materialize_grads(False)  # nobody may ask for the entropy's gradient
         return logprobs, divergence
 
@@ -91,12 +136,14 @@ class _Statistics(torch.autograd.Function):
             return (None,) * 8
         states, weight, bias, ids, divergence, *kept = ctx.saved_tensors
         head = _cast(states, weight, bias, ctx.dtype)
+        all_kept = len(kept) == len(_chunks(len(ids), ctx.sizes))
+        for_logits = head if all_kept else _for_logits(head)
         wants_states, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         d_states = torch.empty_like(states) if wants_states else None
         d_weight: Tensor | None = None
         d_bias = torch.zeros_like(bias) if wants_bias else None
-        for i, chunk in enumerate(_chunks(head)):
-            p = kept[i] if i < len(kept) else _log_softmax(head, chunk, ctx.temperature).exp_()
+        for i, chunk in enumerate(_chunks(len(ids), ctx.sizes)):
+            p = kept[i] if i < len(kept) else _log_softmax(for_logits, chunk, ctx.temperature).exp_()
             d_logits = _d_logits(ctx, p, chunk, ids, divergence, d_logprobs, d_divergence)
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
@@ -140,17 +187,24 @@ def _cast(states: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtyp
     return HeadInputs(states.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
-def _chunks(head: HeadInputs) -> Sequence[slice]:
+def _for_logits(head: HeadInputs) -> HeadInputs:
+    """A head whose products are summed in float32: bf16 logits would cost 0.017 nats a token.
+
+    Where the device cannot do that with 16-bit numbers, these are copied to float32, which changes none.
+    """
+    if summed_in_float32(head.weight):
+        return head
+    return _cast(*head, torch.float32)
+
+
+def _chunks(n: int, sizes: Chunks) -> Sequence[slice]:
     """Runs of tokens whose logits are worked on together."""
-    size = max(1, CHUNK_ELEMENTS // len(head.weight))
-    n = len(head.states)
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+    return [slice(start, min(start + sizes.tokens, n)) for start in range(0, n, sizes.tokens)]
 
 
 def _log_softmax(head: HeadInputs, chunk: slice, temperature: float) -> Tensor:
     """Log-probabilities of a chunk, (n, V), at least float32."""
-    logits = linear(head.states[chunk], head.weight, head.bias)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = float32_linear(head.states[chunk], head.weight, head.bias)
     return _finite(torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1))
 
 

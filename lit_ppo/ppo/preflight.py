@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_ppo.experience import Experience, Minibatch
 from lit_ppo.generation.config import end_of_turn, stop_ids
-from lit_ppo.generation.transformers import reshaping_fields
+from lit_ppo.generation.distribution import reshaping_fields
 from lit_ppo.models.actor_critic import actor_forward, critic_forward
 from lit_ppo.models.lora import WithoutAdapter
 from lit_ppo.models.positions import check_length

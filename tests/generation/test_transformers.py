@@ -7,7 +7,8 @@ from transformers import GenerationConfig
 
 from lit_ppo import LitSFT
 from lit_ppo.generation.config import checked_generation, generation_config, stop_ids
-from lit_ppo.generation.transformers import generate, inverse_cdf, reshaping_fields, uniforms
+from lit_ppo.generation.distribution import reshaping_fields
+from lit_ppo.generation.transformers import generate, inverse_cdf, uniforms
 from lit_ppo.models.actor_critic import Actor
 from lit_ppo.models.load import load_causal_lm, load_tokenizer
 from tests.helpers.tiny import make_causal_lm, make_tokenizer
@@ -122,6 +123,22 @@ def test_numbers_depend_on_each_entry_of_the_seed_and_not_on_other_rows():
     assert uniforms([(0, 1, 0, 3, 0)], 5).equal(base[:1, :5])
     for other in [(1, 1, 0, 3, 0), (0, 2, 0, 3, 0), (0, 1, 1, 3, 0), (0, 1, 0, 3, 1)]:
         assert not uniforms([other], 8).equal(base[:1])
+
+
+def test_bf16_sampling_has_logits_that_are_not_rounded(tmp_path):
+    """They are the head's products of its bf16 inputs in float32; the head is as before afterwards."""
+    model, config = make(make_causal_lm(tmp_path, "llama", scale=6.0))
+    states, logits = [], []
+    head = model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda module, args, output: states.append(args[0]) or logits.append(output))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        generate(model, *padded(PROMPTS), config, seeds(4))
+    handle.remove()
+    assert "forward" not in vars(head)
+    for x, y in zip(states, logits, strict=True):
+        assert y.dtype == torch.float32
+        exact = x.bfloat16().double() @ head.weight.bfloat16().double().T
+        torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_inverse_cdf_hits_each_token_as_often_as_its_probability_says():

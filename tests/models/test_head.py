@@ -5,6 +5,7 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lit_ppo.functional import float32_linear
 from lit_ppo.models import head
 from lit_ppo.models.head import HeadInputs, token_statistics
 
@@ -74,7 +75,7 @@ def test_logits_are_computed_again_only_where_they_were_not_kept(monkeypatch, ke
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", 21)
     monkeypatch.setattr(head, "KEPT_ELEMENTS", kept)
     seen = []
-    monkeypatch.setattr(head, "linear", lambda s, w, b: seen.append(len(s)) or torch.nn.functional.linear(s, w, b))
+    monkeypatch.setattr(head, "float32_linear", lambda s, w, b: seen.append(len(s)) or float32_linear(s, w, b))
     logprobs, _ = token_statistics(inputs(), torch.arange(11) % 7)
     logprobs.sum().backward()
     assert len(seen) == computed
@@ -125,17 +126,15 @@ def test_an_impossible_token_adds_nothing():
 
 @pytest.mark.parametrize("chunk", [10**9, 3 * 40])
 def test_bf16_products_are_accumulated_in_float32(monkeypatch, chunk):
-    """Statistics are float32 of bf16 logits; gradients are within bf16's rounding of the exact ones."""
+    """Statistics are those of exact sums of bf16 products; gradients are within bf16's rounding of the exact ones."""
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk)
     exact = inputs(n=33, hidden=16, vocab=40)
     ours = HeadInputs(*(t.detach().float().requires_grad_() for t in exact))
     ids = torch.arange(33) % 40
     with torch.autocast("cpu", torch.bfloat16):
         logprobs, entropy = token_statistics(ours, ids)
-        logits = torch.nn.functional.linear(*ours)
     assert logprobs.dtype == entropy.dtype == torch.float32
-    assert logits.dtype == torch.bfloat16
-    plain = Categorical(logits=logits.float())
+    plain = Categorical(logits=torch.nn.functional.linear(*(x.detach().bfloat16().double() for x in ours)).float())
     torch.testing.assert_close(logprobs, plain.log_prob(ids), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(entropy, plain.entropy(), rtol=1e-5, atol=1e-5)
     (logprobs + entropy).sum().backward()
@@ -143,6 +142,37 @@ def test_bf16_products_are_accumulated_in_float32(monkeypatch, chunk):
     for a, b in zip(ours, exact, strict=True):
         assert a.grad.dtype == torch.float32
         assert (a.grad - b.grad).norm() < 2e-2 * b.grad.norm()  # bf16 keeps 8 bits: 4e-3 a product, and its logits
+
+
+@pytest.mark.parametrize("held", ["float32", "bfloat16"])
+def test_bf16_logits_of_a_large_vocabulary_are_not_rounded(held):
+    """Float64 of the same bf16 numbers; logits rounded to bf16 would be off by 1e-3 and more."""
+    g = torch.Generator().manual_seed(0)
+    states, weight = torch.randn(20, 64, generator=g), torch.randn(30_000, 64, generator=g)
+    ids = torch.arange(20)
+    rounded = [x.bfloat16() for x in (states, weight)]
+    exact = Categorical(logits=rounded[0].double() @ rounded[1].double().T)
+    given = rounded if held == "bfloat16" else (states, weight)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=held == "float32"):
+        logprobs, entropy = token_statistics(HeadInputs(*given, None), ids)
+    torch.testing.assert_close(logprobs.double(), exact.log_prob(ids), rtol=0, atol=2e-5)
+    torch.testing.assert_close(entropy.double(), exact.entropy(), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "free", "vocabulary", "dtype", "tokens"),
+    [
+        ("cpu", 0, 151_936, torch.float32, 55),  # 2**23 logits
+        ("mps", 0, 50_257, torch.float32, 166),
+        ("cpu", 0, 2**24, torch.float32, 1),
+        ("cuda", 70 * 2**30, 151_936, torch.bfloat16, 883),  # 2**27
+        ("cuda", 4 * 2**30, 151_936, torch.bfloat16, 110),  # an eighth, 2**29 bytes, 22 a logit: 2**24
+        ("cuda", 4 * 2**30, 151_936, torch.float64, 55),  # 48 a logit: 2**23
+        ("cuda", 0, 151_936, torch.float32, 55),  # no less than on a CPU
+    ],
+)
+def test_chunks_are_larger_where_a_gpu_has_room(kind, free, vocabulary, dtype, tokens):
+    assert head.chunks_for(kind, free, vocabulary, dtype).tokens == tokens
 
 
 def test_no_tokens_give_gradients_of_zero():
