@@ -26,7 +26,7 @@ def layers(file: str) -> list[str]:
         file: Its path, or the name of one that comes with the package; YAML text and URLs stay as they are.
     """
     files = [shipped.find(file)]
-    if shipped.is_name(file) and not os.path.isfile(files[0]):
+    if shipped.is_name(file) and not shipped.is_file(files[0]):
         raise CommandError(
             f"--config {file}: file does not exist, nor is it a name; {shipped.nearest(file)}", exit_code=2
         )

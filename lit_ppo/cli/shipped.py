@@ -55,17 +55,22 @@ def find(text: str, folder: str | Path = ".") -> str:
     """
     if not is_name(text):
         return text
-    beside = [os.path.normpath(Path(folder, text)), os.path.normpath(Path(folder, f"{text}.yaml"))]
-    return next((file for file in beside if os.path.isfile(file)), None) or str(path_of(text) or text)
+    beside = os.path.normpath(Path(folder, os.path.expanduser(text)))
+    return next((file for file in (beside, f"{beside}.yaml") if is_file(file)), None) or str(path_of(text) or text)
+
+
+def is_file(path: str) -> bool:
+    """Whether it can be read: it exists and is no folder. A shell's ``<(command)`` is a pipe."""
+    return os.path.exists(path) and not os.path.isdir(path)
 
 
 def is_name(text: str) -> bool:
-    """Whether a text can be a path or a name: it is no URL and no mapping in YAML.
+    """Whether a text can be a path or a name: it is no URL, no mapping in YAML, and not the standard input.
 
     >>> is_name("my file.yaml"), is_name("trainer: {max_steps: 1}"), is_name("https://host/x.yaml")
     (True, False, False)
     """
-    return bool(text.strip()) and not re.search(r"[{\n]|:(\s|$)|://", text)
+    return bool(text.strip("- ")) and not re.search(r"[{\n]|:(\s|$)|://", text)
 
 
 def name_of(path: str | Path) -> str | None:

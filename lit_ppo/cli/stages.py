@@ -32,7 +32,7 @@ class ConfigFile(str):
 
     def __new__(cls, text: str) -> "ConfigFile":
         file = shipped.find(text)
-        if not os.path.isfile(file):
+        if not shipped.is_file(file):
             raise ValueError(f"{text}: file does not exist, nor is it a name; {shipped.nearest(text)}")
         return super().__new__(cls, os.path.abspath(file))  # the parser is in the folder of the file that it reads
 

@@ -1,5 +1,6 @@
 """Configurations that come with the package: by name from anywhere, listed, copied; a file of that name wins."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,17 @@ def test_a_file_in_the_working_directory_wins_and_may_have_a_name_as_its_base(he
     (here / "tricks").mkdir()  # a folder is no file
     (here / "ppo").mkdir()
     assert layers("ppo") == [str(CONFIGS / "ppo.yaml")]
+
+
+def test_other_ways_to_give_a_file_still_work(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(here))
+    monkeypatch.setenv("USERPROFILE", str(here))
+    (here / "mine.yaml").write_text("trainer: {max_steps: 1}\n")
+    assert layers("~/mine.yaml") == [str(here / "mine.yaml")]
+    assert [layers(text) for text in ("-", "https://host/x.yaml")] == [["-"], ["https://host/x.yaml"]]
+    if hasattr(os, "mkfifo"):  # as <(command) in a shell
+        os.mkfifo(here / "pipe")
+        assert layers("pipe") == ["pipe"]
 
 
 def test_files_of_stages_are_found_beside_their_file_or_by_name(here: Path) -> None:
