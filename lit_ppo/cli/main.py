@@ -31,7 +31,12 @@ def main(args: list[str] | None = None) -> int:
 
 def _work(session: Session) -> None:
     """Answer at once, or import the libraries, which takes seconds, and run the subcommand."""
-    if answer(session.arguments):
+    try:
+        if answer(session.arguments):
+            sys.stdout.flush()
+            return
+    except BrokenPipeError:  # the reader has enough, as of ``lit-ppo ls | head``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     _wait_without_spinning()
     session.heartbeat.say("lit-ppo: loading PyTorch, transformers and Lightning", doing="loading libraries")

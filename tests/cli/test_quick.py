@@ -51,6 +51,15 @@ def test_threads_wait_without_spinning_unless_the_user_says_how(
     assert now == (given or {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"})
 
 
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    """As ``lit-ppo ls | head -1``: silence, and exit code 0."""
+    command = f"{sys.executable} -m lit_ppo ls | (sleep 1; head -c 1 > /dev/null); exit ${{PIPESTATUS[0]}}"
+    closed = command.replace("sleep 1; head -c 1 > /dev/null", "exec 0<&-; sleep 1")
+    for each in (command, closed):
+        done = subprocess.run(["bash", "-c", each], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_overview_names_the_subcommands_that_there_are() -> None:
     assert {*Command.subcommands(), "export", "ls", "cp", "completion"} == set(SUBCOMMANDS)
 
