@@ -47,6 +47,7 @@ class LayeredParser(LightningArgumentParser):
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("action") is ActionConfigFile:
             kwargs["action"] = _LayeredConfigFile
+            kwargs["help"] = "A file, or a name that 'lit-ppo ls' lists; later ones are applied on top of earlier ones."
         return super().add_argument(*args, **kwargs)
 
 
@@ -117,9 +118,8 @@ class ShortHelp(DefaultHelpFormatter):
         text = super().format_help()
         if not self._with_help:
             return text
-        return (
-            f"{text}\nHelp on one class of an argument: ARGUMENT.help NAME, such as {min(self._with_help)}.help NAME\n"
-        )
+        example = f"{min(self._with_help)}.help NAME"
+        return f"{text}\nFor help on one class of an argument, add ARGUMENT.help NAME, such as {example}\n"
 
 
 def _some(paths: list[str]) -> str:
