@@ -1,5 +1,7 @@
 """What differs between kinds of devices."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -30,3 +32,14 @@ def sums_in_float32(kind: str) -> bool:
 def exact_device(device: torch.device) -> torch.device:
     """Where to compute in float64 with the values of a device: there, or else on the CPU."""
     return device if has_float64(device.type) else torch.device("cpu")
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Inside this, float32 products are not rounded to TF32, whatever the program has set."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -24,7 +24,7 @@ ELSEWHERE = {  # which test runs the others
     "test_recipes.py": tuple(f"{name}.yaml" for name in RECIPES),
     "quickstart/test_run.py": ("quickstart", "quickstart.yaml"),
     "parallel/test_strategies.py": ("strategy",),
-    "test_configs.py": ("tricks", "monitors", "sentiment.yaml", "lora.yaml"),
+    "test_configs.py": ("tricks", "monitors", "sentiment.yaml", "lora.yaml", "gpu.yaml"),
 }
 
 
@@ -70,7 +70,8 @@ def test_another_family_trains_through_ppo_yaml(tmp_path, tiny_reward):
 
 def test_adapters_are_switched_on_by_their_file(tmp_path, tiny_lm, tiny_reward):
     """Trained and exported; what cannot change is refused."""
-    arguments = [*ppo_arguments(tmp_path, tiny_lm, tiny_reward), "--config", str(CONFIGS / "lora.yaml")]
+    arguments = ppo_arguments(tmp_path, tiny_lm, tiny_reward)
+    arguments += [part for name in ("lora", "gpu") for part in ("--config", str(CONFIGS / f"{name}.yaml"))]
     arguments += ["--trainer.max_steps=1", "--export.adapter=true"]
     run_command("fit", *arguments, cwd=tmp_path).ok()
     folder = tmp_path / "runs/ppo/version_0"

@@ -242,6 +242,7 @@ KNOBS = {
         activation_checkpointing=Excused(
             "results stay the same (tests/parallel/test_equivalence.py); it bounds memory"
         ),
+        float32_matmul_precision=Excused("only GPUs have TF32 (tests/ppo/test_precision.py: it is applied)"),
         compile_blocks=Excused("results do not depend on it (tests/parallel/test_equivalence.py)"),
         max_skipped_steps=Both(0, 100, {"actor_optimizer": sgd(1e30)}),
         reward_timeout=Both(None, 0.05, {"rewards": slow}),

@@ -3,6 +3,7 @@
 A sample depends on (seed, update, row, sample number) alone, not on how rows are batched or spread over ranks.
 """
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -109,6 +110,13 @@ def call_generate(
         )
     finally:
         model.generation_config = own
+
+
+def row_seeds(stream: tuple[int, str, int], n_prompts: int, samples_per_prompt: int) -> list[Seed]:
+    """The seeds of all rows: a sample depends on them alone, not on how rows are batched or spread over ranks."""
+    seed, name, update = stream
+    key = (seed, zlib.crc32(name.encode()), update)
+    return [(*key, prompt, sample) for prompt in range(n_prompts) for sample in range(samples_per_prompt)]
 
 
 def uniforms(seeds: Sequence[Seed], n: int) -> Tensor:

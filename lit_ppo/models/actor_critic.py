@@ -1,5 +1,6 @@
 """Actor, critic and frozen reference around Hugging Face models: one training forward each."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -10,7 +11,9 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
+from transformers.pytorch_utils import Conv1D
 
+from lit_ppo.device import exact_products
 from lit_ppo.experience import ModelInputs
 from lit_ppo.generation.engine import Responses
 from lit_ppo.generation.transformers import generate
@@ -50,8 +53,9 @@ class Actor(_AlwaysEval):
         use_fused_gelu(model)
         use_packing(model)
         if not checked:
-            check_head(model, self._head_inputs)
-            check_sampling(model, self._head_inputs)
+            with exact_products():
+                check_head(model, self._head_inputs)
+                check_sampling(model, self._head_inputs)
 
     def forward(
         self,
@@ -129,7 +133,9 @@ class Critic(_AlwaysEval):
         self.eval()
         use_fused_gelu(backbone)
         use_packing(backbone)
-        self.value_head = nn.Linear(check_causal(backbone), 1)
+        with exact_products():
+            width = check_causal(backbone)
+        self.value_head = nn.Linear(width, 1)
         with torch.no_grad():
             self.value_head.weight.copy_(torch.zeros_like(self.value_head.weight) if head is None else head)
             self.value_head.bias.zero_()
@@ -208,6 +214,28 @@ def compile_blocks(model: nn.Module) -> None:
     for block in blocks(model):
         block.forward = torch.compile(block.forward, dynamic=True)
     model.compiled = True  # type: ignore[assignment]
+
+
+def halve_frozen(model: nn.Module) -> None:
+    """Keep frozen linear layers in bfloat16, the dtype to which ``bf16-mixed`` casts them in every forward.
+
+    No number changes, and no weight is cast. Embeddings and norms stay as they are, and so does a head that shares the
+    embeddings' weight. Without autocast these layers compute in bfloat16 too.
+    """
+    embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
+    exact = {part for module in model.modules() for name in getattr(module, "exact", ())
+             for part in getattr(module, name).modules()}  # fmt: skip
+    for part in model.modules():
+        if not isinstance(part, nn.Linear | Conv1D) or part in exact or id(part.weight) in embeddings:
+            continue
+        if not any(p.requires_grad or p.dtype != torch.float32 for p in part.parameters()):
+            part.to(torch.bfloat16)
+            vars(part)["forward"] = partial(_in_bfloat16, part.forward)
+
+
+def _in_bfloat16(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    output = forward(x.to(torch.bfloat16))
+    return output if torch.is_autocast_enabled(x.device.type) else output.to(x.dtype)
 
 
 def checkpoint_activations(model: nn.Module) -> None:

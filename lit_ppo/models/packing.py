@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lit_ppo.device import exact_products
 from lit_ppo.models.positions import UNBOUNDED, rope_bound, row_groups
 
 NAME = "lit_ppo_packed_sdpa"
@@ -191,7 +192,7 @@ def _packs_faithfully(model: PreTrainedModel) -> bool:
     backbone, device = model.base_model, model.device
     ids = torch.arange(6, device=device).view(2, 3) % model.config.get_text_config().vocab_size
     mask = torch.tensor([[False, True, True], [True, True, True]], device=device)
-    with torch.no_grad():
+    with torch.no_grad(), exact_products():
         try:
             packed, _ = read_tokens(backbone, ids, mask)
         except (TypeError, RuntimeError):  # a family that hands nothing on to its attention

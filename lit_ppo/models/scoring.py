@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_ppo.device import exact_products
+
 
 def score_in_float32(model: Any) -> Any:
     """Let the modules of a sequence classifier that follow its backbone compute in float32, also under autocast.
@@ -48,8 +50,9 @@ def check_scores_alone(where: str, model: Any) -> None:
     mask = torch.ones_like(rows)
     mask[1, 3:] = 0
     try:
-        together = model(input_ids=rows, attention_mask=mask).logits[1]
-        alone = model(input_ids=rows[1:, :3], attention_mask=mask[1:, :3]).logits[0]
+        with exact_products():
+            together = model(input_ids=rows, attention_mask=mask).logits[1]
+            alone = model(input_ids=rows[1:, :3], attention_mask=mask[1:, :3]).logits[0]
     except Exception:  # some need tokens of their own in every text
         return
     finally:

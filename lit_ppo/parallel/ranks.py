@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_ppo.device import has_float64
+from lit_ppo.experience import Experience, ModelInputs
 from lit_ppo.shown import reason
 
 T = TypeVar("T")
@@ -96,6 +97,25 @@ def map_rows(
     plan = deal(lengths, n_ranks(), **limits)
     shares = gather_shares(lambda: [function(rows) for rows in plan[rank()]])
     return [pair for rows, results in zip(plan, shares, strict=True) for pair in zip(rows, results, strict=True)]
+
+
+def map_forwards(
+    function: Callable[[ModelInputs], dict[str, Tensor]],
+    experience: Experience,
+    lengths: list[int],
+    limits: dict[str, int | None],
+) -> dict[str, Tensor]:
+    """Run a function on the micro-batches of this rank and put the rows of all ranks together, (B, T) each."""
+
+    def run(rows: list[int]) -> dict[str, Tensor]:
+        return {name: value.float().cpu() for name, value in function(experience.micro_batch(rows)).items()}
+
+    together: dict[str, Tensor] = {}
+    for rows, results in map_rows(lengths, run, **limits):
+        for name, value in results.items():
+            all_rows = together.setdefault(name, value.new_zeros(experience.response_ids.shape))
+            all_rows[rows] = value[: len(rows)]
+    return {name: value.to(experience.response_ids.device) for name, value in together.items()}
 
 
 def my_micro_batches(lengths: Sequence[int], **limits: int | None) -> list[list[int]]:

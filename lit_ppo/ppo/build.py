@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_ppo.advantages import check_estimator
 from lit_ppo.generation.config import generation_config, say_stops
-from lit_ppo.models.actor_critic import Actor, Critic, Reference, checkpoint_activations, compile_blocks
+from lit_ppo.models.actor_critic import Actor, Critic, Reference, checkpoint_activations, compile_blocks, halve_frozen
 from lit_ppo.models.load import load_causal_lm, load_critic
 from lit_ppo.models.lora import WithoutAdapter, add_adapter
 from lit_ppo.models.positions import safe_length
@@ -20,7 +20,7 @@ from lit_ppo.models.pretrained import check_not_quantized
 from lit_ppo.optim.settings import build_optimizer
 from lit_ppo.parallel.sharding import build, check_placed, shard
 from lit_ppo.ppo.settings import Models, ModelSettings
-from lit_ppo.rewards import RewardModel, place_reward_models
+from lit_ppo.rewards import RewardModel, place_reward_models, reward_models
 from lit_ppo.validate import refuse
 
 M = TypeVar("M", bound=nn.Module)
@@ -86,6 +86,10 @@ def build_models(
     generation = generation_config(settings.generation, settings.temperature, actor.model, tokenizer)
     rank_zero_info(say_stops(generation, settings.generation, actor.model, tokenizer))
     place_reward_models(strategy, rewards, eval_rewards)
+    if settings.halve_frozen:
+        for source in (rewards, eval_rewards):
+            for reward_model in reward_models(source):
+                halve_frozen(reward_model.model)
     reference: Reference | WithoutAdapter | None = None
     if settings.reference == "actor" and settings.actor_lora is not None:
         reference = WithoutAdapter(actor)
@@ -103,6 +107,8 @@ def build_models(
 def _place(settings: ModelSettings, strategy: Any, make: Callable[[], M], *, frozen: bool = False) -> M:
     """Build a model; under a strategy that shards, this rank keeps its shard."""
     model = build(strategy, make)
+    if settings.halve_frozen:
+        halve_frozen(model)
     if settings.compile_blocks:
         compile_blocks(model)
     if settings.activation_checkpointing and not frozen:
@@ -118,7 +124,7 @@ def _make_actor(settings: ModelSettings) -> Actor:
 
 def _make_reference(settings: ModelSettings) -> Reference:
     path = settings.actor if settings.reference == "actor" else str(settings.reference)
-    dtype = getattr(torch, settings.reference_dtype)
+    dtype = getattr(torch, settings.reference_dtype or "float32")
     model = load_causal_lm(f"{settings.owner}(reference", path, settings.model_kwargs, dtype)
     return Reference(model, checked=path == settings.actor)
 

@@ -1,6 +1,5 @@
 """Prompts to scored responses: the same experience on every rank, each rank doing its share of the work."""
 
-import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -15,16 +14,18 @@ from lit_ppo.callbacks.base import fire
 from lit_ppo.data.batch import PromptBatch
 from lit_ppo.experience import Experience, ModelInputs
 from lit_ppo.functional import KLEstimator, kl_estimate
-from lit_ppo.generation.engine import Engine, Progress, Responses, Seed
+from lit_ppo.generation.engine import Engine, Progress, Responses
+from lit_ppo.generation.transformers import row_seeds
 from lit_ppo.models.actor_critic import actor_forward, critic_forward
 from lit_ppo.models.lora import WithoutAdapter
 from lit_ppo.models.positions import UNBOUNDED, check_length, row_groups
-from lit_ppo.parallel.ranks import deal, map_rows, n_ranks
+from lit_ppo.parallel.ranks import deal, map_forwards, map_rows, n_ranks
 from lit_ppo.parallel.sharding import gathered
 from lit_ppo.ppo.prompts import checked_batch
 from lit_ppo.ppo.settings import Models
 from lit_ppo.rewards.function import name_of, scores_of, source_names
 from lit_ppo.rewards.time_limit import within
+from lit_ppo.validate import refuse
 
 Policy = Literal["actor", "reference"]
 Limits = dict[str, int | None]  # micro_batch_size, micro_batch_tokens
@@ -94,7 +95,7 @@ def sample_responses(
         raise ValueError("rollout(policy='reference'): there is no reference; give LitPPO one")
     engine: Engine = model
     row_prompts = [prompt for prompt in range(len(batch.prompts)) for _ in range(samples_per_prompt)]
-    seeds = None if stream is None else _seeds(stream, len(batch.prompts), samples_per_prompt)
+    seeds = None if stream is None else row_seeds(stream, len(batch.prompts), samples_per_prompt)
     row_ids = [batch.prompt_ids[prompt] for prompt in row_prompts]
     prompt_ids, prompt_mask = _pad_ids(row_ids, left=True, device=device)
 
@@ -193,7 +194,7 @@ def add_logprobs(
     difference, lengths = None, [n_prompt + n_response for n_prompt, n_response in experience.lengths]
     if sampled is not None and tolerance is not None:
         first = [row for micro_batches in deal(lengths, n_ranks(), **limits) for row in micro_batches[0]]
-        trained = _map_forwards(train, experience.select(first), [lengths[row] for row in first], limits)["logprobs"]
+        trained = map_forwards(train, experience.select(first), [lengths[row] for row in first], limits)["logprobs"]
         difference = float((trained - sampled[first]).abs().max())
         sampled = sampled if difference <= tolerance else None
 
@@ -205,7 +206,7 @@ def add_logprobs(
             computed["values"] = critic_forward(models.critic, inputs, n_columns)
         return computed
 
-    computed = _map_forwards(compute, experience, lengths, limits)
+    computed = map_forwards(compute, experience, lengths, limits)
     experience.logprobs = computed["logprobs"] if sampled is None else sampled
     experience.ref_logprobs, experience.values = computed.get("ref_logprobs"), computed.get("values")
     if experience.ref_logprobs is None:
@@ -213,6 +214,22 @@ def add_logprobs(
     else:
         experience.kl = kl_estimate(experience.logprobs, experience.ref_logprobs, kl_estimator)
     return difference
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def score_experience(module: Any, experience: Experience) -> Tensor:
+    """Scores of the responses, (B,) float32; those of several rewards are also in ``extras`` by name."""
+    if module.loop and module.loop.waiting:
+        scored: Tensor = module.loop.score(score_experience, experience)
+        return scored
+    if module.rewards is None:
+        refuse(module, "rewards", None, "there is nothing to score with; give rewards, or set experience.scores")
+    if not module._built:
+        module.configure_model()
+    scores = score(module.rewards, experience, timeout=module.reward_timeout)
+    experience.extras |= {name: values for name, values in scores.items() if name}
+    return scores[""]
 
 
 def score(source: Any, experience: Experience, *, timeout: float | None = None) -> dict[str, Tensor]:
@@ -244,29 +261,6 @@ def score(source: Any, experience: Experience, *, timeout: float | None = None) 
             empty = torch.empty(len(experience.responses), dtype=torch.float32, device=device)
             gathered_scores.setdefault(name, empty)[rows] = values.to(device)
     return gathered_scores
-
-
-def _map_forwards(
-    function: Callable[[ModelInputs], dict[str, Tensor]], experience: Experience, lengths: list[int], limits: Limits
-) -> dict[str, Tensor]:
-    """Run a function on the micro-batches of this rank and put the rows of all ranks together, (B, T) each."""
-
-    def run(rows: list[int]) -> dict[str, Tensor]:
-        return {name: value.float().cpu() for name, value in function(experience.micro_batch(rows)).items()}
-
-    together: dict[str, Tensor] = {}
-    for rows, results in map_rows(lengths, run, **limits):
-        for name, value in results.items():
-            all_rows = together.setdefault(name, value.new_zeros(experience.response_ids.shape))
-            all_rows[rows] = value[: len(rows)]
-    return {name: value.to(experience.response_ids.device) for name, value in together.items()}
-
-
-def _seeds(stream: tuple[int, str, int], n_prompts: int, samples_per_prompt: int) -> list[Seed]:
-    """The seeds of all rows: a sample depends on them alone, not on how rows are batched or spread over ranks."""
-    seed, name, update = stream
-    key = (seed, zlib.crc32(name.encode()), update)
-    return [(*key, prompt, sample) for prompt in range(n_prompts) for sample in range(samples_per_prompt)]
 
 
 def _pad_ids(rows: Sequence[Sequence[int]], *, left: bool, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ from typing import Any, get_args
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lit_ppo.advantages import GAE, AdvantageEstimator
@@ -21,12 +20,12 @@ from lit_ppo.models.actor_critic import Actor, Critic, Reference
 from lit_ppo.models.lora import WithoutAdapter
 from lit_ppo.optim.settings import checked_factories
 from lit_ppo.ppo import build, evaluate, optimize, own_loop, preflight, saved, settings, text_loss
-from lit_ppo.ppo.collect import Policy, add_logprobs, rollout_with_hooks, sample_responses, score
+from lit_ppo.ppo.collect import Policy, add_logprobs, rollout_with_hooks, sample_responses, score_experience
 from lit_ppo.ppo.metrics import Progress, current_coefficients, log_update
 from lit_ppo.ppo.prompts import Origin, as_batch
-from lit_ppo.ppo.settings import Models, ModelSettings, ReferenceDtype
+from lit_ppo.ppo.settings import MatmulPrecision, Models, ModelSettings, ReferenceDtype
 from lit_ppo.rewards import Rewards, ScoreSource, as_source, eval_sources, source_names
-from lit_ppo.validate import integer, non_negative_or_none, number, one_of, refuse, samples, seconds_or_none
+from lit_ppo.validate import integer, non_negative_or_none, number, one_of, samples, seconds_or_none
 
 
 class LitPPO(L.LightningModule):
@@ -42,6 +41,7 @@ class LitPPO(L.LightningModule):
         critic: ``"actor"`` or ``"reward"`` (start from that model's weights), a path, or None (no critic).
         reference: ``"actor"`` (a frozen copy of the model that the run starts from), a path, or None: no KL term.
         reference_dtype: ``"bfloat16"`` halves the reference's memory and rounds its log-probs: the KL starts near 0.
+            None: float32; with ``bf16-mixed`` on CUDA, the linear layers of all frozen models are kept in bfloat16.
         actor_lora: Fields of ``peft.LoraConfig``, such as ``{r: 16, target_modules: all-linear}``: trains an adapter
             instead of the full actor, which is the reference without it. Usually with ten times the learning rate.
         critic_lora: The same for the critic, whose value head is always trained in full.
@@ -71,6 +71,7 @@ class LitPPO(L.LightningModule):
         max_skipped_steps: Consecutive steps that may be skipped because a loss or gradient is not finite.
         activation_checkpointing: Recompute activations of actor and critic: less memory, about a third more time.
         compile_blocks: ``torch.compile`` the models, except for sampling; the first update takes a minute longer.
+        float32_matmul_precision: ``"highest"``, ``"high"`` (TF32) or ``"medium"``. None: on CUDA ``"high"``.
         reward_timeout: Seconds that scoring a rank's responses may take; then the run ends. None: no limit.
         model_kwargs: For ``from_pretrained``, such as ``trust_remote_code: true``, without which no model's code runs.
         chat_template_kwargs: Variables of the chat template, such as ``{enable_thinking: false}``.
@@ -92,7 +93,7 @@ class LitPPO(L.LightningModule):
         tokenizer: str | None = None,
         critic: str | None = "actor",
         reference: str | None = "actor",
-        reference_dtype: ReferenceDtype = "float32",
+        reference_dtype: ReferenceDtype | None = None,
         actor_lora: dict[str, Any] | None = None,
         critic_lora: dict[str, Any] | None = None,
         rewards: Rewards | None = None,
@@ -118,6 +119,7 @@ class LitPPO(L.LightningModule):
         max_skipped_steps: int = 0,
         activation_checkpointing: bool = False,
         compile_blocks: bool = False,
+        float32_matmul_precision: MatmulPrecision | None = None,
         reward_timeout: float | None = None,
         model_kwargs: dict[str, Any] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
@@ -152,6 +154,7 @@ class LitPPO(L.LightningModule):
         self.limits = optimize.micro_batch_limits(self, micro_batch_size, micro_batch_tokens)
         self.tolerance = non_negative_or_none(self, "sampling_logprobs_tolerance", sampling_logprobs_tolerance)
         self.loss_reduction = settings.checked_reduction(self, loss_reduction)
+        self.matmul_precision = settings.checked_matmul_precision(self, float32_matmul_precision)
         self.reward_timeout = seconds_or_none(self, "reward_timeout", reward_timeout)
         self.optimization = optimize.Optimization(self, max_grad_norm, max_skipped_steps)
         makers = {"actor": (actor_optimizer, actor_scheduler), "critic": (critic_optimizer, critic_scheduler)}
@@ -209,10 +212,6 @@ class LitPPO(L.LightningModule):
         self.optimization.end_update(self)
         log_update(self, experience, coefficients, steps)
 
-    def step_optimizers(self, metrics: dict[str, float], experience: Experience) -> None:
-        """Step the optimizers that have gradients, or skip the step where a loss or gradient is not finite."""
-        self.optimization.step(self, metrics, experience)
-
     # What callbacks call
 
     @torch.inference_mode(False)
@@ -259,20 +258,6 @@ class LitPPO(L.LightningModule):
         experience.origin = Origin(self)
         return experience
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def score(self, experience: Experience) -> Tensor:
-        """Scores of the responses, (B,) float32; those of several rewards are also in ``extras`` by name."""
-        if self.loop and self.loop.waiting:
-            return self.loop.score(LitPPO.score, experience)
-        if self.rewards is None:
-            refuse(self, "rewards", None, "there is nothing to score with; give rewards, or set experience.scores")
-        if not self._built:
-            self.configure_model()
-        scores = score(self.rewards, experience, timeout=self.reward_timeout)
-        experience.extras |= {name: values for name, values in scores.items() if name}
-        return scores[""]
-
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The actor's tokenizer, loaded on first use: a data module may have written it only just before."""
@@ -287,6 +272,7 @@ class LitPPO(L.LightningModule):
 
     # More methods, each a function in the file that is named: what callbacks call, then Lightning's hooks.
 
+    score, step_optimizers = score_experience, optimize.step_optimizers
     actor_optimizer, backward_minibatch = property(optimize.actor_optimizer), optimize.backward_minibatch
     backward_on_text, loss_on_text, exact_kl = text_loss.backward_on_text, text_loss.loss_on_text, optimize.exact_kl
     save_pretrained, only_actor, card = saved.save_pretrained, saved.only_actor, saved.card

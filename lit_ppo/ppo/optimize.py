@@ -137,6 +137,11 @@ def backward_minibatch(module: Any, minibatch: Minibatch) -> dict[str, float]:
     return optimization.clip(module, minibatch)
 
 
+def step_optimizers(module: Any, metrics: dict[str, float], experience: Experience) -> None:
+    """Step the optimizers that have gradients, or skip the step where a loss or gradient is not finite."""
+    module.optimization.step(module, metrics, experience)
+
+
 def _backward_actor(module: Any, micro: Minibatch, inputs: ModelInputs) -> None:
     n_columns = micro.response_ids.shape[1]
     micro.new_logprobs, micro.new_entropy = actor_forward(module.actor, inputs, n_columns, module.temperature)

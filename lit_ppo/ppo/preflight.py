@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_ppo.experience import Experience, Minibatch
 from lit_ppo.generation.config import end_of_turn, stop_ids
@@ -48,14 +48,39 @@ def setup(module: Any, stage: str) -> None:
     dtype = module.model_settings.reference_dtype
     if precision not in ("32-true", "64-true", "bf16-mixed"):
         refuse("Trainer", "precision", precision, "weights are kept in float32; use 'bf16-mixed'")
-    if precision == "64-true" and dtype != "float32":
+    if precision == "64-true" and dtype == "bfloat16":
         problem = "Trainer(precision='64-true') makes every model float64; use 'float32' or another precision"
         refuse(module, "reference_dtype", dtype, problem)
     if precision == "64-true" and shards(strategy):
         refuse("Trainer", "precision", precision, "models are sharded in float32; use '32-true'")
+    apply_precision(module, strategy.root_device.type, precision, sharded=shards(strategy))
     if isinstance(strategy, DDPStrategy):
         # the actor's backward leaves the critic's parameters without gradients, and the other way round
         strategy._ddp_kwargs["find_unused_parameters"] = True
+
+
+def apply_precision(module: Any, kind: str, precision: str, *, sharded: bool) -> None:
+    """Apply what depends on the kind of device and say so; nothing by default on a CPU.
+
+    Args:
+        module: The LitPPO.
+        kind: Of device, such as ``cuda``.
+        precision: The Trainer's.
+        sharded: Models are sharded, and the weights of a shard need one dtype.
+    """
+    matmul = module.matmul_precision or ("high" if kind == "cuda" else None)
+    if matmul is not None:
+        torch.set_float32_matmul_precision(matmul)
+        tf32 = " (TF32)" if kind == "cuda" and matmul != "highest" else ""
+        rank_zero_info(f"LitPPO(float32_matmul_precision={matmul!r}): float32 products are computed so{tf32}")
+    settings = module.model_settings
+    by_default = settings.reference_dtype is None and not module.checkpoint_reference
+    settings.halve_frozen = kind == "cuda" and precision == "bf16-mixed" and by_default and not sharded
+    if settings.halve_frozen:
+        rank_zero_info(
+            "LitPPO(reference_dtype=None): linear layers of frozen models (reference, reward models, LoRA bases) are "
+            "kept in bfloat16, as bf16-mixed computes; 'float32' keeps them in float32"
+        )
 
 
 def on_fit_start(module: Any) -> None:
@@ -141,7 +166,7 @@ def check_moving_reference(settings: ModelSettings, reference: Any) -> None:
             "a callback moves the reference (checkpoint_reference=True), which is the actor without its adapter; "
             "remove the callback, or train the full actor",
         )  # fmt: skip
-    if settings.reference_dtype != "float32":
+    if settings.reference_dtype == "bfloat16":
         refuse(
             settings.owner, "reference_dtype", settings.reference_dtype,
             "a callback moves the reference (checkpoint_reference=True), and small moves round away in it; use "

@@ -25,6 +25,7 @@ from lit_ppo.validate import (
 )
 
 ReferenceDtype = Literal["float32", "bfloat16"]
+MatmulPrecision = Literal["highest", "high", "medium"]
 
 
 @dataclass(kw_only=True)
@@ -40,7 +41,7 @@ class ModelSettings:
     tokenizer: str | None
     critic: str | None
     reference: str | None
-    reference_dtype: ReferenceDtype
+    reference_dtype: ReferenceDtype | None
     actor_lora: dict[str, Any] | None
     critic_lora: dict[str, Any] | None
     activation_checkpointing: bool
@@ -50,6 +51,7 @@ class ModelSettings:
     model_kwargs: dict[str, Any]
     seed: int
     skip_special_tokens: bool = True
+    halve_frozen: bool = False  # keep frozen linear layers in bfloat16; the Trainer decides
 
     def __post_init__(self) -> None:
         """Check the arguments against each other, before anything is loaded."""
@@ -57,10 +59,12 @@ class ModelSettings:
         for argument in ("actor", "tokenizer", "critic", "reference"):
             if getattr(self, argument) is not None:
                 setattr(self, argument, path_or_name(self.owner, argument, getattr(self, argument)))
-        dtype = one_of(self.owner, "reference_dtype", self.reference_dtype, get_args(ReferenceDtype))
-        if dtype != "float32" and self.reference is None:
+        dtype = self.reference_dtype
+        if dtype is not None:
+            one_of(self.owner, "reference_dtype", dtype, get_args(ReferenceDtype))
+        if dtype == "bfloat16" and self.reference is None:
             refuse(self.owner, "reference_dtype", dtype, "there is no reference; leave it out, or give a reference")
-        if dtype != "float32" and self.reference == "actor" and self.actor_lora is not None:
+        if dtype == "bfloat16" and self.reference == "actor" and self.actor_lora is not None:
             problem = "the reference is the actor without its adapter (actor_lora); leave reference_dtype out"
             refuse(self.owner, "reference_dtype", dtype, problem)
         for argument, fields in (("actor_lora", self.actor_lora), ("critic_lora", self.critic_lora)):
@@ -101,6 +105,14 @@ def checked_kwargs(owner: object, value: Any) -> dict[str, Any]:
         problem = "trained weights are kept in float32; give the Trainer a precision instead"
         refuse(owner, "model_kwargs", given, problem)
     return given
+
+
+def checked_matmul_precision(owner: object, value: Any) -> MatmulPrecision | None:
+    """The argument ``float32_matmul_precision``; None: by device."""
+    checked: MatmulPrecision | None = value
+    if value is not None:
+        checked = one_of(owner, "float32_matmul_precision", value, get_args(MatmulPrecision))
+    return checked
 
 
 def checked_seed(owner: object, value: Any) -> int:
