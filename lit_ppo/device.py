@@ -43,3 +43,9 @@ def exact_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the CPU, had no memory left."""
+    signs = ("out of memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, TemperatureLogitsWarper
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TemperatureLogitsWarper
 from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import ALL_CACHE_NAMES
 
@@ -268,3 +268,24 @@ def _keep_rows(state: dict[str, Any], going: Tensor) -> dict[str, Any]:
         name: value[going] if isinstance(value, Tensor) and value.ndim and len(value) == len(going) else value
         for name, value in state.items()
     }
+
+
+def continuations(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[list[int]],
+    response_ids: Sequence[list[int]],
+    skip_special_tokens: bool,
+) -> list[str]:
+    """Responses as they continue their prompts: decoded alone, many tokenizers drop the leading space."""
+
+    def decode(rows: Sequence[list[int]]) -> list[str]:
+        options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+        texts: list[str] = tokenizer.batch_decode(list(rows), **options)
+        return texts
+
+    prompts = decode(prompt_ids)
+    conversations = decode([prompt + response for prompt, response in zip(prompt_ids, response_ids, strict=True)])
+    return [
+        text[len(prompt) :] if text.startswith(prompt) else alone
+        for text, prompt, alone in zip(conversations, prompts, decode(response_ids), strict=True)
+    ]

@@ -7,7 +7,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
 
 from lit_ppo.advantages import check_estimator
 from lit_ppo.callbacks.base import fire
@@ -15,7 +14,7 @@ from lit_ppo.data.batch import PromptBatch
 from lit_ppo.experience import Experience, ModelInputs
 from lit_ppo.functional import KLEstimator, kl_estimate
 from lit_ppo.generation.engine import Engine, Progress, Responses
-from lit_ppo.generation.transformers import row_seeds
+from lit_ppo.generation.transformers import continuations, row_seeds
 from lit_ppo.models.actor_critic import actor_forward, critic_forward
 from lit_ppo.models.lora import WithoutAdapter
 from lit_ppo.models.positions import UNBOUNDED, check_length, row_groups
@@ -63,6 +62,7 @@ def sample_responses(
     *,
     policy: Policy = "actor",
     sampling_logprobs: bool = False,
+    limits: Limits | None = None,
     progress: Progress | None = None,
     device: torch.device,
     skip_special_tokens: bool = True,
@@ -76,6 +76,7 @@ def sample_responses(
         stream: Seed, name of the random stream and number of the update; None: greedy.
         policy: Which model samples.
         sampling_logprobs: Also return the log-probs of the decode loop.
+        limits: Of what one rank samples at once, in rows or in tokens with ``max_new_tokens`` for each response.
         progress: For the progress bar.
         device: Of the experience.
         skip_special_tokens: Leave them out of the text of responses.
@@ -105,14 +106,16 @@ def sample_responses(
             None if seeds is None else [seeds[row] for row in rows], logprobs=sampling_logprobs, progress=progress,
         )  # fmt: skip
 
-    ids, logprobs, ended = zip(*_sample_rows(model, batch.prompt_ids, row_ids, generate), strict=True)
+    longest = [len(ids) + int(models.generation.max_new_tokens) for ids in row_ids]
+    sampled = _sample_rows(model, batch.prompt_ids, row_ids, generate, longest, limits or {})
+    ids, logprobs, ended = zip(*sampled, strict=True)
     response_ids, response_mask = _pad_ids(ids, left=False, device=device)
     # where special tokens are shown, the one that ended the response is not
     shown = ids if skip_special_tokens else tuple(row[: len(row) - end] for row, end in zip(ids, ended, strict=True))
     group = torch.tensor(row_prompts, device=device)
     experience = Experience(
         prompts=[batch.prompts[prompt] for prompt in row_prompts],
-        responses=_continuations(models.tokenizer, row_ids, shown, skip_special_tokens),
+        responses=continuations(models.tokenizer, row_ids, shown, skip_special_tokens),
         columns={name: [values[prompt] for prompt in row_prompts] for name, values in batch.columns.items()},
         prompt_index=batch.prompt_index.to(device)[group],
         group=group,
@@ -128,7 +131,12 @@ def sample_responses(
 
 
 def _sample_rows(
-    model: Any, prompt_ids: list[list[int]], row_ids: list[list[int]], generate: Callable[[list[int], int], Responses]
+    model: Any,
+    prompt_ids: list[list[int]],
+    row_ids: list[list[int]],
+    generate: Callable[[list[int], int], Responses],
+    longest: list[int],
+    limits: Limits,
 ) -> list[tuple[list[int], list[float], bool]]:
     """Responses of all rows, each rank sampling its share.
 
@@ -137,6 +145,8 @@ def _sample_rows(
         prompt_ids: This rank's prompts; all ranks must have the same.
         row_ids: The prompt of each row.
         generate: From rows that can share a forward, and their width, to responses.
+        longest: Tokens that each row may come to have.
+        limits: See :func:`sample_responses`.
     """
 
     def share(rows: list[int]) -> tuple[list[list[int]], dict[int, tuple[list[int], list[float], bool]]]:
@@ -144,6 +154,9 @@ def _sample_rows(
         groups = [list(range(len(rows)))] if rows else []
         if rows and model.model not in UNBOUNDED:
             groups = row_groups(model.model, [len(row_ids[row]) for row in rows], is_gathered=True)
+        if any(limits.values()):
+            plans = [(group, deal([longest[rows[i]] for i in group], 1, **limits)[0]) for group in groups]
+            groups = [[group[i] for i in part] for group, parts in plans for part in parts]
         for some in ([rows[i] for i in group] for group in groups):
             responses = generate(some, max(len(row_ids[row]) for row in some))
             sampled |= zip(some, zip(*responses, strict=True), strict=True)
@@ -270,24 +283,3 @@ def _pad_ids(rows: Sequence[Sequence[int]], *, left: bool, device: torch.device)
     side = "left" if left else "right"
     ids = pad_sequence(tensors, batch_first=True, padding_side=side)
     return ids.to(device), pad_sequence(ones, batch_first=True, padding_side=side).to(device)
-
-
-def _continuations(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_ids: Sequence[list[int]],
-    response_ids: Sequence[list[int]],
-    skip_special_tokens: bool,
-) -> list[str]:
-    """Responses as they continue their prompts: decoded alone, many tokenizers drop the leading space."""
-
-    def decode(rows: Sequence[list[int]]) -> list[str]:
-        options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
-        texts: list[str] = tokenizer.batch_decode(list(rows), **options)
-        return texts
-
-    prompts = decode(prompt_ids)
-    conversations = decode([prompt + response for prompt, response in zip(prompt_ids, response_ids, strict=True)])
-    return [
-        text[len(prompt) :] if text.startswith(prompt) else alone
-        for text, prompt, alone in zip(conversations, prompts, decode(response_ids), strict=True)
-    ]

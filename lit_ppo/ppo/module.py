@@ -57,8 +57,10 @@ class LitPPO(L.LightningModule):
         clip_range: Of the probability ratio; ``[0.2, 0.28]``: below and above 1 (DAPO); None: no clipping.
         ppo_epochs: Passes over the experience.
         minibatch_size: Responses per optimizer step, over all ranks.
-        micro_batch_size: Maximum number of responses in one forward of one rank. Sampling is not split.
+        micro_batch_size: Maximum number of responses in one forward of one rank, sampling aside.
         micro_batch_tokens: Instead: maximum number of tokens in one forward, padding included.
+        rollout_batch_size: Maximum number of responses that one rank samples at once; None: all. Samples stay the same.
+        rollout_batch_tokens: Instead: maximum number of their tokens, with prompts and ``max_new_tokens`` each.
         sampling_logprobs_tolerance: Keep the log-probs of sampling if those of training agree within this on one
             micro-batch per rank; saves about 3% of an update. None: compute them again.
         loss_reduction: ``"token_mean"``, ``"sequence_mean"`` (over each response, then over responses), or a number
@@ -109,6 +111,8 @@ class LitPPO(L.LightningModule):
         minibatch_size: int = 32,
         micro_batch_size: int | None = None,
         micro_batch_tokens: int | None = None,
+        rollout_batch_size: int | None = None,
+        rollout_batch_tokens: int | None = None,
         sampling_logprobs_tolerance: float | None = None,
         loss_reduction: LossReduction = "token_mean",
         actor_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-7, weight_decay=0.0, fused=True),
@@ -151,7 +155,8 @@ class LitPPO(L.LightningModule):
         self.clip_range = settings.checked_clip_range(self, clip_range)
         self.ppo_epochs = integer(self, "ppo_epochs", ppo_epochs)
         self.minibatch_size = integer(self, "minibatch_size", minibatch_size)
-        self.limits = optimize.micro_batch_limits(self, micro_batch_size, micro_batch_tokens)
+        self.limits = optimize.batch_limits(self, "micro", micro_batch_size, micro_batch_tokens)
+        self.rollout_limits = optimize.batch_limits(self, "rollout", rollout_batch_size, rollout_batch_tokens)
         self.tolerance = non_negative_or_none(self, "sampling_logprobs_tolerance", sampling_logprobs_tolerance)
         self.loss_reduction = settings.checked_reduction(self, loss_reduction)
         self.matmul_precision = settings.checked_matmul_precision(self, float32_matmul_precision)
@@ -171,7 +176,11 @@ class LitPPO(L.LightningModule):
 
     def training_step(self, prompts: Any, batch_idx: int) -> None:
         """One update."""
-        self.update(self.collect(prompts))
+        try:
+            self.update(self.collect(prompts))
+        except RuntimeError as error:
+            settings.explain_memory(self, error, self.progress.phase, self.progress.detail)
+            raise
 
     def collect(self, prompts: Any) -> Experience:
         """Sample responses to the prompts and score them, or take what ``step`` was given; calls the hooks."""
@@ -244,8 +253,9 @@ class LitPPO(L.LightningModule):
         random = (self.seed, stream or "train", self.rollouts if stream is None else 0)
         experience, sampled = sample_responses(
             models, batch, samples_per_prompt or self.samples_per_prompt, random if do_sample else None,
-            policy=policy, sampling_logprobs=policy == "actor" and self.tolerance is not None,
-            progress=self.progress, device=self.device, skip_special_tokens=self.model_settings.skip_special_tokens,
+            policy=policy, sampling_logprobs=policy == "actor" and self.tolerance is not None, device=self.device,
+            limits=self.rollout_limits, progress=self.progress,
+            skip_special_tokens=self.model_settings.skip_special_tokens,
         )  # fmt: skip
         self.rollouts += stream is None
         if logprobs:

@@ -204,13 +204,13 @@ def exact_kl(module: Any, minibatch: Experience) -> Tensor:
     return actor_forward(module.actor, inputs, n_columns, module.temperature, kl_to=head)[1]
 
 
-def micro_batch_limits(owner: object, size: int | None, tokens: int | None) -> Limits:
-    """The arguments that limit a micro-batch, checked; at most one is given."""
+def batch_limits(owner: object, kind: str, size: int | None, tokens: int | None) -> Limits:
+    """The arguments that limit the batches of a kind (``micro`` or ``rollout``), checked; at most one is given."""
     if size is not None and tokens is not None:
-        refuse(owner, "micro_batch_tokens", tokens, "give it or micro_batch_size, not both")
+        refuse(owner, f"{kind}_batch_tokens", tokens, f"give it or {kind}_batch_size, not both")
     return {
-        "micro_batch_size": None if size is None else integer(owner, "micro_batch_size", size),
-        "micro_batch_tokens": None if tokens is None else integer(owner, "micro_batch_tokens", tokens),
+        "micro_batch_size": None if size is None else integer(owner, f"{kind}_batch_size", size),
+        "micro_batch_tokens": None if tokens is None else integer(owner, f"{kind}_batch_tokens", tokens),
     }
 
 

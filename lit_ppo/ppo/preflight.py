@@ -23,7 +23,7 @@ from lit_ppo.ppo.collect import score
 from lit_ppo.ppo.evaluate import validate_before_training
 from lit_ppo.ppo.metrics import forget_last_update
 from lit_ppo.ppo.prompts import check_batch
-from lit_ppo.ppo.settings import Models, ModelSettings
+from lit_ppo.ppo.settings import Models, ModelSettings, explain_memory
 from lit_ppo.rewards import source_names
 from lit_ppo.shown import message_of
 from lit_ppo.validate import refuse
@@ -197,11 +197,21 @@ def try_prompts(module: Any, split: str, prompts: Any) -> None:
         if split == "val" and module.eval_rewards is not None:
             score(module.eval_rewards, experience, timeout=module.reward_timeout)
     except Exception as error:
+        if isinstance(error, RuntimeError):
+            explain_memory(module, error, "rollout", "")
         raise ValueError(f"first {split} prompt: {message_of(error, 2000)}") from error
 
 
 def try_longest(module: Any, n_prompt: int) -> None:
     """Run forward and backward of one micro-batch with as many tokens as any can have."""
+    try:
+        _try_longest(module, n_prompt)
+    except RuntimeError as error:
+        explain_memory(module, error, "update", "")
+        raise
+
+
+def _try_longest(module: Any, n_prompt: int) -> None:
     micro = longest_micro_batch(module.models, n_prompt, module.minibatch_size, **module.limits)
     module.optimization.zero_gradients(module)
     inputs, n_columns = micro.model_inputs(), micro.response_ids.shape[1]

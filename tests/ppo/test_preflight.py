@@ -26,6 +26,7 @@ from tests.helpers.toys import make_data, make_module, make_trainer
         ("samples_per_prompt", 0, "must be an integer, at least 1"),
         ("micro_batch_size", 0, "must be an integer, at least 1"),
         ("micro_batch_tokens", 64, "give it or micro_batch_size, not both"),
+        ("rollout_batch_tokens", 2.5, "must be an integer, at least 1"),
         ("temperature", 0.0, "must be a finite number, at least 0.001"),
         ("temperature", float("inf"), "must be a finite number, at least 0.001"),
         ("clip_range", -0.2, "must be a finite number, above 0"),
