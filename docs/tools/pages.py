@@ -23,6 +23,7 @@ PACKAGES = {
     "generation": ("Generation", "How responses are sampled."),
     "optim": ("Optimizers and schedules", "Learning-rate schedules, and how settings change when a run is resumed."),
     "parallel": ("Processes and strategies", "Ranks, sharding and strategies."),
+    "memory": ("Memory", "What a run will need before it starts: the modules behind `lit-ppo memory`."),
     "run": ("Runs", "Run folders, checkpoints, resuming, stopping and export."),
     "console": ("Console", "What a run prints: progress, signs of life, samples before and after, summary."),
     "cli": ("The command's modules", "The code of the `lit-ppo` command."),

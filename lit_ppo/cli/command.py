@@ -6,6 +6,7 @@ import re
 import shlex
 import warnings
 from argparse import ArgumentError
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,13 @@ class Command(LightningCLI):
 
     Args:
         session: This run of the command.
+        instead: Called instead of all but parsing, with the model, which has loaded nothing, the configuration as plain
+            values, and those of its stages by name.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, instead: Callable[..., None] | None = None) -> None:
         self.session = session
+        self.instead = instead
         self.heartbeat = session.heartbeat
         self.logs_again = False  # whether TensorBoard drops and needs again what the checkpoint's run had logged
         super().__init__(
@@ -130,7 +134,7 @@ class Command(LightningCLI):
     def _stages(self, config: Namespace) -> dict[str, tuple[list[str], dict[str, Any]]]:
         """Arguments and effective configuration of every stage, by name."""
         found: dict[str, tuple[list[str], dict[str, Any]]] = {}
-        for stage in config.stages:
+        for stage in config.stages or []:
             arguments = Stage(**vars(stage)).arguments(config.seed_everything, config.data_root)
             try:
                 parsed = self._parse(self._parser("fit"), arguments)
@@ -151,6 +155,8 @@ class Command(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Find the checkpoint to start from. Unlike in Lightning, its hyperparameters override no argument."""
+        if self.instead is not None:
+            return
         config, is_fit = self._config, self.config.subcommand == "fit"
         root, dirpath = Path(config.trainer.default_root_dir), config.checkpoint.dirpath
         files = [Path(str(file.absolute)) for file in config.config or []]
@@ -179,6 +185,12 @@ class Command(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Run the stages: models and data of this run may be what they write."""
         config = self._config
+        if self.instead is not None:
+            stages = {name: effective for name, (_, effective) in self._stages(config).items()}
+            given = Namespace(model=config.model)  # type: ignore[no-untyped-call]
+            model = self._parser("fit").instantiate_classes(given).model
+            self.instead(model, self._effective(config), stages)
+            raise SystemExit(0)
         if self.subcommand == "fit" and config.stages:
             run_stages(self.session, self._stages(config))
         self.heartbeat.say(f"{self.subcommand}: building model, data and trainer")

@@ -56,6 +56,9 @@ class _Script(Command):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         subcommands: Any = parser._subcommands_action
         for name in SUBCOMMANDS.keys() - subcommands.choices.keys():
+            if name == "memory":
+                subcommands.add_subcommand(name, self._parser("fit"), help=SUBCOMMANDS[name])
+                continue
             other = type(parser)(description=SUBCOMMANDS[name])
             if name == "cp":
                 other.add_argument("name").complete = NAMES

@@ -54,6 +54,11 @@ def _work(session: Session) -> None:
         from lit_ppo.cli.completion import completion
 
         completion(arguments, session)
+    elif subcommand == "memory":
+        from lit_ppo.memory.command import say_memory
+
+        session.arguments = ["fit", *arguments]
+        Command(session, instead=say_memory)
     else:
         Command(session)
 

@@ -16,6 +16,7 @@ SUBCOMMANDS = {
     "validate": "measure a model on the validation data",
     "test": "measure a model on the test data",
     "predict": "sample responses and score them",
+    "memory": "say what a run of PPO will need, before it starts",
     "export": "write the model of a checkpoint in Hugging Face format",
     "ls": "list the configurations that come with lit-ppo",
     "cp": "copy one of them to edit it",
@@ -46,6 +47,16 @@ Options:
 
 Help on one subcommand or class: lit-ppo fit --help, lit-ppo fit --model.help LitPPO
 """
+MEMORY = """\
+usage: lit-ppo memory [--config FILE_OR_NAME]... [--KEY VALUE]...
+
+Prints what each process of a PPO run will need, phase by phase, and which settings lower the largest parts. Takes the
+arguments of lit-ppo fit, and starts nothing: it reads configurations of models, but no weights.
+
+  lit-ppo memory --config ppo
+  lit-ppo memory --config ppo --config lora --trainer.precision bf16-mixed
+  lit-ppo memory --config ppo --config strategy/fsdp2 --trainer.devices 8
+"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,6 +84,8 @@ def answer(arguments: list[str]) -> bool:
         print(OVERVIEW.format(subcommands=rows), end="")
     elif first == "--version":
         print(f"lit-ppo {__version__}")
+    elif first == "memory" and (len(arguments) == 1 or {"-h", "--help"} & set(arguments)):
+        print(MEMORY, end="")
     elif first == "ls":
         _list(arguments[1:])
     elif first == "cp":

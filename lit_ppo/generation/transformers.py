@@ -73,7 +73,7 @@ def sample(
         _decode(model, input_ids, logits_processor, config, draws, responses, logprobs, progress, state)
 
     device = prompt_ids.device.type
-    with _weights_cast_once(model, device), _float32_logits(model, device):
+    with weights_cast_once(model, device), _float32_logits(model, device):
         call_generate(model, prompt_ids, prompt_mask, config, decode, do_sample=draws is not None)
     return responses
 
@@ -130,7 +130,7 @@ def uniforms(seeds: Sequence[Seed], n: int) -> Tensor:
 
 
 @contextmanager
-def _weights_cast_once(model: nn.Module, device: str) -> Iterator[None]:
+def weights_cast_once(model: nn.Module, device: str) -> Iterator[None]:
     """Cast the weights once for all tokens: Lightning's autocast would cast them again in every forward."""
     if not torch.is_autocast_enabled(device):
         yield

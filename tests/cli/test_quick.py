@@ -61,7 +61,7 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
 
 
 def test_the_overview_names_the_subcommands_that_there_are() -> None:
-    assert {*Command.subcommands(), "export", "ls", "cp", "completion"} == set(SUBCOMMANDS)
+    assert {*Command.subcommands(), "memory", "export", "ls", "cp", "completion"} == set(SUBCOMMANDS)
 
 
 def test_the_help_of_a_class_is_short_and_names_every_argument(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What a run will need, before it starts: from configurations of models, on tensors without storage."""

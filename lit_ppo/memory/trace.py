@@ -1,0 +1,173 @@
+"""The largest forwards and backwards of an update, traced on tensors without storage.
+
+Call these functions where tensors have no storage.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_ppo.generation.transformers import inverse_cdf, weights_cast_once
+from lit_ppo.memory.live import Live
+from lit_ppo.models.actor_critic import checkpoint_activations
+from lit_ppo.models.head import HeadInputs, token_statistics
+from lit_ppo.parallel.sharding import blocks
+
+
+@dataclass(frozen=True)
+class UpdateTrace:
+    """Bytes of one micro-batch, on top of weights and gradients; together the highest point of the backward."""
+
+    cast: int  # bfloat16 copies of weights, kept for the backward
+    activations: int  # kept for the backward by the layers
+    head: int  # kept by the head
+    workspace: int  # of the backward
+
+    @property
+    def peak(self) -> int:
+        """All of them."""
+        return self.cast + self.activations + self.head + self.workspace
+
+
+@dataclass(frozen=True)
+class RolloutTrace:
+    """Bytes of sampling, on top of the weights."""
+
+    cast: int  # bfloat16 copies of weights, made once
+    cache: int  # keys and values at the last token
+    workspace: int  # of reading the prompts, or of the last token, whichever is higher on top of its cache
+
+
+def trace_update(
+    model: PreTrainedModel,
+    rows: int,
+    length: int,
+    targets: int,
+    autocast: torch.dtype | None,
+    *,
+    is_critic: bool = False,
+    checkpointing: bool = False,
+) -> UpdateTrace:
+    """Forward and backward of a micro-batch.
+
+    Args:
+        model: The causal LM, or the critic's backbone.
+        rows: Responses.
+        length: Tokens of prompt and response.
+        targets: Tokens of the response.
+        autocast: Dtype of the products; None: that of the weights.
+        is_critic: A value for each token instead of the head.
+        checkpointing: Keep only the inputs of blocks, see :func:`checkpoint_activations`.
+    """
+    forwards = {block: block.forward for block in blocks(model)}
+    if checkpointing:
+        checkpoint_activations(model)
+    try:
+        cast = 0 if autocast is None else _update(model, 1, 2, 1, autocast, is_critic)[0]
+        kept, head, peak = _update(model, rows, length, targets, autocast, is_critic)
+    finally:
+        for block, forward in forwards.items():
+            block.forward = forward
+    cast = min(cast, kept)
+    return UpdateTrace(cast, kept - cast, head, peak - kept - head)
+
+
+def _update(
+    model: Any, rows: int, length: int, targets: int, autocast: torch.dtype | None, is_critic: bool
+) -> tuple[int, int, int]:
+    """Bytes after the layers, further ones after the head, and the most in all."""
+    for parameter in model.parameters():  # of a micro-batch before
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    live = Live([*model.parameters(), *model.buffers(), *gradients, ids])
+    with live, torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None, cache_enabled=False):
+        states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -targets - 1 : -1].flatten(0, 1)
+        kept = live.now
+        values = states.float().mean(-1) if is_critic else _logprobs(model, states)
+        head = live.now - kept
+        del states
+        torch.autograd.backward(values.sum())
+    for parameter in model.parameters():
+        parameter.grad = None
+    return kept, head, live.peak
+
+
+def trace_scoring(model: Any, rows: int, length: int, targets: int, autocast: torch.dtype | None, kind: str) -> int:
+    """The most bytes of a forward without gradients, on top of the weights.
+
+    Args:
+        model: The causal LM, the critic's backbone, or the reward model.
+        rows: Responses in one forward.
+        length: Tokens of prompt and response.
+        targets: Tokens of the response.
+        autocast: See :func:`trace_update`.
+        kind: ``"head"``, ``"critic"`` or ``"classifier"``.
+    """
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    live = Live([*model.parameters(), *model.buffers(), ids])
+    cast = torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None, cache_enabled=False)
+    with torch.no_grad(), live, cast:
+        if kind == "classifier":
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        else:
+            states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -targets - 1 : -1]
+            if kind == "head":
+                _logprobs(model, states.flatten(0, 1))
+    return live.peak
+
+
+def trace_rollout(model: Any, rows: int, prompt: int, new: int, autocast: torch.dtype | None) -> RolloutTrace:
+    """Sampling of responses that all have their full length.
+
+    Args:
+        model: The causal LM.
+        rows: Responses sampled at once.
+        prompt: Tokens of each prompt.
+        new: Tokens of each response.
+        autocast: See :func:`trace_update`.
+    """
+    last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+
+    def read(length: int, **state: Any) -> Any:
+        """A forward of rows whose cache then has ``length`` tokens."""
+        n = 1 if state else length
+        ids = torch.zeros(rows, n, dtype=torch.long)
+        mask = torch.ones(rows, length, dtype=torch.long)
+        return model(input_ids=ids, attention_mask=mask, use_cache=True, **last, **state)
+
+    with torch.no_grad(), _sampling(model, autocast) as live:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
+        cast = live.now
+        live.forget_peak()
+        cache = read(prompt).past_key_values
+        prefill = live.peak - cast
+        del cache
+        cache = read(max(prompt + new - 1, 1)).past_key_values
+        live.forget_peak()
+        raw = read(prompt + new, past_key_values=cache).logits[:, -1].float()
+        inverse_cdf(raw, torch.zeros(rows, dtype=torch.float64))
+        held = live.now - cast - raw.untyped_storage().nbytes()
+        decode = live.peak - cast
+    return RolloutTrace(cast, held, max(prefill, decode) - held)
+
+
+@contextmanager
+def _sampling(model: nn.Module, autocast: torch.dtype | None) -> Iterator[Any]:
+    with Live([*model.parameters(), *model.buffers()]) as live:
+        if autocast is None:
+            yield live
+        else:
+            with torch.autocast("cpu", autocast), weights_cast_once(model, "cpu"):
+                yield live
+
+
+def _logprobs(model: Any, states: Tensor) -> Tensor:
+    head = model.get_output_embeddings()
+    ids = torch.zeros(len(states), dtype=torch.long)
+    return token_statistics(HeadInputs(states, head.weight, head.bias), ids)[0]

@@ -1,0 +1,54 @@
+"""``lit-ppo memory`` as a user sees it, and the job that it reads from a configuration."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_ppo.memory.job import Job, job_of
+from tests.helpers.command import run_command
+
+
+def configuration(trainer: dict[str, Any], **data: Any) -> dict[str, Any]:
+    """A full configuration of PPO."""
+    model = {"init_args": {"generation": {"max_new_tokens": 100}, "minibatch_size": 16}}
+    return {"model": model, "data": {"init_args": data}, "trainer": trainer}
+
+
+def test_the_job_is_that_of_the_configuration() -> None:
+    fsdp2 = {"class_path": "lit_ppo.FSDP2Strategy", "init_args": {"mixed_precision": "bfloat16"}}
+    trainer = {"accelerator": "cpu", "devices": 8, "num_nodes": 2, "strategy": fsdp2, "precision": "32-true"}
+    job, notes = job_of(configuration(trainer, batch_size=64, max_prompt_length=256))
+    expected = Job(
+        batch_size=64, prompt_tokens=256, n_processes=16, strategy="fsdp2", gathered=torch.bfloat16, on_gpu=False
+    )
+    assert (job, notes) == (expected, [])
+
+
+def test_what_a_configuration_leaves_open_is_said() -> None:
+    trainer = {"accelerator": "cpu", "devices": "auto", "precision": "bf16-mixed"}
+    job, notes = job_of(configuration(trainer), most_positions=128)
+    assert job == Job(batch_size=16, prompt_tokens=28, precision="bf16-mixed", n_processes=1)
+    assert [note.split(":")[0] for note in notes] == [
+        "trainer.devices is auto", "data.max_prompt_length is not set", "the data name no batch_size",
+    ]  # fmt: skip
+
+
+def test_the_quickstart_is_counted_before_its_stages_have_run(tmp_path: Path) -> None:
+    """2 layers of 128 x (12 x 128 + 13), final norm, 1280 + 64 embeddings of 128."""
+    done = run_command("memory", "--config", "quickstart", cwd=tmp_path)
+    assert done.code == 0, done.err
+    weights = 2 * 128 * (12 * 128 + 13) + 2 * 128 + (1280 + 64) * 128
+    assert f"{weights:,} in float32" in done.out
+    assert f"{weights + 128 + 1:,} in float32" in done.out  # the critic has a value head
+    assert "Largest phase: " in done.out
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == []
+
+
+def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
+    done = run_command("memory", "--config", "ppo", "--model.init_args.actor", "./nothing", cwd=tmp_path)
+    assert done.code == 1
+    assert "LitPPO(actor='./nothing'): its config.json cannot be read" in done.last
+    done = run_command("memory", "--config", "sft", cwd=tmp_path)
+    assert done.code == 2
+    assert "only jobs of LitPPO are counted" in done.last

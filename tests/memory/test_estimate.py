@@ -1,0 +1,67 @@
+"""Predicted bytes against those of runs."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import SGD, Adafactor, AdamW
+
+from lit_ppo.memory.estimate import HELD, Estimate, estimate
+from lit_ppo.memory.job import Job
+from lit_ppo.memory.optimizers import StateSizes
+from tests.helpers.memory_run import measured_run
+from tests.helpers.tiny import make_causal_lm
+from tests.helpers.toys import make_data, make_module, make_trainer
+
+LORA = {"r": 4, "target_modules": "all-linear"}
+
+
+def line(found: Estimate, name: str) -> int:
+    """The bytes of the line with this name."""
+    return sum(each.n_bytes for each in found.lines if each.phase == HELD and each.name == name)
+
+
+def n_bytes(tensors: Any) -> int:
+    """Of tensors that differ."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_weights_gradients_and_states_are_those_of_a_run(tmp_path: Path, lora: dict[str, Any] | None) -> None:
+    arguments: dict[str, Any] = {"critic": "actor", "actor_lora": lora, "critic_lora": lora}
+    arguments["actor_optimizer"] = lambda p: AdamW(p, lr=1e-5, amsgrad=True)
+    arguments["critic_optimizer"] = lambda p: SGD(p, lr=1e-5, momentum=0.9)
+    module = make_module(make_causal_lm(tmp_path / "actor"), **arguments)
+    found = estimate(module, Job(batch_size=4, prompt_tokens=4))
+    make_trainer(tmp_path, max_steps=1).fit(module, make_data(tmp_path))
+    for name, optimizer in zip(("actor", "critic"), module.optimizers(use_pl_optimizer=False), strict=True):
+        model = getattr(module, name)
+        assert line(found, f"{name}: weights") == n_bytes(model.parameters())
+        assert line(found, f"{name}: gradients") == n_bytes(p.grad for p in model.parameters() if p.grad is not None)
+        states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+        assert line(found, f"{name}: optimizer states") == n_bytes(states)
+    reference = 0 if lora else n_bytes(module.reference.parameters())
+    assert line(found, "reference: frozen weights") == reference
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_is_that_of_a_run(tmp_path: Path) -> None:
+    """The resident memory of a process, over what it had after a small run, which loads all libraries."""
+    predicted, measured = measured_run(tmp_path)
+    assert measured == pytest.approx(predicted, rel=0.15)
+
+
+def test_shards_are_those_of_the_first_process() -> None:
+    """AdamW has two float32 states of the shape of each weight, and the number of its steps."""
+    sizes = StateSizes(lambda p: AdamW(p, lr=1e-5))
+    weights = [torch.empty(5, 3, device="meta"), torch.empty(1, device="meta")]
+    assert sizes.n_bytes(weights) == (15 + 1) * 8 + 2 * 4
+    assert sizes.n_bytes(weights, n_shards=2) == (9 + 1) * 8 + 2 * 4
+
+
+def test_factored_states_are_counted_by_rows_and_columns() -> None:
+    """Adafactor keeps a number for each row and each column of a matrix."""
+    sizes = StateSizes(lambda p: Adafactor(p, lr=1e-5))
+    assert sizes.n_bytes([torch.empty(1000, 300, device="meta")]) == (1000 + 300) * 4 + 4
