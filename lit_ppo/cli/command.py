@@ -33,7 +33,7 @@ from lit_ppo.run.checkpoint import StepCheckpoint, find_checkpoints
 from lit_ppo.run.continuation import Continuation, last_of_run
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.export import ExportModel
-from lit_ppo.run.folder import RunTrainer
+from lit_ppo.run.folder import RunTrainer, discard_unused
 
 for _name in lit_ppo.__all__:
     getattr(lit_ppo, _name)  # the parser knows the short names of imported classes only
@@ -205,6 +205,7 @@ class Command(LightningCLI):
         if (config.logger is None or config.logger is True) and not config.fast_dev_run:
             kwargs["logger"] = self.continuation.logger(root)
             self.logs_again = self.continuation.folder is not None
+        self.session.discard = self._discard
         trainer: Any = super().instantiate_trainer(**kwargs)
         reserve_port(trainer.strategy)
         if trainer.needs_folder and not trainer.fast_dev_run:
@@ -212,6 +213,12 @@ class Command(LightningCLI):
         self.session.interrupts.kill_children.append(lambda: _kill_ranks(trainer))
         self.session.explain = lambda error: explain(error, getattr(trainer.strategy.launcher, "procs", []))
         return trainer  # type: ignore[no-any-return]
+
+    def _discard(self) -> None:
+        """Remove the folder that this command has made, if the run ends before its first update."""
+        trainer = getattr(self, "trainer", None)
+        if self.continuation.claimed is not None and (trainer is None or not trainer.global_step):
+            discard_unused(self.continuation.claimed)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         given = config.get("callbacks") or []

@@ -37,6 +37,7 @@ class Session:
             a in ("-h", "--help") or a.startswith(("--help=", "--print_config")) for a in arguments
         )
         self.heartbeat = Heartbeat(enabled=bool(arguments) and not parsed_only and is_first_process())
+        self.discard: Callable[[], None] = lambda: None  # removes the folder of a run that has not begun
         self.explain: Callable[[BaseException], str | None] = lambda error: None  # set once there are ranks
         self.interrupts = Interrupts(self.say_how_to_continue)
 
@@ -57,6 +58,8 @@ class Session:
                 code = error.exit_code if isinstance(error, CommandError) else 1
                 if interrupts.received is None:
                     self.say_error(error)
+            if code or interrupts.received is not None:
+                self.discard()
             if interrupts.received is not None:
                 interrupts.end_children()
                 self.say_how_to_continue()

@@ -35,6 +35,7 @@ class Continuation:
     def __init__(self, given: str | None, root: Path, dirpath: str | None, *, keep_folder: bool) -> None:
         self.path, self._given = given, given
         self.folder: Path | None = None  # run folder to keep using
+        self.claimed: Path | None = None  # run folder that this command has made
         self.notes: list[str] = []  # about damaged checkpoints
         self.steps_logged = 0  # steps whose logs were complete when the checkpoint was written
         self.completed = False  # whether the run that it keeps using has done everything; known after ``compare``
@@ -83,7 +84,7 @@ class Continuation:
         """TensorBoard in the continued run folder, or in a new one under ``root``."""
         # From purge_step on, readers drop what was logged before. A new run purges from 0: without it, TensorBoard
         # takes the first resumed start for the start of the run and drops nothing.
-        version = claim_version(root) if self.folder is None else int(self.folder.name.removeprefix(PREFIX))
+        version = self._claim(root) if self.folder is None else int(self.folder.name.removeprefix(PREFIX))
         purge = 0 if self.folder is None else self.steps_logged
         return TensorBoardLogger(root, name="", version=version, default_hp_metric=False, purge_step=purge)
 
@@ -91,8 +92,13 @@ class Continuation:
         """The continued run folder, or a new one, for loggers without folders; None except in the first process."""
         if self.folder is not None:
             return str(self.folder)
-        version = claim_version(root)
+        version = self._claim(root)
         return None if version is None else str(root / f"{PREFIX}{version}")
+
+    def _claim(self, root: Path) -> int | None:
+        version = claim_version(root)
+        self.claimed = None if version is None else root / f"{PREFIX}{version}"
+        return version
 
 
 def last_of_run(files: Sequence[Path], dirpath: str | None) -> str | None:

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from lit_ppo.run.errors import CommandError
 from lit_ppo.run.stop import is_first_process
 
 PREFIX = "version_"
+STARTED = ("config.yaml", "hparams.yaml", "samples.jsonl")  # with events, the files of a run before its first update
+EVENTS = "events.out.tfevents."
 COMPLETED = "lit_ppo_completed.json"  # of a run that has done everything; names its last checkpoint
 
 
@@ -53,6 +56,15 @@ def claim_version(root: Path) -> int | None:
             (root / f"{PREFIX}{version}").mkdir()
             return version
     return None
+
+
+def discard_unused(folder: Path) -> None:
+    """Remove the folder of a run that has ended before its first update, if it holds nothing but the start of one."""
+    with contextlib.suppress(OSError):
+        found = list(folder.iterdir())
+        empty = [path for path in found if path.is_dir() and not path.is_symlink() and not any(path.iterdir())]
+        if all(path in empty or path.name in STARTED or path.name.startswith(EVENTS) for path in found):
+            shutil.rmtree(folder)
 
 
 def mark_completed(folder: Path, checkpoint: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.helpers.command import Running, processes, run_command
 from tests.helpers.event_files import metrics
-from tests.helpers.ppo_command import ppo_arguments
+from tests.helpers.ppo_command import ppo, ppo_arguments
 
 
 @pytest.fixture
@@ -59,3 +59,16 @@ def test_an_interrupt_ends_both_processes(arguments: list[str], tmp_path: Path) 
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["version_0"]
     assert "--ckpt_path last" in result.last
     assert not processes(marker)
+
+
+def test_a_failed_start_leaves_no_run_folder(tmp_path: Path, tiny_lm: Path) -> None:
+    """A run that has made an update keeps its own, and so do files that the start has not written."""
+    (tmp_path / "failing.py").write_text(
+        "import pathlib\n\ncalls = []\n\n\ndef at_once(responses):\n    raise OSError('no')\n\n\n"
+        "def with_notes(responses):\n    pathlib.Path('runs/ppo/version_0/notes').touch()\n    raise OSError\n\n\n"
+        "def later(responses):\n    calls.append(1)\n    return [1.0 / (len(calls) < 3)] * len(responses)\n"
+    )
+    args = [*ppo(tmp_path, tiny_lm), "--trainer.max_steps=4"]
+    for function, left in (("at_once", []), ("with_notes", ["version_0"]), ("later", ["version_0", "version_1"])):
+        run_command(*args, f"--model.rewards.function=failing.{function}", cwd=tmp_path).refused(function)
+        assert sorted(path.name for path in (tmp_path / "runs/ppo").iterdir()) == left
