@@ -12,6 +12,8 @@ from lit_ppo.memory.live import hollow_tensors
 from lit_ppo.memory.optimizers import StateSizes, check_probe, describe
 from lit_ppo.memory.shapes import Part, StandIns, local_bytes, ppo_parts
 from lit_ppo.memory.trace import trace_rollout, trace_scoring, trace_update
+from lit_ppo.models.actor_critic import halve_frozen
+from lit_ppo.models.head import CHUNK_ELEMENTS, CUDA_CHUNK_ELEMENTS
 from lit_ppo.models.positions import token_limit
 from lit_ppo.rewards import reward_models
 
@@ -73,6 +75,10 @@ def estimate(module: Any, job: Job, stand_ins: StandIns | None = None) -> Estima
     if job.precision == "64-true":
         for part in parts:
             nn.Module.to(part.model, torch.float64)
+    halves = job.on_gpu and job.autocast is not None and job.n_shards == 1
+    if halves and module.model_settings.reference_dtype is None:
+        for part in parts:
+            halve_frozen(part.model)
     lines = [*held(module, parts, job)]
     for part in parts:  # from here on as they compute
         if part.name in ("actor", "critic") and job.computing is torch.bfloat16:
@@ -87,7 +93,8 @@ def held(module: Any, parts: list[Part], job: Job) -> Iterator[Line]:
     n, divided = job.n_shards, f", divided over {job.n_shards} processes" if job.n_shards > 1 else ""
     for part in parts:
         trained, frozen = part.trained, part.frozen
-        dtype = str(part.model.dtype).removeprefix("torch.")
+        dtypes = sorted({str(x.dtype).removeprefix("torch.") for x in part.model.parameters()})
+        dtype = " and ".join(dtypes)
         count = sum(x.numel() for x in (*trained, *frozen))
         if not trained:
             name, lower = f"{part.name}: frozen weights", _lower_frozen(part.name)
@@ -182,6 +189,12 @@ def update(module: Any, parts: list[Part], job: Job) -> Iterator[Line]:
         f"{lower}; {kept}LoRA",
     )
     yield Line(UPDATE, "the head's chunks", traces[name].head, "probabilities kept for the backward", lower)
+    if job.on_gpu:
+        vocabulary = parts[0].model.config.get_text_config().vocab_size
+        logits = min(CUDA_CHUNK_ELEMENTS, micro.rows * micro.new * vocabulary) - CHUNK_ELEMENTS
+        yield Line(
+            UPDATE, "larger chunks on CUDA", max(logits, 0) * 22, "less where under an eighth of the memory is free"
+        )
     yield Line(
         UPDATE, "workspace of the backward", traces[name].workspace,
         "with one layer's gradients before they are added", lower,

@@ -132,7 +132,7 @@ def ppo_parts(module: Any, stand_ins: StandIns) -> list[Part]:
         parts.append(critic)
     if settings.reference is not None and (settings.reference != "actor" or settings.actor_lora is None):
         path = settings.actor if settings.reference == "actor" else settings.reference
-        parts.append(_frozen(causal_lm("reference", path, getattr(torch, settings.reference_dtype))))
+        parts.append(_frozen(causal_lm("reference", path, getattr(torch, settings.reference_dtype or "float32"))))
     for i, reward in enumerate(dict.fromkeys(rewards)):
         config = config_of("RewardModel(model", reward.path, reward.model_kwargs, stand_ins)
         dtype = reward.model_kwargs["dtype"]
