@@ -19,7 +19,14 @@ ClipRange = float | Sequence[float]  # of both sides, or below and above 1
 
 
 def summed_in_float32(weight: Tensor) -> bool:
-    """Whether products with a weight are summed in float32, or better, without a copy of the weight in float32."""
+    """Whether products with a weight are summed in float32, or better, without a copy of the weight in float32.
+
+    Args:
+        weight: Of any shape.
+
+    >>> summed_in_float32(torch.ones(2)), summed_in_float32(torch.ones(2, dtype=torch.float64))
+    (True, True)
+    """
     return weight.dtype.itemsize >= 4 or sums_in_float32(weight.device.type)
 
 
