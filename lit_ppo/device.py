@@ -1,7 +1,7 @@
 """What differs between kinds of devices."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 
 import torch
@@ -36,11 +36,15 @@ def exact_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Inside this, float32 products are not rounded to TF32, whatever the program has set."""
+    """Inside this, float32 products are in full float32, neither in TF32 nor in autocast's dtype."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with ExitStack() as stack:
+            for kind in ("cpu", "cuda", "mps", "xpu"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -27,7 +27,7 @@ def test_no_test_module_is_imported() -> None:
 def test_folders_and_files_mirror_the_package() -> None:
     folders = {path.name for path in (TESTS.parent / "lit_ppo").iterdir() if (path / "__init__.py").exists()}
     found = {path.name for path in TESTS.iterdir() if (path / "__init__.py").exists()}
-    assert found == folders | {"golden", "helpers"}
+    assert found == folders | {"golden", "gpu", "helpers"}
 
 
 def test_imports_keep_the_contracts() -> None:

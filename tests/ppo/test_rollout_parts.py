@@ -14,9 +14,12 @@ PROMPTS = ["the film was", "a", "the plot of this movie was", "we saw"]
 
 def rollout(lm: Path, monkeypatch: pytest.MonkeyPatch, **limits: int) -> tuple[Any, list[int]]:
     sizes, generate = [], Actor.generate
-    monkeypatch.setattr(
-        Actor, "generate", lambda self, ids, *a, **k: sizes.append(len(ids)) or generate(self, ids, *a, **k)
-    )
+
+    def noted(actor: Actor, ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(ids))
+        return generate(actor, ids, *args, **kwargs)
+
+    monkeypatch.setattr(Actor, "generate", noted)
     module = make_module(lm, generation={"max_new_tokens": 6}, sampling_logprobs_tolerance=1e-4, **limits)
     experience = module.rollout(PROMPTS, samples_per_prompt=3)
     monkeypatch.undo()
@@ -65,7 +68,5 @@ def test_errors_of_memory_name_the_argument_and_a_value(
 
     module = make_module(lm, samples_per_prompt=2, **options)
     monkeypatch.setattr(Actor, where, full)
-    if where == "forward":  # models are checked before they train
-        module.configure_model = lambda: None if module._built else type(module).configure_model(module)
     with pytest.raises(torch.OutOfMemoryError, match=message + r".*Tried to allocate 2.00 GiB"):
         make_trainer(tmp_path).fit(module, make_data(tmp_path))

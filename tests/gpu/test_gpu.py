@@ -1,0 +1,107 @@
+"""On a GPU the numbers are those of the CPU. Without a GPU both sides run on the CPU, so that the tests do not rot."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lit_ppo.device import exact_products
+from tests.helpers.forwards import logprobs_of, values_of
+from tests.helpers.tiny import make_causal_lm
+from tests.helpers.toys import logged, make_data, make_module, make_trainer
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LORA = {"r": 2, "target_modules": "all-linear"}
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*bf16 matrix products take")  # slow CPUs run these tests too
+
+
+@pytest.fixture(autouse=True)
+def _exact() -> Iterator[None]:
+    with exact_products():
+        yield
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def model(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_causal_lm(tmp_path_factory.mktemp(request.param), request.param, scale=4.0)
+
+
+def fit(folder: Path, actor: Path, *, resume: Any = None, **overrides: Any) -> tuple[Any, Any]:
+    names = ("accelerator", "precision", "max_steps")
+    given = {"accelerator": DEVICE} | {name: overrides.pop(name) for name in names if name in overrides}
+    folder.mkdir(exist_ok=True)
+    module, trainer = make_module(actor, float32_matmul_precision="highest", **overrides), make_trainer(folder, **given)
+    trainer.fit(module, make_data(folder), ckpt_path=resume, weights_only=False)
+    return module, trainer
+
+
+def weights(module: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().cpu() for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-4), (True, 3e-2)])
+def test_log_probs_values_and_gradients(model: Path, bf16: bool, tolerance: float) -> None:
+    here, there = make_module(model), make_module(model).to(DEVICE)
+    rows = here.rollout(["the film was", "a"], samples_per_prompt=2)
+    moved = there.rollout(["the film was", "a"], samples_per_prompt=2)
+    assert moved.response_ids.tolist() == rows.response_ids.tolist()
+    found = []
+    for module, experience, autocast in ((here, rows, False), (there, moved, bf16)):
+        with torch.autocast(module.device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
+            logprobs, values = logprobs_of(module, experience), values_of(module, experience)
+        (logprobs.mean() + values.mean()).backward()
+        gradients = torch.cat([p.grad.cpu().flatten() for p in module.parameters() if p.grad is not None])
+        found.append((logprobs.detach().cpu(), values.detach().cpu(), gradients))
+    (logprobs, values, gradients), (theirs, their_values, their_gradients) = found
+    torch.testing.assert_close(theirs, logprobs, rtol=0, atol=tolerance)
+    torch.testing.assert_close(their_values, values, rtol=0, atol=tolerance)
+    assert (their_gradients - gradients).norm() <= tolerance * gradients.norm() * (1 if not bf16 else 3)
+
+
+def test_one_update_is_that_of_the_cpu(tmp_path: Path, model: Path) -> None:
+    expected, there = fit(tmp_path / "cpu", model, accelerator="cpu", max_steps=1)
+    found, here = fit(tmp_path / "gpu", model, max_steps=1)
+    for name, value in weights(found).items():
+        torch.testing.assert_close(value, weights(expected)[name], rtol=1e-4, atol=1e-4)
+    for name in ("objective/score", "objective/kl", "policy/loss", "value/loss", "response/length"):
+        assert logged(here)[0][name] == pytest.approx(logged(there)[0][name], rel=1e-3, abs=1e-4)
+
+
+def test_samples_depend_on_the_seed_alone(model: Path) -> None:
+    def samples(seed: int, **options: Any) -> Any:
+        module = make_module(model, seed=seed, **options).to(DEVICE)
+        with torch.autocast(DEVICE, torch.bfloat16, cache_enabled=False):
+            return module.rollout(["the film was", "a", "we saw"], samples_per_prompt=4, logprobs=False).responses
+
+    assert samples(1) == samples(1)
+    assert samples(1) != samples(2)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_resumed_run_is_the_run_to_the_bit(tmp_path: Path, model: Path, precision: str) -> None:
+    expected, _ = fit(tmp_path / "through", model, precision=precision, max_steps=2)
+    _, trainer = fit(tmp_path / "first", model, precision=precision, max_steps=1)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    found, _ = fit(tmp_path / "second", model, precision=precision, max_steps=2, resume=tmp_path / "one.ckpt")
+    found, expected = weights(found), weights(expected)
+    assert all(found[name].equal(value) for name, value in expected.items())
+
+
+def test_adapters_train_and_the_model_beneath_stays(tmp_path: Path, model: Path) -> None:
+    module, trainer = fit(tmp_path, model, precision="bf16-mixed", actor_lora=LORA, critic_lora=LORA)
+    assert logged(trainer)[0]["objective/kl"] == pytest.approx(0.0, abs=1e-4)  # the adapter changes nothing yet
+    fresh = dict(make_module(model, actor_lora=LORA, critic_lora=LORA).models.actor.named_parameters())
+    moved = {name for name, p in module.actor.named_parameters() if not p.detach().cpu().float().equal(fresh[name])}
+    assert moved
+    assert DEVICE == "cuda" or all("lora_" in name for name in moved)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def test_frozen_models_take_half_the_memory_on_a_gpu(tmp_path: Path, model: Path) -> None:
+    module, _ = fit(tmp_path, model, precision="bf16-mixed", max_steps=1)
+    kinds = {p.dtype for p in module.reference.parameters() if p.ndim == 2}
+    assert torch.bfloat16 in kinds
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -1,0 +1,57 @@
+"""The benchmark for GPUs runs in its small form, where packages are missing that only the command needs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+WITHOUT = """
+import importlib.metadata, runpy, sys
+
+MISSING = ("jsonargparse", "datasets", "greenlet")
+find = importlib.metadata.Distribution.from_name
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in MISSING:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+def from_name(name):
+    if name in MISSING:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return find(name)
+
+sys.meta_path.insert(0, Missing())
+importlib.metadata.Distribution.from_name = from_name
+import lit_ppo
+for name in lit_ppo.__all__:
+    getattr(lit_ppo, name)
+sys.argv = ["gpu", "--small", "--parts", "ppo,generate,sweep,lora", "--out", sys.argv[1]]
+runpy.run_module("benchmarks.gpu", run_name="__main__")
+"""
+
+
+def test_it_measures_every_part_without_jsonargparse_datasets_and_greenlet(tmp_path: Path) -> None:
+    out, root = tmp_path / "gpu.json", Path(__file__).parent.parent
+    command = [sys.executable, "-c", WITHOUT, str(out)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    for part in ("ppo", "lora"):
+        assert "error" not in report[part], report[part]
+        assert set(report[part]["seconds"]) == {"rollout", "log-probs", "score", "update"}
+        assert report[part]["logged"]["response/length"] == 8
+    assert report["generate"]["tokens_per_second"] > 0
+    assert [row["chunk"] for row in report["sweep"]] == ["2^23", "2^25", "2^27"] * 3
+
+
+def test_flops_by_hand() -> None:
+    """One prompt of 2 + 1 tokens, hidden 4, one layer, 2 heads, 1 for keys, feed-forward 3, vocabulary 5.
+
+    Attention weights 4 * 2 * (4 + 2) = 48, feed-forward 3 * 4 * 3 = 36: 84 * 2 * 3 tokens = 504. Pairs 6 * 4 * 4 = 96.
+    Two models 1,200; head 2 * 4 * 6 * 1 = 48; with backward three times: 3,744.
+    """
+    from benchmarks.gpu import Job, update_flops
+
+    job = Job(4, 1, 2, 1, 3, vocabulary=5, prompts=1, prompt=2, response=1)
+    assert update_flops(job) == 3744
