@@ -128,8 +128,10 @@ def rollout(module: Any, parts: list[Part], job: Job) -> Iterator[Line]:
     """Sampling on top of what is held."""
     actor, micro = parts[0].model, MicroBatch.of(module, job)
     rows = -(-job.batch_size * module.samples_per_prompt // job.n_processes)
+    size, tokens = module.rollout_limits["micro_batch_size"], module.rollout_limits["micro_batch_tokens"]
+    rows = max(1, min(rows, size or rows, tokens // micro.length if tokens else rows))
     traced = trace_rollout(actor, rows, job.prompt_tokens, micro.new, job.autocast)
-    fewer = "data.batch_size, samples_per_prompt, generation.max_new_tokens, data.max_prompt_length, more processes"
+    fewer = "rollout_batch_tokens or rollout_batch_size, generation.max_new_tokens, data.max_prompt_length"
     each = f"{rows} responses x {micro.length} tokens"
     yield _cast(ROLLOUT, traced.cast)
     yield Line(ROLLOUT, "key-value cache", traced.cache, f"{each}, none of them ended", fewer)

@@ -65,3 +65,13 @@ def test_factored_states_are_counted_by_rows_and_columns() -> None:
     """Adafactor keeps a number for each row and each column of a matrix."""
     sizes = StateSizes(lambda p: Adafactor(p, lr=1e-5))
     assert sizes.n_bytes([torch.empty(1000, 300, device="meta")]) == (1000 + 300) * 4 + 4
+
+
+def test_split_sampling_needs_a_smaller_cache(tmp_path: Path) -> None:
+    """Keys and values in float32 of 3 responses at a time: 45 tokens hold three of 4 + 10."""
+    module = make_module(make_causal_lm(tmp_path / "actor"), critic="actor", rollout_batch_tokens=45)
+    found = estimate(module, Job(batch_size=8, prompt_tokens=4))
+    (cache,) = [each for each in found.lines if each.name == "key-value cache"]
+    config = module.model_settings.load_actor().config
+    assert cache.n_bytes == 3 * 14 * config.n_layer * 2 * config.n_embd * 4
+    assert cache.assumes.startswith("3 responses x 14 tokens")
