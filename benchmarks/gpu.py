@@ -295,6 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
                 except Exception as error:  # the other parts still count
                     report[part] = {"error": f"{type(error).__name__}: {error}"[:2000]}
                 report.setdefault("part_seconds", {})[part] = time.perf_counter() - began
+                report = json.loads(json.dumps(report), parse_constant=lambda _: None)  # NaN is not JSON
                 given.out.write_text(json.dumps(report, indent=1))
                 print(json.dumps({part: report[part]}), flush=True)
 

@@ -34,11 +34,27 @@ def exact_device(device: torch.device) -> torch.device:
     return device if has_float64(device.type) else torch.device("cpu")
 
 
+def matmul_precision() -> str | None:
+    """As ``torch.set_float32_matmul_precision`` takes it; None where it was set for CUDA through ``torch.backends``."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch does not mix the two ways
+        return None
+
+
+def _set_precision(precision: str | None, of_cuda: str | None) -> None:
+    if precision is not None:
+        torch.set_float32_matmul_precision(precision)
+    elif of_cuda is not None:
+        torch.backends.cuda.matmul.fp32_precision = of_cuda
+
+
 @contextmanager
 def exact_products() -> Iterator[None]:
     """Inside this, float32 products are in full float32, neither in TF32 nor in autocast's dtype."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    before = matmul_precision()
+    own = None if before else torch.backends.cuda.matmul.fp32_precision
+    _set_precision("highest" if before else None, "ieee")
     try:
         with ExitStack() as stack:
             for kind in ("cpu", "cuda", "mps", "xpu"):
@@ -46,7 +62,7 @@ def exact_products() -> Iterator[None]:
                     stack.enter_context(torch.autocast(kind, enabled=False))
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        _set_precision(before, own)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lit_ppo.device import matmul_precision
 from lit_ppo.experience import Experience, Minibatch
 from lit_ppo.generation.config import end_of_turn, stop_ids
 from lit_ppo.generation.distribution import reshaping_fields
@@ -68,7 +69,7 @@ def apply_precision(module: Any, kind: str, precision: str, *, sharded: bool) ->
         precision: The Trainer's.
         sharded: Models are sharded, and the weights of a shard need one dtype.
     """
-    matmul = module.matmul_precision or ("high" if kind == "cuda" else None)
+    matmul = module.matmul_precision or ("high" if kind == "cuda" and matmul_precision() is not None else None)
     if matmul is not None:
         torch.set_float32_matmul_precision(matmul)
         tf32 = " (TF32)" if kind == "cuda" and matmul != "highest" else ""

@@ -1,5 +1,7 @@
 """Precision by device: TF32 and bfloat16 for frozen models on CUDA, nothing by default elsewhere."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,22 @@ def test_products_in_float32_use_tf32_on_cuda_unless_told_otherwise(
     torch.set_float32_matmul_precision("medium")
     apply_precision(make_module(tiny_lm, float32_matmul_precision=given), kind, "32-true", sharded=False)
     assert torch.get_float32_matmul_precision() == expected
+
+
+def test_a_precision_set_through_torchs_backends_is_respected(tiny_lm: Path) -> None:
+    """In a process of its own: torch does not forget that it was set in this way."""
+    code = (
+        "import sys, torch; torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        "from lit_ppo.device import exact_products\n"
+        "from lit_ppo.ppo.preflight import apply_precision\n"
+        "from tests.helpers.toys import make_module\n"
+        "module = make_module(sys.argv[1])\n"
+        "apply_precision(module, 'cuda', '32-true', sharded=False)\n"
+        "with exact_products(): assert torch.backends.cuda.matmul.fp32_precision == 'ieee'\n"
+        "module.configure_model(); assert torch.backends.cuda.matmul.fp32_precision == 'tf32'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tiny_lm)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_unknown_precision_is_refused(tiny_lm: Path) -> None:
