@@ -208,7 +208,7 @@ def precisions(folder: Path) -> None:
         assert len(strategy._offloaded) == (7 if name == "offloaded" else 0)
         trained = {p.dtype for model in (module.actor, module.critic) for p in model.parameters()}
         assert trained == {torch.float32}
-        reference = getattr(torch, module.model_settings.reference_dtype)
+        reference = getattr(torch, module.model_settings.reference_dtype or "float32")
         assert {p.dtype for p in module.reference.parameters()} == {reference}
         found[name] = logged(trainer)[0], counting.dtypes
     if rank() == 0:
