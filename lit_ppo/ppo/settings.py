@@ -1,4 +1,4 @@
-"""The arguments of LitPPO that say which models to build, and what is built of them."""
+"""The arguments of LitPPO: which models to build, what is built of them, checks, and which to lower for memory."""
 
 import os
 from dataclasses import dataclass

@@ -94,7 +94,7 @@ class SupervisedModule(L.LightningModule):
         with checked_entries(getattr(trainer, "ckpt_path", None)):
             check_weights(checkpoint, (name for name, _ in self.named_parameters(remove_duplicate=False)))
             if trainer is not None and trainer.state.fn == "fit":
-                check_complete(checkpoint, [f"optimizers.{name}" for name in ("model",)])
+                check_complete(checkpoint, ["optimizers.model"])
                 check_resumable(trainer, checkpoint, checkpoint["optimizers"])
         self._resumed = checkpoint.get("optimizers", {}), checkpoint.get("lr_schedulers", [])
 
