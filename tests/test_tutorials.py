@@ -21,7 +21,7 @@ def test_the_loop_for_users_of_trl(tiny_lm: Path) -> None:
     names: dict[str, Any] = {
         "LitPPO": LitPPO, "loader": [["the film", "a plot"]] * 2, "my_scores": lambda *texts: [0.0, 1.0]
     }  # fmt: skip
-    exec(block.replace("runs/sft/version_0/model", str(tiny_lm)).replace("64", "4"), names)
+    exec(block.replace("64", "4").replace("runs/sft/version_0/model", str(tiny_lm)), names)  # a path may hold 64
     names["ppo"].loop.close()
     assert names["metrics"]["objective/score"] == 0.5
 
