@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from benchmarks.learning.task import N_PROMPTS, held_out_prompts, make_judge, measure
+from benchmarks.learning.task import N_PROMPTS, held_out_prompts, make_scorer, measure
 from lit_ppo.functional import moving_average
 
 
@@ -45,7 +45,7 @@ class Frontier(L.Callback):
         self.episodes = self.done = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self.judge, self.prompts = make_judge(self.folder), held_out_prompts(self.data_root, self.n_prompts)
+        self.judge, self.prompts = make_scorer(self.folder, "judge"), held_out_prompts(self.data_root, self.n_prompts)
         for decay in self.averaged:
             self.averaged[decay] = [weight.detach().clone() for weight in pl_module.actor.parameters()]
 

@@ -14,22 +14,25 @@ import numpy as np
 import torch
 
 from benchmarks.learning.curves import BETAS, band, best_of_n, tilted
-from benchmarks.learning.task import N_PROMPTS, RESULTS, held_out_prompts, make_judge, make_reference
+from benchmarks.learning.task import N_PROMPTS, NEW_TOKENS, RESULTS, held_out_prompts, make_reference, make_scorer
 
 CHUNK = 8  # samples per prompt and rollout
 BEST_OF = (1, 2, 4, 8, 16, 32)
 
 
-def sample(folder: Path, prompts: list[str], samples: int) -> dict[str, np.ndarray]:
+def sample(folder: Path, prompts: list[str], samples: int, max_new_tokens: int) -> dict[str, np.ndarray]:
     """Scores and judge's scores of the reference's responses, (P, N) each."""
-    module, judge = make_reference(folder), make_judge(folder)
-    found: dict[str, list[np.ndarray]] = {"score": [], "judge": []}
+    module = make_reference(folder, max_new_tokens)
+    chunks = []
     for chunk in range(samples // CHUNK):
-        experience = module.rollout(prompts, samples_per_prompt=CHUNK, logprobs=False, stream=f"reference/{chunk}")
-        for name, scores in (("score", module.score(experience)), ("judge", judge(experience))):
-            found[name].append(scores.view(len(prompts), CHUNK).numpy().astype(np.float32))
+        chunks.append(module.rollout(prompts, samples_per_prompt=CHUNK, logprobs=False, stream=f"reference/{chunk}"))
         print(f"{(chunk + 1) * CHUNK} samples a prompt", flush=True)
-    return {name: np.concatenate(parts, axis=1) for name, parts in found.items()}
+    found = {}
+    for name in ("reward", "judge"):
+        model = make_scorer(folder, name)
+        scores = [model(experience).view(len(prompts), CHUNK).numpy() for experience in chunks]
+        found[name] = np.concatenate(scores, axis=1)
+    return found
 
 
 def summary(scores: np.ndarray, judge: np.ndarray) -> dict[str, Any]:
@@ -78,13 +81,14 @@ def main() -> None:
     parser.add_argument("--data_root", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=N_PROMPTS)
     parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--max_new_tokens", type=int, default=NEW_TOKENS)
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     started = time.monotonic()
-    found = sample(asked.folder, held_out_prompts(asked.data_root, asked.prompts), asked.samples)
-    np.savez_compressed(asked.folder / "reference.npz", score=found["score"], judge=found["judge"])
-    found_curves = summary(found["score"], found["judge"])
+    found = sample(asked.folder, held_out_prompts(asked.data_root, asked.prompts), asked.samples, asked.max_new_tokens)
+    np.savez_compressed(asked.folder / "reference.npz", score=found["reward"], judge=found["judge"])
+    found_curves = summary(found["reward"], found["judge"])
     asked.results.mkdir(parents=True, exist_ok=True)
     (asked.results / "limit.json").write_text(json.dumps(found_curves, indent=1) + "\n")
     print(described(found_curves))

@@ -2,16 +2,15 @@
 
 ``python -m benchmarks.learning.run FOLDER --data_root DIR --name NAME --seeds 0 1 2 [--config C] [--KEY VALUE ...]``
 
-All other arguments go to ``lit-ppo fit --config sentiment``, so a run can be anything that the command can do. Each
-seed is one process. ``benchmarks/results/learning/NAME.json`` holds commit, arguments and every measured point.
+All other arguments go to ``lit-ppo fit --config sentiment``, so a run can be anything that the command can do.
+``benchmarks/results/learning/NAME.json`` holds commit, arguments and every measured point.
 """
 
 import argparse
+import contextlib
 import json
-import os
 import shlex
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import yaml
 
 from benchmarks.learning.task import N_PROMPTS, RESULTS, ROOT
+from lit_ppo.cli.main import main as fit
 
 
 def commit() -> str:
@@ -48,11 +48,9 @@ def configuration(asked: argparse.Namespace, output: Path) -> dict[str, Any]:
         "trainer": {
             "limit_val_batches": 0,
             "logger": False,
-            "enable_checkpointing": False,
+            "default_root_dir": str(output.parent),
             "callbacks+": [{"class_path": "benchmarks.learning.frontier.Frontier", "init_args": frontier}],
         },
-        "checkpoint": None,
-        "export": None,
     }
 
 
@@ -61,10 +59,11 @@ def run(asked: argparse.Namespace, seed: int, arguments: list[str]) -> list[dict
     with tempfile.TemporaryDirectory() as place:
         output, config = Path(place) / "points.json", Path(place) / "measured.yaml"
         config.write_text(yaml.safe_dump(configuration(asked, output)))
-        command = [sys.executable, "-m", "lit_ppo", "fit", "--config", "sentiment", "--config", str(config)]
-        command += [*arguments, "--seed_everything", str(seed), "--trainer.max_steps", str(asked.updates)]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        subprocess.run(command, cwd=asked.folder, env=environment, check=True)
+        arguments = ["--config", "sentiment", "--config", str(config), *arguments]
+        with contextlib.chdir(asked.folder):
+            code = fit(["fit", *arguments, "--seed_everything", str(seed), "--trainer.max_steps", str(asked.updates)])
+        if code:
+            raise SystemExit(code)
         points: list[dict[str, Any]] = json.loads(output.read_text())
     return points
 

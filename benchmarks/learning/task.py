@@ -43,24 +43,15 @@ def held_out_prompts(data_root: Path, n: int = N_PROMPTS) -> list[str]:
         return [json.loads(line)["prompt"] for line, _ in zip(lines, range(n), strict=False)]
 
 
-def make_judge(folder: Path) -> RewardModel:
-    """The reward model of other data, which no run trains on."""
-    return RewardModel(str(folder / MODELS / "judge" / "model"), batch_size=128)
+def make_scorer(folder: Path, stage: str) -> RewardModel:
+    """The reward model (``reward``), or that of other data, which no run trains on (``judge``)."""
+    return RewardModel(str(folder / MODELS / stage / "model"), batch_size=128)
 
 
-def make_reference(folder: Path) -> LitPPO:
-    """The SFT model with the reward model, to sample from."""
-    models = folder / MODELS
-    return LitPPO(
-        str(models / "sft" / "model"),
-        critic=None,
-        reference=None,
-        advantages=Reinforce(),
-        rewards=RewardModel(str(models / "reward" / "model"), batch_size=128),
-        generation={"max_new_tokens": NEW_TOKENS},
-        kl_coef=0.0,
-        seed=0,
-    )
+def make_reference(folder: Path, max_new_tokens: int) -> LitPPO:
+    """The SFT model, to sample from."""
+    actor, generation = str(folder / MODELS / "sft" / "model"), {"max_new_tokens": max_new_tokens}
+    return LitPPO(actor, critic=None, reference=None, advantages=Reinforce(), generation=generation, seed=0)
 
 
 @torch.no_grad()
