@@ -5,6 +5,8 @@ from typing import Any, Literal
 import lightning as L
 
 from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule
+from lit_ppo.callbacks.checks import refuse_behind
+from lit_ppo.callbacks.importance_correction import ImportanceCorrection
 from lit_ppo.constructor import constructor
 from lit_ppo.functional import whiten
 from lit_ppo.validate import boolean, one_of, positive_or_none
@@ -35,6 +37,10 @@ class AdvantageNormalization(PPOCallback):
         self.scope = one_of(self, "scope", scope, ("batch", "minibatch"))
         self.clip = positive_or_none(self, "clip", clip)
         self.unbiased = boolean(self, "unbiased", unbiased)
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        if self.scope == "minibatch":
+            refuse_behind(self, trainer, ImportanceCorrection, why="its weights would be normalised away")
 
     def waits_for(self, pl_module: Any) -> set[str]:
         return {"on_advantages"} if self.scope == "batch" else {"on_minibatch_start"}

@@ -52,6 +52,7 @@ class ExperienceLike(Protocol):
     response_mask: Tensor
     ended: Tensor
     logprobs: Tensor
+    sampling_logprobs: Tensor | None
     ref_logprobs: Tensor | None
     values: Tensor | None
     kl: Tensor

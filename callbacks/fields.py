@@ -22,6 +22,7 @@ FIELDS = {
     "response_mask": Field("B, T", "bool", "True at response tokens"),
     "ended": Field("B", "bool", "True where a stop token ended the response"),
     "logprobs": Field("B, T", "float", "log-probs of the policy that sampled"),
+    "sampling_logprobs": Field("B, T", "float", "log-probs of the engine that sampled; None if the policy did"),
     "ref_logprobs": Field("B, T", "float", "log-probs of the reference"),
     "values": Field("B, T", "float", "the critic's values at the rollout"),
     "kl": Field("B, T", "float", "the KL to the reference that is penalised, 0 where masked"),

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from lit_ppo.data.preferences import PreferenceDataModule
     from lit_ppo.data.prompts import PromptDataModule
     from lit_ppo.data.text import TextDataModule
+    from lit_ppo.engines.base import Engine, TransformersEngine
+    from lit_ppo.engines.vllm import VLLMEngine
     from lit_ppo.experience import Experience
     from lit_ppo.optim.schedules import WarmupCosine
     from lit_ppo.parallel.strategies import FSDP2Strategy
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 # Loaded on first use: torch and transformers take seconds to import, and the command prints before that.
 _MODULES = {
     "AdvantageEstimator": "advantages",
+    "Engine": "engines.base",
     "Experience": "experience",
     "ExportModel": "run.export",
     "FSDP2Strategy": "parallel.strategies",
@@ -40,12 +43,15 @@ _MODULES = {
     "RewardModel": "rewards",
     "StepCheckpoint": "run.checkpoint",
     "TextDataModule": "data.text",
+    "TransformersEngine": "engines.base",
+    "VLLMEngine": "engines.vllm",
     "WarmupCosine": "optim.schedules",
 }
 
 __all__ = [
     "GAE",
     "AdvantageEstimator",
+    "Engine",
     "Experience",
     "ExportModel",
     "FSDP2Strategy",
@@ -61,6 +67,8 @@ __all__ = [
     "RewardModel",
     "StepCheckpoint",
     "TextDataModule",
+    "TransformersEngine",
+    "VLLMEngine",
     "WarmupCosine",
 ]
 

@@ -57,6 +57,7 @@ class Experience:
     response_ids: Tensor
     response_mask: Tensor
     ended: Tensor
+    sampling_logprobs: Tensor | None = None  # of an engine that sampled; None: the policy itself did
     logprobs: Tensor = field(init=False)
     ref_logprobs: Tensor | None = field(init=False)
     values: Tensor | None = field(init=False)

@@ -419,6 +419,67 @@ def dual_clip_policy_loss(
     return torch.where(advantages < 0, torch.minimum(loss, -c * advantages), loss)
 
 
+def importance_weights(
+    logprobs: Tensor,
+    sampling_logprobs: Tensor,
+    mask: Tensor,
+    cap: float = 2.0,
+    level: Literal["token", "sequence"] = "token",
+    mode: Literal["truncate", "mask"] = "truncate",
+) -> Tensor:
+    r"""Weights that correct for samples which another program drew, per token; 1 where masked.
+
+    .. math::
+        w = \min(\pi_{old} / \pi_{sampler}, c) \ \text{(truncate)}, \quad
+        w = \pi_{old} / \pi_{sampler} \text{ if at most } c, \text{ else } 0 \ \text{(mask)}
+
+    Args:
+        logprobs: Of the policy that is trained, before the update.
+        sampling_logprobs: Of the program that sampled, for the same tokens.
+        mask: True at response tokens.
+        cap: c.
+        level: ``"token"``: the ratio of each token; ``"sequence"``: of the full response, the same for all its tokens.
+        mode: What happens to a ratio over the cap.
+
+    Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training",
+    https://fengyao.notion.site/off-policy-rl (token, truncate); Liu et al. 2025, "When speed kills stability",
+    https://richardli.xyz/rl-collapse (sequence, mask). TRL's ``vllm_importance_sampling_mode`` has the same four.
+
+    Shapes:
+        (B, T) each -> (B, T).
+
+    >>> old, sampler = torch.tensor([[0.5, 0.3]]).log(), torch.tensor([[0.25, 0.1]]).log()
+    >>> importance_weights(old, sampler, torch.tensor([[True, True]]), cap=2.5)
+    tensor([[2.0000, 2.5000]])
+    """
+    log_ratio = torch.where(mask, logprobs - sampling_logprobs, 0.0)
+    if level == "sequence":
+        log_ratio = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)
+    ratio = log_ratio.exp()
+    weights = ratio.clamp(max=cap) if mode == "truncate" else torch.where(ratio <= cap, ratio, 0.0)
+    return torch.where(mask, weights, 1.0)
+
+
+def effective_sample_fraction(weights: Tensor, mask: Tensor) -> Tensor:
+    r"""Fraction of the samples that count after weighting: 1 where all weights are equal.
+
+    .. math:: \bar{w}^2 / \overline{w^2}
+
+    Args:
+        weights: Importance weights, not capped.
+        mask: True at response tokens.
+
+    Source: Kish 1965, "Survey sampling".
+
+    Shapes:
+        (B, T) each -> scalar.
+
+    >>> effective_sample_fraction(torch.tensor([[2.0, 0.0, 9.0]]), torch.tensor([[True, True, False]]))
+    tensor(0.5000)
+    """
+    return masked_mean(weights, mask) ** 2 / masked_mean(weights**2, mask)
+
+
 def value_loss(values: Tensor, returns: Tensor) -> Tensor:
     """Half the squared error, per token; no reduction.
 

@@ -24,6 +24,7 @@ ELSEWHERE = {  # which test runs the others
     "test_recipes.py": tuple(f"{name}.yaml" for name in RECIPES),
     "quickstart/test_run.py": ("quickstart", "quickstart.yaml"),
     "parallel/test_strategies.py": ("strategy",),
+    "engines/test_command.py": ("vllm.yaml",),
     "test_configs.py": ("tricks", "monitors", "sentiment.yaml", "lora.yaml", "gpu.yaml"),
 }
 

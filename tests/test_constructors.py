@@ -26,6 +26,7 @@ MINIMAL: dict[str, dict[str, Any]] = {
     **{name: {"model": "x"} for name in ("LitSFT", "LitRewardModel", "RewardModel")},
     **{name: {"path": "x"} for name in ("PromptDataModule", "TextDataModule", "PreferenceDataModule")},
     "RewardFunction": {"function": lengths},
+    "VLLMEngine": {"mode": "server", "address": "http://localhost:8000"},
     "AlignmentTax": {"data": TEXTS},
     "CriticWarmup": {"updates": 2},
     "CurriculumSampling": {"column": "level", "updates": 3},
@@ -49,7 +50,7 @@ def minimal(name: str) -> dict[str, Any]:
     return MINIMAL.get(name, {})
 
 
-BASES = {"AdvantageEstimator", "PPOCallback", "Experience"}  # abstract, without arguments, rows of tensors
+BASES = {"AdvantageEstimator", "Engine", "PPOCallback", "Experience"}  # abstract, without arguments, rows of tensors
 CLASSES = {
     name: getattr(room, name)
     for room in (lit_ppo, callbacks)

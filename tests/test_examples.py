@@ -1,6 +1,9 @@
 """The examples run: the tricks on a module that somebody else wrote, and a loop of the user's own."""
 
+import json
 import runpy
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,9 +11,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from safetensors.torch import load
 
 from lit_ppo.callbacks import AdaptiveKL, CriticWarmup, RewardNormalization
+from lit_ppo.generation.config import neutral
 from tests.helpers.command import REPOSITORY
+from tests.helpers.engines import CopyEngine
 from tests.helpers.ppo_command import write_prompts
 from tests.helpers.toys import make_data, make_module, make_trainer
 
@@ -140,3 +146,45 @@ def test_gsm8k_answers():
     responses = ["It is 1200. #### 1,200", "#### $1200.00", "#### 12 #### 1200", "1200", "#### twelve", "#### -1200"]
     assert gsm8k["correct"](responses, [1200.0] * 6) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
     assert gsm8k["answered"](responses) == [1.0, 1.0, 1.0, 0.0, 0.0, 1.0]
+
+
+def test_an_engine_of_your_own(tmp_path: Path, lm: Path):
+    """Its server takes weights and samples with them; a lost server is asked again."""
+    engine = CopyEngine(str(lm))
+    own = dict(engine.model.named_parameters())
+    lost = iter([False, False, True])  # two weights arrive, then the server is gone for a moment
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            data = self.rfile.read(int(self.headers["Content-Length"]))
+            if next(lost, False):
+                self.send_error(503)
+                return
+            answer = {}
+            if self.path == "/weights":
+                with torch.no_grad():
+                    for name, tensor in load(data).items():
+                        own[name].copy_(tensor)
+            else:
+                asked = json.loads(data)
+                names = ("max_new_tokens", "temperature")
+                config = neutral(**{n: asked[n] for n in names}, eos_token_id=asked["stop_ids"], pad_token_id=0)
+                ids, logprobs = engine.generate(asked["prompt_ids"], asked["n"], config, asked["seeds"])
+                answer = {"ids": ids, "logprobs": logprobs}
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        path = EXAMPLES / "own_engine.py"
+        assert len(path.read_text().splitlines()) <= 40
+        own_engine = runpy.run_path(str(path))["MyEngine"](f"http://127.0.0.1:{server.server_address[1]}")
+        watch = Watch()
+        module = make_module(lm, engine=own_engine, samples_per_prompt=2)
+        make_trainer(tmp_path, callbacks=[watch]).fit(module, make_data(tmp_path))
+        server.shutdown()
+    for experience in watch.experiences:
+        torch.testing.assert_close(experience.sampling_logprobs, experience.logprobs, rtol=1e-4, atol=1e-4)

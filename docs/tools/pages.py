@@ -20,6 +20,7 @@ PACKAGES = {
     "core": ("Equations, advantages, experience", "The data of an update and the functions that work on it."),
     "callbacks": ("Hooks and callbacks", "The hook contract, and what all tricks and monitors share."),
     "models": ("Models", "Actor, critic and reference: loading, LoRA, the head, packing."),
+    "engines": ("Engines", "Other programs that sample responses, such as vLLM, and weights for them."),
     "generation": ("Generation", "How responses are sampled."),
     "optim": ("Optimizers and schedules", "Learning-rate schedules, and how settings change when a run is resumed."),
     "parallel": ("Processes and strategies", "Ranks, sharding and strategies."),

@@ -23,6 +23,7 @@ class Progress(Protocol):
     """Where an engine reports how far it is, for the progress bar."""
 
     detail: str
+    engine: str  # that samples in place of the actor; empty: the actor does
 
 
 class Engine(Protocol):

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lit_ppo.advantages import check_estimator
 from lit_ppo.callbacks.base import fire
 from lit_ppo.data.batch import PromptBatch
+from lit_ppo.engines.sampler import EngineSampler
 from lit_ppo.experience import Experience, ModelInputs
 from lit_ppo.functional import KLEstimator, kl_estimate
 from lit_ppo.generation.engine import Engine, Progress, Responses
@@ -66,6 +67,7 @@ def sample_responses(
     progress: Progress | None = None,
     device: torch.device,
     skip_special_tokens: bool = True,
+    engine: EngineSampler | None = None,
 ) -> tuple[Experience, Tensor | None]:
     """Sample ``samples_per_prompt`` responses to each prompt; every rank must be given the same prompts.
 
@@ -80,9 +82,10 @@ def sample_responses(
         progress: For the progress bar.
         device: Of the experience.
         skip_special_tokens: Leave them out of the text of responses.
+        engine: Samples in place of the actor. Its log-probs become ``sampling_logprobs``.
 
     Returns:
-        The experience, and the log-probs (B, T) if they were asked for.
+        The experience, and the log-probs (B, T) of the decode loop if they were asked for.
 
     Raises:
         ValueError: A prompt is too long, there is no reference to sample from, or ranks were given different prompts.
@@ -94,20 +97,27 @@ def sample_responses(
     model = models.actor if policy == "actor" else models.reference
     if model is None:
         raise ValueError("rollout(policy='reference'): there is no reference; give LitPPO one")
-    engine: Engine = model
+    decoder: Engine = model
     row_prompts = [prompt for prompt in range(len(batch.prompts)) for _ in range(samples_per_prompt)]
     seeds = None if stream is None else row_seeds(stream, len(batch.prompts), samples_per_prompt)
     row_ids = [batch.prompt_ids[prompt] for prompt in row_prompts]
     prompt_ids, prompt_mask = _pad_ids(row_ids, left=True, device=device)
 
     def generate(rows: list[int], width: int) -> Responses:
-        return engine.generate(
+        return decoder.generate(
             prompt_ids[rows, -width:], prompt_mask[rows, -width:], models.generation,
             None if seeds is None else [seeds[row] for row in rows], logprobs=sampling_logprobs, progress=progress,
         )  # fmt: skip
 
     longest = [len(ids) + int(models.generation.max_new_tokens) for ids in row_ids]
-    sampled = _sample_rows(model, batch.prompt_ids, row_ids, generate, longest, limits or {})
+    served = engine if policy == "actor" else None
+    if served is not None:
+        sampled = served.sample(
+            model.model, batch.prompt_ids, samples_per_prompt, models.generation, seeds,
+            sync=stream is not None and stream[1] == "train", progress=progress,
+        )  # fmt: skip
+    else:
+        sampled = _sample_rows(model, batch.prompt_ids, row_ids, generate, longest, limits or {})
     ids, logprobs, ended = zip(*sampled, strict=True)
     response_ids, response_mask = _pad_ids(ids, left=False, device=device)
     # where special tokens are shown, the one that ended the response is not
@@ -125,9 +135,13 @@ def sample_responses(
         response_mask=response_mask,
         ended=torch.tensor(ended, device=device),
     )
-    if not sampling_logprobs:
+    if served is None and not sampling_logprobs:
         return experience, None
-    return experience, pad_sequence([torch.tensor(row) for row in logprobs], batch_first=True).to(device)
+    padded = pad_sequence([torch.tensor(row) for row in logprobs], batch_first=True).to(device)
+    if served is None:
+        return experience, padded
+    experience.sampling_logprobs = None if stream is None else padded  # greedy: of no distribution
+    return experience, None
 
 
 def _sample_rows(

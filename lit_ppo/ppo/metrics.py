@@ -25,13 +25,17 @@
   token.
 - ``optimizer/skipped_fraction``: fraction of optimizer steps skipped because loss or gradient was not finite.
 - ``rollout/sampling_logprob_difference``: largest difference between log-probs of sampling and of training, with
-  ``sampling_logprobs_tolerance``.
+  ``sampling_logprobs_tolerance`` or an engine.
+- ``rollout/sampling_logprob_difference_mean``, ``rollout/sampling_kl``: mean of this difference; KL from the engine's
+  distribution to the policy, nats per token. With an engine only, as the next one.
+- ``rollout/sampling_ess``: effective fraction of the tokens after weighting by policy over engine; 1 where they agree.
 - ``time/rollout``, ``time/score``, ``time/update``: seconds of each phase.
 - ``time/share/rollout``, ``time/share/score``, ``time/share/update``: fraction of the update's time.
 - ``throughput/tokens_per_second``: response tokens of the update over its seconds.
 - ``memory/peak_gib``: peak memory of the first process: GPU memory, or resident memory on a CPU (not on Windows).
 """
 
+import math
 import sys
 from dataclasses import dataclass, field
 from time import monotonic
@@ -43,7 +47,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_ppo.experience import Experience, Minibatch
-from lit_ppo.functional import ClipRange, clip_bounds, explained_variance, kl_estimate, masked_mean
+from lit_ppo.functional import (
+    ClipRange,
+    clip_bounds,
+    effective_sample_fraction,
+    explained_variance,
+    importance_weights,
+    kl_estimate,
+    masked_mean,
+)
 
 try:
     import resource
@@ -78,13 +90,14 @@ class Progress:
     detail: str = ""  # such as "token 12/64"
     since: float | None = None  # start of the phase, by time.monotonic
     seconds: dict[str, float] = field(default_factory=dict)
+    engine: str = ""  # that samples in place of the actor
 
     def start(self, phase: str) -> None:
         """Stop the phase at work and start another."""
         now = monotonic()
         if self.since is not None:
             self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self.since
-        self.phase, self.since, self.detail = phase, now, ""
+        self.phase, self.since, self.detail, self.engine = phase, now, "", ""
 
     def stop(self) -> dict[str, float]:
         """Stop the phase at work.
@@ -154,6 +167,7 @@ def log_update(
         metrics["memory/peak_gib"] = peak / 2**30
     if module.sampling_difference is not None:
         metrics["rollout/sampling_logprob_difference"] = module.sampling_difference
+    metrics |= of_sampling(experience)
     for name in (name for name in module.source_names if name in experience.extras):
         metrics[f"objective/score/{name}"] = float(experience.extras[name].mean())
     for name, value in metrics.items():
@@ -182,6 +196,21 @@ def of_experience(experience: Experience, kl_coef: float) -> dict[str, float]:
         metrics["value/mean"] = masked_mean(experience.values, mask)
         metrics["value/return_mean"] = masked_mean(experience.returns, mask)
     return {name: float(value) for name, value in metrics.items()}
+
+
+def of_sampling(experience: Experience) -> dict[str, float]:
+    """How far the engine that sampled was from the policy; empty where the policy itself sampled."""
+    sampled, old, mask = experience.sampling_logprobs, experience.logprobs, experience.response_mask
+    if sampled is None:
+        return {}
+    difference = (old - sampled).abs() * mask
+    weights = importance_weights(old, sampled, mask, cap=math.inf)
+    return {
+        "rollout/sampling_logprob_difference": float(difference.max()),
+        "rollout/sampling_logprob_difference_mean": float(masked_mean(difference, mask)),
+        "rollout/sampling_kl": float(masked_mean(kl_estimate(sampled, old, "k3"), mask)),
+        "rollout/sampling_ess": float(effective_sample_fraction(weights, mask)),
+    }
 
 
 def of_steps(steps: list[dict[str, float]]) -> dict[str, float]:

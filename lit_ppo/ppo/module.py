@@ -13,6 +13,7 @@ from lit_ppo.callbacks.base import fire
 from lit_ppo.constructor import constructor
 from lit_ppo.data.batch import PromptBatch
 from lit_ppo.data.chat import checked_options
+from lit_ppo.engines.base import Engine
 from lit_ppo.experience import Experience, LossReduction
 from lit_ppo.functional import KLEstimator, token_rewards
 from lit_ppo.generation.config import checked_generation
@@ -50,6 +51,7 @@ class LitPPO(L.LightningModule):
         eval_rewards: Rewards by name for validation and test only: their means, and win rates over the reference.
         advantages: Estimator; of those in ``lit_ppo.advantages`` only ``GAE`` takes a critic.
         generation: Fields of ``transformers.GenerationConfig``; ``max_new_tokens`` is required.
+        engine: Samples in place of the actor, such as ``VLLMEngine``. None: the actor's own decode loop.
         temperature: Of sampling and of all log-probs.
         samples_per_prompt: Responses per prompt; several where the estimator compares them.
         kl_coef: Weight of the KL to the reference in the token rewards.
@@ -102,6 +104,7 @@ class LitPPO(L.LightningModule):
         eval_rewards: dict[str, ScoreSource] | None = None,
         advantages: AdvantageEstimator = GAE(),  # noqa: B008  # stateless
         generation: dict[str, Any],
+        engine: Engine | None = None,
         temperature: float = 1.0,
         samples_per_prompt: int = 1,
         kl_coef: float = 0.05,
@@ -158,6 +161,7 @@ class LitPPO(L.LightningModule):
         self.limits = optimize.batch_limits(self, "micro", micro_batch_size, micro_batch_tokens)
         self.rollout_limits = optimize.batch_limits(self, "rollout", rollout_batch_size, rollout_batch_tokens)
         self.tolerance = non_negative_or_none(self, "sampling_logprobs_tolerance", sampling_logprobs_tolerance)
+        self.sampler = settings.checked_engine(self, engine)
         self.loss_reduction = settings.checked_reduction(self, loss_reduction)
         self.matmul_precision = settings.checked_matmul_precision(self, float32_matmul_precision)
         self.reward_timeout = seconds_or_none(self, "reward_timeout", reward_timeout)
@@ -254,7 +258,7 @@ class LitPPO(L.LightningModule):
         experience, sampled = sample_responses(
             models, batch, samples_per_prompt or self.samples_per_prompt, random if do_sample else None,
             policy=policy, sampling_logprobs=policy == "actor" and self.tolerance is not None, device=self.device,
-            limits=self.rollout_limits, progress=self.progress,
+            limits=self.rollout_limits, progress=self.progress, engine=self.sampler,
             skip_special_tokens=self.model_settings.skip_special_tokens,
         )  # fmt: skip
         self.rollouts += stream is None

@@ -140,6 +140,8 @@ def backward_minibatch(module: Any, minibatch: Minibatch) -> dict[str, float]:
 def step_optimizers(module: Any, metrics: dict[str, float], experience: Experience) -> None:
     """Step the optimizers that have gradients, or skip the step where a loss or gradient is not finite."""
     module.optimization.step(module, metrics, experience)
+    if module.sampler is not None:
+        module.sampler.forget_weights()
 
 
 def _backward_actor(module: Any, micro: Minibatch, inputs: ModelInputs) -> None:

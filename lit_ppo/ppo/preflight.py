@@ -105,6 +105,9 @@ def _preflight(module: Any, trainer: L.Trainer) -> None:
         )
     lengths = getattr(data, "prompt_lengths", None) or {1}
     check_length(module.models, sorted(lengths))
+    if module.sampler is not None:  # its weights and one sample
+        seed = [(module.seed, 0, 0, 0, 0)]
+        module.sampler.sample(module.actor.model, [[1]], 1, module.generation, seed, progress=module.progress)
     for split in ("train", "val"):
         first = data.peek(split) if hasattr(data, "peek") else None
         if first is not None:

@@ -8,6 +8,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_ppo.device import is_out_of_memory
+from lit_ppo.engines.base import Engine, TransformersEngine
+from lit_ppo.engines.sampler import EngineSampler
 from lit_ppo.experience import LossReduction
 from lit_ppo.functional import ClipRange
 from lit_ppo.models.actor_critic import Actor, Critic, Reference
@@ -147,6 +149,22 @@ def checked_matmul_precision(owner: object, value: Any) -> MatmulPrecision | Non
     if value is not None:
         checked = one_of(owner, "float32_matmul_precision", value, get_args(MatmulPrecision))
     return checked
+
+
+def checked_engine(module: Any, engine: Any) -> EngineSampler | None:
+    """The argument ``engine`` of a LitPPO whose other arguments of sampling are set; None: the actor samples."""
+    if engine is None or isinstance(engine, TransformersEngine):
+        return None
+    if not isinstance(engine, Engine):
+        refuse(module, "engine", engine, "must be an Engine, such as VLLMEngine(...), or None")
+    unused = {"sampling_logprobs_tolerance": module.tolerance} | {
+        f"rollout_batch_{name.rpartition('_')[2]}": value for name, value in module.rollout_limits.items()
+    }
+    for name, value in unused.items():
+        if value is not None:
+            problem = f"is of the actor's own decode loop, and engine={type(engine).__name__} samples; leave one out"
+            refuse(module, name, value, problem)
+    return EngineSampler(engine)
 
 
 def checked_seed(owner: object, value: Any) -> int:

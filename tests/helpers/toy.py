@@ -31,6 +31,7 @@ class Rows:
     logprobs: Tensor
     ref_logprobs: Tensor | None
     kl: Tensor
+    sampling_logprobs: Tensor | None = None
     values: Tensor | None = None
     raw_scores: Tensor | None = None
     scores: Tensor | None = None
@@ -256,6 +257,7 @@ class Toy(L.LightningModule):
         features = torch.randn(n, T, FEATURES, generator=random)
         rows = self.rows_of(features, torch.randint(TOKENS, (n, T), generator=random), lengths, samples)
         rows.ended = lengths < T
+        rows.sampling_logprobs = rows.logprobs - features[..., 0] * rows.response_mask
         rows.values = None if self.critic is None else self.critic(features).squeeze(-1) * rows.response_mask
         rows.kl = self.kl_per_response / lengths[:, None] * rows.response_mask
         return rows

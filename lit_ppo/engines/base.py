@@ -1,0 +1,88 @@
+"""The interface of what samples responses."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+from transformers import GenerationConfig
+
+from lit_ppo.constructor import constructor
+
+Sampled = tuple[Sequence[Sequence[int]], Sequence[Sequence[float]]]
+
+
+class Engine(ABC):
+    """Samples responses to training prompts in place of the actor; subclass it for a program of your own.
+
+    Before a rollout LitPPO calls :meth:`wake`, then :meth:`sync` if the weights have changed, then :meth:`generate` on
+    every rank for its share of the prompts, then :meth:`sleep`. Log-probs, values and KL always come from the training
+    forward; an engine's log-probs only measure how far its samples are from the policy.
+
+    A ``ConnectionError`` means that the engine's program was lost: LitPPO calls :meth:`sync` again, which should wait
+    for the program, and then :meth:`generate` for what is missing. Any other exception ends the run.
+    """
+
+    name: ClassVar[str] = "engine"  # on the progress line
+    every_rank: ClassVar[bool] = False  # False: only the first rank calls wake, sync and sleep
+    ranks_per_copy: int = 1  # ranks that share a copy of the model, and get the same prompts
+
+    def check(self, model: Any, config: GenerationConfig) -> None:  # noqa: B027  # nothing to check is the default
+        """Check, before the first rollout, that the engine can sample for this model.
+
+        Args:
+            model: The actor's Hugging Face model.
+            config: As for :meth:`generate`.
+        """
+
+    @abstractmethod
+    def generate(
+        self, prompt_ids: list[list[int]], n: int, config: GenerationConfig, seeds: list[int] | None
+    ) -> Sampled:
+        """Sample ``n`` responses to each prompt.
+
+        Args:
+            prompt_ids: Token ids of each prompt, without padding.
+            n: Responses to each prompt.
+            config: ``max_new_tokens``, ``temperature``, ``eos_token_id`` (one id or a list) and the user's fields.
+            seeds: One for each response, prompt by prompt, below 2^63; None: greedy.
+
+        Returns:
+            Token ids of each response, prompt by prompt, with the stop token that ended it, and the log-probs of these
+            tokens in the distribution that was sampled from.
+        """
+
+    @abstractmethod
+    def sync(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Take new weights.
+
+        Args:
+            weights: Name, as in a Hugging Face checkpoint, and tensor, one after another: keep none longer than needed.
+        """
+
+    def sleep(self) -> None:  # noqa: B027  # an engine on other devices has nothing to free
+        """Free the memory that training needs; the weights may go, since :meth:`sync` brings new ones."""
+
+    def wake(self) -> None:  # noqa: B027
+        """Make ready for :meth:`sync` and :meth:`generate`."""
+
+
+class TransformersEngine(Engine):
+    """The default: the actor samples, by LitPPO's own decode loop. Nothing to install, and exactly reproducible.
+
+    Its samples depend on (seed, update, row, sample) alone, and there are no weights to bring anywhere.
+    """
+
+    name = "transformers"
+
+    @constructor
+    def __init__(self) -> None:
+        """Nothing to set."""
+
+    def generate(
+        self, prompt_ids: list[list[int]], n: int, config: GenerationConfig, seeds: list[int] | None
+    ) -> Sampled:
+        raise NotImplementedError("TransformersEngine: LitPPO runs the actor's own decode loop; call LitPPO.rollout")
+
+    def sync(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Nothing: the actor's weights are those that sample."""

@@ -1,0 +1,130 @@
+"""VLLMEngine against a real vLLM; see environment.sh beside this file."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lit_ppo import VLLMEngine
+from tests.helpers.ranks import on_ranks
+from tests.helpers.spies import Spy
+from tests.helpers.tiny import make_causal_lm
+from tests.helpers.toys import logged, make_data, make_module, make_trainer
+from tests.helpers.vllm_jobs import SLOW, fit_sharded
+from tests.helpers.vllm_servers import PYTHON, VLLMServer
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(not PYTHON, reason="LIT_PPO_VLLM_PYTHON names no python with vLLM"),
+]
+PROMPTS = ["the film", "a story was", "it", "we saw the very long movie"]
+SIZE = {"hidden_size": 128, "intermediate_size": 64, "scale": 3.0}  # heads of 64: vLLM has no smaller ones on CPUs
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def server(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
+    folder = tmp_path_factory.mktemp(request.param)
+    with VLLMServer(make_causal_lm(folder / "model", request.param, **SIZE), folder / "log") as running:
+        running.wait()
+        yield running
+
+
+def engine(server: VLLMServer, **arguments: Any) -> VLLMEngine:
+    return VLLMEngine(mode="server", address=server.address, **arguments)
+
+
+def assert_alike(experience: Any) -> None:
+    """Two programs with the same weights: log-probs of the sampled tokens differ by rounding."""
+    mask = experience.response_mask
+    torch.testing.assert_close(experience.sampling_logprobs[mask], experience.logprobs[mask], rtol=0, atol=2e-3)
+
+
+def test_a_run_learns_and_log_probs_agree(server: VLLMServer, tmp_path: Path):
+    """Weights change by much between updates, and the server has those of the update."""
+    seen: list[Any] = []
+    module = make_module(server.model, engine=engine(server), samples_per_prompt=2, **SLOW)
+    watch = Spy("on_update_end", lambda module, experience: seen.append(experience))
+    trainer = make_trainer(tmp_path, max_steps=3, callbacks=[watch])
+    trainer.fit(module, make_data(tmp_path))
+    for experience in seen:
+        assert_alike(experience)
+    assert all(row["rollout/sampling_logprob_difference"] < 2e-3 for row in logged(trainer))
+    moved = [(a - b).abs().max() for a, b in zip(seen[0].logprobs[:, :1], seen[2].logprobs[:, :1], strict=False)]
+    assert max(moved) > 0.01
+
+
+@pytest.mark.parametrize("weights", ["shared_memory", "http"])
+def test_samples_are_the_same_twice(server: VLLMServer, weights: str):
+    """The same seeds, another order of requests: the same tokens; both ways of weights bring the same ones."""
+    generation = {"max_new_tokens": 8, "eos_token_id": [1, 7, 9]}
+    first, second = (
+        make_module(server.model, engine=engine(server, **given), generation=generation).rollout(
+            PROMPTS, samples_per_prompt=4
+        )
+        for given in ({"weights": weights}, {"max_concurrency": 2})
+    )
+    assert first.responses == second.responses
+    assert_alike(first)
+    stops = {int(row[n - 1]) for row, n in zip(first.response_ids, first.response_mask.sum(1), strict=True)}
+    assert stops & {1, 7, 9}
+
+
+def test_lora(server: VLLMServer):
+    pytest.importorskip("peft")
+    module = make_module(server.model, engine=engine(server), actor_lora={"r": 2, "target_modules": "all-linear"})
+    with torch.no_grad():
+        for name, parameter in module.models.actor.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3)
+    experience = module.rollout(PROMPTS, samples_per_prompt=4)
+    assert_alike(experience)
+    assert (experience.logprobs - experience.ref_logprobs).abs().max() > 0.1
+
+
+def test_filters_and_greedy(server: VLLMServer):
+    """Log-probs under a filter are those of the filtered distribution; greedy is transformers' greedy."""
+    module = make_module(server.model, engine=engine(server), temperature=0.7)
+    assert_alike(module.rollout(PROMPTS))
+    filtered = make_module(server.model, engine=engine(server), generation={"max_new_tokens": 8, "top_k": 1})
+    only = filtered.rollout(PROMPTS)
+    assert only.sampling_logprobs.abs().max() < 1e-3  # one token is left
+    plain = make_module(server.model)
+    assert module.rollout(PROMPTS, do_sample=False).responses == plain.rollout(PROMPTS, do_sample=False).responses
+
+
+def test_two_ranks_with_shards(server: VLLMServer, tmp_path: Path):
+    """FSDP2: weights are gathered one by one; every rank sees all rows."""
+    if "qwen2" in str(server.model):
+        pytest.skip("one family is enough")
+    on_ranks(2, fit_sharded, str(server.model), server.address, str(tmp_path), folder=tmp_path)
+
+
+def test_a_refusal_has_the_words_of_the_server(server: VLLMServer):
+    module = make_module(server.model, engine=engine(server), generation={"max_new_tokens": 44})
+    with pytest.raises(RuntimeError, match=r"v1/completions was refused \(400\): .*48"):
+        module.rollout(["the film was very really good great and"])
+
+
+def test_a_killed_server(server: VLLMServer):
+    """It is started again in the middle of the rollout, from the checkpoint, and gets the weights of the run."""
+    module = make_module(server.model, engine=engine(server), generation={"max_new_tokens": 40, "min_new_tokens": 40})
+    with torch.no_grad():
+        next(iter(module.models.actor.parameters())).mul_(1.3)
+    expected = module.rollout(PROMPTS, samples_per_prompt=16, stream="x")
+    sample, sampler = module.sampler.engine.server.generate, module.sampler.engine.server
+    kills = []
+
+    def killed(rows: Any) -> Any:
+        if not kills:
+            kills.append(True)
+            server.kill()
+            server.start()
+        return sample(rows)
+
+    sampler.generate = killed
+    again = module.rollout(PROMPTS, samples_per_prompt=16, stream="x")
+    assert kills
+    assert again.responses == expected.responses
+    assert_alike(again)
