@@ -1,0 +1,11 @@
+"""How much PPO learns for the drift that it causes: the frontier of score against KL on the film-review task.
+
+In this order, from the repository's root; ``FOLDER`` holds checkpoints and samples, outside of git::
+
+    python -m benchmarks.learning.checkpoints FOLDER --data_root DIR   # SFT, reward model, judge
+    python -m benchmarks.learning.limit FOLDER --data_root DIR         # what any policy could gain
+    python -m benchmarks.learning.run FOLDER --data_root DIR --name lam05 --seeds 0 1 2 --model.advantages.lam 0.5
+    python -m benchmarks.learning.report benchmarks/results/learning
+
+``DIR`` holds the files that ``configs/sentiment.yaml`` names.
+"""

@@ -1,0 +1,122 @@
+"""The table and the figure of all results: ``python -m benchmarks.learning.report [RESULTS] [--page P] [--figure F]``.
+
+Efficiency is the gain of a policy over the gain of the limit at the same KL. Text between ``<!-- learning -->`` and
+``<!-- /learning -->`` of the page is replaced.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from benchmarks.learning.task import RESULTS
+
+START, END = "<!-- learning -->", "<!-- /learning -->"
+HEAD = ["run", "weights", "seeds", "episodes", "KL", "gain", "limit", "efficiency", "judge's gain", "seconds"]
+
+
+def load(results: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The limit, and every measured point with the name of its run and its efficiency."""
+    limit = json.loads((results / "limit.json").read_text())
+    kls, gains = ([0.0, *(p[key] for p in limit["limit"])] for key in ("kl", "gain"))
+    points = []
+    for file in sorted(results.glob("*.json")):
+        if file.name == "limit.json":
+            continue
+        stored = json.loads(file.read_text())
+        for run in stored["runs"]:
+            for point in run["points"]:
+                bound = float(np.interp(point["kl"], kls, gains))
+                gain = point["score"] - limit["score"]
+                points.append(
+                    point
+                    | {"name": stored["name"], "seed": run["seed"], "arguments": run["arguments"], "gain": gain}
+                    | {"judge_gain": point["judge"] - limit["judge"], "limit": bound, "efficiency": gain / bound}
+                )
+    return limit, points
+
+
+def rows(points: list[dict[str, Any]]) -> list[list[str]]:
+    """A row for each run, number of episodes and kind of weights: means over seeds."""
+    groups = defaultdict(list)
+    for point in points:
+        groups[point["name"], point["episodes"], point["average"] or 0.0].append(point)
+    table = []
+    for (name, episodes, average), group in groups.items():
+        efficiency = [point["efficiency"] for point in group]
+        spread = f" ± {stdev(efficiency):.1%}" if len(group) > 1 else ""
+        values = {key: mean(p[key] for p in group) for key in ("kl", "gain", "limit", "judge_gain", "seconds")}
+        table.append(
+            [
+                name,
+                f"average {average}" if average else "last",
+                str(len(group)),
+                f"{episodes:,}",
+                f"{values['kl']:.2f}",
+                f"{values['gain']:+.2f}",
+                f"{values['limit']:.2f}",
+                f"{mean(efficiency):.1%}{spread}",
+                f"{values['judge_gain']:+.2f}",
+                f"{values['seconds']:.0f}",
+            ]
+        )
+    return table
+
+
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body]) + "\n"
+
+
+def draw(limit: dict[str, Any], points: list[dict[str, Any]], file: Path, names: list[str] | None) -> None:
+    """Score and judge's score against KL, with the limit and best-of-n."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2))
+    curve, best = limit["limit"], limit["best_of"]
+    kls = [0.0, *(p["kl"] for p in curve)]
+    for panel, of_limit, of_policy, title in (
+        (panels[0], "gain", "gain", "score"),
+        (panels[1], "judge", "judge_gain", "judge's score"),
+    ):
+        panel.plot(kls, [0.0, *(p[of_limit] for p in curve)], color="black", label="limit")
+        if of_limit == "gain":
+            panel.fill_between(kls, [0.0, *(p["low"] for p in curve)], [0.0, *(p["high"] for p in curve)], alpha=0.2)
+        panel.plot([p["kl"] for p in best], [p[of_limit] for p in best], "k.:", label="best of n")
+        for name in names or sorted({point["name"] for point in points}):
+            own = [point for point in points if point["name"] == name]
+            panel.plot([p["kl"] for p in own], [p[of_policy] for p in own], "o", markersize=4, label=name)
+        panel.set(xlabel="KL to the reference, nats per response", ylabel=f"gain of the {title}")
+        panel.set_xlim(0, 6)
+    panels[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=90)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Print the table; write it into a page and draw the figure, where they are given."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.learning.report", description=__doc__)
+    parser.add_argument("results", type=Path, nargs="?", default=RESULTS)
+    parser.add_argument("--page", type=Path)
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--names", nargs="+", help="Only these runs in the figure.")
+    asked = parser.parse_args()
+    limit, points = load(asked.results)
+    table = markdown(HEAD, rows(points))
+    print(table)
+    if asked.page:
+        before, _, rest = asked.page.read_text().partition(START)
+        asked.page.write_text(f"{before}{START}\n{table}{END}{rest.partition(END)[2]}")
+    if asked.figure:
+        draw(limit, points, asked.figure, asked.names)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The frontier of score against KL: curves against distributions whose limit is known, and a tiny run measured."""
+
+import gzip
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.learning import report, run
+from benchmarks.learning.curves import BETAS, best_of_n, tilted
+from benchmarks.learning.frontier import Frontier
+from benchmarks.learning.limit import summary
+from benchmarks.learning.task import MODELS, PROMPTS
+from tests.helpers.tiny import WORDS, make_reward_model
+from tests.helpers.toys import make_data, make_module, make_trainer
+
+
+def test_limit_of_a_normal_score_is_the_textbook_one():
+    r"""A normal score of deviation s, tilted by 1 / beta: gain s^2 / beta at KL s^2 / (2 beta^2), so s sqrt(2 KL)."""
+    scores = 2.0 * np.random.default_rng(0).normal(size=(64, 2048)) + 5.0
+    curve = tilted(scores, BETAS)
+    for kl in (0.25, 1.0, 2.0):
+        assert curve.at(kl) == pytest.approx(2.0 * math.sqrt(2 * kl), rel=0.02)
+    assert curve.at(100.0) == pytest.approx((scores.max(1) - scores.mean(1)).mean(), rel=0.01)  # one sample has it all
+
+
+def test_what_the_limit_does_to_another_score():
+    """A score that is the opposite of the one that tilts loses what that gains."""
+    scores = np.random.default_rng(0).normal(size=(8, 64))
+    np.testing.assert_allclose(tilted(scores, BETAS, -scores).gain, -tilted(scores, BETAS).gain)
+
+
+def test_best_of_two_of_four_by_hand():
+    """Pairs of 0, 1, 3, 8: the best are 1, 3, 8, 3, 8, 8, in mean 31 / 6; less the mean, 3. Judge: -31 / 6 + 3."""
+    scores = np.array([[3.0, 0.0, 8.0, 1.0]])
+    kl, gain = best_of_n(scores, 2)
+    assert (kl, gain) == pytest.approx((math.log(2) - 0.5, 31 / 6 - 3))
+    assert best_of_n(scores, 2, -scores)[1] == pytest.approx(3 - 31 / 6)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A judge and held-out prompts, where the task keeps them."""
+    make_reward_model(tmp_path / MODELS / "judge" / "model")
+    with gzip.open(tmp_path / PROMPTS, "wt", encoding="utf-8") as lines:
+        lines.writelines(json.dumps({"prompt": f"{word} was"}) + "\n" for word in WORDS[:9])
+    return tmp_path
+
+
+def measured(folder: Path, actor: Path, rate: float, **arguments: Any) -> list[dict[str, Any]]:
+    """The points of a run of two updates."""
+    output = folder / "points.json"
+    frontier = Frontier(str(output), str(folder), str(folder), [1, 2], **{"samples": 4, "prompts": 6, **arguments})
+    module = make_module(actor, actor_optimizer=lambda params: torch.optim.SGD(params, lr=rate))
+    make_trainer(folder, callbacks=[frontier]).fit(module, make_data(folder))
+    points: list[dict[str, Any]] = json.loads(output.read_text())
+    return points
+
+
+def test_a_policy_that_does_not_move_has_no_kl_and_the_reference_s_score(folder: Path, lm: Path):
+    first, second = measured(folder, lm, 0.0)
+    assert first["kl"] == second["kl"] == 0.0
+    assert (first["score"], first["judge"]) == (second["score"], second["judge"])
+    assert (first["episodes"], second["episodes"]) == (7, 12)  # of 12 prompts, in batches of 7
+
+
+def test_averages_are_measured_and_training_goes_on_with_its_own_weights(folder: Path, lm: Path):
+    plain = measured(folder, lm, 2.0)
+    points = measured(folder, lm, 2.0, averages=[0.0, 1.0 - 1e-9])
+    timeless = [{k: v for k, v in p.items() if "seconds" not in k and k != "average"} for p in points]
+    assert [p["kl"] for p in plain] == [points[0]["kl"], points[3]["kl"]]
+    assert timeless[0] == timeless[1]  # decay 0: the weights themselves
+    assert points[0]["kl"] > 0.01
+    assert points[2]["kl"] == points[5]["kl"] == 0.0  # they stay where they started
+
+
+def test_report_of_two_seeds_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any):
+    """Halfway between no gain and the limit's; with two seeds, 50% and 70%: a mean of 60%, a deviation of 14.1%."""
+    scores = np.random.default_rng(0).normal(size=(16, 64))
+    found = summary(scores, scores)
+    (tmp_path / "limit.json").write_text(json.dumps(found))
+    at_one = next(p["gain"] for p in found["limit"] if p["kl"] == 1.0)
+    point = {"kl": 1.0, "judge": found["judge"], "episodes": 64, "average": None, "seconds": 2.0}
+    runs = [
+        {"seed": i, "arguments": "", "points": [point | {"score": found["score"] + share * at_one}]}
+        for i, share in enumerate((0.5, 0.7))
+    ]
+    (tmp_path / "plain.json").write_text(json.dumps({"name": "plain", "runs": runs}))
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path), "--page", str(page), "--figure", str(tmp_path / "f.png")])
+    report.main()
+    assert "| plain | last | 2 | 64 | 1.00 |" in page.read_text()
+    assert "| 60.0% ± 14.1% | +0.00 | 2 |" in capsys.readouterr().out
+    assert page.read_text().startswith("before\n")
+    assert page.read_text().endswith("\nafter\n")
+    assert (tmp_path / "f.png").stat().st_size > 10_000
+
+
+def test_arguments_of_the_command_pass_through(tmp_path: Path):
+    words = [str(tmp_path), "--data_root", str(tmp_path), "--name", "x", "--model.kl_coef", "0.1", "--seeds", "1", "2"]
+    asked, others = run.parse(words)
+    assert (asked.seeds, asked.measure, others) == ([1, 2], [32], ["--model.kl_coef", "0.1"])
