@@ -3,6 +3,7 @@
 from typing import Any
 
 import lightning as L
+import torch
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import metric, refuse_beside, require
@@ -57,7 +58,7 @@ class LearningRateAdaptation(PPOCallback):
             if not self.minimum <= group["lr"] <= self.maximum:
                 raise ValueError(
                     f"LearningRateAdaptation(minimum={self.minimum!r}, maximum={self.maximum!r}): the actor's learning "
-                    f"rate in {name} is {group['lr']}; start between them, or change them"
+                    f"rate in {name} is {float(group['lr'])}; start between them, or change them"
                 )
 
     def on_minibatch_end(
@@ -71,7 +72,12 @@ class LearningRateAdaptation(PPOCallback):
             return
         kl, self._kls = sum(self._kls) / len(self._kls), []
         for group in pl_module.actor_optimizer.param_groups:
-            group["lr"] = adaptive_learning_rate(group["lr"], kl, self.target, self.factor, self.minimum, self.maximum)
+            bounds = self.minimum, self.maximum
+            rate = adaptive_learning_rate(float(group["lr"]), kl, self.target, self.factor, *bounds)
+            if isinstance(group["lr"], torch.Tensor):  # torchao's optimizers insist on it
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
 
 def _plain(optimizer: Any) -> Any:

@@ -4,18 +4,9 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
+from lit_ppo.shown import escaped
+
 BROKEN = "\ufffd"  # decoded from a part of a character
-# Not printable for Python, but needed: joiners of Persian words and of emoji, the space of Chinese and Japanese.
-HARMLESS = "\u200c\u200d\u3000"
-
-
-def printable(text: str) -> str:
-    r"""Text on one line, with control characters escaped.
-
-    >>> print(printable("fine\x1b[2J\nnext"))
-    fine\x1b[2J\nnext
-    """
-    return "".join(c if c.isprintable() or c in HARMLESS else c.encode("unicode_escape").decode() for c in text)
 
 
 def pieces(decode: Callable[[list[int]], str], ids: Sequence[int], values: Sequence[float]) -> list[tuple[str, float]]:
@@ -68,7 +59,7 @@ def html(text: str) -> str:
     >>> html("<b>\nfine\x1b")
     '&lt;b&gt;<br/>fine\\x1b'
     """
-    return "<br/>".join(escape(printable(line)) for line in text.split("\n"))
+    return "<br/>".join(escape(escaped(line, line_ends=False)) for line in text.split("\n"))
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str] = ()) -> str:

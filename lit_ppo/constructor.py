@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from difflib import get_close_matches
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -10,6 +11,8 @@ from lit_ppo.shown import written
 from lit_ppo.validate import plain
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_running: ContextVar[tuple[tuple[object, dict[str, Any]], ...]] = ContextVar("_running", default=())
 
 
 def constructor(init: F) -> F:
@@ -28,12 +31,45 @@ def constructor(init: F) -> F:
     @wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
-            signature.bind(self, *args, **kwargs)
+            bound = signature.bind(self, *map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
         except TypeError as error:
             raise TypeError(f"{type(self).__name__}({_misnamed(parameters, args, kwargs)}") from error
-        init(self, *map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+        token = _running.set((*_running.get(), (self, _by_name(bound))))
+        try:
+            init(*bound.args, **bound.kwargs)
+        finally:
+            _running.reset(token)
 
     return cast(F, checked)
+
+
+def arguments_of(instance: object) -> dict[str, Any]:
+    """The arguments of those constructors of an object that run now, by name, defaults included.
+
+    >>> class Trick:
+    ...     @constructor
+    ...     def __init__(self, every: int = 1, **others: int) -> None:
+    ...         print(arguments_of(self))
+    >>> _ = Trick(offset=3)
+    {'every': 1, 'offset': 3}
+    """
+    found: dict[str, Any] = {}
+    for one, arguments in _running.get():  # those of a subclass come first
+        if one is instance:
+            found |= arguments
+    return found
+
+
+def _by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """Arguments without the object itself; those of ``**kwargs`` by their own names."""
+    found: dict[str, Any] = {}
+    for parameter in list(bound.signature.parameters.values())[1:]:
+        value = bound.arguments.get(parameter.name, parameter.default)
+        if parameter.kind is parameter.VAR_KEYWORD:
+            found |= bound.arguments.get(parameter.name, {})
+        elif parameter.kind is not parameter.VAR_POSITIONAL:
+            found[parameter.name] = value
+    return found
 
 
 def _misnamed(parameters: list[inspect.Parameter], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:

@@ -4,6 +4,8 @@ import reprlib
 from collections.abc import Callable
 
 LONGEST = 4000  # characters of a message
+# Not printable for Python, but needed: joiners of Persian words and of emoji, the space of Chinese and Japanese.
+HARMLESS = "\u200c\u200d\u3000"
 
 _short = reprlib.Repr()
 _short.maxlevel = 4
@@ -78,12 +80,22 @@ def on_one_line(text: str) -> str:
     return escaped(shortened(text, LONGEST))
 
 
-def escaped(text: str) -> str:
-    """With control characters and those that change the direction of writing as escapes; line ends stay.
+def escaped(text: str, *, line_ends: bool = True, escape: Callable[[str], str] | None = None) -> str:
+    r"""With control characters and those that change the direction of writing as escapes.
 
     A terminal must not obey a response that is part of a message.
+
+    Args:
+        text: Of anybody.
+        line_ends: Keep them; otherwise the text comes on one line.
+        escape: Of one character; by default as in Python.
+
+    >>> print(escaped("fine\x1b[2J\nnext", line_ends=False))
+    fine\x1b[2J\nnext
     """
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    kept = HARMLESS + "\n" if line_ends else HARMLESS
+    escape = escape or (lambda c: c.encode("unicode_escape").decode())
+    return "".join(c if c.isprintable() or c in kept else escape(c) for c in text)
 
 
 def _text(value: object) -> str:

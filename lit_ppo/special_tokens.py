@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+PROBES = ("a", "1", ".", "\u3042")  # some tokenizers drop what is not of their script
+
 
 def without_repeats(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[slice]:
     """The parts of tokenized texts that leave out a second beginning-of-text or end-of-text token.
@@ -14,7 +16,13 @@ def without_repeats(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[slice
         tokenizer: The tokenizer that gave the ids, with its special tokens.
         rows: Token ids of each text.
     """
-    bare, full = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+    bare: list[int] = []
+    for text in PROBES:
+        bare, full = (tokenizer(text, add_special_tokens=added)["input_ids"] for added in (False, True))
+        if bare:
+            break
+    else:  # of a tokenizer for other scripts: nothing says which tokens it adds
+        return [slice(0, len(ids)) for ids in rows]
     adds_first, adds_last = full[1:] == bare or full[1:-1] == bare, full[:-1] == bare or full[1:-1] == bare
     kept = []
     for ids in rows:

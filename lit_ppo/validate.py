@@ -11,6 +11,7 @@ ValueError: LitPPO(ppo_epochs=0): must be an integer, at least 1
 import math
 import os
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from lit_ppo.shown import written
@@ -38,6 +39,26 @@ def refuse(owner: object, name: str, value: object, problem: str) -> NoReturn:
         ValueError: Always.
     """
     raise ValueError(f"{class_name(owner)}({name}={written(value)}): {problem}")
+
+
+def needs_package(what: str, *names: str, install: str = "") -> None:
+    """Check that packages are installed which only a part of lit_ppo needs.
+
+    Args:
+        what: That part.
+        *names: Of the packages, as they are imported.
+        install: For pip; by default the names.
+
+    Raises:
+        ImportError: Names the first that is missing.
+
+    >>> needs_package("LitPPO.attach", "no_such_package")
+    Traceback (most recent call last):
+    ImportError: LitPPO.attach: needs no_such_package; pip install no_such_package
+    """
+    for name in names:
+        if find_spec(name) is None:
+            raise ImportError(f"{what}: needs {name}; pip install {install or ' '.join(names)}")
 
 
 def plain(value: Any) -> Any:

@@ -8,6 +8,7 @@ import sys
 
 from lit_ppo.cli.quick import answer
 from lit_ppo.cli.session import Session, restored_process
+from lit_ppo.validate import needs_package
 
 
 def main(args: list[str] | None = None) -> int:
@@ -38,6 +39,9 @@ def _work(session: Session) -> None:
     except BrokenPipeError:  # the reader has enough, as of ``lit-ppo ls | head``
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
+    needs_package(
+        "the command", "jsonargparse", "docstring_parser", "typeshed_client", install="'jsonargparse[signatures]'"
+    )
     _wait_without_spinning()
     session.heartbeat.say("lit-ppo: loading PyTorch, transformers and Lightning", doing="loading libraries")
     from lit_ppo.cli.command import Command

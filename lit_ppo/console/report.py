@@ -4,7 +4,8 @@ from typing import Any
 
 import lightning as L
 
-from lit_ppo.callbacks.showing import printable, readable_prompts
+from lit_ppo.callbacks.showing import readable_prompts
+from lit_ppo.shown import escaped
 from lit_ppo.validate import integer, refuse
 
 
@@ -71,4 +72,4 @@ def _lines(start: str, text: str) -> str:
     after  +1.00  one
                   two
     """
-    return start + f"\n{' ' * len(start)}".join(printable(line) for line in text.split("\n"))
+    return start + f"\n{' ' * len(start)}".join(escaped(line, line_ends=False) for line in text.split("\n"))

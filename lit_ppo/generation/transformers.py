@@ -12,8 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TemperatureLogitsWarper
-from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    cache_utils,
+)
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from lit_ppo.device import exact_device
@@ -241,7 +247,8 @@ def _can_be_cut(state: dict[str, Any]) -> bool:
     """Whether all that a model keeps between tokens are keys and values, whose rows can leave."""
     kept = [name for name in ALL_CACHE_NAMES if state.get(name) is not None]
     cache = state.get("past_key_values")
-    plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    dummy = getattr(cache_utils, "DummyLayer", DynamicLayer)  # older releases of transformers have none
+    plain = (DynamicLayer, DynamicSlidingWindowLayer, dummy)
     return kept == ["past_key_values"] and type(cache) is DynamicCache and all(type(x) in plain for x in cache.layers)
 
 
@@ -259,7 +266,10 @@ def inverse_cdf(logits: Tensor, draws: Tensor) -> Tensor:
     """
     cdf = torch.softmax(logits, dim=-1).to(draws.device).cumsum(-1, dtype=draws.dtype)
     position = torch.searchsorted(cdf, (draws * cdf[:, -1]).unsqueeze(1), right=True).squeeze(1)
-    return position.clamp(max=logits.shape[-1] - 1).to(logits.device)
+    token = position.clamp(max=logits.shape[-1] - 1).to(logits.device)
+    # where rounding points at a token that cannot occur
+    impossible = logits.gather(1, token.unsqueeze(1)).squeeze(1).isneginf()
+    return torch.where(impossible, logits.argmax(-1), token)
 
 
 def _keep_rows(state: dict[str, Any], going: Tensor) -> dict[str, Any]:

@@ -223,14 +223,26 @@ def halve_frozen(model: nn.Module) -> None:
     embeddings' weight. Without autocast these layers compute in bfloat16 too.
     """
     embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
-    exact = {part for module in model.modules() for name in getattr(module, "exact", ())
-             for part in getattr(module, name).modules()}  # fmt: skip
+    exact = _exact_parts(model)
     for part in model.modules():
         if not isinstance(part, nn.Linear | Conv1D) or part in exact or id(part.weight) in embeddings:
             continue
         if not any(p.requires_grad or p.dtype != torch.float32 for p in part.parameters()):
             part.to(torch.bfloat16)
             vars(part)["forward"] = partial(_in_bfloat16, part.forward)
+
+
+def in_bfloat16(model: nn.Module) -> None:
+    """Keep all weights in bfloat16 but those of parts that always compute in float32; buffers stay as they are."""
+    exact = _exact_parts(model)
+    for part in model.modules():
+        for parameter in () if part in exact else part.parameters(recurse=False):
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def _exact_parts(model: nn.Module) -> set[nn.Module]:
+    return {part for module in model.modules() for name in getattr(module, "exact", ())
+            for part in getattr(module, name).modules()}  # fmt: skip
 
 
 def _in_bfloat16(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

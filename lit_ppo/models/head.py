@@ -142,6 +142,7 @@ class _Statistics(torch.autograd.Function):
         d_states = torch.empty_like(states) if wants_states else None
         d_weight: Tensor | None = None
         d_bias = torch.zeros_like(bias) if wants_bias else None
+        sums = torch.promote_types(weight.dtype, torch.float32)
         for i, chunk in enumerate(_chunks(len(ids), ctx.sizes)):
             p = kept[i] if i < len(kept) else _log_softmax(for_logits, chunk, ctx.temperature).exp_()
             d_logits = _d_logits(ctx, p, chunk, ids, divergence, d_logprobs, d_divergence)
@@ -151,10 +152,10 @@ class _Statistics(torch.autograd.Function):
             if d_states is not None:
                 d_states[chunk] = d_logits @ head.weight
             if wants_weight:
-                d_weight = _add_product(d_weight, d_logits.T, head.states[chunk], weight.dtype)
+                d_weight = _add_product(d_weight, d_logits.T, head.states[chunk], sums)
         if wants_weight and d_weight is None:  # no tokens
             d_weight = torch.zeros_like(weight)
-        return d_states, d_weight, d_bias, None, None, None, None, None
+        return d_states, None if d_weight is None else d_weight.to(weight.dtype), d_bias, None, None, None, None, None
 
 
 def _d_logits(

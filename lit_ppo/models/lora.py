@@ -67,7 +67,7 @@ def add_adapter(argument: str, model: PreTrainedModel, fields: dict[str, Any], s
     Raises:
         ValueError: peft cannot make it, or it would lie on the embeddings or the head.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     transposed = any(isinstance(module, Conv1D) for module in model.modules())
     try:
@@ -76,7 +76,8 @@ def add_adapter(argument: str, model: PreTrainedModel, fields: dict[str, Any], s
             torch.manual_seed(seed)
             # what single layers of another kind need is set for them
             warnings.filterwarnings("ignore", message=r"fan_in_fan_out is set to")
-            model.add_adapter(config)
+            # not by model.add_adapter: some releases of transformers ask for one of peft that is not out yet
+            inject_adapter_in_model(config, model)
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise ValueError(f"{argument}={written(fields)}): {message_of(error)}; correct it") from error
     layers = _adapted_layers(model)
@@ -85,6 +86,8 @@ def add_adapter(argument: str, model: PreTrainedModel, fields: dict[str, Any], s
             f"{argument}={fields!r}): target_modules hold the embeddings or the language-model head, which must stay "
             "as they are; name other layers"
         )
+    config.base_model_name_or_path = model.name_or_path
+    model._hf_peft_config_loaded = True
     model.eval()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -84,10 +84,16 @@ class BuiltOptimizer:
                 f"{self.where}={self.settings['class']}): the checkpoint holds the states of {saved['class']}; use "
                 f"{saved['class']}, or start a new run from the exported model"
             )
-        for group, options in zip(self.optimizer.param_groups, self.options, strict=True):
+        for group, options, before in zip(self.optimizer.param_groups, self.options, saved["options"], strict=True):
             for name in group.keys() - options.keys() - {"params"}:
-                del group[name]  # such as initial_lr, which a schedule adds
-            group.update(options)
+                if not isinstance(group[name], Tensor):  # a count of steps
+                    del group[name]  # such as initial_lr, which a schedule adds
+            for name, value in options.items():
+                decided = (value is None or isinstance(value, bool)) and name in before and before[name] == value
+                if isinstance(group.get(name), Tensor):
+                    group[name].fill_(value)
+                elif not decided:  # the optimizer may have decided since
+                    group[name] = value
         if self.make_schedule is None:
             return
         (place,) = [config for config in trainer.lr_scheduler_configs if config.scheduler is self.schedule]
@@ -135,8 +141,23 @@ def build_optimizer(
         assert make_schedule is not None
         return per_step(f"{where}scheduler", _made(f"{where}scheduler", make_schedule, optimizer, LRScheduler), module)
 
-    optimizer = _made(f"{where}optimizer", make, parameters, Optimizer)
+    optimizer = make_optimizer(f"{where}optimizer", make, parameters)
     return BuiltOptimizer(f"{where}optimizer", optimizer, None if make_schedule is None else schedule)
+
+
+def make_optimizer(where: str, make: OptimizerCallable, parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """The optimizer of a user's function.
+
+    Args:
+        where: Class and argument, such as ``LitPPO(actor_optimizer``, for messages.
+        make: From parameters to optimizer.
+        parameters: To optimize.
+
+    Raises:
+        ValueError: The function fails, or makes something else.
+    """
+    optimizer: Optimizer = _made(where, make, parameters, Optimizer)
+    return optimizer
 
 
 def _made(where: str, make: Callable[[Any], Any], argument: Any, kind: Any) -> Any:
@@ -176,7 +197,9 @@ def restore_settings(
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name not in ("params", "param_names")}
+    options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+    # torchao keeps the learning rate in a tensor
+    return {n: x.item() if isinstance(x, Tensor) and x.ndim == 0 else x for n, x in options.items()}
 
 
 def _plain(state: Any) -> Any:

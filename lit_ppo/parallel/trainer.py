@@ -17,7 +17,7 @@ from lit_ppo.parallel.checkpoint_io import guard_sharded
 from lit_ppo.parallel.lost_ranks import watch_instead_of_lightning
 from lit_ppo.validate import refuse
 
-BYTES_PER_PARAMETER = 4 * 3  # float32 weights and the two moments of AdamW
+COPIES = 3  # the weights and the two moments of AdamW
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -35,10 +35,11 @@ def check_trainer(trainer: L.Trainer) -> None:
         raise ValueError(
             "Trainer(strategy=FSDPStrategy): the first version of FSDP is not supported; use strategy='fsdp2'"
         )
-    if trainer.precision == "bf16-mixed" and trainer.strategy.root_device.type == "cpu" and emulates_bf16():
+    bf16 = trainer.precision in ("bf16-mixed", "bf16-true")
+    if bf16 and trainer.strategy.root_device.type == "cpu" and emulates_bf16():
         rank_zero_warn(
-            "Trainer(precision='bf16-mixed'): this CPU has no bf16 instructions and emulates them, which can take 100 "
-            "times as long; use precision='32-true'"
+            f"Trainer(precision={trainer.precision!r}): this CPU has no bf16 instructions and emulates them, which can "
+            "take 100 times as long; use precision='32-true'"
         )
 
 
@@ -53,8 +54,9 @@ def check_disk(trainer: L.Trainer, model: nn.Module) -> None:
     Raises:
         ValueError: Names the folder, what is free and what is needed.
     """
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = trained * BYTES_PER_PARAMETER
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    trained = sum(p.numel() for p in parameters)
+    size = COPIES * sum(p.numel() * p.element_size() for p in parameters)
     for callback in trainer.checkpoint_callbacks:
         given = getattr(callback, "dirpath", None)
         folder, keep = Path(given or trainer.default_root_dir), _kept(callback)

@@ -12,11 +12,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_ppo.advantages import check_estimator
 from lit_ppo.generation.config import generation_config, say_stops
-from lit_ppo.models.actor_critic import Actor, Critic, Reference, checkpoint_activations, compile_blocks, halve_frozen
+from lit_ppo.models.actor_critic import (
+    Actor,
+    Critic,
+    Reference,
+    checkpoint_activations,
+    compile_blocks,
+    halve_frozen,
+    in_bfloat16,
+)
 from lit_ppo.models.load import load_causal_lm, load_critic
 from lit_ppo.models.lora import WithoutAdapter, add_adapter
 from lit_ppo.models.positions import safe_length
 from lit_ppo.models.pretrained import check_not_quantized
+from lit_ppo.optim.precision import rounds_at_random, seed_rounding
 from lit_ppo.optim.settings import build_optimizer
 from lit_ppo.parallel.sharding import build, check_placed, shard
 from lit_ppo.ppo.settings import Models, ModelSettings
@@ -66,6 +75,8 @@ def configure_optimizers(module: Any) -> tuple[list[Optimizer], list[Any]]:
             trained = [p for p in model.parameters() if p.requires_grad]
             built[name] = build_optimizer(module, f"{name}_", trained, make, make_schedule)
             built[name].check_steps_alone()
+            if rounds_at_random(built[name].optimizer):
+                seed_rounding(built[name].optimizer, module.seed)
     schedules = [entry.schedule for entry in built.values() if entry.schedule is not None]
     return [entry.optimizer for entry in built.values()], schedules
 
@@ -89,7 +100,8 @@ def build_models(
     if settings.halve_frozen:
         for source in (rewards, eval_rewards):
             for reward_model in reward_models(source):
-                halve_frozen(reward_model.model)
+                if not reward_model.names_dtype:
+                    halve_frozen(reward_model.model)
     reference: Reference | WithoutAdapter | None = None
     if settings.reference == "actor" and settings.actor_lora is not None:
         reference = WithoutAdapter(actor)
@@ -107,6 +119,8 @@ def build_models(
 def _place(settings: ModelSettings, strategy: Any, make: Callable[[], M], *, frozen: bool = False) -> M:
     """Build a model; under a strategy that shards, this rank keeps its shard."""
     model = build(strategy, make)
+    if settings.halve_reference if frozen else settings.bfloat16_weights:
+        in_bfloat16(model)
     if settings.halve_frozen:
         halve_frozen(model)
     if settings.compile_blocks:

@@ -23,6 +23,7 @@ from lit_ppo.functional import wins
 from lit_ppo.parallel.files import atomic_path
 from lit_ppo.parallel.ranks import rank
 from lit_ppo.ppo.collect import score
+from lit_ppo.shown import escaped
 
 PREDICTIONS = "predictions.jsonl"
 Scores = dict[str, Tensor]  # by reward; the training reward as a whole is under ""
@@ -164,7 +165,7 @@ def on_predict_end(module: Any) -> None:
     path, rows = _file(module.trainer), module.evaluator.predictions
     if rank() == 0:
         with atomic_path(path) as new:
-            new.write_text("".join(_line(json.dumps(row, ensure_ascii=False)) for row in rows), encoding="utf-8")
+            new.write_text("".join(_line(row) for row in rows), encoding="utf-8")
     rank_zero_info(f"{len(rows)} predictions: {path}")
 
 
@@ -172,6 +173,7 @@ def _file(trainer: Any) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir) / PREDICTIONS  # collective
 
 
-def _line(text: str) -> str:
+def _line(row: dict[str, Any]) -> str:
     """JSON on one line, with escapes for all characters that a terminal or an editor might interpret."""
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text) + "\n"
+    text = json.dumps(row, ensure_ascii=False)
+    return escaped(text, line_ends=False, escape=lambda c: json.dumps(c)[1:-1]) + "\n"

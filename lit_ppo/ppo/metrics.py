@@ -130,7 +130,7 @@ def current_coefficients(kl_coef: float, optimizers: list[Optimizer]) -> dict[st
         kl_coef: Coefficient of the KL to the reference.
         optimizers: The actor's and, if there is one, the critic's.
     """
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    rates = [float(optimizer.param_groups[0]["lr"]) for optimizer in optimizers]
     return {"objective/kl_coef": kl_coef, **dict(zip(("policy/lr", "value/lr"), rates, strict=False))}
 
 

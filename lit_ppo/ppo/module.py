@@ -19,12 +19,13 @@ from lit_ppo.functional import KLEstimator, token_rewards
 from lit_ppo.generation.config import checked_generation
 from lit_ppo.models.actor_critic import Actor, Critic, Reference
 from lit_ppo.models.lora import WithoutAdapter
+from lit_ppo.optim.precision import MatmulPrecision, checked_matmul_precision
 from lit_ppo.optim.settings import checked_factories
 from lit_ppo.ppo import build, evaluate, optimize, own_loop, preflight, saved, settings, text_loss
 from lit_ppo.ppo.collect import Policy, add_logprobs, rollout_with_hooks, sample_responses, score_experience
 from lit_ppo.ppo.metrics import Progress, current_coefficients, log_update
 from lit_ppo.ppo.prompts import Origin, as_batch
-from lit_ppo.ppo.settings import MatmulPrecision, Models, ModelSettings, ReferenceDtype
+from lit_ppo.ppo.settings import Models, ModelSettings, ReferenceDtype
 from lit_ppo.rewards import Rewards, ScoreSource, as_source, eval_sources, source_names
 from lit_ppo.validate import integer, non_negative_or_none, number, one_of, samples, seconds_or_none
 
@@ -135,7 +136,7 @@ class LitPPO(L.LightningModule):
     ) -> None:
         super().__init__()
         generation = checked_generation(self, generation)
-        saved.save_arguments(self)
+        saved.save_arguments(self, generation=generation)
         self.automatic_optimization = False
         self.strict_loading = False  # frozen weights stay out of checkpoints; on_load_checkpoint checks the rest
         self.seed = settings.checked_seed(self, seed)
@@ -163,7 +164,7 @@ class LitPPO(L.LightningModule):
         self.tolerance = non_negative_or_none(self, "sampling_logprobs_tolerance", sampling_logprobs_tolerance)
         self.sampler = settings.checked_engine(self, engine)
         self.loss_reduction = settings.checked_reduction(self, loss_reduction)
-        self.matmul_precision = settings.checked_matmul_precision(self, float32_matmul_precision)
+        self.matmul_precision = checked_matmul_precision(self, float32_matmul_precision)
         self.reward_timeout = seconds_or_none(self, "reward_timeout", reward_timeout)
         self.optimization = optimize.Optimization(self, max_grad_norm, max_skipped_steps)
         makers = {"actor": (actor_optimizer, actor_scheduler), "critic": (critic_optimizer, critic_scheduler)}
@@ -297,4 +298,5 @@ class LitPPO(L.LightningModule):
     validation_step, test_step, predict_step = evaluate.validation_step, evaluate.test_step, evaluate.predict_step
     on_predict_start, on_predict_end = evaluate.on_predict_start, evaluate.on_predict_end
     state_dict = saved.state_dict  # type: ignore[assignment]
+    __init_subclass__ = classmethod(saved.save_arguments_of)
     on_save_checkpoint, on_load_checkpoint = saved.on_save_checkpoint, saved.on_load_checkpoint

@@ -243,5 +243,7 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
 
 def total_norm(tensors: list[Tensor]) -> Tensor:
     """Norm over all ranks of a model's gradients, or of tensors sharded like them."""
+    if any(x.dtype is torch.bfloat16 for x in tensors):  # sums of squares need more than its 8 bits
+        tensors = [torch.linalg.vector_norm(x, dtype=torch.float32) for x in tensors]
     norm = nn.utils.get_total_norm(tensors)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

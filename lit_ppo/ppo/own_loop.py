@@ -24,7 +24,7 @@ from lit_ppo.ppo.collect import rollout_with_hooks
 from lit_ppo.ppo.metrics import forget_last_update
 from lit_ppo.ppo.prompts import checked_experience
 from lit_ppo.shown import reason
-from lit_ppo.validate import refuse
+from lit_ppo.validate import needs_package, refuse
 
 TRAINING = {"do_sample": True, "policy": "actor", "logprobs": True, "stream": None}  # options of rollout
 
@@ -45,6 +45,7 @@ class OwnLoop:
     """
 
     def __init__(self, module: Any, trainer: L.Trainer, data: Any, ckpt_path: str | None) -> None:
+        needs_package(f"{type(module).__name__}.attach", "greenlet")
         from greenlet import getcurrent, greenlet  # type: ignore[import-untyped]  # nothing else needs it
 
         self.trainer, self.waiting, self.ended = trainer, False, False

@@ -8,13 +8,13 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_ppo.device import matmul_precision
 from lit_ppo.experience import Experience, Minibatch
 from lit_ppo.generation.config import end_of_turn, stop_ids
 from lit_ppo.generation.distribution import reshaping_fields
 from lit_ppo.models.actor_critic import actor_forward, critic_forward
 from lit_ppo.models.lora import WithoutAdapter
 from lit_ppo.models.positions import check_length
+from lit_ppo.optim.precision import apply_matmul_precision, use_bfloat16_weights
 from lit_ppo.optim.settings import restore_settings
 from lit_ppo.parallel.checkpoint_io import use_atomic_checkpoints
 from lit_ppo.parallel.loops import use_exact_loops
@@ -47,8 +47,11 @@ def setup(module: Any, stage: str) -> None:
     check_trainer(module.trainer)
     use_exact_loops(module.trainer)
     dtype = module.model_settings.reference_dtype
-    if precision not in ("32-true", "64-true", "bf16-mixed"):
+    if precision not in ("32-true", "64-true", "bf16-mixed", "bf16-true"):
         refuse("Trainer", "precision", precision, "weights are kept in float32; use 'bf16-mixed'")
+    trained = [name for name in module.factories if name == "actor" or module.model_settings.critic is not None]
+    factories = {f"{name}_optimizer": module.factories[name][0] for name in trained}
+    module.model_settings.bfloat16_weights = use_bfloat16_weights(module, module.trainer, factories)
     if precision == "64-true" and dtype == "bfloat16":
         problem = "Trainer(precision='64-true') makes every model float64; use 'float32' or another precision"
         refuse(module, "reference_dtype", dtype, problem)
@@ -69,18 +72,19 @@ def apply_precision(module: Any, kind: str, precision: str, *, sharded: bool) ->
         precision: The Trainer's.
         sharded: Models are sharded, and the weights of a shard need one dtype.
     """
-    matmul = module.matmul_precision or ("high" if kind == "cuda" and matmul_precision() is not None else None)
-    if matmul is not None:
-        torch.set_float32_matmul_precision(matmul)
-        tf32 = " (TF32)" if kind == "cuda" and matmul != "highest" else ""
-        rank_zero_info(f"LitPPO(float32_matmul_precision={matmul!r}): float32 products are computed so{tf32}")
+    apply_matmul_precision(module, module.matmul_precision, kind)
     settings = module.model_settings
     by_default = settings.reference_dtype is None and not module.checkpoint_reference
-    settings.halve_frozen = kind == "cuda" and precision == "bf16-mixed" and by_default and not sharded
+    bf16 = precision in ("bf16-mixed", "bf16-true")
+    settings.halve_frozen = kind == "cuda" and bf16 and by_default and not sharded
+    settings.halve_reference = settings.bfloat16_weights and by_default
+    if settings.bfloat16_weights:
+        kept = "actor, critic and reference" if settings.halve_reference else "actor and critic"
+        rank_zero_info(f"Trainer(precision='bf16-true'): {kept} are kept in bfloat16, the value head in float32")
     if settings.halve_frozen:
         rank_zero_info(
             "LitPPO(reference_dtype=None): linear layers of frozen models (reference, reward models, LoRA bases) are "
-            "kept in bfloat16, as bf16-mixed computes; 'float32' keeps them in float32"
+            f"kept in bfloat16, as {precision} computes; 'float32' keeps them in float32"
         )
 
 

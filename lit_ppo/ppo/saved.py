@@ -1,14 +1,15 @@
 """What checkpoints of LitPPO hold, and its export in Hugging Face format."""
 
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 
 from lit_ppo.callbacks.base import PPOCallback
+from lit_ppo.constructor import arguments_of, constructor
 from lit_ppo.data.tokenization import save_tokenizer
 from lit_ppo.generation.config import stop_ids
 from lit_ppo.models.card import Card, add_data, hub_name, write_card
@@ -35,18 +36,27 @@ from lit_ppo.rewards import RewardFunction
 FROZEN = ("rewards.", "eval_rewards.")
 
 
-def save_arguments(module: Any) -> None:
+def save_arguments(module: Any, **checked: Any) -> None:
     """Save the arguments of a LitPPO, and of a subclass, as hyperparameters, except those that no checkpoint can hold.
 
     Args:
         module: The LitPPO, whose constructor calls this.
+        **checked: Arguments as its checks have changed them.
     """
-    constructor: Any = sys._getframe(1)
-    ignored = [name for name, value in constructor.f_locals.items() if not _is_plain(value)]
-    caller = constructor.f_back.f_back  # of a subclass: Lightning does not look behind the decorator
-    if caller.f_code.co_name == "__init__" and any(value is module for value in caller.f_locals.values()):
-        module.save_hyperparameters(ignore=ignored, frame=caller)
-    module.save_hyperparameters(ignore=ignored, frame=constructor)
+    arguments = arguments_of(module) | checked
+    given = _given_hyperparameters.get()  # by Lightning's command, which saves what it needs to build the module again
+    token = _given_hyperparameters.set(arguments if given is None else given)
+    try:
+        module.save_hyperparameters(ignore=[name for name, value in arguments.items() if not _is_plain(value)])
+    finally:
+        _given_hyperparameters.reset(token)
+
+
+def save_arguments_of(subclass: type[Any], /, **options: Any) -> None:
+    """See to it that the arguments of a subclass of LitPPO are saved, too; Python's hook of new subclasses."""
+    super(L.LightningModule, subclass).__init_subclass__(**options)
+    if "__init__" in vars(subclass):
+        subclass.__init__ = constructor(subclass.__init__)
 
 
 def _is_plain(value: Any, depth: int = 20) -> bool:

@@ -29,7 +29,6 @@ from lit_ppo.validate import (
 )
 
 ReferenceDtype = Literal["float32", "bfloat16"]
-MatmulPrecision = Literal["highest", "high", "medium"]
 
 
 @dataclass(kw_only=True)
@@ -56,6 +55,8 @@ class ModelSettings:
     seed: int
     skip_special_tokens: bool = True
     halve_frozen: bool = False  # keep frozen linear layers in bfloat16; the Trainer decides
+    bfloat16_weights: bool = False  # keep actor and critic in bfloat16; the Trainer decides this, too
+    halve_reference: bool = False  # keep the reference as they are
 
     def __post_init__(self) -> None:
         """Check the arguments against each other, before anything is loaded."""
@@ -106,7 +107,7 @@ def checked_kwargs(owner: object, value: Any) -> dict[str, Any]:
     """The argument ``model_kwargs``."""
     given = checked_model_kwargs(owner, value)
     if {"dtype", "torch_dtype"} & given.keys():
-        problem = "trained weights are kept in float32; give the Trainer a precision instead"
+        problem = "trained weights are loaded in float32; give the Trainer a precision instead"
         refuse(owner, "model_kwargs", given, problem)
     return given
 
@@ -141,14 +142,6 @@ def explain_memory(module: Any, error: RuntimeError, phase: str, detail: str) ->
         f"{module.model_settings.owner}({name}={value}): out of memory in the {phase}; set it to {less} or less, which "
         f"changes only rounding, or try {others} ({reason})"
     ) from error
-
-
-def checked_matmul_precision(owner: object, value: Any) -> MatmulPrecision | None:
-    """The argument ``float32_matmul_precision``; None: by device."""
-    checked: MatmulPrecision | None = value
-    if value is not None:
-        checked = one_of(owner, "float32_matmul_precision", value, get_args(MatmulPrecision))
-    return checked
 
 
 def checked_engine(module: Any, engine: Any) -> EngineSampler | None:

@@ -78,7 +78,9 @@ class RewardModel(nn.Module):
         at_most_one(self, batch_size=batch_size, batch_tokens=batch_tokens)
         self.batch_size = BATCH_SIZE if batch_size is None else integer(self, "batch_size", batch_size)
         self.batch_tokens = None if batch_tokens is None else integer(self, "batch_tokens", batch_tokens)
-        self.model_kwargs = {"dtype": torch.float32} | checked_model_kwargs(self, model_kwargs)
+        given = checked_model_kwargs(self, model_kwargs)
+        self.model_kwargs = {"dtype": torch.float32} | given
+        self.names_dtype = not {"dtype", "torch_dtype"}.isdisjoint(given)
         self.model: Any = None
         self.tokenizer: Any = None
         self._warned = False

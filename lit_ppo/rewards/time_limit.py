@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from lit_ppo.validate import needs_package
+
 T = TypeVar("T")
 GRACE = 10.0  # seconds after the limit that the code has to react; see _Watch
 _UP: Any = object()
@@ -48,6 +50,7 @@ def _as_greenlet(seconds: float, what: str, call: Callable[[], T]) -> T:
     A watching thread sends the signal. Where the function keeps Python's lock, as a regular expression does, that
     thread waits too, but a timer of the process's computing time does not. Neither is the alarm that rewards use.
     """
+    needs_package("reward_timeout", "greenlet")
     from greenlet import getcurrent, greenlet  # type: ignore[import-untyped]  # few runs have a limit
 
     outer, inner, at = getcurrent(), greenlet(call), ""

@@ -13,7 +13,8 @@ import pytest
 
 from lit_ppo.callbacks import SampleLogger
 from lit_ppo.callbacks.sample_logger import LEGEND
-from lit_ppo.callbacks.showing import pieces, printable
+from lit_ppo.callbacks.showing import pieces
+from lit_ppo.shown import escaped
 from tests.helpers.spies import Recorder, Spy
 from tests.helpers.toy import Toy
 from tests.helpers.toy_data import ToyData
@@ -233,7 +234,7 @@ def test_the_file_can_be_printed_on_a_terminal_and_read_back(tmp_path: Path):
     watch(tmp_path, 1, module=Says())
     assert set((tmp_path / "samples.jsonl").read_bytes()) <= {*range(32, 128), 10}
     assert lines(tmp_path)[0]["response"] == response
-    assert printable(response).endswith(response[-13:])
+    assert escaped(response, line_ends=False).endswith(response[-13:])
 
 
 def test_tokens_of_one_character_come_as_one():
