@@ -8,7 +8,10 @@ import sys
 
 from lit_ppo.cli.quick import answer
 from lit_ppo.cli.session import Session, restored_process
+from lit_ppo.run.errors import CommandError
 from lit_ppo.validate import needs_package
+
+PARSER = ("jsonargparse", "docstring_parser", "typeshed_client")  # what only the command imports
 
 
 def main(args: list[str] | None = None) -> int:
@@ -39,9 +42,7 @@ def _work(session: Session) -> None:
     except BrokenPipeError:  # the reader has enough, as of ``lit-ppo ls | head``
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
-    needs_package(
-        "the command", "jsonargparse", "docstring_parser", "typeshed_client", install="'jsonargparse[signatures]'"
-    )
+    _check_packages()
     _wait_without_spinning()
     session.heartbeat.say("lit-ppo: loading PyTorch, transformers and Lightning", doing="loading libraries")
     from lit_ppo.cli.command import Command
@@ -65,6 +66,13 @@ def _work(session: Session) -> None:
         Command(session, instead=say_memory)
     else:
         Command(session)
+
+
+def _check_packages() -> None:
+    try:
+        needs_package("the command", *PARSER, install="'jsonargparse[signatures]'")
+    except ImportError as error:
+        raise CommandError(f"{error}; scripts that import lit_ppo do without") from error
 
 
 def _wait_without_spinning() -> None:

@@ -12,14 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-    cache_utils,
-)
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TemperatureLogitsWarper
+from transformers.cache_utils import DynamicCache
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from lit_ppo.device import exact_device
@@ -247,9 +241,12 @@ def _can_be_cut(state: dict[str, Any]) -> bool:
     """Whether all that a model keeps between tokens are keys and values, whose rows can leave."""
     kept = [name for name in ALL_CACHE_NAMES if state.get(name) is not None]
     cache = state.get("past_key_values")
-    dummy = getattr(cache_utils, "DummyLayer", DynamicLayer)  # older releases of transformers have none
-    plain = (DynamicLayer, DynamicSlidingWindowLayer, dummy)
-    return kept == ["past_key_values"] and type(cache) is DynamicCache and all(type(x) in plain for x in cache.layers)
+    plain = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")  # the last one only in newer transformers
+    return (
+        kept == ["past_key_values"]
+        and type(cache) is DynamicCache
+        and all(type(x).__name__ in plain for x in cache.layers)
+    )
 
 
 def inverse_cdf(logits: Tensor, draws: Tensor) -> Tensor:

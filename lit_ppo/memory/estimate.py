@@ -12,7 +12,7 @@ from lit_ppo.memory.live import hollow_tensors
 from lit_ppo.memory.optimizers import StateSizes, check_probe, describe
 from lit_ppo.memory.shapes import Part, StandIns, local_bytes, ppo_parts
 from lit_ppo.memory.trace import trace_rollout, trace_scoring, trace_update
-from lit_ppo.models.actor_critic import halve_frozen
+from lit_ppo.models.actor_critic import halve_frozen, in_bfloat16
 from lit_ppo.models.head import CHUNK_ELEMENTS, CUDA_CHUNK_ELEMENTS
 from lit_ppo.models.positions import token_limit
 from lit_ppo.rewards import reward_models
@@ -75,8 +75,12 @@ def estimate(module: Any, job: Job, stand_ins: StandIns | None = None) -> Estima
     if job.precision == "64-true":
         for part in parts:
             nn.Module.to(part.model, torch.float64)
+    by_default = module.model_settings.reference_dtype is None
+    for part in parts if job.precision == "bf16-true" else ():
+        if part.name in ("actor", "critic") or (part.name == "reference" and by_default):
+            in_bfloat16(part.model)
     halves = job.on_gpu and job.autocast is not None and job.n_shards == 1
-    if halves and module.model_settings.reference_dtype is None:
+    if halves and by_default:
         for part in parts:
             halve_frozen(part.model)
     lines = [*held(module, parts, job)]

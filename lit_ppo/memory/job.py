@@ -8,7 +8,8 @@ import torch
 from lit_ppo.parallel.sharding import blocks
 
 PROMPT = 512  # tokens of a prompt where the data have no limit
-PRECISIONS = {"bf16-mixed": "bf16-mixed", "bf16": "bf16-mixed", "64-true": "64-true", "64": "64-true"}
+PRECISIONS = {"bf16-mixed": "bf16-mixed", "bf16": "bf16-mixed", "bf16-true": "bf16-true"}
+PRECISIONS |= {"64-true": "64-true", "64": "64-true"}
 Strategy = Literal["single", "ddp", "fsdp2"]
 
 
@@ -46,7 +47,7 @@ class Job:
     @property
     def autocast(self) -> torch.dtype | None:
         """Dtype of products where it is not that of the weights."""
-        return torch.bfloat16 if self.precision == "bf16-mixed" else None
+        return torch.bfloat16 if self.precision in ("bf16-mixed", "bf16-true") else None
 
     @property
     def computing(self) -> torch.dtype:

@@ -19,7 +19,7 @@ from lit_ppo.validate import one_of, refuse
 MatmulPrecision = Literal["highest", "high", "medium"]
 REMEDY = (
     "use 'bf16-mixed', or an optimizer that keeps what is rounded away: optimi.AdamW (pip install torch-optimi), or "
-    "torchao.optim.AdamW8bit and its like with bf16_stochastic_round=True (pip install torchao)"
+    "torchao.optim.AdamW8bit with bf16_stochastic_round=True (pip install torchao)"
 )
 
 

@@ -43,7 +43,8 @@ class LitPPO(L.LightningModule):
         critic: ``"actor"`` or ``"reward"`` (start from that model's weights), a path, or None (no critic).
         reference: ``"actor"`` (a frozen copy of the model that the run starts from), a path, or None: no KL term.
         reference_dtype: ``"bfloat16"`` halves the reference's memory and rounds its log-probs: the KL starts near 0.
-            None: float32; with ``bf16-mixed`` on CUDA, the linear layers of all frozen models are kept in bfloat16.
+            None: float32; with ``bf16-mixed`` on CUDA, the linear layers of all frozen models are kept in bfloat16;
+            with ``bf16-true``, the reference is kept as the actor.
         actor_lora: Fields of ``peft.LoraConfig``, such as ``{r: 16, target_modules: all-linear}``: trains an adapter
             instead of the full actor, which is the reference without it. Usually with ten times the learning rate.
         critic_lora: The same for the critic, whose value head is always trained in full.

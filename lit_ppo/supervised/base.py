@@ -12,11 +12,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_ppo.data.tokenization import save_tokenizer
 from lit_ppo.generation.config import named_stops
+from lit_ppo.models.actor_critic import in_bfloat16
 from lit_ppo.models.card import Card, add_data, hub_name, write_card
 from lit_ppo.models.export import checked_dtype, checked_repository, list_files, push, save_model
 from lit_ppo.models.positions import rope_bound, row_groups, token_limit
 from lit_ppo.models.pretrained import starting_dtype
 from lit_ppo.models.stored import Dtype
+from lit_ppo.optim.precision import (
+    MatmulPrecision,
+    apply_matmul_precision,
+    checked_matmul_precision,
+    use_bfloat16_weights,
+)
 from lit_ppo.optim.settings import BuiltOptimizer, build_optimizer, checked_factories, restore_settings
 from lit_ppo.parallel.checkpoint_io import checked_entries
 from lit_ppo.parallel.entries import check_complete, check_resumable, check_weights
@@ -39,6 +46,7 @@ class SupervisedModule(L.LightningModule):
         source: Loads or builds the model.
         optimizer: From parameters to optimizer.
         scheduler: From optimizer to learning-rate schedule.
+        float32_matmul_precision: As of ``LitPPO``.
     """
 
     method: str  # for the model card, as the next two
@@ -46,9 +54,15 @@ class SupervisedModule(L.LightningModule):
     objective: str
 
     def __init__(
-        self, source: ModelSource, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None
+        self,
+        source: ModelSource,
+        optimizer: OptimizerCallable,
+        scheduler: LRSchedulerCallable | None,
+        float32_matmul_precision: MatmulPrecision | None,
     ) -> None:
         super().__init__()
+        self._matmul_precision = checked_matmul_precision(self, float32_matmul_precision)
+        self._bfloat16_weights = False
         self.model: PreTrainedModel | None = None  # until configure_model
         self.source = source
         self._optimizer, self._scheduler = checked_factories(self, {"": (optimizer, scheduler)})[""]
@@ -63,6 +77,8 @@ class SupervisedModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         check_trainer(self.trainer)
         use_exact_loops(self.trainer)
+        apply_matmul_precision(self, self._matmul_precision, self.trainer.strategy.root_device.type)
+        self._bfloat16_weights = use_bfloat16_weights(self, self.trainer, {"optimizer": self._optimizer})
 
     def make_model(self) -> PreTrainedModel:
         """Load or build the model on the CPU."""
@@ -75,7 +91,10 @@ class SupervisedModule(L.LightningModule):
     def configure_model(self) -> None:
         strategy = None if self._trainer is None else self._trainer.strategy
         if self.model is None:
-            self.model = shard(strategy, self.prepare(build(strategy, self.make_model)))
+            model = self.prepare(build(strategy, self.make_model))
+            if self._bfloat16_weights:
+                in_bfloat16(model)
+            self.model = shard(strategy, model)
         else:
             check_placed(strategy, self)
 

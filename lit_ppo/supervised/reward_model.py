@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from lit_ppo.constructor import constructor
 from lit_ppo.models.pretrained import n_outputs
 from lit_ppo.models.scoring import score_in_float32
+from lit_ppo.optim.precision import MatmulPrecision
 from lit_ppo.supervised.base import SupervisedModule
 from lit_ppo.supervised.source import ModelSource
 from lit_ppo.validate import boolean, refuse
@@ -36,6 +37,7 @@ class LitRewardModel(SupervisedModule):
             ``{attn_implementation: eager}``.
         append_eos: Append the end-of-sequence token to every text that does not end with it. The exported config says
             so, and ``RewardModel`` then does the same with responses that ended.
+        float32_matmul_precision: ``"highest"``, ``"high"`` (TF32) or ``"medium"``. None: on CUDA ``"high"``.
 
     Reads batches of ``chosen`` and ``rejected``, each with ``input_ids`` and ``attention_mask``; or of ``input_ids``,
     ``attention_mask`` and ``labels`` (0 or 1, or a probability). Logs ``train/loss``, ``train/accuracy``, ``val/loss``
@@ -59,11 +61,12 @@ class LitRewardModel(SupervisedModule):
         scheduler: LRSchedulerCallable | None = None,
         model_kwargs: dict[str, Any] | None = None,
         append_eos: bool = False,
+        float32_matmul_precision: MatmulPrecision | None = None,
     ) -> None:
         source = ModelSource(
             type(self).__name__, AutoModelForSequenceClassification, model, tokenizer, model_kwargs, num_labels=1
         )
-        super().__init__(source, optimizer, scheduler)
+        super().__init__(source, optimizer, scheduler, float32_matmul_precision)
         self.append_eos = boolean(self, "append_eos", append_eos)
         self.train_accuracy, self.val_accuracy = BinaryAccuracy(), BinaryAccuracy()
         self.val_loss = MeanMetric()

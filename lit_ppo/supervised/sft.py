@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM
 
 from lit_ppo.constructor import constructor
+from lit_ppo.optim.precision import MatmulPrecision
 from lit_ppo.supervised.base import SupervisedModule
 from lit_ppo.supervised.source import ModelSource
 
@@ -33,6 +34,7 @@ class LitSFT(SupervisedModule):
         scheduler: From optimizer to learning-rate schedule, one step per optimizer step.
         model_kwargs: More arguments of ``from_pretrained`` (for a new model, of ``from_config``), such as
             ``{attn_implementation: eager}``.
+        float32_matmul_precision: ``"highest"``, ``"high"`` (TF32) or ``"medium"``. None: on CUDA ``"high"``.
 
     Reads batches of ``input_ids``, ``attention_mask`` and ``labels`` (-100 where there is no loss). Logs
     ``train/loss``, ``val/loss`` (the mean over all tokens) and ``val/perplexity`` (its exponential).
@@ -51,9 +53,10 @@ class LitSFT(SupervisedModule):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-6, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         model_kwargs: dict[str, Any] | None = None,
+        float32_matmul_precision: MatmulPrecision | None = None,
     ) -> None:
         source = ModelSource(type(self).__name__, AutoModelForCausalLM, model, tokenizer, model_kwargs)
-        super().__init__(source, optimizer, scheduler)
+        super().__init__(source, optimizer, scheduler, float32_matmul_precision)
         self.val_loss = MeanMetric()
         self._ends: Counter[int | None] = Counter()
         self._counted = 0
