@@ -8,11 +8,14 @@ code on toy shapes, also on a CPU.
 import argparse
 import json
 import math
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +40,12 @@ DENSE_BF16 = {"B200": 2.25e15, "H200": 9.89e14, "H100": 9.89e14, "A100": 3.12e14
 BANDWIDTH = {"B200": 8.0e12, "H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12, "L40S": 8.64e11, "L4": 3.0e11}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LORA = {"r": 16, "target_modules": "all-linear"}
+# seconds, guessed for a large card: a part does not start when fewer are left
+NEEDS = {"tests": 60.0, "ppo": 60.0, "generate": 30.0, "sweep": 30.0, "lora": 90.0}
+
+
+class OutOfTime(BaseException):
+    """The minutes are over; no handler of exceptions inside a part may keep this."""
 
 
 @dataclass
@@ -252,17 +261,53 @@ def stock_generate(job: Job, folder: Path) -> dict[str, Any]:
 def gpu_tests() -> dict[str, Any]:
     """Run ``tests/gpu`` in a process of its own."""
     if find_spec("pytest") is None:
-        return {"skipped": "pytest is not installed"}
+        return {"skipped": "pytest is not installed; pip install pytest, or unpack it, pluggy and iniconfig"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
     return {"returncode": done.returncode, "output": done.stdout[-4000:]}
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """End what runs inside this after so many seconds."""
+
+    def end(*_: Any) -> None:
+        raise OutOfTime(f"ended after {seconds:.0f} s: no time left")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def measured(part: str, run: Callable[[], Any], needs: float, left: float) -> Any:
+    """What a part gives, or why there is nothing.
+
+    Args:
+        part: Its name.
+        run: Measures it.
+        needs: Seconds that it needs at least.
+        left: Seconds until the end.
+    """
+    if left < needs:
+        return {"skipped": f"{part} needs about {needs:.0f} s, {max(left, 0.0):.0f} s are left"}
+    try:
+        with at_most(left):
+            return run()
+    except OutOfTime as error:
+        return {"skipped": str(error)}
+    except Exception as error:  # the other parts still count
+        return {"error": f"{type(error).__name__}: {error}"[:2000]}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the parts one after the other, within the minutes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="toy shapes")
-    parser.add_argument("--minutes", type=float, default=8.0, help="no part starts after them")
+    parser.add_argument("--minutes", type=float, default=8.0, help="what would last longer is left out")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     parser.add_argument("--parts", default="tests,ppo,generate,sweep,lora")
     given = parser.parse_args(arguments)
@@ -283,17 +328,12 @@ def main(arguments: list[str] | None = None) -> None:
             }
             parts = parts if sub == "first" else {"lora": lambda job=job, folder=folder: run_ppo(job, folder, LORA)}
             wanted = {part: run for part, run in parts.items() if part in given.parts.split(",")}
-            if wanted.keys() - {"tests"}:
+            if wanted.keys() - {"tests"} and time.perf_counter() - start < 60 * given.minutes:
                 make_models(job, folder)
             for part, run in wanted.items():
                 began = time.perf_counter()
-                if began - start > 60 * given.minutes:
-                    report[part] = {"skipped": "no time left"}
-                    continue
-                try:
-                    report[part] = run()
-                except Exception as error:  # the other parts still count
-                    report[part] = {"error": f"{type(error).__name__}: {error}"[:2000]}
+                needs = 0.0 if given.small else NEEDS[part]
+                report[part] = measured(part, run, needs, 60 * given.minutes - (began - start))
                 report.setdefault("part_seconds", {})[part] = time.perf_counter() - began
                 report = json.loads(json.dumps(report), parse_constant=lambda _: None)  # NaN is not JSON
                 given.out.write_text(json.dumps(report, indent=1))

@@ -50,6 +50,25 @@ def _set_precision(precision: str | None, of_cuda: str | None) -> None:
 
 
 @contextmanager
+def bf16_values(kind: str) -> Iterator[None]:
+    """Inside this, a CPU may use its bf16 units for float32 products of numbers that bfloat16 holds; sums are float32.
+
+    Args:
+        kind: Of device; nothing changes on others.
+    """
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
+    if kind != "cpu" or not hasattr(matmul, "fp32_precision"):
+        yield
+        return
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@contextmanager
 def exact_products() -> Iterator[None]:
     """Inside this, float32 products are in full float32, neither in TF32 nor in autocast's dtype."""
     before = matmul_precision()

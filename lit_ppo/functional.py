@@ -6,13 +6,14 @@ entropies and KL are in nats. Masks are boolean, True where a response token is.
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, log_softmax
 
-from lit_ppo.device import exact_device, sums_in_float32
+from lit_ppo.device import bf16_values, exact_device, sums_in_float32
 
 KLEstimator = Literal["k1", "k2", "k3"]
 ClipRange = float | Sequence[float]  # of both sides, or below and above 1
@@ -30,7 +31,7 @@ def summed_in_float32(weight: Tensor) -> bool:
     return weight.dtype.itemsize >= 4 or sums_in_float32(weight.device.type)
 
 
-def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, rounded: bool = False) -> Tensor:
     """A linear layer's output, summed in float32 also where its 16-bit inputs would give 16-bit outputs.
 
     Outside of autocast, without gradients.
@@ -39,6 +40,7 @@ def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
         x: Inputs.
         weight: Of the same dtype.
         bias: Of the same dtype.
+        rounded: Float32 inputs are copies of bfloat16 ones.
 
     Shapes:
         x (N, H), weight (V, H), bias (V,) -> (N, V), float32 (float64 stays).
@@ -47,12 +49,14 @@ def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     >>> float32_linear(ones, ones)
     tensor([[257.]])
     """
-    if x.dtype.itemsize >= 4:
+    kind, rounded = x.device.type, rounded or x.dtype == torch.bfloat16
+    if x.dtype.itemsize < 4 and sums_in_float32(kind):
+        output: Tensor = torch.mm(x, weight.T, out_dtype=torch.float32)
+        return output if bias is None else output.add_(bias)
+    if x.dtype.itemsize < 4:
+        x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
+    with bf16_values(kind) if rounded else nullcontext():
         return linear(x, weight, bias)
-    if not sums_in_float32(x.device.type):
-        return linear(x.float(), weight.float(), None if bias is None else bias.float())
-    output: Tensor = torch.mm(x, weight.T, out_dtype=torch.float32)
-    return output if bias is None else output.add_(bias)
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:

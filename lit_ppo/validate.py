@@ -57,7 +57,11 @@ def needs_package(what: str, *names: str, install: str = "") -> None:
     ImportError: LitPPO.attach: needs no_such_package; pip install no_such_package
     """
     for name in names:
-        if find_spec(name) is None:
+        try:
+            missing = find_spec(name) is None
+        except ImportError:
+            missing = True
+        if missing:
             raise ImportError(f"{what}: needs {name}; pip install {install or ' '.join(names)}")
 
 

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 WITHOUT = """
@@ -26,6 +28,12 @@ importlib.metadata.Distribution.from_name = from_name
 import lit_ppo
 for name in lit_ppo.__all__:
     getattr(lit_ppo, name)
+from lit_ppo.cli.main import main
+assert main(["fit"]) == 1
+try:
+    lit_ppo.LitPPO("x", generation={"max_new_tokens": 1}).attach(None)
+except ImportError as error:
+    print(error)
 sys.argv = ["gpu", "--small", "--parts", "ppo,generate,sweep,lora", "--out", sys.argv[1]]
 runpy.run_module("benchmarks.gpu", run_name="__main__")
 """
@@ -36,6 +44,8 @@ def test_it_measures_every_part_without_jsonargparse_datasets_and_greenlet(tmp_p
     command = [sys.executable, "-c", WITHOUT, str(out)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "lit-ppo: error: the command: needs jsonargparse; pip install 'jsonargparse[signatures]'" in done.stderr
+    assert "LitPPO.attach: needs greenlet; pip install greenlet" in done.stdout
     report = json.loads(out.read_text())
     for part in ("ppo", "lora"):
         assert "error" not in report[part], report[part]
@@ -43,6 +53,21 @@ def test_it_measures_every_part_without_jsonargparse_datasets_and_greenlet(tmp_p
         assert report[part]["logged"]["response/length"] == 8
     assert report["generate"]["tokens_per_second"] > 0
     assert [row["chunk"] for row in report["sweep"]] == ["2^23", "2^25", "2^27"] * 3
+
+
+def test_what_would_last_too_long_is_left_out_and_ended() -> None:
+    from benchmarks.gpu import measured
+
+    def forever() -> None:
+        while True:
+            with suppress(Exception):
+                time.sleep(10)
+
+    assert measured("lora", dict, needs=90, left=80) == {"skipped": "lora needs about 90 s, 80 s are left"}
+    assert measured("ppo", forever, needs=0.1, left=0.2) == {"skipped": "ended after 0 s: no time left"}
+    assert measured("sweep", lambda: 1 // 0, needs=0, left=9) == {
+        "error": "ZeroDivisionError: integer division or modulo by zero"
+    }
 
 
 def test_flops_by_hand() -> None:

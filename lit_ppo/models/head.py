@@ -23,6 +23,13 @@ class HeadInputs(NamedTuple):
     bias: Tensor | None  # (V,)
 
 
+class _Head(NamedTuple):
+    """A head whose products are summed in float32."""
+
+    inputs: HeadInputs
+    rounded: bool  # float32 copies of bfloat16 numbers
+
+
 class Chunks(NamedTuple):
     """How much of the logits to work on at a time."""
 
@@ -116,16 +123,16 @@ class _Statistics(torch.autograd.Function):
         logprobs, divergence = (torch.empty(len(ids), dtype=at_least_float32, device=ids.device) for _ in range(2))
         kept: list[Tensor] = []
         sizes = chunks_for(ids.device.type, _free_bytes(ids.device), len(weight), dtype)
-        head, reference = _for_logits(head), None if reference is None else _for_logits(reference)
+        for_logits, for_ratio = _for_logits(head), None if reference is None else _for_logits(reference)
         for chunk in _chunks(len(ids), sizes):
-            log_p = _log_softmax(head, chunk, temperature)
+            log_p = _log_softmax(for_logits, chunk, temperature)
             p = log_p.exp()
             logprobs[chunk] = log_p.gather(1, ids[chunk, None]).squeeze(1)
-            divergence[chunk] = _dot(p, _log_ratio(log_p, reference, chunk, temperature))
+            divergence[chunk] = _dot(p, _log_ratio(log_p, for_ratio, chunk, temperature))
             if keep and chunk.stop * p.shape[1] <= sizes.kept:
                 kept.append(p)
         ctx.save_for_backward(states, weight, bias, ids, divergence, *kept)
-        ctx.temperature, ctx.dtype, ctx.reference, ctx.sizes = temperature, dtype, reference, sizes
+        ctx.temperature, ctx.dtype, ctx.reference, ctx.sizes = temperature, dtype, for_ratio, sizes
         ctx.set_materialize_grads(False)  # nobody may ask for the entropy's gradient
         return logprobs, divergence
 
@@ -137,14 +144,18 @@ class _Statistics(torch.autograd.Function):
         states, weight, bias, ids, divergence, *kept = ctx.saved_tensors
         head = _cast(states, weight, bias, ctx.dtype)
         all_kept = len(kept) == len(_chunks(len(ids), ctx.sizes))
-        for_logits = head if all_kept else _for_logits(head)
+        for_logits = None if all_kept else _for_logits(head)
         wants_states, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         d_states = torch.empty_like(states) if wants_states else None
         d_weight: Tensor | None = None
         d_bias = torch.zeros_like(bias) if wants_bias else None
         sums = torch.promote_types(weight.dtype, torch.float32)
         for i, chunk in enumerate(_chunks(len(ids), ctx.sizes)):
-            p = kept[i] if i < len(kept) else _log_softmax(for_logits, chunk, ctx.temperature).exp_()
+            p = (
+                kept[i]
+                if for_logits is None or i < len(kept)
+                else _log_softmax(for_logits, chunk, ctx.temperature).exp_()
+            )
             d_logits = _d_logits(ctx, p, chunk, ids, divergence, d_logprobs, d_divergence)
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
@@ -188,14 +199,14 @@ def _cast(states: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtyp
     return HeadInputs(states.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
-def _for_logits(head: HeadInputs) -> HeadInputs:
+def _for_logits(head: HeadInputs) -> _Head:
     """A head whose products are summed in float32: bf16 logits would cost 0.017 nats a token.
 
     Where the device cannot do that with 16-bit numbers, these are copied to float32, which changes none.
     """
     if summed_in_float32(head.weight):
-        return head
-    return _cast(*head, torch.float32)
+        return _Head(head, False)
+    return _Head(_cast(*head, torch.float32), head.weight.dtype == torch.bfloat16)
 
 
 def _chunks(n: int, sizes: Chunks) -> Sequence[slice]:
@@ -203,9 +214,10 @@ def _chunks(n: int, sizes: Chunks) -> Sequence[slice]:
     return [slice(start, min(start + sizes.tokens, n)) for start in range(0, n, sizes.tokens)]
 
 
-def _log_softmax(head: HeadInputs, chunk: slice, temperature: float) -> Tensor:
+def _log_softmax(head: _Head, chunk: slice, temperature: float) -> Tensor:
     """Log-probabilities of a chunk, (n, V), at least float32."""
-    logits = float32_linear(head.states[chunk], head.weight, head.bias)
+    states, weight, bias = head.inputs
+    logits = float32_linear(states[chunk], weight, bias, rounded=head.rounded)
     return _finite(torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1))
 
 
@@ -214,7 +226,7 @@ def _finite(log_p: Tensor) -> Tensor:
     return log_p.clamp_(min=torch.finfo(log_p.dtype).min)
 
 
-def _log_ratio(log_p: Tensor, reference: HeadInputs | None, chunk: slice, temperature: float) -> Tensor:
+def _log_ratio(log_p: Tensor, reference: _Head | None, chunk: slice, temperature: float) -> Tensor:
     """``log p - log q``."""
     return log_p if reference is None else log_p - _log_softmax(reference, chunk, temperature)
 

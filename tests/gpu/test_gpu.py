@@ -7,13 +7,21 @@ from typing import Any
 import pytest
 import torch
 
+from lit_ppo import PromptDataModule
 from lit_ppo.device import exact_products
+from lit_ppo.models.actor_critic import Actor
 from tests.helpers.forwards import logprobs_of, values_of
 from tests.helpers.tiny import make_causal_lm
-from tests.helpers.toys import logged, make_data, make_module, make_trainer
+from tests.helpers.toys import logged, make_data, make_module, make_trainer, texts, write_prompts
+from tests.helpers.trick import make_trick, tricks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LORA = {"r": 2, "target_modules": "all-linear"}
+EXCLUSIVE = (
+    ("DynamicSampling", "RejectionSampling"),
+    ("CurriculumSampling", "PrioritizedSampling"),
+    ("RewardNormalization", "RewardScaling"),
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*bf16 matrix products take")  # slow CPUs run these tests too
 
@@ -68,6 +76,48 @@ def test_one_update_is_that_of_the_cpu(tmp_path: Path, model: Path) -> None:
         torch.testing.assert_close(value, weights(expected)[name], rtol=1e-4, atol=1e-4)
     for name in ("objective/score", "objective/kl", "policy/loss", "value/loss", "response/length"):
         assert logged(here)[0][name] == pytest.approx(logged(there)[0][name], rel=1e-3, abs=1e-4)
+
+
+def test_one_update_in_bf16_is_near_that_of_the_cpu(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the same responses, which rounding would change; the change of the weights differs by less than 15%."""
+    kept: list[Any] = []
+    generate = Actor.generate
+
+    def record(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kept.append(generate(self, *args, **kwargs))
+        return kept[-1]
+
+    monkeypatch.setattr(Actor, "generate", record)
+    expected, there = fit(tmp_path / "cpu", model, accelerator="cpu", max_steps=1)
+    again = iter(kept)
+    monkeypatch.setattr(Actor, "generate", lambda *_, **__: next(again))
+    found, here = fit(tmp_path / "gpu", model, precision="bf16-mixed", max_steps=1)
+    start = make_module(model)
+    start.configure_model()
+    moved, theirs = ([weights(each)[name] - x for name, x in weights(start).items()] for each in (found, expected))
+    difference = torch.cat([(a - b).flatten() for a, b in zip(moved, theirs, strict=True)]).norm()
+    assert 0 < difference < 0.15 * torch.cat([x.flatten() for x in theirs]).norm()
+    for name in ("objective/score", "objective/kl", "policy/loss", "value/loss", "response/length"):
+        assert logged(here)[0][name] == pytest.approx(logged(there)[0][name], rel=5e-2, abs=5e-2)
+
+
+@pytest.mark.filterwarnings("ignore:.*Monitor", "ignore:DynamicSampling")
+@pytest.mark.parametrize("left_out", [0, 1])
+def test_every_trick_makes_two_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_out: int) -> None:
+    """In two runs: of two tricks that exclude each other, each has one of them."""
+    actor = make_causal_lm(tmp_path / "lm", scale=4.0, n_layer=1)
+    write_prompts(tmp_path / "prompts.jsonl")
+    texts(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names = tricks().keys() - {pair[left_out] for pair in EXCLUSIVE}
+    module = make_module(actor, generation={"max_new_tokens": 4}, minibatch_size=4, samples_per_prompt=2)
+    callbacks = [make_trick(name, live=True) for name in sorted(names)]
+    trainer = make_trainer(tmp_path, accelerator=DEVICE, precision="bf16-mixed", callbacks=callbacks)
+    trainer.fit(module, PromptDataModule("prompts.jsonl", batch_size=6, seed=0))
+    assert trainer.global_step == 2
+    assert all(value.isfinite().all() for value in weights(module).values())
 
 
 def test_samples_depend_on_the_seed_alone(model: Path) -> None:

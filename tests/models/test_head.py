@@ -75,7 +75,7 @@ def test_logits_are_computed_again_only_where_they_were_not_kept(monkeypatch, ke
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", 21)
     monkeypatch.setattr(head, "KEPT_ELEMENTS", kept)
     seen = []
-    monkeypatch.setattr(head, "float32_linear", lambda s, w, b: seen.append(len(s)) or float32_linear(s, w, b))
+    monkeypatch.setattr(head, "float32_linear", lambda s, *a, **k: seen.append(len(s)) or float32_linear(s, *a, **k))
     logprobs, _ = token_statistics(inputs(), torch.arange(11) % 7)
     logprobs.sum().backward()
     assert len(seen) == computed
