@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -56,7 +57,7 @@ def bf16_values(kind: str) -> Iterator[None]:
     Args:
         kind: Of device; nothing changes on others.
     """
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
     if kind != "cpu" or not hasattr(matmul, "fp32_precision"):
         yield
         return

@@ -43,8 +43,7 @@ class LitPPO(L.LightningModule):
         critic: ``"actor"`` or ``"reward"`` (start from that model's weights), a path, or None (no critic).
         reference: ``"actor"`` (a frozen copy of the model that the run starts from), a path, or None: no KL term.
         reference_dtype: ``"bfloat16"`` halves the reference's memory and rounds its log-probs: the KL starts near 0.
-            None: float32; with ``bf16-mixed`` on CUDA, the linear layers of all frozen models are kept in bfloat16;
-            with ``bf16-true``, the reference is kept as the actor.
+            None: float32, or as the actor (``bf16-true``); on CUDA bf16 keeps frozen linear layers in bfloat16.
         actor_lora: Fields of ``peft.LoraConfig``, such as ``{r: 16, target_modules: all-linear}``: trains an adapter
             instead of the full actor, which is the reference without it. Usually with ten times the learning rate.
         critic_lora: The same for the critic, whose value head is always trained in full.
@@ -173,9 +172,8 @@ class LitPPO(L.LightningModule):
         build.check_critic(self, critic, advantages)
         self.evaluator, self.progress = evaluate.Evaluator(), Progress()
         self.rollouts = 0  # training rollouts so far: the number of the update in every random draw
-        self.actor_frozen = self.checkpoint_reference = False  # set by callbacks
+        self._built = self.actor_frozen = self.checkpoint_reference = False  # the last two are set by callbacks
         self.sampling_difference: float | None = None
-        self._built = False
         self.loop: own_loop.OwnLoop | None = None  # after ``attach``, true while it runs
 
     # The arrow: prompts -> rollout -> scores -> token rewards -> advantages -> minibatch losses -> optimizer steps
@@ -298,6 +296,5 @@ class LitPPO(L.LightningModule):
     train, setup, on_train_batch_start = build.train, preflight.setup, preflight.on_train_batch_start
     validation_step, test_step, predict_step = evaluate.validation_step, evaluate.test_step, evaluate.predict_step
     on_predict_start, on_predict_end = evaluate.on_predict_start, evaluate.on_predict_end
-    state_dict = saved.state_dict  # type: ignore[assignment]
-    __init_subclass__ = classmethod(saved.save_arguments_of)
+    state_dict, __init_subclass__ = saved.state_dict, classmethod(saved.save_arguments_of)  # type: ignore[assignment]
     on_save_checkpoint, on_load_checkpoint = saved.on_save_checkpoint, saved.on_load_checkpoint
