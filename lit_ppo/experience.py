@@ -3,12 +3,14 @@
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+Numbers = Tensor | NDArray[Any] | Sequence[float]  # one per row, as your own loop may set scores
 LossReduction = Literal["token_mean", "sequence_mean"] | int  # an integer: tokens that a response counts for
 
 # For the error of a field that is read before it is set.
@@ -62,8 +64,20 @@ class Experience:
     ref_logprobs: Tensor | None = field(init=False)
     values: Tensor | None = field(init=False)
     kl: Tensor = field(init=False)
-    raw_scores: Tensor = field(init=False)
-    scores: Tensor = field(init=False)
+    if TYPE_CHECKING:  # ``step`` makes tensors of the numbers that a loop of the user's own has set
+
+        @property
+        def raw_scores(self) -> Tensor: ...
+        @raw_scores.setter
+        def raw_scores(self, value: Numbers) -> None: ...
+        @property
+        def scores(self) -> Tensor: ...
+        @scores.setter
+        def scores(self, value: Numbers) -> None: ...
+
+    else:
+        raw_scores: Tensor = field(init=False)
+        scores: Tensor = field(init=False)
     rewards: Tensor = field(init=False)
     advantages: Tensor = field(init=False)
     returns: Tensor | None = field(init=False)

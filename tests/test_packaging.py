@@ -28,7 +28,7 @@ def sources(target: Path, *, link: str) -> Path:
         shutil.copytree(
             REPOSITORY / name, target / name, ignore=lambda _, names: {"__pycache__", "callbacks"} & set(names)
         )
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, target / name)
     if link == "link":
         (target / "lit_ppo/callbacks").symlink_to("../callbacks")
@@ -80,6 +80,18 @@ def assert_types_serve_others(python: Path, folder: Path) -> None:
     assert "Success" in run(sys.executable, "-m", "mypy", "--strict", *options, "project.py", cwd=folder)
 
 
+def assert_links_are_absolute(metadata: str) -> None:
+    """Of the README as PyPI shows it; those that are relative in a clone lead to the repository."""
+    links, here = re.findall(r"(!?)\[[^\]]*\]\(([^)]*)\)", metadata), "https://github.com/lit-ppo/lit-ppo/"
+    written = re.findall(r"\]\(([^)]*)\)", (REPOSITORY / "README.md").read_text())
+    assert [link for _, link in links] == [
+        link if link.startswith("https:") else f"{here}{'raw' if link.endswith('.png') else 'blob'}/main/{link}"
+        for link in written
+    ]
+    assert {bool(picture) for picture, link in links if f"{here}raw/" in link} == {True}
+    assert f"Project-URL: Repository, {here[:-1]}\n" in metadata
+
+
 @pytest.mark.parametrize("link", ["text", "link"])
 def test_wheel(tmp_path: Path, link: str) -> None:
     project, python = sources(tmp_path / "project", link=link), environment(tmp_path / "venv")
@@ -90,6 +102,8 @@ def test_wheel(tmp_path: Path, link: str) -> None:
     ours = {path.relative_to(project).as_posix() for path in (project / "lit_ppo").rglob("*.py")} - tricks
     configs = {f"lit_ppo/{path.relative_to(project).as_posix()}" for path in (project / "configs").rglob("*.yaml")}
     assert names == {*ours, *tricks, *configs, "lit_ppo/py.typed"}
+    (metadata,) = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA"))
+    assert_links_are_absolute(zipfile.ZipFile(wheel).read(metadata).decode())
     run(python, "-m", "pip", "install", *OFFLINE, wheel, cwd=tmp_path)
     assert Path(run(python, "-c", FIND, cwd=tmp_path).strip()).is_relative_to(tmp_path / "venv")
     assert list(python.parent.glob("lit-ppo*"))
@@ -122,6 +136,21 @@ def test_what_is_imported_is_declared_and_nothing_else() -> None:
     distributions = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
     extras = {"peft", "shtab"}
     assert {distributions.get(name, name) for name in packages} - extras == requirements(extras=False)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
+def test_the_address_of_the_project_is_one() -> None:
+    """``Repository`` in pyproject.toml is what the manual links to and what people clone."""
+    urls = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["urls"]
+    assert urls.keys() == {"Homepage", "Documentation", "Repository", "Changelog", "Issues"}
+    address = urls["Repository"]
+    assert [url for url in urls.values() if not f"{url}/".startswith(f"{address}/")] == []
+    for link in urls.values():
+        if "/blob/main/" in link:
+            assert (REPOSITORY / link.partition("/blob/main/")[2]).is_file()
+    assert f"\nrepo_url: {address} " in (REPOSITORY / "mkdocs.yml").read_text()
+    for page in ("README.md", "docs/index.md"):
+        assert f"git clone {address} && cd {address.rpartition('/')[2]}" in (REPOSITORY / page).read_text()
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")

@@ -5,7 +5,8 @@
         --config configs/monitors/sample_logger.yaml
     python docs/tools/pictures.py runs/quickstart/ppo/version_0
 
-It needs a Chromium, such as Debian's package ``chromium``.
+It needs a Chromium: on the PATH, such as Debian's package ``chromium``, or what ``playwright install chromium`` brings.
+With ``--optional`` it says so where there is none, and ends well.
 """
 
 import argparse
@@ -15,11 +16,12 @@ import sys
 from pathlib import Path
 from urllib.request import urlopen
 
-from playwright.sync_api import Error, Locator, Page, sync_playwright
+from playwright.sync_api import Error, Locator, Page, Playwright, sync_playwright
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.program import TensorBoard
 
 PICTURES = Path(__file__).parents[1] / "pictures"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # their names on the PATH
 LARGEST = 200_000  # bytes
 SHOWN = ("custom_scalars", "text")  # the tabs whose pictures the manual has
 # Tab -> what holds one chart, and what is inside once it shows something.
@@ -41,6 +43,12 @@ QUIET = (
     "--disable-component-update",
     "--no-first-run",
 )
+
+
+def chromium(playwright: Playwright) -> str | None:
+    """A browser on the PATH, or playwright's own; None if there is neither."""
+    found = next(filter(None, map(shutil.which, BROWSERS)), playwright.chromium.executable_path)
+    return found if Path(found).exists() else None
 
 
 def tabs(address: str) -> list[str]:
@@ -70,9 +78,16 @@ def empty(page: Page, address: str, tab: str) -> list[str]:
         except Error:
             title = chart.evaluate("card => card.tag || card.innerText.trim()")
             found.append(f"{tab}: {' '.join(title.split())[:80]}")
-    page.mouse.move(640, 600)  # over the charts
+    page.mouse.move(700, 600)  # over the charts
     page.mouse.wheel(0, -100_000)
+    page.mouse.move(20, 900)  # beside them: a chart says something about the point under the mouse
     return found
+
+
+def show_all(page: Page) -> None:
+    """Draw the curves as they are: no smoothing, no points outside."""
+    change = "dashboard => { dashboard.set('_smoothingWeight', 0); dashboard.set('_ignoreYOutliers', false) }"
+    page.locator("tf-custom-scalar-dashboard").evaluate(change)
 
 
 def save(picture: bytes, path: Path) -> None:
@@ -86,32 +101,43 @@ def main() -> None:
     """See above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run, with Cockpit and SampleLogger")
-    parser.add_argument("--chromium", default=shutil.which("chromium"), help="the browser; by default that on the PATH")
+    parser.add_argument("--optional", action="store_true", help="without a browser, do nothing")
     parser.add_argument("--output", type=Path, default=PICTURES, help="folder of the pictures")
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    board = TensorBoard()
-    board.configure(argv=["tensorboard", "--logdir", str(arguments.run), "--port", "0", "--load_fast", "false"])
-    address = board.launch()
-    problems = []
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=arguments.chromium, args=QUIET)
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.set_default_timeout(10_000)
-        shown = tabs(address)
-        for tab in shown:
-            problems += empty(page, address, tab) if tab in CHARTS else [f"{tab}: a tab that this script does not know"]
-            page.wait_for_timeout(1000)  # lines grow to their places
-            if tab in SHOWN:
-                save(page.screenshot(), arguments.output / f"tensorboard_{tab}.png")
-        browser.close()
-    missing = [f"{tab}: is missing" for tab in CHARTS if tab not in shown]
-    events = EventAccumulator(str(arguments.run), size_guidance={"images": 0}).Reload()
-    figure = events.Images("figure/score_against_kl")[-1].encoded_image_string
-    save(figure, arguments.output / "score_against_kl.png")
+        browser = chromium(playwright)
+        if browser is None and not arguments.optional:
+            sys.exit(f"no browser: none of {', '.join(BROWSERS)} on the PATH, nor playwright's own")
+        if browser is None:
+            print("skipped: there is no Chromium")
+        else:
+            look(playwright, browser, arguments.run, arguments.output)
+
+
+def look(playwright: Playwright, executable: str, run: Path, output: Path) -> None:
+    """Open all tabs of a run, and take the pictures; empty charts and missing tabs end the program with an error."""
+    output.mkdir(parents=True, exist_ok=True)
+    board = TensorBoard()
+    board.configure(argv=["tensorboard", "--logdir", str(run), "--port", "0", "--load_fast", "false"])
+    address = board.launch()
+    browser = playwright.chromium.launch(executable_path=executable, args=QUIET)
+    page = browser.new_page(viewport={"width": 1480, "height": 840})
+    page.set_default_timeout(10_000)
+    shown, problems = tabs(address), []
+    for tab in shown:
+        problems += empty(page, address, tab) if tab in CHARTS else [f"{tab}: a tab that this script does not know"]
+        if tab == "custom_scalars":
+            show_all(page)
+        page.wait_for_timeout(1000)  # lines grow to their places
+        if tab in SHOWN:
+            save(page.screenshot(), output / f"tensorboard_{tab}.png")
+    browser.close()
+    problems = [f"{tab}: is missing" for tab in CHARTS if tab not in shown] + problems
+    events = EventAccumulator(str(run), size_guidance={"images": 0}).Reload()
+    save(events.Images("figure/score_against_kl")[-1].encoded_image_string, output / "score_against_kl.png")
     print(f"{len(shown)} tabs: {', '.join(shown)}")
-    if problems or missing:
-        sys.exit("\n".join([*missing, *problems]))
+    if problems:
+        sys.exit("\n".join(problems))
 
 
 if __name__ == "__main__":

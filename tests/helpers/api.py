@@ -46,7 +46,8 @@ def _object(name: str, value: Any) -> Iterator[str]:
     known = {member for cls in value.__mro__[1:] if cls not in ours or cls is PPOCallback for member in dir(cls)}
     members: dict[str, Any] = {}
     for cls in reversed(ours):
-        members |= {node.target.id: node for node in _parsed(cls).body if isinstance(node, ast.AnnAssign)}
+        body = [part for node in _parsed(cls).body for part in (node.orelse if isinstance(node, ast.If) else [node])]
+        members |= {node.target.id: node for node in body if isinstance(node, ast.AnnAssign)}
         members |= {member: found for member, found in vars(cls).items() if member in ("__init__", "__call__")}
         members |= {m: found for m, found in vars(cls).items() if callable(found) or isinstance(found, PROPERTIES)}
     init = members.pop("__init__", None)

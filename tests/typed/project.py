@@ -3,6 +3,7 @@
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -58,7 +59,10 @@ def main() -> str:
     trainer = L.Trainer(max_steps=1, callbacks=[ShortAnswers(), AdaptiveKL(target=6.0), StepCheckpoint()])
     trainer.fit(module, MyPrompts(["Hello"], batch_size=4))
     experience: Experience = module.rollout(["Hello"])
-    experience.scores = torch.tensor(length(experience.prompts, experience.responses))
+    experience.scores = length(experience.prompts, experience.responses)  # a list
+    experience.scores = np.array([1.0])
+    experience.scores = torch.tensor([1.0])
+    highest: Tensor = experience.scores.max()
     metrics: dict[str, float] = module.step(experience)
     module.save_pretrained("out")
-    return f"{lit_ppo.__version__}: {metrics}"
+    return f"{lit_ppo.__version__}: {metrics}, {highest}"
