@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_ppo.experience import select_rows
+from lit_ppo.functional import select_rows
 
 
 class Experience:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-Numbers = Tensor | NDArray[Any] | Sequence[float]  # one per row, as your own loop may set scores
+from lit_ppo.functional import select_rows
+
+Numbers = Tensor | np.ndarray[Any, Any] | Sequence[float]  # one per row, as your own loop may set scores
 LossReduction = Literal["token_mean", "sequence_mean"] | int  # an integer: tokens that a response counts for
 
 # For the error of a field that is read before it is set.
@@ -297,18 +298,3 @@ def set_fields(experience: Experience) -> Iterable[str]:
         except AttributeError:
             continue
         yield f.name
-
-
-def select_rows(value: Any, index: Tensor, listed: Sequence[int], n: int) -> Any:
-    """The chosen rows of a value with ``n`` rows, or of a dict of values; any other value stays as it is.
-
-    >>> select_rows({"ids": ["a", "b", "c"], "size": 2}, torch.tensor([2, 0]), [2, 0], n=3)
-    {'ids': ['c', 'a'], 'size': 2}
-    """
-    if isinstance(value, Tensor):
-        return value[index.to(value.device)] if value.ndim and len(value) == n else value
-    if isinstance(value, dict):
-        return {key: select_rows(entry, index, listed, n) for key, entry in value.items()}
-    if isinstance(value, list | tuple) and len(value) == n:
-        return type(value)(value[i] for i in listed)
-    return value

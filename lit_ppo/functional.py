@@ -7,7 +7,7 @@ entropies and KL are in nats. Masks are boolean, True where a response token is.
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -850,3 +850,18 @@ def largest_opening(ids: Tensor, mask: Tensor, n: int) -> float:
 def _marked(ids: Tensor, mask: Tensor) -> Tensor:
     """The response tokens, -1 elsewhere."""
     return torch.where(mask.bool(), ids, -1)
+
+
+def select_rows(value: Any, index: Tensor, listed: Sequence[int], n: int) -> Any:
+    """The chosen rows of a value with ``n`` rows, or of a dict of values; any other value stays as it is.
+
+    >>> select_rows({"ids": ["a", "b", "c"], "size": 2}, torch.tensor([2, 0]), [2, 0], n=3)
+    {'ids': ['c', 'a'], 'size': 2}
+    """
+    if isinstance(value, Tensor):
+        return value[index.to(value.device)] if value.ndim and len(value) == n else value
+    if isinstance(value, dict):
+        return {key: select_rows(entry, index, listed, n) for key, entry in value.items()}
+    if isinstance(value, list | tuple) and len(value) == n:
+        return type(value)(value[i] for i in listed)
+    return value

@@ -26,7 +26,7 @@ from lit_ppo.cli.stages import Stage, files_of, run_stages
 from lit_ppo.console.progress import progress_bar
 from lit_ppo.console.report import RunReport
 from lit_ppo.console.summary import RunSummary
-from lit_ppo.parallel.environment import reserve_port
+from lit_ppo.parallel.environment import check_starts_commands, reserve_port
 from lit_ppo.parallel.files import VERIFY
 from lit_ppo.parallel.lost_ranks import explain
 from lit_ppo.run.checkpoint import StepCheckpoint, find_checkpoints
@@ -191,6 +191,7 @@ class Command(LightningCLI):
             model = self._parser("fit").instantiate_classes(given).model
             self.instead(model, self._effective(config), stages)
             raise SystemExit(0)
+        check_starts_commands(config.trainer.strategy)
         if self.subcommand == "fit" and config.stages:
             run_stages(self.session, self._stages(config))
         self.heartbeat.say(f"{self.subcommand}: building model, data and trainer")

@@ -65,10 +65,13 @@ class _Script(Command):
             elif name == "completion":
                 other.add_argument("shell", choices=sorted(FUNCTIONS))
             subcommands.add_subcommand(name, other, help=SUBCOMMANDS[name])
-        for each in subcommands._name_parser_map.values():
+        for each in (parser, *subcommands._name_parser_map.values()):  # zsh asks the command's own options first
             for action in each._actions:
                 if action.dest == "config":
                     action.complete = CONFIGS
+        for name, each in subcommands._name_parser_map.items():
+            each.description = SUBCOMMANDS[name]
         functions = FUNCTIONS[self.shell].format(names=" ".join(shipped.names()))
-        print(parser.get_completion_script(f"shtab-{self.shell}", preambles=[functions]))
+        script = parser.get_completion_script(f"shtab-{self.shell}", preambles=[functions])
+        print(script.replace('\n  {-c,--config}"[', '\n  "*"{-c,--config}"['))  # zsh: may be given again
         raise SystemExit(0)

@@ -111,12 +111,37 @@ def checked_factories(owner: object, factories: dict[str, tuple[Any, Any]]) -> d
         owner: The module.
         factories: From the first part of their names, perhaps empty, to optimizer and scheduler; the latter or None.
     """
+    checked = {}
     for name, (optimizer, scheduler) in factories.items():
         prefix = f"{name}_" if name else ""
         factory(owner, f"{prefix}optimizer", optimizer, "lambda parameters: torch.optim.AdamW(parameters, lr=1e-5)")
         if scheduler is not None:
             factory(owner, f"{prefix}scheduler", scheduler, "lambda optimizer: WarmupCosine(optimizer, 10)")
-    return factories
+        checked[name] = Default.of(owner, f"{prefix}optimizer", optimizer), scheduler
+    return checked
+
+
+@dataclass(frozen=True)
+class Default:
+    """The default of a constructor's argument, a lambda, which is found by its place where pickle needs it."""
+
+    cls: type
+    argument: str
+
+    def __call__(self, given: Any) -> Any:
+        return _default(self.cls, self.argument)(given)
+
+    @classmethod
+    def of(cls, owner: object, argument: str, value: Any) -> Any:
+        """The value of an argument; as a default of this kind if it is the one of a class of the owner."""
+        found = (c for c in type(owner).__mro__ if "__init__" in vars(c) and _default(c, argument) is value)
+        home = next(found, None)
+        return value if home is None else cls(home, argument)
+
+
+def _default(cls: Any, argument: str) -> Any:
+    parameter = inspect.signature(cls.__init__).parameters.get(argument)
+    return None if parameter is None else parameter.default
 
 
 def build_optimizer(

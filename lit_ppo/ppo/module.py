@@ -286,15 +286,15 @@ class LitPPO(L.LightningModule):
 
     # More methods, each a function in the file that is named: what callbacks call, then Lightning's hooks.
 
-    score, step_optimizers = score_experience, optimize.step_optimizers
+    score, step_optimizers, only_actor = score_experience, optimize.step_optimizers, saved.only_actor
     actor_optimizer, backward_minibatch = property(optimize.actor_optimizer), optimize.backward_minibatch
     backward_on_text, loss_on_text, exact_kl = text_loss.backward_on_text, text_loss.loss_on_text, optimize.exact_kl
-    save_pretrained, only_actor, card = saved.save_pretrained, saved.only_actor, saved.card
+    save_pretrained, card, __init_subclass__ = saved.save_pretrained, saved.card, classmethod(saved.save_arguments_of)
     attach, step, on_before_batch_transfer = own_loop.attach, own_loop.step, own_loop.on_before_batch_transfer
     configure_model, configure_optimizers = build.configure_model, build.configure_optimizers
     on_fit_start, on_train_start = preflight.on_fit_start, preflight.on_train_start
     train, setup, on_train_batch_start = build.train, preflight.setup, preflight.on_train_batch_start
     validation_step, test_step, predict_step = evaluate.validation_step, evaluate.test_step, evaluate.predict_step
     on_predict_start, on_predict_end = evaluate.on_predict_start, evaluate.on_predict_end
-    state_dict, __init_subclass__ = saved.state_dict, classmethod(saved.save_arguments_of)  # type: ignore[assignment]
+    state_dict, load_state_dict = saved.state_dict, saved.load_state_dict  # type: ignore[assignment]
     on_save_checkpoint, on_load_checkpoint = saved.on_save_checkpoint, saved.on_load_checkpoint

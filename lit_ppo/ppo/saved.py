@@ -76,6 +76,12 @@ def state_dict(module: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     return {name: value for name, value in weights.items() if saved(name)}
 
 
+def load_state_dict(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """Load weights; the models are built before, for those that come back from ranks of ``ddp_spawn``, too."""
+    module.configure_model()
+    return L.LightningModule.load_state_dict(module, *args, **kwargs)
+
+
 def on_save_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
     """Add the counts that random draws depend on, and the optimizers' settings."""
     optimization = module.optimization

@@ -98,6 +98,10 @@ class SupervisedModule(L.LightningModule):
         else:
             check_placed(strategy, self)
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.configure_model()  # where it has not been built: weights that come back from ranks of ddp_spawn
+        return super().load_state_dict(*args, **kwargs)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         built = build_optimizer(self, "", self.parameters(), self._optimizer, self._scheduler)
         self._built = {"model": built}

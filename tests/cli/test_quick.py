@@ -10,8 +10,10 @@ import pytest
 
 import lit_ppo
 from lit_ppo.cli.command import Command
+from lit_ppo.cli.completion import completion
 from lit_ppo.cli.main import _wait_without_spinning
 from lit_ppo.cli.quick import SUBCOMMANDS
+from lit_ppo.cli.session import Session
 from tests.helpers.command import REPOSITORY, run_command
 
 ANSWERS = "import sys\nfrom lit_ppo.cli.main import main\ncode = main(sys.argv[1:])\n"
@@ -102,3 +104,15 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("completion")
     (folder / "lit-ppo").write_text(run_command("completion", "bash", cwd=folder).ok().out)
     return folder / "lit-ppo"
+
+
+def test_zsh_completes_configurations_wherever_one_may_stand(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also before the subcommand's own options are asked, and after another ``--config``."""
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit):
+        completion(["zsh"], Session(["completion", "zsh"], debug=False))
+    script = capsys.readouterr().out
+    lines = [line for line in script.splitlines() if "{-c,--config}" in line]
+    assert len(lines) == 6  # the command, and those of its subcommands that read configurations
+    assert [line for line in lines if not line.startswith('  "*"{') or not line.endswith(':_lit_ppo_configs"')] == []
+    assert "memory:'say what a run of PPO will need, before it starts'" in script
