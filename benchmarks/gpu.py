@@ -28,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, PreTrainedTokenizerFast
 
 import lit_ppo.ppo.module
+from benchmarks import decode
 from benchmarks.measure import matmul_peak, memory, synchronize
 from lit_ppo import LitPPO, PromptDataModule, RewardModel
 from lit_ppo.generation.config import neutral
@@ -41,7 +42,7 @@ BANDWIDTH = {"B200": 8.0e12, "H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12, "L
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LORA = {"r": 16, "target_modules": "all-linear"}
 # seconds, guessed for a large card: a part does not start when fewer are left
-NEEDS = {"tests": 60.0, "ppo": 60.0, "generate": 30.0, "sweep": 30.0, "lora": 90.0}
+NEEDS = {"tests": 60.0, "ppo": 60.0, "generate": 60.0, "sweep": 30.0, "compiled": 120.0, "lora": 90.0}
 
 
 class OutOfTime(BaseException):
@@ -136,7 +137,7 @@ def run_ppo(job: Job, folder: Path, lora: dict[str, Any] | None = None, updates:
     timed(lit_ppo.ppo.module, "add_logprobs", seconds)
     module = LitPPO(
         str(folder / "actor"), rewards=RewardModel(str(folder / "reward"), batch_tokens=4 * job.micro_batch_tokens),
-        generation={"max_new_tokens": job.response, "min_new_tokens": job.response}, ppo_epochs=1, seed=0,
+        generation={"max_new_tokens": job.response, "suppress_tokens": [0]}, ppo_epochs=1, seed=0,
         minibatch_size=job.minibatch, micro_batch_tokens=job.micro_batch_tokens, actor_lora=lora, critic_lora=lora,
     )  # fmt: skip
     rows = Rows(updates)
@@ -153,6 +154,7 @@ def run_ppo(job: Job, folder: Path, lora: dict[str, Any] | None = None, updates:
     phases |= {name: last[f"time/{name}"] for name in ("score", "update")}
     every = job.prompts * (job.prompt + job.response)
     flops = update_flops(job) * (2 / 3 if lora else 1)  # no gradients of frozen weights
+    bound = decode.bandwidth_bound(job, module.actor.model, of_card(BANDWIDTH))
     peak = matmul_peak(4096 if DEVICE == "cuda" else 256, "bfloat16", device=DEVICE)
     return {
         "seconds": phases,
@@ -160,6 +162,7 @@ def run_ppo(job: Job, folder: Path, lora: dict[str, Any] | None = None, updates:
         "update_flops_per_second": flops / phases["update"],
         "update_mfu": flops / phases["update"] / of_card(DENSE_BF16),
         "update_of_measured_peak": flops / phases["update"] / peak,
+        "rollout_of_bandwidth_bound": tokens / phases["rollout"] / bound,
         "peak_bytes": memory()[1],
         "update_idle": idle(rows.profile, rows.seconds),
         "logged": last,
@@ -241,21 +244,14 @@ def _pass(job: Job, actor: Actor, tokens: int) -> float:
     return time.perf_counter() - start
 
 
-def stock_generate(job: Job, folder: Path) -> dict[str, Any]:
-    """``generate`` of transformers in bf16 on as many prompts, and the tokens/s that the memory's bandwidth allows."""
-    model = AutoModelForCausalLM.from_pretrained(folder / "actor", dtype=torch.bfloat16).to(DEVICE)
-    prompts = torch.randint(2, job.vocabulary, (job.prompts, job.prompt), device=DEVICE)
-    options = {"do_sample": True, "top_k": 0, "max_new_tokens": job.response, "min_new_tokens": job.response}
-    synchronize()
-    start = time.perf_counter()
-    model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
-    synchronize()
-    seconds = time.perf_counter() - start
-    weights = 2 * sum(p.numel() for p in model.parameters())
-    per_token = 2 * 2 * job.layers * job.kv_heads * (job.hidden // job.heads)  # bytes of keys and values
-    cache = job.prompts * per_token * (job.prompt + job.response / 2)
-    bound = job.prompts * of_card(BANDWIDTH) / (weights + cache)
-    return {"seconds": seconds, "tokens_per_second": job.prompts * job.response / seconds, "bandwidth_bound": bound}
+def sampling(job: Job, folder: Path, compiled: bool = False) -> dict[str, Any]:
+    """``generate`` of transformers, then both loops of ours; or the static one with a compiled step."""
+    static: dict[str, Any] = {"cache_implementation": "static"}
+    parts = {"stock": None, "dynamic": {"cache_implementation": "dynamic"}, "static": static}
+    parts["static_without_graphs"] = {**static, "disable_compile": True}
+    if compiled:
+        parts = {"compiled": {**static, "compile_config": {} if DEVICE == "cuda" else {"backend": "eager"}}}
+    return decode.measure(job, folder, DEVICE, of_card(BANDWIDTH), parts)
 
 
 def gpu_tests() -> dict[str, Any]:
@@ -309,13 +305,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--small", action="store_true", help="toy shapes")
     parser.add_argument("--minutes", type=float, default=8.0, help="what would last longer is left out")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
-    parser.add_argument("--parts", default="tests,ppo,generate,sweep,lora")
+    parser.add_argument("--parts", default="tests,ppo,generate,sweep,compiled,lora")
     given = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     start = time.perf_counter()
     jobs = [JOBS["small"]] * 2 if given.small else [JOBS["0.5b"], JOBS["1.5b"]]
     card = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
-    report: dict[str, Any] = {"device": card, "torch": torch.__version__, "jobs": [asdict(job) for job in jobs]}
+    report: dict[str, Any] = {"device": card, "torch": torch.__version__, "jobs": list(map(asdict, jobs))}
     with tempfile.TemporaryDirectory() as name:
         for job, sub in zip(jobs, ("first", "second"), strict=True):
             folder = Path(name) / sub
@@ -323,8 +319,9 @@ def main(arguments: list[str] | None = None) -> None:
             parts: dict[str, Any] = {
                 "tests": gpu_tests,
                 "ppo": lambda job=job, folder=folder: run_ppo(job, folder),
-                "generate": lambda job=job, folder=folder: stock_generate(job, folder),
+                "generate": lambda job=job, folder=folder: sampling(job, folder),
                 "sweep": lambda job=job, folder=folder: sweep(job, folder),
+                "compiled": lambda job=job, folder=folder: sampling(job, folder, compiled=True),
             }
             parts = parts if sub == "first" else {"lora": lambda job=job, folder=folder: run_ppo(job, folder, LORA)}
             wanted = {part: run for part, run in parts.items() if part in given.parts.split(",")}

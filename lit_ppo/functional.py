@@ -124,6 +124,26 @@ def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Ten
     return logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
+def inverse_cdf(logits: Tensor, draws: Tensor) -> Tensor:
+    """The token at which the cumulative probability exceeds the draw.
+
+    Float32 has too few numbers below 1: of a large vocabulary some tokens would never be drawn.
+
+    Args:
+        logits: Of the next token.
+        draws: Uniform float64 in [0, 1), on a device that computes in float64; see :func:`exact_device`.
+
+    Shapes:
+        logits (B, V), draws (B,) -> (B,), on the device of the logits.
+    """
+    cdf = torch.softmax(logits, dim=-1).to(draws.device).cumsum(-1, dtype=draws.dtype)
+    position = torch.searchsorted(cdf, (draws * cdf[:, -1]).unsqueeze(1), right=True).squeeze(1)
+    token = position.clamp(max=logits.shape[-1] - 1).to(logits.device)
+    # where rounding points at a token that cannot occur
+    impossible = logits.gather(1, token.unsqueeze(1)).squeeze(1).isneginf()
+    return torch.where(impossible, logits.argmax(-1), token)
+
+
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Entropy of the tempered distribution, nats.
 

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_ppo.functional import merge_moments
-from lit_ppo.generation.transformers import inverse_cdf
+from lit_ppo.functional import inverse_cdf, merge_moments
 from lit_ppo.parallel.ranks import sum_over_ranks
 from tests.helpers.no_float64 import device_without_float64
 from tests.helpers.toys import make_module

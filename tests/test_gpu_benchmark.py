@@ -7,6 +7,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 WITHOUT = """
 import importlib.metadata, runpy, sys
 
@@ -34,7 +36,7 @@ try:
     lit_ppo.LitPPO("x", generation={"max_new_tokens": 1}).attach(None)
 except ImportError as error:
     print(error)
-sys.argv = ["gpu", "--small", "--parts", "ppo,generate,sweep,lora", "--out", sys.argv[1]]
+sys.argv = ["gpu", "--small", "--parts", "ppo,generate,sweep,compiled,lora", "--out", sys.argv[1]]
 runpy.run_module("benchmarks.gpu", run_name="__main__")
 """
 
@@ -51,7 +53,9 @@ def test_it_measures_every_part_without_jsonargparse_datasets_and_greenlet(tmp_p
         assert "error" not in report[part], report[part]
         assert set(report[part]["seconds"]) == {"rollout", "log-probs", "score", "update"}
         assert report[part]["logged"]["response/length"] == 8
-    assert report["generate"]["tokens_per_second"] > 0
+    assert set(report["generate"]) == {"bandwidth_bound", "stock", "dynamic", "static", "static_without_graphs"}
+    for found in [*report["generate"].values(), report["compiled"]["compiled"]]:
+        assert found is None or found["tokens_per_second"] > 0, found  # the CPU's bandwidth is unknown
     assert [row["chunk"] for row in report["sweep"]] == ["2^23", "2^25", "2^27"] * 3
 
 
@@ -80,3 +84,17 @@ def test_flops_by_hand() -> None:
 
     job = Job(4, 1, 2, 1, 3, vocabulary=5, prompts=1, prompt=2, response=1)
     assert update_flops(job) == 3744
+
+
+def test_bandwidth_bound_by_hand() -> None:
+    """Weights of 10 numbers and 2 heads for keys of 2 numbers, in bf16, 4 rows of 3 prompt and 2 response tokens.
+
+    Weights 20 bytes. Keys and values 2 * 1 layer * 2 * 2 * 2 bytes = 16 a token; 4 rows of 3 + 2 / 2 tokens: 256.
+    At 2,760 bytes a second ten times all of this, each time 4 tokens: 40.
+    """
+    from benchmarks.decode import bandwidth_bound
+    from benchmarks.gpu import Job
+
+    model = torch.nn.Linear(10, 1, bias=False)
+    job = Job(8, 1, 4, 2, 3, prompts=4, prompt=3, response=2)
+    assert bandwidth_bound(job, model, 2760) == 40

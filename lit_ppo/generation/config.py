@@ -2,7 +2,7 @@
 
 from typing import Any, NoReturn
 
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CompileConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import GenerationMode
 
 from lit_ppo.generation.fields import LONGEST_RESPONSE, check_vocabulary, checked_field
@@ -20,6 +20,8 @@ ELSEWHERE = {
     "num_return_sequences": "it is LitPPO's samples_per_prompt",
     "stop_strings": "responses end in a token: give eos_token_id, a list of ids if there are several",
     "use_cache": "sampling needs it",
+    "max_cache_len": "the cache has the size of prompt and max_new_tokens",
+    "cache_config": "it is for quantized caches, which change the distribution",
     "max_time": "it would make samples depend on the clock",
     "guidance_scale": "it mixes in a second distribution, without the prompt, which log-probs would not know",
 }
@@ -48,6 +50,11 @@ def checked_generation(owner: object, generation: Any) -> dict[str, Any]:
     longest = integer(owner, "generation.max_new_tokens", fields.get("max_new_tokens"), at_most=LONGEST_RESPONSE)
     if (least := fields.get("min_new_tokens")) is not None and least > longest:
         refuse(owner, "generation.min_new_tokens", least, f"must be at most max_new_tokens={longest}")
+    if fields.get("compile_config") is not None:
+        for name, value in (("cache_implementation", "dynamic"), ("disable_compile", True)):
+            if fields.get(name) == value:
+                problem = "compile_config compiles the step on a static cache; leave one of them out"
+                refuse(owner, "generation", {name: value}, problem)
     try:
         mode = neutral(**fields).get_generation_mode()
     except Exception as error:  # transformers' own checks
@@ -59,6 +66,8 @@ def checked_generation(owner: object, generation: Any) -> dict[str, Any]:
 
 def neutral(**fields: Any) -> GenerationConfig:
     """A configuration that samples from the model's own distribution, with some fields set."""
+    if isinstance(compiling := fields.get("compile_config"), dict):
+        fields["compile_config"] = CompileConfig(**{"mode": "default", **compiling})
     return GenerationConfig(**{**NEUTRAL, **fields})
 
 

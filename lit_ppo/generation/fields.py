@@ -4,7 +4,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from lit_ppo.validate import boolean, integer, number, plain, refuse
+from torch.compiler import list_backends
+from transformers import CompileConfig
+
+from lit_ppo.validate import boolean, integer, mapping, number, one_of, plain, refuse
 
 LONGEST_RESPONSE = 2**24
 Check = Callable[[object, str, Any], Any]
@@ -35,6 +38,32 @@ def _words(owner: object, name: str, value: Any) -> list[list[int]]:
     return [_ids(owner, name, word) for word in value]
 
 
+def _compile_config(owner: object, name: str, value: Any) -> dict[str, Any]:
+    """Arguments of ``torch.compile``, with the names and defaults of ``transformers.CompileConfig``."""
+    given = mapping(owner, name, value.to_dict() if isinstance(value, CompileConfig) else value)
+    for key, entry in given.items():
+        entry = plain(entry)
+        if key not in COMPILING:
+            refuse(owner, name, value, f"has no field {key!r}; the fields are {', '.join(COMPILING)}")
+        if entry is not None:
+            given[key] = COMPILING[key](owner, f"{name}.{key}", entry)
+    if given.get("options") and given.get("mode") not in (None, "reduce-overhead"):
+        refuse(owner, name, value, "has both mode and options, which torch.compile does not take; give one of them")
+    return given
+
+
+def _backend(owner: object, name: str, value: Any) -> Any:
+    return one_of(owner, name, value, list_backends(exclude_tags=()))
+
+
+COMPILING: dict[str, Check] = {
+    "fullgraph": boolean,
+    "dynamic": boolean,
+    "backend": _backend,
+    "mode": partial(one_of, choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")),
+    "options": mapping,
+}
+
 # Fields that are not here are left to transformers.
 CHECKS: dict[str, Check] = {
     "min_new_tokens": partial(integer, at_least=0, at_most=LONGEST_RESPONSE),
@@ -63,6 +92,8 @@ CHECKS: dict[str, Check] = {
     "suppress_tokens": _ids,
     "begin_suppress_tokens": _ids,
     "bad_words_ids": _words,
+    "cache_implementation": partial(one_of, choices=("static", "dynamic")),
+    "compile_config": _compile_config,
     **dict.fromkeys(
         (
             "renormalize_logits", "remove_invalid_values", "token_healing", "low_memory", "return_dict_in_generate",

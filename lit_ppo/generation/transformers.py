@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TemperatureLogitsWarper
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from lit_ppo.device import exact_device
-from lit_ppo.functional import float32_linear, summed_in_float32, token_logprobs
+from lit_ppo.functional import float32_linear, inverse_cdf, summed_in_float32, token_logprobs
+from lit_ppo.generation import static
+from lit_ppo.generation.batch import BY_LOGITS, Batch, process_in_place
 from lit_ppo.generation.engine import Progress, Responses, Seed
 
 
@@ -60,7 +62,7 @@ def sample(
     progress: Progress | None = None,
 ) -> Responses:
     """As :func:`generate`, with the random numbers (B, max_new_tokens) instead of seeds; None: greedy."""
-    responses = Responses([[] for _ in prompt_ids], [[] for _ in prompt_ids], [])
+    sampled: list[Responses] = []
 
     def decode(
         model: Any,
@@ -70,12 +72,18 @@ def sample(
         generation_config: Any,
         **state: Any,
     ) -> None:
-        _decode(model, input_ids, logits_processor, config, draws, responses, logprobs, progress, state)
+        named = [] if config.eos_token_id is None else config.eos_token_id
+        stops = torch.as_tensor(named, dtype=torch.long, device=input_ids.device).reshape(-1)
+        numbers = None if draws is None else draws.to(exact_device(input_ids.device))
+        batch = Batch(
+            model, input_ids, prompt_mask.bool(), logits_processor, config, numbers, stops, logprobs, progress
+        )
+        sampled.append(_decode(batch, generation_config, state))
 
     device = prompt_ids.device.type
     with weights_cast_once(model, device), _float32_logits(model, device):
         call_generate(model, prompt_ids, prompt_mask, config, decode, do_sample=draws is not None)
-    return responses
+    return sampled[0]
 
 
 def call_generate(
@@ -102,6 +110,7 @@ def call_generate(
     own, model.generation_config = model.generation_config, GenerationConfig()
     config = copy(config)
     config.do_sample = do_sample
+    config.cache_implementation = config.compile_config = None  # prompts are read into a cache of their size
     if not do_sample:  # transformers warns about settings that only sampling reads
         config.top_k = config.temperature = None
     try:
@@ -171,70 +180,80 @@ def _float32_logits(model: Any, device: str) -> Iterator[None]:
         del vars(head)["forward"]
 
 
-def _decode(
-    model: Any,
-    input_ids: Tensor,
-    logits_processor: Any,
-    config: GenerationConfig,
-    draws: Tensor | None,
-    responses: Responses,
-    logprobs: bool,
-    progress: Progress | None,
-    state: dict[str, Any],
-) -> None:
+def _decode(batch: Batch, generation_config: Any, state: dict[str, Any]) -> Responses:
+    """Read the prompts, each distinct one once, and go on from them with one of the two loops."""
+    read, prompts = batch.input_ids, None
+    if _can_be_cut(state) and (found := _distinct(read, batch.mask)) is not None:
+        first, prompts = (torch.tensor(numbers, device=read.device) for numbers in found)
+        read = read[first]
+    prompts_state = state if prompts is None else {**state, **_rows_of(state, first, len(batch.input_ids))}
+    outputs = batch.model._prefill(read, generation_config, prompts_state, is_first_iteration=True)
+    if _asks_for_static(batch.config, read.device) and static.fits(batch.model, outputs.get("past_key_values"), state):
+        rows = torch.arange(len(read), device=read.device) if prompts is None else prompts
+        return static.decode(batch, outputs.logits[:, -1].float(), outputs.past_key_values, rows, state)
+    if prompts is not None:
+        outputs.past_key_values.batch_select_indices(prompts)
+        outputs.logits = outputs.logits[:, -1:][prompts]
+    return _decode_growing(batch, outputs, state)
+
+
+def _asks_for_static(config: Any, device: torch.device) -> bool:
+    if config.cache_implementation is None:
+        return device.type == "cuda" or config.compile_config is not None
+    return bool(config.cache_implementation == "static")
+
+
+def _distinct(input_ids: Tensor, mask: Tensor) -> tuple[list[int], list[int]] | None:
+    """The first row of each distinct prompt, and each row's number among them; None where no prompt comes twice."""
+    numbers: dict[bytes, int] = {}
+    found = [numbers.setdefault(row.tobytes(), len(numbers)) for row in input_ids.where(mask, -1).cpu().numpy()]
+    if len(numbers) == len(found):
+        return None
+    return [found.index(number) for number in range(len(numbers))], found
+
+
+def _decode_growing(batch: Batch, outputs: Any, state: dict[str, Any]) -> Responses:
     """Decode token by token; rows that have ended leave the batch and the cache, if the cache can be cut."""
-    batch = rows = torch.arange(len(input_ids), device=input_ids.device)  # rows in the model's batch; still going
-    named = [] if config.eos_token_id is None else config.eos_token_id
-    stops = torch.as_tensor(named, dtype=torch.long, device=input_ids.device).reshape(-1)
-    draws = None if draws is None else draws.to(exact_device(input_ids.device))
+    model, config, draws, input_ids = batch.model, batch.config, batch.draws, batch.input_ids
+    in_batch = rows = torch.arange(len(input_ids), device=input_ids.device)  # rows in the model's batch; still going
     tokens, tokens_logprobs, alive_at = [], [], []
-    outputs = model._prefill(input_ids, config, state, is_first_iteration=True)
     for t in range(config.max_new_tokens):
         state = model._update_model_kwargs_for_generation(outputs, state)
         raw = outputs.logits[:, -1].float()
-        raw = raw if len(batch) == len(rows) else raw[rows]
-        logits = _process(logits_processor, input_ids, raw, rows)
-        if progress is not None:
-            progress.detail = f"token {t + 1}/{config.max_new_tokens}"
+        raw = raw if len(in_batch) == len(rows) else raw[rows]
+        if len(rows) < len(input_ids) and not all(isinstance(one, BY_LOGITS) for one in batch.processors):
+            logits = process_in_place(batch.processors, input_ids, raw, rows)
+        else:
+            logits = batch.processors(input_ids[rows], raw)
+        if batch.progress is not None:
+            batch.progress.detail = f"token {t + 1}/{config.max_new_tokens}"
         token = logits.argmax(-1) if draws is None else inverse_cdf(logits, draws[rows.to(draws.device), t])
         tokens.append(token)
-        if logprobs:
+        if batch.logprobs:
             tokens_logprobs.append(token_logprobs(raw.unsqueeze(1), token.unsqueeze(1), config.temperature).squeeze(1))
         alive_at.append(rows)
-        going = ~torch.isin(token, stops)
+        going = ~torch.isin(token, batch.stops)
         input_ids = torch.cat([input_ids, input_ids[:, -1:].index_put((rows,), token.unsqueeze(1))], dim=1)
         if t + 1 == config.max_new_tokens or not going.any():
             break
         if not going.all():
             rows = rows[going]
             if _can_be_cut(state):
-                batch = rows
+                in_batch = rows
                 state["past_key_values"].batch_select_indices(going)
-                state = _keep_rows(state, going)
-        inputs = model.prepare_inputs_for_generation(input_ids[batch], next_sequence_length=1, **state)
+                state |= _rows_of(state, going, len(going))
+        inputs = model.prepare_inputs_for_generation(input_ids[in_batch], next_sequence_length=1, **state)
         outputs = model(**inputs, return_dict=True)
+    responses = Responses([[] for _ in input_ids], [[] for _ in input_ids], [])
     alive = torch.cat(alive_at).tolist()
     for row, token_id in zip(alive, torch.cat(tokens).tolist(), strict=True):
         responses.ids[row].append(token_id)
-    ends = set(stops.tolist())
+    ends = set(batch.stops.tolist())
     responses.ended.extend(ids[-1] in ends for ids in responses.ids)
-    if logprobs:
+    if batch.logprobs:
         for row, logprob in zip(alive, torch.cat(tokens_logprobs).tolist(), strict=True):
             responses.logprobs[row].append(logprob)
-
-
-def _process(processors: Any, input_ids: Tensor, raw: Tensor, rows: Tensor) -> Tensor:
-    """Apply the logits processors; some hold one entry per row, so that rows which have ended keep their place.
-
-    Shapes:
-        input_ids (B, L), raw (n, V), rows (n,) -> (n, V).
-    """
-    if len(rows) == len(input_ids) or all(isinstance(one, TemperatureLogitsWarper) for one in processors):
-        processed: Tensor = processors(input_ids[rows], raw)
-        return processed
-    everywhere = raw.new_zeros(len(input_ids), raw.shape[1]).index_put((rows,), raw)
-    processed = processors(input_ids, everywhere)
-    return processed[rows]
+    return responses
 
 
 def _can_be_cut(state: dict[str, Any]) -> bool:
@@ -249,31 +268,12 @@ def _can_be_cut(state: dict[str, Any]) -> bool:
     )
 
 
-def inverse_cdf(logits: Tensor, draws: Tensor) -> Tensor:
-    """The token at which the cumulative probability exceeds the draw.
-
-    Float32 has too few numbers below 1: of a large vocabulary some tokens would never be drawn.
-
-    Args:
-        logits: Of the next token.
-        draws: Uniform float64 in [0, 1), on a device that computes in float64; see :func:`exact_device`.
-
-    Shapes:
-        logits (B, V), draws (B,) -> (B,), on the device of the logits.
-    """
-    cdf = torch.softmax(logits, dim=-1).to(draws.device).cumsum(-1, dtype=draws.dtype)
-    position = torch.searchsorted(cdf, (draws * cdf[:, -1]).unsqueeze(1), right=True).squeeze(1)
-    token = position.clamp(max=logits.shape[-1] - 1).to(logits.device)
-    # where rounding points at a token that cannot occur
-    impossible = logits.gather(1, token.unsqueeze(1)).squeeze(1).isneginf()
-    return torch.where(impossible, logits.argmax(-1), token)
-
-
-def _keep_rows(state: dict[str, Any], going: Tensor) -> dict[str, Any]:
-    """Cut tensors with one entry per row to the rows that have not ended."""
+def _rows_of(state: dict[str, Any], rows: Tensor, n: int) -> dict[str, Any]:
+    """The tensors with one entry for each of the ``n`` rows, cut to some rows, given by number or mask."""
     return {
-        name: value[going] if isinstance(value, Tensor) and value.ndim and len(value) == len(going) else value
+        name: value[rows]
         for name, value in state.items()
+        if isinstance(value, Tensor) and value.ndim > 1 and len(value) == n
     }
 
 

@@ -75,7 +75,7 @@ def check_sampling(model: PreTrainedModel, head_inputs: Forward) -> None:
     mask = torch.tensor([[False, False, True, True], [True, True, True, True]], device=model.device)
     last = 1.0 - 1e-9
     draws = torch.tensor([[last, last, last], [last, 0.0, last]], dtype=torch.float64)
-    config = neutral(max_new_tokens=3, eos_token_id=0, pad_token_id=0)
+    config = neutral(max_new_tokens=3, eos_token_id=0, pad_token_id=0, cache_implementation="dynamic")
     sampled: list[Tensor] = []
     handle = head.register_forward_hook(lambda module, inputs, output: sampled.append(output[:, -1]))
     try:

@@ -51,7 +51,7 @@ class LitPPO(L.LightningModule):
             of these by name, each plain or as ``{source: ..., weight: ...}``. None: scores come from your own loop.
         eval_rewards: Rewards by name for validation and test only: their means, and win rates over the reference.
         advantages: Estimator; of those in ``lit_ppo.advantages`` only ``GAE`` takes a critic.
-        generation: Fields of ``transformers.GenerationConfig``; ``max_new_tokens`` is required.
+        generation: Fields of ``transformers.GenerationConfig``, ``cache_implementation`` too; needs ``max_new_tokens``.
         engine: Samples in place of the actor, such as ``VLLMEngine``. None: the actor's own decode loop.
         temperature: Of sampling and of all log-probs.
         samples_per_prompt: Responses per prompt; several where the estimator compares them.

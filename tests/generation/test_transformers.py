@@ -6,9 +6,10 @@ import torch
 from transformers import GenerationConfig
 
 from lit_ppo import LitSFT
+from lit_ppo.functional import inverse_cdf
 from lit_ppo.generation.config import checked_generation, generation_config, stop_ids
 from lit_ppo.generation.distribution import reshaping_fields
-from lit_ppo.generation.transformers import generate, inverse_cdf, uniforms
+from lit_ppo.generation.transformers import generate, uniforms
 from lit_ppo.models.actor_critic import Actor
 from lit_ppo.models.load import load_causal_lm, load_tokenizer
 from tests.helpers.tiny import make_causal_lm, make_tokenizer
@@ -159,6 +160,12 @@ def test_inverse_cdf_hits_each_token_as_often_as_its_probability_says():
         ({"max_new_tokens": 4, "num_beams": 2}, "plain sampling"),
         ({"max_new_tokens": 4, "num_return_sequences": 2}, "samples_per_prompt"),
         ({"max_new_tokens": 4, "stop_strings": ["."]}, "end in a token"),
+        ({"max_new_tokens": 4, "cache_implementation": "quantized"}, "must be one of 'static', 'dynamic'"),
+        ({"max_new_tokens": 4, "max_cache_len": 64}, "the cache has the size of prompt and max_new_tokens"),
+        ({"max_new_tokens": 4, "compile_config": {"modes": "default"}}, "has no field 'modes'; the fields are fullg"),
+        ({"max_new_tokens": 4, "compile_config": {"backend": "tvn"}}, "backend='tvn'.*must be one of"),
+        ({"max_new_tokens": 4, "compile_config": {}, "disable_compile": True}, "leave one of them out"),
+        ({"max_new_tokens": 4, "compile_config": {}, "cache_implementation": "dynamic"}, "leave one of them out"),
         ({"max_new_tokens": 4, "guidance_scale": 1.5}, "mixes in a second distribution"),
         ({"max_new_tokens": 4, "top_kk": 2}, "GenerationConfig has no field 'top_kk'"),
     ],

@@ -9,6 +9,7 @@ import torch
 
 from lit_ppo import PromptDataModule
 from lit_ppo.device import exact_products
+from lit_ppo.generation import capture
 from lit_ppo.models.actor_critic import Actor
 from tests.helpers.forwards import logprobs_of, values_of
 from tests.helpers.tiny import make_causal_lm
@@ -16,6 +17,7 @@ from tests.helpers.toys import logged, make_data, make_module, make_trainer, tex
 from tests.helpers.trick import make_trick, tricks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COMPILES = pytest.mark.skipif(DEVICE != "cuda", reason="compiles for a GPU")
 LORA = {"r": 2, "target_modules": "all-linear"}
 EXCLUSIVE = (
     ("DynamicSampling", "RejectionSampling"),
@@ -128,6 +130,45 @@ def test_samples_depend_on_the_seed_alone(model: Path) -> None:
 
     assert samples(1) == samples(1)
     assert samples(1) != samples(2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"disable_compile": True}, {"repetition_penalty": 1.3}, pytest.param({"compile_config": {}}, marks=COMPILES)],
+)
+def test_the_static_cache_samples_what_the_cpu_does(model: Path, options: dict[str, Any], caplog: Any) -> None:
+    """In three looks of 16 tokens, so that graphs are recorded and the batch shrinks."""
+    caplog.set_level("INFO")
+    capture.say_once.cache_clear()
+    generation = {"max_new_tokens": 40, **options}
+    expected = make_module(model, generation=generation | {"cache_implementation": "dynamic", "compile_config": None})
+    found = make_module(model, generation=generation | {"cache_implementation": "static"}).to(DEVICE)
+    rows = [module.rollout(["the film was", "a", "we"], samples_per_prompt=3) for module in (expected, found)]
+    assert rows[1].response_ids.tolist() == rows[0].response_ids.tolist()
+    torch.testing.assert_close(rows[1].logprobs.cpu(), rows[0].logprobs, rtol=0, atol=1e-4)
+    assert "without CUDA graphs" not in caplog.text
+    assert "cache_implementation 'dynamic'" not in caplog.text
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("disable_compile", [False, True])
+def test_no_step_waits_for_the_gpu(model: Path, disable_compile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, replays = capture.Runner.__call__, []
+
+    def strict(runner: capture.Runner, shape: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return run(runner, shape)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            replays.append(runner.graph is not None)
+
+    monkeypatch.setattr(capture.Runner, "__call__", strict)
+    generation = {"max_new_tokens": 40, "disable_compile": disable_compile}
+    with torch.autocast(DEVICE, torch.bfloat16, cache_enabled=False):
+        make_module(model, generation=generation).to(DEVICE).rollout(["the film was", "a"], samples_per_prompt=4)
+    assert len(replays) > 16
+    assert any(replays) != disable_compile
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
