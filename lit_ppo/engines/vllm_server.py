@@ -82,6 +82,12 @@ class Server:
         choice = self.call("/v1/completions", body)["choices"][0]
         if choice["finish_reason"] not in ("stop", "length"):
             raise ServerLost(f"VLLMEngine(address={self.address!r}): a response ended with {choice['finish_reason']!r}")
+        if choice["finish_reason"] == "length" and len(choice["token_ids"]) < fields["max_tokens"]:
+            raise RuntimeError(
+                f"VLLMEngine(address={self.address!r}): the server ended a response after "
+                f"{len(choice['token_ids'])} tokens, since prompt and response are longer than its --max-model-len; "
+                "start it with a larger one, or lower max_new_tokens"
+            )
         return choice["token_ids"], choice["logprobs"]["token_logprobs"]
 
     def close(self) -> None:

@@ -142,6 +142,13 @@ def test_a_run_ends_when_the_server_does_not_come_back(server: FakeVLLM, lm: Pat
         module.rollout(PROMPTS)
 
 
+def test_a_response_that_the_server_cuts_is_refused(server: FakeVLLM, lm: Path):
+    """vLLM lowers the number of new tokens without a word where prompt and response are too long for it."""
+    server.longest = 3
+    with pytest.raises(RuntimeError, match=r"ended a response after 3 tokens, since .* --max-model-len"):
+        make_module(lm, engine=engine(server)).rollout(PROMPTS)
+
+
 @pytest.mark.parametrize("method", ["lit_ppo_load_file", "lit_ppo_start", "/v1/completions"])
 def test_a_refusal_ends_the_run_with_the_message_of_the_server(server: FakeVLLM, lm: Path, method: str):
     server.refuse[method] = (500, "no room for it")

@@ -30,6 +30,7 @@ class FakeVLLM:
         self.refuse: dict[str, tuple[int, str]] = {}  # method or path -> status, message
         self.stop_after = -1  # completions after which the server dies
         self.reads_files = True
+        self.longest = 64  # response
         self.lock = threading.Lock()
         self.port = port
         self.start()
@@ -127,8 +128,8 @@ class FakeVLLM:
     @torch.no_grad()
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         config = GenerationConfig(
-            max_new_tokens=body["max_tokens"], temperature=body["temperature"] or 1.0, do_sample=True, top_k=0,
-            eos_token_id=body["stop_token_ids"] or None, pad_token_id=0,
+            max_new_tokens=min(body["max_tokens"], self.longest), temperature=body["temperature"] or 1.0,
+            do_sample=True, top_k=0, eos_token_id=body["stop_token_ids"] or None, pad_token_id=0,
         )  # fmt: skip
         ids = torch.tensor([body["prompt"]])
         seeds = [(body["seed"] % 2**32, body["seed"] >> 32)] if "seed" in body else None

@@ -18,6 +18,21 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def environment() -> dict[str, str]:
+    """Variables for vLLM on a small CPU machine."""
+    return {
+        **os.environ, "VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }  # fmt: skip
+
+
+def run_in_environment(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    """Run the python that has vLLM."""
+    command = [PYTHON, *map(str, arguments)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900, check=False)
+
+
 class VLLMServer:
     """Serves a model until the end of the ``with`` block.
 
@@ -37,11 +52,6 @@ class VLLMServer:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        environment = {
-            **os.environ, "VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-        }  # fmt: skip
         command = [
             self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model),
             "--port", str(self.port),
@@ -50,7 +60,7 @@ class VLLMServer:
             "--worker-extension-cls", "lit_ppo.engines.vllm_worker.WeightReceiver", *self.options,
         ]  # fmt: skip
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(), start_new_session=True)
 
     def kill(self) -> None:
         """As by a power cut, with all that it started."""
