@@ -124,7 +124,7 @@ class ProgressLine(ProgressBar):
         """Phase, time in it and details, as the module's ``progress`` says; else the time in this batch."""
         progress = getattr(self.trainer.lightning_module, "progress", None)
         phase, since, detail = (getattr(progress, name, None) for name in ("phase", "since", "detail"))
-        if engine := getattr(progress, "engine", ""):
+        if phase and (engine := getattr(progress, "engine", "")):
             phase = f"{phase} ({engine})"
         seconds = self.clock() - (self._since if since is None else since)
         phase = " ".join(word for word in (phase, duration(seconds) if seconds >= 1.0 else "") if word)

@@ -28,14 +28,18 @@ def test_vllm_overlay(tmp_path: Path, tiny_lm: Path, tiny_reward: Path):
     saved = (tmp_path / "runs/ppo/version_0/config.yaml").read_text()
     assert "VLLMEngine" in saved
     assert "ImportanceCorrection" in saved
-    resumed = [*arguments, *address, "--trainer.max_steps=3", "--ckpt_path=last"]
-    run_command("fit", *resumed, cwd=tmp_path).ok()
+    server.stop_after = len(server.requests) - 3  # near the end of the same run
+    died = run_command("fit", *arguments, *address, "--model.engine.init_args.restart_timeout=0.5", cwd=tmp_path)
+    died.refused(f"VLLMEngine(address='{server.address}'): no server answered for 0.5 s (restart_timeout)")
+    server.stop_after = -1
+    server.start()
+    run_command("fit", *arguments, *address, "--ckpt_path=last", cwd=tmp_path).ok()
     server.stop()
     gone = [*address, "--model.engine.init_args.restart_timeout=0"]
     run_command("fit", *arguments, *gone, cwd=tmp_path).refused(
         f"VLLMEngine(address='{server.address}'): no server answered for 0 s", "start one with: VLLM_SERVER_DEV_MODE=1"
     )
-    (checkpoint,) = (tmp_path / "runs/ppo/version_0").rglob("*.ckpt")
+    checkpoint = next((tmp_path / "runs/ppo/version_0").rglob("*.ckpt"))
     run_command("export", "--ckpt_path", checkpoint, "--output=exported", cwd=tmp_path).ok()
 
 

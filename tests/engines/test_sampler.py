@@ -3,6 +3,7 @@
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from lit_ppo import Engine, LitPPO, TransformersEngine
 from lit_ppo.callbacks import ImportanceCorrection
+from lit_ppo.console.progress import ProgressLine
 from lit_ppo.engines.sampler import ATTEMPTS, checked_rows, number_of
 from lit_ppo.generation.config import neutral
 from tests.helpers.engines import CopyEngine
@@ -109,6 +111,25 @@ def test_validation_after_an_update_uses_the_new_weights(tmp_path: Path, lm: Pat
         trainer.validate(one, make_data(tmp_path, val_path=str(tmp_path / "prompts.jsonl")), verbose=False)
         assert torch.equal(seen[-1], next(iter(one.actor.model.parameters())))
         assert not torch.equal(seen[-1], seen[0])
+
+
+def test_the_progress_line_names_the_engine(lm: Path):
+    shown: list[str] = []
+
+    class Watched(CopyEngine):
+        def generate(self, *args: Any) -> Any:
+            bar = ProgressLine()
+            bar.clock = lambda: module.progress.since
+            bar._trainer = SimpleNamespace(lightning_module=module)
+            shown.append(bar._phase())
+            return super().generate(*args)
+
+    module = make_module(lm, engine=Watched(str(lm)))
+    module.progress.start("rollout")
+    module.rollout(["the film", "it"], samples_per_prompt=3)
+    module.progress.start("update")
+    assert shown == ["(rollout (copy), 6 responses)"]
+    assert module.progress.engine == ""
 
 
 def test_lora_is_merged(tmp_path: Path, lm: Path):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import engines as engines_benchmark
 from lit_ppo import VLLMEngine
 from lit_ppo.engines import vllm_transfer
 from tests.helpers.engines import CopyEngine
@@ -211,3 +212,13 @@ def test_a_model_of_another_size_is_refused(lm: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"hidden_size=32, the actor has 16; serve the actor"):
         make_module(lm, engine=engine(fake)).rollout(PROMPTS)
     fake.stop()
+
+
+def test_benchmark_compares_engines(server: FakeVLLM, lm: Path, capsys: Any):
+    rows = engines_benchmark.main(
+        ["--model", str(lm), "--address", server.address, "--rows", "2", "--repeats", "1", "--max_new_tokens", "4"]
+    )
+    assert [(row["engine"], row["rows"]) for row in rows] == [("default", 2), ("vllm", 2)]
+    assert len(server.requests) == 4  # warm-up and one repetition
+    assert all(row["best"] > 0 for row in rows)
+    assert "tokens/s" in capsys.readouterr().out
