@@ -116,7 +116,7 @@ class Cockpit(PPOCallback):
         self._score: list[float] = []
         self._start: list[float] = []  # the first update's scores
         self._best: list[float] = []  # of 1, 2, 3, ... samples of the starting policy
-        self._ratios: list[Tensor] = []  # per optimizer step of this update
+        self._ratios: list[tuple[Tensor, Tensor]] = []  # of each micro-batch of this update, and which of them count
         self._now: list[float] = []  # this update's scores
         self._final: dict[str, float] = {}  # the last values of FINAL
 
@@ -142,8 +142,9 @@ class Cockpit(PPOCallback):
     ) -> None:
         if self._updates % self.every == 0:
             ratios = (minibatch.new_logprobs.detach() - minibatch.logprobs).exp()
-            if minibatch.mean(torch.ones_like(ratios)) > 0:  # a micro-batch can consist of padding rows without weight
-                self._ratios.append(ratios[minibatch.response_mask])
+            # a micro-batch can consist of padding rows without weight; which ones is read after the last step
+            counts = minibatch.response_mask & (minibatch.mean(torch.ones_like(ratios)) > 0)
+            self._ratios.append((ratios, counts))
 
     def on_update_end(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
         self._now = experience.raw_scores.tolist()
@@ -174,7 +175,7 @@ class Cockpit(PPOCallback):
         histograms = {
             "scores": experience.raw_scores,
             "advantages": experience.advantages[mask],
-            "ratios": torch.cat(self._ratios) if self._ratios else torch.zeros(0),
+            "ratios": torch.cat([ratios[counts] for ratios, counts in self._ratios] or [torch.zeros(0)]),
             "lengths": mask.sum(1),
         }
         for add_histogram in writers(trainer, "add_histogram"):

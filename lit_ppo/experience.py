@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_ppo.functional import select_rows
+from lit_ppo.functional import select_rows, to_device
 
 Numbers = Tensor | np.ndarray[Any, Any] | Sequence[float]  # one per row, as your own loop may set scores
 LossReduction = Literal["token_mean", "sequence_mean"] | int  # an integer: tokens that a response counts for
@@ -126,8 +126,7 @@ class Experience:
         """
         index = torch.as_tensor(rows)
         index = index.nonzero().squeeze(1) if index.dtype == torch.bool else index.long()
-        n, listed = len(self), index.tolist()
-        index = index.to(self.response_ids.device, non_blocking=True)
+        n, listed, index = len(self), index.tolist(), to_device(index, self.response_ids.device)
         shared = ("metrics", "least", "greatest")  # all micro-batches of a step add to the same dicts
         values = {name: getattr(self, name) for name in set_fields(self) if name not in shared}
         for name, value in select_rows(values, index, listed, n).items():

@@ -59,6 +59,13 @@ def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, rou
         return linear(x, weight, bias)
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, which is not waited for; one that is there already stays."""
+    if x.device == device:
+        return x
+    return (x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x).to(device, non_blocking=True)
+
+
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Mean of ``x`` where ``mask`` is True; what lies outside, NaN included, never leaks in.
 
@@ -879,7 +886,7 @@ def select_rows(value: Any, index: Tensor, listed: Sequence[int], n: int) -> Any
     {'ids': ['c', 'a'], 'size': 2}
     """
     if isinstance(value, Tensor):
-        return value[index.to(value.device)] if value.ndim and len(value) == n else value
+        return value[index if value.device == index.device else listed] if value.ndim and len(value) == n else value
     if isinstance(value, dict):
         return {key: select_rows(entry, index, listed, n) for key, entry in value.items()}
     if isinstance(value, list | tuple) and len(value) == n:

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_ppo.device import exact_products
 from lit_ppo.experience import ModelInputs
+from lit_ppo.functional import to_device
 from lit_ppo.generation.engine import Responses
 from lit_ppo.generation.transformers import generate
 from lit_ppo.models.family import check_causal, check_head, check_sampling
@@ -87,10 +88,10 @@ class Actor(_AlwaysEval):
             # a sharded model frees its full weights when its forward ends
             keep = torch.clone if self.sharded else torch.detach
             return HeadInputs(head.states, keep(head.weight), None if head.bias is None else keep(head.bias))
-        rows, columns = (index.to(input_ids.device) for index in target_mask.nonzero(as_tuple=True))
-        ids = input_ids[:, -target_mask.shape[1] :][rows, columns]
+        where = places(target_mask, input_ids.device)
+        ids = input_ids[:, -target_mask.shape[1] :].flatten().index_select(0, where)
         logprobs, second = token_statistics(head, ids, temperature, kl_to)
-        return spread(logprobs, target_mask), spread(second, target_mask)
+        return spread(logprobs, where, target_mask.shape), spread(second, where, target_mask.shape)
 
     def generate(self, *args: Any, **kwargs: Any) -> Responses:
         """Sample responses; see :class:`lit_ppo.generation.engine.Engine`."""
@@ -149,7 +150,7 @@ class Critic(_AlwaysEval):
         states = states_before(self.backbone, input_ids, attention_mask, target_mask)
         with torch.autocast(states.device.type, enabled=False):  # one number per token: exactness is cheap
             values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
-        return spread(values.float(), target_mask)
+        return spread(values.float(), places(target_mask, values.device), target_mask.shape)
 
     @torch.no_grad()
     def rescale_head(self, factor: float, shift: float) -> None:
@@ -196,17 +197,23 @@ def states_before(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor
     """
     states, number = read_tokens(backbone, input_ids, attention_mask)
     targets = number[:, -target_mask.shape[1] :].to(target_mask.device)[target_mask]
-    return states[targets.to(states.device) - 1]
+    return states.index_select(0, to_device(targets - 1, states.device))
 
 
-def spread(flat: Tensor, mask: Tensor) -> Tensor:
-    """Put the values of the True tokens back in their places, 0 elsewhere.
+def places(mask: Tensor, device: torch.device) -> Tensor:
+    """Where the N True entries of a mask are in it, flattened: (N,) on a device."""
+    return to_device(mask.flatten().nonzero().squeeze(1), device)
 
-    Shapes:
-        (N,), (B, T) -> (B, T).
+
+def spread(flat: Tensor, where: Tensor, shape: torch.Size) -> Tensor:
+    """Put values in their places, 0 elsewhere.
+
+    Args:
+        flat: (N,).
+        where: From :func:`places`.
+        shape: Of the mask.
     """
-    mask = mask.to(flat.device, non_blocking=True)
-    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+    return flat.new_zeros(shape.numel()).index_copy(0, where, flat).view(shape)
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -1,4 +1,8 @@
-"""Rows packed end to end: no layer works on padding, save attention, which sees the rows side by side."""
+"""Rows packed end to end: no layer works on padding.
+
+Attention reads packed rows by a kernel for rows of any length (:mod:`lit_ppo.attention`). Where there is none, it sees
+the rows side by side.
+"""
 
 import inspect
 from collections.abc import Iterator
@@ -7,12 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lit_ppo.attention.choice import Attention, Heads, attend
+from lit_ppo.attention.kernels import PLAIN, Kernel
 from lit_ppo.device import exact_products
+from lit_ppo.functional import to_device
 from lit_ppo.models.positions import UNBOUNDED, rope_bound, row_groups
 
 NAME = "lit_ppo_packed_sdpa"
@@ -20,20 +28,24 @@ NAME = "lit_ppo_packed_sdpa"
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the N real tokens of b rows, packed one row after another, lie among the rows padded on the right."""
+    """Where the N real tokens of some rows, packed one row after another, lie among the rows padded on the right."""
 
-    places: Tensor  # (b, L), the packed number of each token; 0 at padding
-    taken: Tensor  # (N,), the number of each packed token in the flattened (b, L)
+    taken: Tensor  # (N,), the number of each packed token in the flattened (rows, longest)
+    rows: int
+    longest: int
+    starts: Tensor | None = None  # (rows + 1,), int32, each row's first packed token; for a kernel
+    kernel: Kernel | None = None
 
     def pad(self, x: Tensor) -> Tensor:
-        """(1, heads, N, d) -> (b, heads, L, d)."""
+        """(1, heads, N, d) -> (rows, heads, longest, d), 0 at padding."""
         _, heads, n, d = x.shape
-        rows = x.transpose(1, 2).reshape(n, heads * d)[self.places.flatten()]
-        return rows.view(*self.places.shape, heads, d).transpose(1, 2)
+        tokens = x.transpose(1, 2).reshape(n, heads * d)
+        rows = tokens.new_zeros(self.rows * self.longest, heads * d).index_copy(0, self.taken, tokens)
+        return rows.view(self.rows, self.longest, heads, d).transpose(1, 2)
 
     def unpad(self, x: Tensor) -> Tensor:
-        """(b, L, heads, d) -> (1, N, heads, d)."""
-        return x.flatten(0, 1)[self.taken].unsqueeze(0)
+        """(rows, longest, heads, d) -> (1, N, heads, d)."""
+        return x.flatten(0, 1).index_select(0, self.taken).unsqueeze(0)
 
 
 def packed_attention(
@@ -47,9 +59,14 @@ def packed_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention of packed rows, each by itself; without ``packing`` the stock one."""
+    """Attention of packed rows, each by itself; without ``packing`` the stock one."""
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if packing.kernel is not None:
+        rows = packing.starts, packing.longest
+        output = attend(packing.kernel, module, query, key, value, rows, sliding_window, kwargs)
+        if output is not None:
+            return output, None
     query, key, value = packing.pad(query), packing.pad(key), packing.pad(value)
     length = query.shape[2]
     near = None  # padding comes after all real tokens, which causal attention never looks at: no mask is needed
@@ -78,19 +95,30 @@ class RealTokens:
     packing: Packing
 
     @classmethod
-    def of(cls, input_ids: Tensor, attention_mask: Tensor) -> "RealTokens":
-        """Leave the padding out."""
+    def of(cls, input_ids: Tensor, attention_mask: Tensor, kernel: Kernel | None = None) -> "RealTokens":
+        """Leave the padding out.
+
+        Args:
+            input_ids: Token ids.
+            attention_mask: True at real tokens.
+            kernel: Of attention.
+        """
         device = input_ids.device
-        rows, columns = attention_mask.nonzero(as_tuple=True)
+        mask = attention_mask.flatten()
         lengths = attention_mask.sum(1, keepdim=True)
-        steps = torch.arange(int(lengths.max()), device=attention_mask.device)
+        longest = int(lengths.max())
+        steps = torch.arange(longest, device=mask.device)
         real = steps < lengths
-        places = (lengths.cumsum(0) - lengths + steps).masked_fill(~real, 0)
+        starts = None
+        if kernel is not None:
+            starts = to_device(torch.nn.functional.pad(lengths.flatten().cumsum(0), (1, 0)).int(), device)
         return cls(
-            ids=input_ids[rows.to(device), columns.to(device)],
-            positions=steps.expand(real.shape)[real].to(device),
-            number=(attention_mask.flatten().cumsum(0) - 1).view(attention_mask.shape),
-            packing=Packing(places.to(device), real.flatten().nonzero().squeeze(1).to(device)),
+            ids=input_ids.flatten().index_select(0, to_device(mask.nonzero().squeeze(1), device)),
+            positions=to_device(steps.expand(real.shape)[real], device),
+            number=(mask.cumsum(0) - 1).view(attention_mask.shape),
+            packing=Packing(
+                to_device(real.flatten().nonzero().squeeze(1), device), len(lengths), longest, starts, kernel
+            ),
         )
 
     def packed(self) -> dict[str, Any]:
@@ -104,12 +132,12 @@ class RealTokens:
         }
 
     def side_by_side(self) -> dict[str, Any]:
-        """What a backbone reads whose attention takes no packing: (B, longest), padded on the right."""
-        places = self.packing.places
-        mask = torch.zeros(places.numel(), dtype=torch.long, device=places.device)
+        """What a backbone reads whose attention takes no packing: (rows, longest), padded on the right."""
+        shape = self.packing.rows, self.packing.longest
+        empty = torch.zeros(shape[0] * shape[1], dtype=torch.long, device=self.ids.device)
         return {
-            "input_ids": self.ids[places],
-            "attention_mask": mask.index_fill(0, self.packing.taken, 1).view_as(places),
+            "input_ids": empty.index_copy(0, self.packing.taken, self.ids).view(shape),
+            "attention_mask": empty.index_fill(0, self.packing.taken, 1).view(shape),
         }
 
 
@@ -130,42 +158,66 @@ def read_tokens(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) 
     groups = row_groups(backbone, attention_mask.sum(1).tolist())
     states = torch.cat([_read(backbone, input_ids[rows], attention_mask[rows])[0] for rows in groups])
     found = torch.cat([number[rows][attention_mask[rows].bool()] for rows in groups])
-    return states[found.argsort().to(states.device)], number
+    return states.index_select(0, to_device(found.argsort(), states.device)), number
 
 
 def _read(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    tokens = RealTokens.of(input_ids, attention_mask)
-    if getattr(backbone.config, "_attn_implementation", None) == NAME:
+    attention: Attention | None = getattr(backbone, "lit_ppo_attention", None)
+    kernel = None if attention is None else attention.kernel(backbone, input_ids.device)
+    tokens = RealTokens.of(input_ids, attention_mask, kernel)
+    config: Any = backbone.config
+    if attention is not None and attention.exact == "eager" and attention.packs:  # only a kernel reads packed rows
+        config._attn_implementation = "eager" if kernel is None else NAME
+    if getattr(config, "_attn_implementation", None) == NAME:
         states: Tensor = backbone(**tokens.packed(), use_cache=False).last_hidden_state[0]
     else:
         padded: Tensor = backbone(**tokens.side_by_side(), use_cache=False).last_hidden_state
-        states = padded.flatten(0, 1)[tokens.packing.taken]
+        states = padded.flatten(0, 1).index_select(0, tokens.packing.taken)
     return states, tokens.number
 
 
 def use_packing(model: PreTrainedModel) -> None:
-    """Let a model that attends through SDPA read packed rows, if it then gives what it gives for each row alone.
+    """Let a model read packed rows, if it then gives what it gives for each row alone.
 
     Args:
-        model: In eval mode.
+        model: In eval mode. It attends through SDPA or, on a GPU, by a kernel of flash attention that the user has
+            named; what the latter gives is tried on the device, when it is first used.
     """
-    if model.config._attn_implementation != "sdpa" or not _takes_packing(model):
+    stock = model.config._attn_implementation
+    asked = stock if stock is not None and "flash" in stock else None
+    if asked is None and stock != "sdpa":
         return
-    model.set_attn_implementation(NAME)
-    if not _packs_faithfully(model):
-        model.set_attn_implementation("sdpa")
+    exact = "sdpa" if asked is None or _supports_sdpa(model) else "eager"
+    packs = _takes_packing(model)
+    if packs:
+        model.config._attn_implementation = NAME
+        packs = _packs_faithfully(model, exact, None if exact == "sdpa" else PLAIN)
+    model.config._attn_implementation = NAME if packs and exact == "sdpa" else exact
+    if asked is not None and not packs:
+        rank_zero_info(
+            f"attn_implementation={asked!r}: {type(model).__name__} cannot read packed rows; using {exact!r}"
+        )
+    heads = Heads.of(model.config)
+    model.base_model.lit_ppo_attention = Attention(asked, exact, packs, heads)  # type: ignore[assignment]
 
 
 @contextmanager
 def stock_attention(model: PreTrainedModel) -> Iterator[None]:
     """Sample without packing: inside this the model attends as it does outside of this package."""
     before = model.config._attn_implementation
-    if before == NAME:
-        model.config._attn_implementation = "sdpa"
+    attention: Attention | None = getattr(model.base_model, "lit_ppo_attention", None)
+    if attention is not None:
+        by_kernel = attention.asked is not None and attention.kernel(model.base_model, model.device) is not None
+        model.config._attn_implementation = attention.asked if by_kernel else attention.exact
     try:
         yield
     finally:
         model.config._attn_implementation = before
+
+
+def _supports_sdpa(model: PreTrainedModel) -> bool:
+    """Whether SDPA computes the model's attention; it would ignore a limit of the logits."""
+    return model._supports_sdpa and getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is None
 
 
 def _takes_packing(model: PreTrainedModel) -> bool:
@@ -187,16 +239,24 @@ def _hands_on_its_window(model: PreTrainedModel) -> bool:
     return not slides or any(hasattr(module, "sliding_window") for module in model.modules())
 
 
-def _packs_faithfully(model: PreTrainedModel) -> bool:
-    """Compare two rows packed with each of them alone."""
+def _packs_faithfully(model: PreTrainedModel, exact: str, kernel: Kernel | None) -> bool:
+    """Compare two rows packed with each of them alone.
+
+    Args:
+        model: Attends by packed attention.
+        exact: How it attends to the rows alone.
+        kernel: For packed attention.
+    """
     backbone, device = model.base_model, model.device
     ids = torch.arange(6, device=device).view(2, 3) % model.config.get_text_config().vocab_size
     mask = torch.tensor([[False, True, True], [True, True, True]], device=device)
     with torch.no_grad(), exact_products():
         try:
-            packed, _ = read_tokens(backbone, ids, mask)
+            packed = backbone(**RealTokens.of(ids, mask, kernel).packed(), use_cache=False).last_hidden_state[0]
         except (TypeError, RuntimeError):  # a family that hands nothing on to its attention
             return False
+        if kernel is not None:
+            model.config._attn_implementation = exact
         alone = [
             backbone(input_ids=row.unsqueeze(0), use_cache=False).last_hidden_state[0] for row in (ids[0, 1:], ids[1])
         ]

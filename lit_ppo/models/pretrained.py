@@ -32,7 +32,9 @@ OTHER_HEADS = re.compile("Classification|Reward|Score|QuestionAnswering")
 
 SET_HERE = ("trust_remote_code", "ignore_mismatched_sizes")
 # raised where neither from_pretrained nor the model's config takes an argument
-WRONG_ARGUMENT = (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, StrictDataclassError)
+WRONG_ARGUMENT = (
+    TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, ImportError, StrictDataclassError,
+)  # fmt: skip
 
 
 @no_pickled_code()

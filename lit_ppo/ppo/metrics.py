@@ -56,6 +56,7 @@ from lit_ppo.functional import (
     kl_estimate,
     masked_mean,
 )
+from lit_ppo.parallel.ranks import sum_over_ranks
 
 try:
     import resource
@@ -195,7 +196,7 @@ def of_experience(experience: Experience, kl_coef: float) -> dict[str, float]:
         metrics["value/explained_variance"] = explained_variance(experience.values, experience.returns, mask)
         metrics["value/mean"] = masked_mean(experience.values, mask)
         metrics["value/return_mean"] = masked_mean(experience.returns, mask)
-    return {name: float(value) for name, value in metrics.items()}
+    return sum_over_ranks({}, alike=metrics)  # the same on all ranks; one transfer for all
 
 
 def of_sampling(experience: Experience) -> dict[str, float]:

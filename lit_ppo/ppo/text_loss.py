@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lit_ppo.experience import rows_or_stand_in
+from lit_ppo.functional import to_device
 from lit_ppo.models.actor_critic import Actor
 from lit_ppo.models.positions import token_limit
 from lit_ppo.parallel.ranks import my_micro_batches, n_ranks, sum_over_ranks
@@ -39,7 +40,8 @@ def backward_on_text(module: Any, batch: dict[str, Tensor], coef: float) -> tupl
         module.manual_backward(coef * n_ranks() * loss)
         total += loss.detach()
     added = [p.grad - before[p] if p in before else p.grad for p in actor.parameters() if p.grad is not None]
-    return sum_over_ranks({"loss": total})["loss"], float(total_norm(added))
+    found = sum_over_ranks({"loss": total}, alike={"norm": total_norm(added)})
+    return found["loss"], found["norm"]
 
 
 @torch.no_grad()
@@ -74,7 +76,7 @@ def _sum_of_losses(
 ) -> Tensor:
     """Sum over the target tokens of some rows; no rows give 0, by a forward of a row that does not count."""
     some = list(rows_or_stand_in(rows))
-    ids, mask = batch["input_ids"][some].to(device), batch["attention_mask"][some].bool()
+    ids, mask = to_device(batch["input_ids"][some], device), batch["attention_mask"][some].bool()
     logprobs: Tensor = actor(ids, mask, target_mask=targets[some])[0]
     return -logprobs.sum() * bool(rows)
 

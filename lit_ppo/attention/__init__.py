@@ -1,0 +1,1 @@
+"""Attention of rows packed end to end, by kernels for rows of any length."""

@@ -1,0 +1,201 @@
+"""Which kernel a model attends by. Each is tried on a few tokens, forward and backward, before it is used."""
+
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lit_ppo.attention import kernels
+from lit_ppo.attention.kernels import EXTRAS, Kernel
+from lit_ppo.shown import reason
+
+TOLERANCE = 3e-2  # relative, of a 16-bit kernel against float32
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The sizes of a model's attention."""
+
+    queries: int
+    keys: int
+    size: int
+
+    @classmethod
+    def of(cls, config: Any) -> "Heads":
+        """Those of a configuration; where it names none, usual ones."""
+        text = config.get_text_config()
+
+        def size(name: str, usual: int) -> int:
+            found = getattr(text, name, None)
+            return found if isinstance(found, int) and found > 0 else usual
+
+        queries = size("num_attention_heads", 4)
+        return cls(
+            queries,
+            size("num_key_value_heads", queries),
+            size("head_dim", size("hidden_size", 64 * queries) // queries),
+        )
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How a model attends: the attribute ``lit_ppo_attention`` of its backbone."""
+
+    asked: str | None  # a kernel of flash attention that the user has named
+    exact: str  # in float32 and on a CPU: sdpa or eager
+    packs: bool  # packed rows give what each row gives alone
+    heads: Heads
+
+    def kernel(self, backbone: Any, device: torch.device) -> Kernel | None:
+        """The kernel for the current precision; None: there is none, or its numbers have too many bits."""
+        if not self.packs or device.type not in kernels.DEVICES:
+            return None
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else backbone.dtype
+        if dtype not in kernels.DTYPES:
+            if not any(isinstance(p, DTensor) for p in backbone.parameters()):
+                say_sixteen_bits(self.asked)
+                return None
+            dtype = torch.bfloat16  # a sharded model may gather its weights in another dtype than their own
+        return kernel_for(self.asked, device, dtype, self.heads)
+
+
+def attend(
+    kernel: Kernel,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: tuple[Tensor | None, int],
+    window: int | None,
+    kwargs: dict[str, Any],
+) -> Tensor | None:
+    """Attention of a layer by a kernel; None where the layer wants something that the kernel does not do.
+
+    Args:
+        kernel: For packed rows.
+        module: The layer.
+        query: Of the tokens, as are ``key`` and ``value``.
+        key: See ``query``.
+        value: See ``query``.
+        rows: Where each row starts, and the length of the longest.
+        window: Tokens that a token sees; None: all before it.
+        kwargs: Further arguments of attention in transformers.
+
+    Shapes:
+        query (1, heads, N, d), key and value (1, kv_heads, N, d) -> (1, N, heads, d).
+    """
+    starts, longest = rows
+    dtype, device = query.dtype, query.device.type
+    if torch.is_autocast_enabled(device):  # which knows SDPA, but no kernel
+        dtype = torch.get_autocast_dtype(device)
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    others = kwargs.get("dropout") or kwargs.get("position_bias") is not None or query.shape[-1] != value.shape[-1]
+    cannot = others or not causal or not (kernel.any_dtype or dtype in kernels.DTYPES)
+    extras = {}
+    if kernel.extras is not None:
+        extras = {name: kwargs[name] for name in EXTRAS if kwargs.get(name) is not None}
+        if extras and (cannot or not extras.keys() <= set(kernel.extras)):
+            problem = f"does not take this model's {' and '.join(extras)} in {dtype}; use another attn_implementation"
+            raise ValueError(f"attn_implementation={kernel.name!r}: {problem}")
+    if cannot:
+        return None
+    query, key, value = (x.to(dtype).transpose(1, 2)[0] for x in (query, key, value))
+    output = kernel.attend(
+        query, key, value, starts, longest,
+        scale=kwargs.get("scaling"), window=None if window is None or window >= longest else window, **extras,
+    )  # fmt: skip
+    return output.unsqueeze(0)
+
+
+@cache
+def kernel_for(asked: str | None, device: torch.device, dtype: torch.dtype, heads: Heads) -> Kernel | None:
+    """The kernel to use, tried once; says which one, or why there is none.
+
+    Args:
+        asked: ``attn_implementation`` of transformers that the user has named; None: what is installed.
+        device: Where the tokens are.
+        dtype: Of queries.
+        heads: Of the model.
+
+    Raises:
+        ValueError: The one that was asked for does not work.
+    """
+    if device.type not in kernels.DEVICES:
+        return None
+    problems = []
+    candidates = kernels.installed() if asked is None else [(asked, partial(kernels.flash, asked))]
+    for name, load in candidates:
+        try:
+            kernel = load()
+            _try(kernel, device, dtype, heads)
+        except Exception as error:  # whatever a kernel raises, there is another way
+            problems.append(f"{name}: {reason(error, 200)}")
+            continue
+        _say(f"attention over packed rows by {kernel.name}")
+        return kernel if asked is not None else replace(kernel, extras=None)
+    if asked is not None:
+        raise ValueError(
+            f"attn_implementation={asked!r}: does not work on this device ({problems[0]}); leave it out, and one that "
+            "works is chosen"
+        )
+    tried = f" ({'; '.join(problems)})" if problems else ", since no kernel for packed rows is installed"
+    _say(f"attention over rows side by side, padded, by SDPA{tried}")
+    return None
+
+
+def say_sixteen_bits(asked: str | None) -> None:
+    """Say why no kernel is used where queries have 32 bits."""
+    name = "kernels for packed rows" if asked is None else repr(asked)
+    _say(f"attention over rows side by side, padded: {name} take 16-bit numbers only; use precision='bf16-mixed'")
+
+
+@cache
+def _say(text: str) -> None:
+    rank_zero_info(f"LitPPO: {text}")
+
+
+def _try(kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: Heads) -> None:
+    """Compare output and gradients on rows of three lengths with those of plain torch in float32.
+
+    Raises:
+        RuntimeError: They differ, or whatever the kernel raises.
+    """
+    for window in (None, 16):
+        found = _output_and_gradients(kernel.attend, device, dtype, dtype, heads, window)
+        expected = _output_and_gradients(kernels.plain, device, dtype, torch.float32, heads, window)
+        for name, ours, exact in zip(("output", "d query", "d key", "d value"), found, expected, strict=True):
+            off = float((ours.float() - exact).norm() / exact.norm())
+            if not off < TOLERANCE:
+                what = "" if window is None else f" with a window of {window}"
+                raise RuntimeError(f"its {name}{what} is off by {off:.0%}")
+
+
+def _output_and_gradients(
+    function: kernels.Attend,
+    device: torch.device,
+    rounded: torch.dtype,
+    dtype: torch.dtype,
+    heads: Heads,
+    window: int | None,
+) -> list[Tensor]:
+    lengths = torch.tensor([3, 70, 20])
+    n, starts = int(lengths.sum()), torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(device)
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        tensors = [
+            _numbers(n, count, heads.size, i).to(device, rounded).to(dtype).requires_grad_()
+            for i, count in enumerate((heads.queries, heads.keys, heads.keys))
+        ]
+        output = function(*tensors, starts, int(lengths.max()), scale=None, window=window)
+        weights = _numbers(n, heads.queries, heads.size, 3).to(device, rounded).to(dtype)
+        return [output.detach(), *torch.autograd.grad((output * weights).sum(), tensors)]
+
+
+def _numbers(n: int, heads: int, size: int, seed: int) -> Tensor:
+    """Numbers that look random, without a draw: random states stay as they are."""
+    return torch.arange(1, n * heads * size + 1).mul(0.731 + 0.17 * seed).sin().mul(97.0).sin().view(n, heads, size)
