@@ -74,17 +74,29 @@ JOBS = {
 
 
 class Rows(L.Callback):
-    """Keeps what is logged after each update, and profiles one minibatch of the last."""
+    """Keeps what is logged after each update; of the last one it times all optimizer steps but one, and profiles that.
 
-    def __init__(self, last: int) -> None:
+    Starting and reading a profiler takes longer than a step.
+    """
+
+    def __init__(self, last: int, steps: int) -> None:
         self.rows: list[dict[str, float]] = []
-        self.last, self.profile, self.seconds = last, None, 0.0
+        self.last, self.steps, self.profile, self.seconds = last, steps, None, 0.0
+        self.starts: list[float] = []
 
     def on_minibatch_start(self, trainer: Any, pl_module: Any, minibatch: Any) -> None:
-        if pl_module.rollouts == self.last and self.profile is None:
+        if pl_module.rollouts < self.last:
+            return
+        synchronize()
+        self.starts.append(time.perf_counter())
+        if len(self.starts) == self.steps:
             self.profile = _profiler()
             self.profile.start()
             self.seconds = -time.perf_counter()
+
+    def update_seconds(self) -> float:
+        """Of the last update, as if its last step took as long as the others."""
+        return (self.starts[-1] - self.starts[0]) / (self.steps - 1) * self.steps
 
     def on_minibatch_end(self, trainer: Any, pl_module: Any, experience: Any, metrics: dict[str, float]) -> None:
         if self.profile is not None and self.seconds < 0:
@@ -140,7 +152,7 @@ def run_ppo(job: Job, folder: Path, lora: dict[str, Any] | None = None, updates:
         generation={"max_new_tokens": job.response, "suppress_tokens": [0]}, ppo_epochs=1, seed=0,
         minibatch_size=job.minibatch, micro_batch_tokens=job.micro_batch_tokens, actor_lora=lora, critic_lora=lora,
     )  # fmt: skip
-    rows = Rows(updates)
+    rows = Rows(updates, -(-job.prompts // job.minibatch))
     trainer = L.Trainer(
         accelerator="auto", devices=1, precision="bf16-mixed", max_steps=updates, max_epochs=-1, callbacks=[rows],
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -151,7 +163,7 @@ def run_ppo(job: Job, folder: Path, lora: dict[str, Any] | None = None, updates:
     trainer.fit(module, PromptDataModule(str(folder / "prompts.jsonl"), batch_size=job.prompts, seed=0))
     last, tokens = rows.rows[-1], job.prompts * job.response
     phases = {"rollout": seconds["sample_responses"], "log-probs": seconds["add_logprobs"]}
-    phases |= {name: last[f"time/{name}"] for name in ("score", "update")}
+    phases |= {"score": last["time/score"], "update": rows.update_seconds()}
     every = job.prompts * (job.prompt + job.response)
     flops = update_flops(job) * (2 / 3 if lora else 1)  # no gradients of frozen weights
     bound = decode.bandwidth_bound(job, module.actor.model, of_card(BANDWIDTH))
@@ -165,8 +177,20 @@ def run_ppo(job: Job, folder: Path, lora: dict[str, Any] | None = None, updates:
         "rollout_of_bandwidth_bound": tokens / phases["rollout"] / bound,
         "peak_bytes": memory()[1],
         "update_idle": idle(rows.profile, rows.seconds),
+        "attention": attention_of(module),
+        "activation_checkpointing": bool(module.model_settings.activation_checkpointing),
         "logged": last,
     }
+
+
+def attention_of(module: LitPPO) -> str:
+    """The kernel that packed rows go through in the update; SDPA, where they are padded."""
+    backbone: Any = module.actor.model.base_model
+    if DEVICE == "cpu":
+        return "SDPA"
+    with torch.autocast(DEVICE, torch.bfloat16):
+        kernel = backbone.lit_ppo_attention.kernel(backbone, torch.device(DEVICE, torch.cuda.current_device()))
+    return "SDPA" if kernel is None else kernel.name
 
 
 def timed(owner: Any, name: str, seconds: dict[str, float]) -> None:

@@ -8,6 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lit_ppo.models.actor_critic import Actor
+from lit_ppo.models.load import load_causal_lm, load_critic
 
 WITHOUT = """
 import importlib.metadata, runpy, sys
@@ -53,6 +57,8 @@ def test_it_measures_every_part_without_jsonargparse_datasets_and_greenlet(tmp_p
         assert "error" not in report[part], report[part]
         assert set(report[part]["seconds"]) == {"rollout", "log-probs", "score", "update"}
         assert report[part]["logged"]["response/length"] == 8
+        assert report[part]["attention"] == "SDPA"
+        assert 0 < report[part]["seconds"]["update"] < 10 * report[part]["logged"]["time/update"]
     assert set(report["generate"]) == {"bandwidth_bound", "stock", "dynamic", "static", "static_without_graphs"}
     for found in [*report["generate"].values(), report["compiled"]["compiled"]]:
         assert found is None or found["tokens_per_second"] > 0, found  # the CPU's bandwidth is unknown
@@ -98,3 +104,21 @@ def test_bandwidth_bound_by_hand() -> None:
     model = torch.nn.Linear(10, 1, bias=False)
     job = Job(8, 1, 4, 2, 3, prompts=4, prompt=3, response=2)
     assert bandwidth_bound(job, model, 2760) == 40
+
+
+def test_flops_are_those_that_torch_counts(tmp_path: Path) -> None:
+    """All matrix products of linear layers and heads, forward and backward; attention is counted by causal pairs."""
+    from benchmarks.gpu import JOBS, make_models, update_flops
+
+    job = JOBS["small"]
+    make_models(job, tmp_path)
+    path = str(tmp_path / "actor")
+    actor, critic = Actor(load_causal_lm("actor", path, {})), load_critic("critic", path, {})
+    length = job.prompt + job.response
+    ids, mask = torch.arange(job.prompts * length).view(-1, length) % 300, torch.ones(job.prompts, length).bool()
+    with FlopCounterMode(display=False) as counter:
+        actor(ids, mask, target_mask=mask[:, -job.response :])[0].sum().backward()
+        critic(ids, mask, target_mask=mask[:, -job.response :]).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    pairs = 3 * 2 * job.prompts * 4 * job.layers * job.hidden * length * (length + 1) // 2
+    assert counts[torch.ops.aten.mm] + counts.get(torch.ops.aten.addmm, 0) == update_flops(job) - pairs

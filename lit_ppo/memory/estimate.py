@@ -180,11 +180,13 @@ def update(module: Any, parts: list[Part], job: Job) -> Iterator[Line]:
             continue  # it needs no more than the actor
         traces[part.name] = trace_update(
             part.model, micro.rows, micro.length, micro.new, job.autocast,
-            is_critic=part.name == "critic", checkpointing=checkpointing,
+            is_critic=part.name == "critic", checkpointing=bool(checkpointing),
         )  # fmt: skip
     name = max(traces, key=lambda name: traces[name].peak)
     lower = "micro_batch_tokens or micro_batch_size" + ("" if checkpointing else ", activation_checkpointing")
     saved = "inputs of blocks" if checkpointing else "no activation checkpointing"
+    if checkpointing is None and job.on_gpu:
+        saved += "; it is turned on where this does not fit"
     kept = "precision bf16-mixed, " if job.autocast is None and job.computing is not torch.bfloat16 else ""
     yield _cast(UPDATE, traces[name].cast)
     yield Line(

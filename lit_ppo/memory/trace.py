@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_ppo.activations import checkpoint_activations
 from lit_ppo.functional import inverse_cdf
 from lit_ppo.generation.transformers import weights_cast_once
 from lit_ppo.memory.live import Live
-from lit_ppo.models.actor_critic import checkpoint_activations
 from lit_ppo.models.head import HeadInputs, token_statistics
 from lit_ppo.parallel.sharding import blocks
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
@@ -255,15 +254,6 @@ def _exact_parts(model: nn.Module) -> set[nn.Module]:
 def _in_bfloat16(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     output = forward(x.to(torch.bfloat16))
     return output if torch.is_autocast_enabled(x.device.type) else output.to(x.dtype)
-
-
-def checkpoint_activations(model: nn.Module) -> None:
-    """Keep only the inputs of a model's blocks for the backward, which recomputes the rest.
-
-    transformers' own checkpointing is off in eval mode, and our models are always in eval mode.
-    """
-    for block in blocks(model):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def use_fused_gelu(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lit_ppo.activations import free_bytes
 from lit_ppo.functional import float32_linear, summed_in_float32
 
 CHUNK_ELEMENTS = 2**23  # logits worked on at a time: 32 MiB in float32
@@ -65,8 +66,7 @@ def _free_bytes(device: torch.device) -> int:
     """Free memory of a GPU when this is first asked: chunks of one size keep the order of sums, and so all bits."""
     if device.type != "cuda":
         return 0
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + cached
+    return free_bytes(device)
 
 
 def token_statistics(

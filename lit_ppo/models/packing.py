@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lit_ppo.attention import kernels
 from lit_ppo.attention.choice import Attention, Heads, attend
 from lit_ppo.attention.kernels import PLAIN, Kernel
 from lit_ppo.device import exact_products
@@ -163,7 +164,7 @@ def read_tokens(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) 
 
 def _read(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     attention: Attention | None = getattr(backbone, "lit_ppo_attention", None)
-    kernel = None if attention is None else attention.kernel(backbone, input_ids.device)
+    kernel = _kernel(attention, backbone, input_ids.device)
     tokens = RealTokens.of(input_ids, attention_mask, kernel)
     config: Any = backbone.config
     if attention is not None and attention.exact == "eager" and attention.packs:  # only a kernel reads packed rows
@@ -174,6 +175,12 @@ def _read(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tup
         padded: Tensor = backbone(**tokens.side_by_side(), use_cache=False).last_hidden_state
         states = padded.flatten(0, 1).index_select(0, tokens.packing.taken)
     return states, tokens.number
+
+
+def _kernel(attention: Attention | None, backbone: nn.Module, device: torch.device) -> Kernel | None:
+    if attention is None or device.type not in kernels.DEVICES:
+        return None
+    return attention.kernel(backbone, device)
 
 
 def use_packing(model: PreTrainedModel) -> None:
@@ -207,7 +214,7 @@ def stock_attention(model: PreTrainedModel) -> Iterator[None]:
     before = model.config._attn_implementation
     attention: Attention | None = getattr(model.base_model, "lit_ppo_attention", None)
     if attention is not None:
-        by_kernel = attention.asked is not None and attention.kernel(model.base_model, model.device) is not None
+        by_kernel = attention.asked is not None and _kernel(attention, model.base_model, model.device) is not None
         model.config._attn_implementation = attention.asked if by_kernel else attention.exact
     try:
         yield

@@ -14,12 +14,15 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_ppo.optim.schedules import per_step
 from lit_ppo.shown import message_of, written
 from lit_ppo.validate import factory
+
+FUSED_ON = ("cuda",)
 
 
 @dataclass
@@ -94,6 +97,7 @@ class BuiltOptimizer:
                     group[name].fill_(value)
                 elif not decided:  # the optimizer may have decided since
                     group[name] = value
+        move_steps(self.optimizer)
         if self.make_schedule is None:
             return
         (place,) = [config for config in trainer.lr_scheduler_configs if config.scheduler is self.schedule]
@@ -167,6 +171,7 @@ def build_optimizer(
         return per_step(f"{where}scheduler", _made(f"{where}scheduler", make_schedule, optimizer, LRScheduler), module)
 
     optimizer = make_optimizer(f"{where}optimizer", make, parameters)
+    use_fused(optimizer)
     return BuiltOptimizer(f"{where}optimizer", optimizer, None if make_schedule is None else schedule)
 
 
@@ -183,6 +188,42 @@ def make_optimizer(where: str, make: OptimizerCallable, parameters: Iterable[nn.
     """
     optimizer: Optimizer = _made(where, make, parameters, Optimizer)
     return optimizer
+
+
+def use_fused(optimizer: Optimizer) -> None:
+    """Let torch's Adam and AdamW step in one kernel on a GPU, unless the user has chosen how they step.
+
+    Args:
+        optimizer: Before its first step.
+    """
+    ways = ("fused", "foreach", "capturable", "differentiable")
+    for group in optimizer.param_groups if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) else []:
+        is_chosen = any(group.get(way) not in (None, False) for way in ways) or False in (
+            group["fused"],
+            group["foreach"],
+        )
+        if not is_chosen and all(p.device.type in FUSED_ON and p.is_floating_point() for p in group["params"]):
+            group["fused"] = True
+
+
+def future_state_bytes(optimizers: Iterable[Optimizer]) -> list[int]:
+    """Bytes of the states that torch's Adam and AdamW will make in their first step; others may keep less."""
+    return [
+        (3 if group["amsgrad"] else 2) * (p.to_local() if isinstance(p, DTensor) else p).nbytes
+        for optimizer in optimizers
+        if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and not optimizer.state
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
+
+
+def move_steps(optimizer: Optimizer) -> None:
+    """Put the numbers of steps of a fused optimizer where its kernel reads them; a checkpoint may come from another."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("fused") else []:
+            step = optimizer.state.get(parameter, {}).get("step")
+            if step is not None:
+                optimizer.state[parameter]["step"] = torch.as_tensor(step).to(parameter.device, torch.float32)
 
 
 def _made(where: str, make: Callable[[Any], Any], argument: Any, kind: Any) -> Any:

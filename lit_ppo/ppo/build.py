@@ -10,13 +10,13 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_ppo.activations import checkpoint_activations
 from lit_ppo.advantages import check_estimator
 from lit_ppo.generation.config import generation_config, say_stops
 from lit_ppo.models.actor_critic import (
     Actor,
     Critic,
     Reference,
-    checkpoint_activations,
     compile_blocks,
     halve_frozen,
     in_bfloat16,

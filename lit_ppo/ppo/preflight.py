@@ -1,6 +1,7 @@
 """Before the first update: try what would fail later."""
 
 import warnings
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -8,6 +9,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lit_ppo.activations import SHARE, checkpoint_activations, free_bytes, kept_bytes
+from lit_ppo.device import is_out_of_memory
 from lit_ppo.experience import Experience, Minibatch
 from lit_ppo.generation.config import end_of_turn, stop_ids
 from lit_ppo.generation.distribution import reshaping_fields
@@ -15,19 +18,23 @@ from lit_ppo.models.actor_critic import actor_forward, critic_forward
 from lit_ppo.models.lora import WithoutAdapter
 from lit_ppo.models.positions import check_length
 from lit_ppo.optim.precision import apply_matmul_precision, use_bfloat16_weights
-from lit_ppo.optim.settings import restore_settings
+from lit_ppo.optim.settings import future_state_bytes, restore_settings
 from lit_ppo.parallel.checkpoint_io import use_atomic_checkpoints
 from lit_ppo.parallel.loops import use_exact_loops
+from lit_ppo.parallel.ranks import greatest, n_ranks
 from lit_ppo.parallel.sharding import shards
 from lit_ppo.parallel.trainer import check_disk, check_trainer
 from lit_ppo.ppo.collect import score
 from lit_ppo.ppo.evaluate import validate_before_training
 from lit_ppo.ppo.metrics import forget_last_update
+from lit_ppo.ppo.optimize import optimizers_of
 from lit_ppo.ppo.prompts import check_batch
 from lit_ppo.ppo.settings import Models, ModelSettings, explain_memory
 from lit_ppo.rewards import source_names
 from lit_ppo.shown import message_of
 from lit_ppo.validate import refuse
+
+RECOMPUTE_ON = ("cuda",)  # devices on which activations are recomputed where they do not fit
 
 
 def setup(module: Any, stage: str) -> None:
@@ -211,23 +218,65 @@ def try_prompts(module: Any, split: str, prompts: Any) -> None:
 
 
 def try_longest(module: Any, n_prompt: int) -> None:
-    """Run forward and backward of one micro-batch with as many tokens as any can have."""
-    try:
-        _try_longest(module, n_prompt)
-    except RuntimeError as error:
-        explain_memory(module, error, "update", "")
-        raise
+    """Run forward and backward of one micro-batch with as many tokens as any can have.
 
-
-def _try_longest(module: Any, n_prompt: int) -> None:
+    Unless the user has decided, a GPU on which it does not fit recomputes activations. One process tries; several, of
+    which one alone could fail, compare what is kept with the free memory.
+    """
     micro = longest_micro_batch(module.models, n_prompt, module.minibatch_size, **module.limits)
+    undecided = module.model_settings.activation_checkpointing is None and module.device.type in RECOMPUTE_ON
+    if undecided and n_ranks() > 1 and greatest(int(_keeps_too_much(module, micro))):
+        _recompute(module, micro)
+    try:
+        _try_longest(module, micro)
+    except RuntimeError as error:
+        if not (undecided and n_ranks() == 1 and is_out_of_memory(error)):
+            explain_memory(module, error, "update", "")
+            raise
+    else:
+        return
     module.optimization.zero_gradients(module)
-    inputs, n_columns = micro.model_inputs(), micro.response_ids.shape[1]
+    _recompute(module, micro)
+    try_longest(module, n_prompt)
+
+
+def _try_longest(module: Any, micro: Minibatch) -> None:
+    """With the memory of optimizer states taken, which are there from the first step on."""
+    sizes = future_state_bytes(optimizers_of(module).values()) if module.device.type in RECOMPUTE_ON else []
+    states = [torch.empty(n_bytes, dtype=torch.uint8, device=module.device) for n_bytes in sizes]
+    module.optimization.zero_gradients(module)
+    for name in module.optimization.built:
+        module.manual_backward(micro.mean(_forward(module, name, micro, len(micro))))
+    module.optimization.zero_gradients(module)
+    del states
+
+
+def _forward(module: Any, name: str, micro: Minibatch, n_rows: int) -> Any:
+    """What the actor or the critic gives for the first rows."""
+    rows = micro.select(range(n_rows))
+    inputs, n_columns = rows.model_inputs(), rows.response_ids.shape[1]
+    if name == "critic":
+        return critic_forward(module.critic, inputs, n_columns)
     logprobs, entropy = actor_forward(module.actor, inputs, n_columns, module.temperature)
-    module.manual_backward(micro.mean(logprobs + entropy))
-    if module.critic is not None:
-        module.manual_backward(micro.mean(critic_forward(module.critic, inputs, n_columns)))
-    module.optimization.zero_gradients(module)
+    return logprobs + entropy
+
+
+def _keeps_too_much(module: Any, micro: Minibatch) -> bool:
+    kept = max(kept_bytes(partial(_forward, module, name, micro), len(micro)) for name in module.optimization.built)
+    return kept > SHARE * (free_bytes(module.device) - sum(future_state_bytes(optimizers_of(module).values())))
+
+
+def _recompute(module: Any, micro: Minibatch) -> None:
+    """Turn on the recomputation of activations and say so."""
+    for model in (module.actor, module.critic):
+        if model is not None:
+            checkpoint_activations(model)
+    module.model_settings.activation_checkpointing = True
+    shape = f"{len(micro)} x {micro.prompt_ids.shape[1] + micro.response_ids.shape[1]} tokens"
+    rank_zero_info(
+        f"LitPPO(activation_checkpointing=None): turned on, since a micro-batch of {shape} does not fit without; steps "
+        "take about a third more time, which smaller micro-batches (micro_batch_tokens) may save"
+    )
 
 
 def longest_micro_batch(

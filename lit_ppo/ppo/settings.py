@@ -47,7 +47,7 @@ class ModelSettings:
     reference_dtype: ReferenceDtype | None
     actor_lora: dict[str, Any] | None
     critic_lora: dict[str, Any] | None
-    activation_checkpointing: bool
+    activation_checkpointing: bool | None  # None: where it is needed
     compile_blocks: bool
     generation: dict[str, Any]
     temperature: float
@@ -78,7 +78,8 @@ class ModelSettings:
         if self.critic is None and self.critic_lora is not None:
             refuse(self.owner, "critic_lora", self.critic_lora, "there is no critic; leave it out")
         for argument in ("skip_special_tokens", "activation_checkpointing", "compile_blocks"):
-            boolean(self.owner, argument, getattr(self, argument))
+            if argument != "activation_checkpointing" or self.activation_checkpointing is not None:
+                boolean(self.owner, argument, getattr(self, argument))
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The actor's tokenizer."""
@@ -137,7 +138,8 @@ def explain_memory(module: Any, error: RuntimeError, phase: str, detail: str) ->
     rows = getattr(getattr(module.trainer, "datamodule", None), "batch_size", None) if sampling else None
     rows = module.minibatch_size if rows is None else rows * module.samples_per_prompt
     less = max(1, (value or -(-rows // module.trainer.world_size)) // 2)
-    others = "a shorter max_new_tokens" if sampling else "activation_checkpointing=True"
+    recomputes = module.model_settings.activation_checkpointing
+    others = "a shorter max_new_tokens" if sampling or recomputes else "activation_checkpointing=True"
     raise torch.OutOfMemoryError(
         f"{module.model_settings.owner}({name}={value}): out of memory in the {phase}; set it to {less} or less, which "
         f"changes only rounding, or try {others} ({reason})"

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
+from lit_ppo.activations import checkpoint_activations
 from lit_ppo.attention import choice, kernels
 from lit_ppo.attention.choice import Heads, kernel_for
-from lit_ppo.models.actor_critic import Actor, checkpoint_activations
+from lit_ppo.models.actor_critic import Actor
 from lit_ppo.models.load import load_causal_lm, load_critic
 from lit_ppo.models.packing import NAME, read_tokens, stock_attention, use_packing
 from lit_ppo.parallel.sharding import blocks

@@ -4,13 +4,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
 from lit_ppo import PromptDataModule
+from lit_ppo.advantages import Reinforce
+from lit_ppo.attention import kernels
+from lit_ppo.attention.choice import Heads, kernel_for
+from lit_ppo.callbacks import AdvantageNormalization, DualClip, KLLoss, ValueClipping
 from lit_ppo.device import exact_products
 from lit_ppo.generation import capture
 from lit_ppo.models.actor_critic import Actor
+from lit_ppo.parallel.ranks import sum_over_ranks
+from lit_ppo.ppo import optimize
 from tests.helpers.forwards import logprobs_of, values_of
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toys import logged, make_data, make_module, make_trainer, texts, write_prompts
@@ -188,6 +195,87 @@ def test_adapters_train_and_the_model_beneath_stays(tmp_path: Path, model: Path)
     moved = {name for name, p in module.actor.named_parameters() if not p.detach().cpu().float().equal(fresh[name])}
     assert moved
     assert DEVICE == "cuda" or all("lora_" in name for name in moved)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def test_a_kernel_for_packed_rows_gives_what_sdpa_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of 64 numbers, keys in groups, a sliding window in the upper layer; in bf16."""
+    window = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    shape = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, **window}
+    path = make_causal_lm(tmp_path, "qwen2", **shape)
+    rows, found = make_module(path).rollout(["the film was", "a"], samples_per_prompt=4), []
+    for devices in (("cuda",), ()):
+        monkeypatch.setattr(kernels, "DEVICES", devices)
+        module = make_module(path).to(DEVICE)
+        moved = module.rollout(["the film was", "a"], samples_per_prompt=4, logprobs=False)
+        with torch.autocast(DEVICE, torch.bfloat16, cache_enabled=False):
+            logprobs = logprobs_of(module, moved)
+        logprobs.sum().backward()
+        found.append((logprobs.detach(), torch.cat([p.grad.flatten() for p in module.actor.parameters()])))
+    assert len(rows) == len(found[0][0])
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=3e-2)
+    assert (found[0][1] - found[1][1]).norm() <= 5e-2 * found[1][1].norm()
+    if list(kernels.installed()):
+        heads = Heads(4, 2, 64)
+        assert kernel_for(None, torch.device("cuda", 0), torch.bfloat16, heads) is not None
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_step_waits_for_the_gpu_once(
+    tmp_path: Path, model: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch raises where the host waits, save for the transfer of the step's metrics."""
+
+    class Watch(L.Callback):
+        def on_minibatch_start(self, *_: Any) -> None:
+            torch.cuda.set_sync_debug_mode("error" if module.rollouts == 2 else "default")
+
+        def on_minibatch_end(self, *_: Any) -> None:
+            torch.cuda.set_sync_debug_mode("error" if module.rollouts == 2 else "default")
+
+        def on_update_end(self, *_: Any) -> None:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def transfer(*args: Any, **kwargs: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("default")
+        transfers.append(module.rollouts)
+        return sum_over_ranks(*args, **kwargs)
+
+    transfers: list[int] = []
+    monkeypatch.setattr(optimize, "sum_over_ranks", transfer)
+    tmp_path.joinpath("run").mkdir()
+    adam = {"actor_optimizer": torch.optim.AdamW, "critic_optimizer": torch.optim.AdamW}
+    tricks = [AdvantageNormalization(scope="minibatch"), DualClip(), ValueClipping(), KLLoss(coef=0.1, kind="exact")]
+    module = make_module(model, max_grad_norm=1.0, **adam)
+    trainer = make_trainer(tmp_path, accelerator=DEVICE, precision=precision, callbacks=[Watch(), *tricks])
+    try:
+        trainer.fit(module, make_data(tmp_path))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert transfers == [1] * 4 + [2] * 4
+    assert all(group["fused"] for optimizer in trainer.optimizers for group in optimizer.param_groups)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def test_activations_are_recomputed_where_they_do_not_fit(tmp_path: Path, model: Path) -> None:
+    """Other tensors take all memory but 64 MiB; a micro-batch keeps more than that without recomputation."""
+    wide = make_causal_lm(tmp_path / "wide", "llama", hidden_size=512, num_hidden_layers=8, intermediate_size=4096)
+    module = make_module(wide, minibatch_size=64, micro_batch_size=64, reference=None, kl_coef=0.0, critic=None,
+                         advantages=Reinforce(), generation={"max_new_tokens": 50})  # fmt: skip
+
+    class Fill(L.Callback):
+        def on_fit_start(self, *_: Any) -> None:
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info()[0] - 2**26 - 3 * sum(p.nbytes for p in module.parameters())
+            self.full = torch.empty(free, dtype=torch.uint8, device=DEVICE)
+
+        def on_train_start(self, *_: Any) -> None:
+            del self.full
+
+    trainer = make_trainer(tmp_path, accelerator=DEVICE, max_steps=1, callbacks=[Fill()])
+    trainer.fit(module, make_data(tmp_path))
+    assert module.model_settings.activation_checkpointing
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")

@@ -7,8 +7,9 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from lit_ppo.activations import checkpoint_activations
 from lit_ppo.generation.config import generation_config
-from lit_ppo.models.actor_critic import Actor, checkpoint_activations, compile_blocks
+from lit_ppo.models.actor_critic import Actor, compile_blocks
 from lit_ppo.models.load import load_causal_lm, load_critic, load_tokenizer
 from lit_ppo.parallel.sharding import blocks
 from tests.helpers.tiny import make_causal_lm, make_reward_model, make_tokenizer
