@@ -74,8 +74,7 @@ class LitPPO(L.LightningModule):
         critic_scheduler: From optimizer to learning-rate schedule, one step per update.
         max_grad_norm: Of actor and critic each; None: no clipping.
         max_skipped_steps: Consecutive steps that may be skipped because a loss or gradient is not finite.
-        activation_checkpointing: Recompute activations of actor and critic: less memory, about a third more time. None:
-            on CUDA where the longest micro-batch does not fit without; elsewhere off.
+        activation_checkpointing: Recompute activations: less memory, a third more time. None: on CUDA by need.
         compile_blocks: ``torch.compile`` the models, except for sampling; the first update takes a minute longer.
         float32_matmul_precision: ``"highest"``, ``"high"`` (TF32) or ``"medium"``. None: on CUDA ``"high"``.
         reward_timeout: Seconds that scoring a rank's responses may take; then the run ends. None: no limit.

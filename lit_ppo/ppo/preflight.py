@@ -15,7 +15,6 @@ from lit_ppo.experience import Experience, Minibatch
 from lit_ppo.generation.config import end_of_turn, stop_ids
 from lit_ppo.generation.distribution import reshaping_fields
 from lit_ppo.models.actor_critic import actor_forward, critic_forward
-from lit_ppo.models.lora import WithoutAdapter
 from lit_ppo.models.positions import check_length
 from lit_ppo.optim.precision import apply_matmul_precision, use_bfloat16_weights
 from lit_ppo.optim.settings import future_state_bytes, restore_settings
@@ -29,7 +28,7 @@ from lit_ppo.ppo.evaluate import validate_before_training
 from lit_ppo.ppo.metrics import forget_last_update
 from lit_ppo.ppo.optimize import optimizers_of
 from lit_ppo.ppo.prompts import check_batch
-from lit_ppo.ppo.settings import Models, ModelSettings, explain_memory
+from lit_ppo.ppo.settings import Models, check_moving_reference, explain_memory
 from lit_ppo.rewards import source_names
 from lit_ppo.shown import message_of
 from lit_ppo.validate import refuse
@@ -167,26 +166,6 @@ def check_loggers(loggers: list[Any], names: list[str]) -> None:
                 f"a file store, in which val/score cannot be both a metric and the folder of val/score/{names[0]}; "
                 "use a database, such as sqlite:///mlflow.db",
             )  # fmt: skip
-
-
-def check_moving_reference(settings: ModelSettings, reference: Any) -> None:
-    """Check that a reference which callbacks move, and which checkpoints then hold, can take small moves.
-
-    Raises:
-        ValueError: It is the actor itself, or not in float32.
-    """
-    if isinstance(reference, WithoutAdapter):
-        refuse(
-            settings.owner, "actor_lora", settings.actor_lora,
-            "a callback moves the reference (checkpoint_reference=True), which is the actor without its adapter; "
-            "remove the callback, or train the full actor",
-        )  # fmt: skip
-    if settings.reference_dtype == "bfloat16":
-        refuse(
-            settings.owner, "reference_dtype", settings.reference_dtype,
-            "a callback moves the reference (checkpoint_reference=True), and small moves round away in it; use "
-            "'float32'",
-        )  # fmt: skip
 
 
 def check_end_of_turn(module: Any, prompts: Any) -> None:

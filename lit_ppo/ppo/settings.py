@@ -113,6 +113,26 @@ def checked_kwargs(owner: object, value: Any) -> dict[str, Any]:
     return given
 
 
+def check_moving_reference(settings: ModelSettings, reference: Any) -> None:
+    """Check that a reference which callbacks move, and which checkpoints then hold, can take small moves.
+
+    Raises:
+        ValueError: It is the actor itself, or not in float32.
+    """
+    if isinstance(reference, WithoutAdapter):
+        refuse(
+            settings.owner, "actor_lora", settings.actor_lora,
+            "a callback moves the reference (checkpoint_reference=True), which is the actor without its adapter; "
+            "remove the callback, or train the full actor",
+        )  # fmt: skip
+    if settings.reference_dtype == "bfloat16":
+        refuse(
+            settings.owner, "reference_dtype", settings.reference_dtype,
+            "a callback moves the reference (checkpoint_reference=True), and small moves round away in it; use "
+            "'float32'",
+        )  # fmt: skip
+
+
 def explain_memory(module: Any, error: RuntimeError, phase: str, detail: str) -> None:
     """Say which argument to lower, and to what, if an error is one of memory.
 
