@@ -127,11 +127,9 @@ class Experience:
         index = torch.as_tensor(rows)
         index = index.nonzero().squeeze(1) if index.dtype == torch.bool else index.long()
         n, listed, index = len(self), index.tolist(), to_device(index, self.response_ids.device)
-        values = {
-            name: getattr(self, name) for name in set_fields(self) if name not in ("metrics", "least", "greatest")
-        }
-        for name, value in select_rows(values, index, listed, n).items():  # micro-batches share those dicts
-            setattr(self, name, value)
+        shared = ("metrics", "least", "greatest")  # all micro-batches of a step add to the same dicts
+        for name in [name for name in set_fields(self) if name not in shared]:
+            setattr(self, name, select_rows(getattr(self, name), index, listed, n))
 
     def model_inputs(self) -> ModelInputs:
         """What the models read of these rows."""

@@ -29,8 +29,7 @@ from lit_ppo.parallel.entries import check_complete, check_resumable, check_weig
 from lit_ppo.parallel.files import write_checksums
 from lit_ppo.parallel.full_state import full_weights
 from lit_ppo.parallel.ranks import rank
-from lit_ppo.ppo.preflight import check_moving_reference
-from lit_ppo.ppo.settings import ModelSettings
+from lit_ppo.ppo.settings import ModelSettings, check_moving_reference
 from lit_ppo.rewards import RewardFunction
 
 FROZEN = ("rewards.", "eval_rewards.")
