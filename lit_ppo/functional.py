@@ -11,11 +11,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, log_softmax
+from torch.nn.functional import linear, log_softmax, pad
 
 from lit_ppo.device import bf16_values, exact_device, sums_in_float32
 
 KLEstimator = Literal["k1", "k2", "k3"]
+BLOCK = 128
+"""Tokens of the vocabulary that are summed together; it divides the size of most large ones."""
 ClipRange = float | Sequence[float]  # of both sides, or below and above 1
 
 
@@ -132,9 +134,12 @@ def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Ten
 
 
 def inverse_cdf(logits: Tensor, draws: Tensor) -> Tensor:
-    """The token at which the cumulative probability exceeds the draw.
+    r"""The token at which the cumulative probability exceeds the draw.
 
-    Float32 has too few numbers below 1: of a large vocabulary some tokens would never be drawn.
+    .. math:: a = \min \{v : \sum_{w \le v} p_w > u \sum_w p_w\}
+
+    Sums are in float64: float32 has too few numbers below 1, so that some tokens of a large vocabulary would never be
+    drawn. A large vocabulary is summed by blocks first, which reads it once and writes little.
 
     Args:
         logits: Of the next token.
@@ -142,13 +147,29 @@ def inverse_cdf(logits: Tensor, draws: Tensor) -> Tensor:
 
     Shapes:
         logits (B, V), draws (B,) -> (B,), on the device of the logits.
+
+    >>> logits = torch.tensor([[0.25, 0.0, 0.75]]).log().expand(3, 3)
+    >>> inverse_cdf(logits, torch.tensor([0.0, 0.25, 0.99], dtype=torch.float64))
+    tensor([0, 2, 2])
     """
-    cdf = torch.softmax(logits, dim=-1).to(draws.device).cumsum(-1, dtype=draws.dtype)
-    position = torch.searchsorted(cdf, (draws * cdf[:, -1]).unsqueeze(1), right=True).squeeze(1)
-    token = position.clamp(max=logits.shape[-1] - 1).to(logits.device)
-    # where rounding points at a token that cannot occur
-    impossible = logits.gather(1, token.unsqueeze(1)).squeeze(1).isneginf()
-    return torch.where(impossible, logits.argmax(-1), token)
+    probabilities = torch.softmax(logits, dim=-1).to(draws.device)
+    if probabilities.shape[1] <= BLOCK:
+        sums = probabilities.cumsum(-1, dtype=draws.dtype)
+        return _exceeding(sums, draws * sums[:, -1])[0].to(logits.device)
+    blocks = pad(probabilities, (0, -probabilities.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    sums = blocks.sum(-1, dtype=draws.dtype).cumsum(-1)
+    block, rest = _exceeding(sums, draws * sums[:, -1])
+    inside = blocks[torch.arange(len(block), device=block.device), block].cumsum(-1, dtype=draws.dtype)
+    return (BLOCK * block + _exceeding(inside, rest)[0]).to(logits.device)
+
+
+def _exceeding(sums: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
+    """The first sum above each part, and by how much the part exceeds the sum before it."""
+    last = sums[:, -1]
+    parts = torch.minimum(parts, last.nextafter(torch.zeros_like(last)))  # rounding must not end behind all tokens
+    position = torch.searchsorted(sums, parts.unsqueeze(1), right=True)
+    before = torch.where(position > 0, sums.gather(1, (position - 1).clamp(min=0)), 0.0)
+    return position.squeeze(1), parts - before.squeeze(1)
 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:

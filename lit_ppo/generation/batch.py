@@ -26,6 +26,14 @@ BY_LOGITS = (
 """Processors that look at each row's logits alone: neither at its tokens, nor at which row it is."""
 
 
+FEW = 16  # a longer list of tokens to suppress is looked up in a way that waits for the device
+
+
+def by_logits_alone(processor: Any) -> bool:
+    """Whether a processor can be part of a step that never waits for the device."""
+    return isinstance(processor, BY_LOGITS) and len(getattr(processor, "suppress_tokens", ())) <= FEW
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows to sample and how."""

@@ -40,7 +40,8 @@ class Runner:
         self.shape: Any = None
         self.graph: Any = None
         self.result: Any = None
-        self.pool = torch.cuda.graph_pool_handle() if self.records else None
+        if self.records:
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def __call__(self, shape: Any) -> Any:
         """The result of the step; that of a graph is overwritten by the next call.
@@ -52,10 +53,10 @@ class Runner:
             return self.step()
         if shape != self.shape:
             self.shape, self.graph = shape, None
-            return self.step()
+            return self._aside(self.step)
         if self.graph is None:
             try:
-                self._record()
+                self.graph = self._aside(self._record)
             except RuntimeError as error:
                 self.records = False
                 say_once(f"Sampling runs without CUDA graphs: {first_line(error)}")
@@ -63,20 +64,25 @@ class Runner:
         self.graph.replay()
         return self.result
 
-    def _record(self) -> None:
-        """Recording computes nothing."""
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
+    def _aside(self, function: Callable[[], Any]) -> Any:
+        """Run a function on a stream that can be recorded, for which libraries then have prepared themselves."""
         now = torch.cuda.current_stream(self.device)
-        stream.wait_stream(now)
-        with torch.cuda.stream(stream):
-            # other threads, such as those of data loaders, may use the device meanwhile
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            try:
-                self.result = self.step()
-            finally:
-                graph.capture_end()
-        now.wait_stream(stream)
-        self.graph = graph
+        self.stream.wait_stream(now)
+        with torch.cuda.stream(self.stream):
+            result = function()
+        now.wait_stream(self.stream)
+        return result
+
+    def _record(self) -> Any:
+        """Recording computes nothing."""
+        graph = torch.cuda.CUDAGraph()
+        # other threads, such as those of data loaders, may use the device meanwhile
+        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        try:
+            self.result = self.step()
+        finally:
+            graph.capture_end()
+        return graph
 
 
 def _compiled(step: Callable[[], Any], compile_config: CompileConfig) -> Callable[[], Any]:

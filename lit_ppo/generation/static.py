@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lit_ppo.functional import inverse_cdf, token_logprobs
-from lit_ppo.generation.batch import BY_LOGITS, Batch, process_in_place
+from lit_ppo.generation.batch import Batch, by_logits_alone, process_in_place
 from lit_ppo.generation.buffers import GROUPED_SDPA, Buffers
 from lit_ppo.generation.capture import Runner, cast_for_compiled_code, say_once
 from lit_ppo.generation.engine import Responses
@@ -98,7 +98,7 @@ def decode(batch: Batch, logits: Tensor, cache: Cache, prompts: Tensor, state: d
     """
     longest, n_prompt = int(batch.config.max_new_tokens), batch.input_ids.shape[1]
     step = Step(batch, cache, prompts, state)
-    whole = all(isinstance(one, BY_LOGITS) for one in batch.processors)
+    whole = all(map(by_logits_alone, batch.processors))
     going = [True] * len(prompts)
     step.choose(logits[prompts], None if whole else n_prompt)
     n_tokens, seen = 1, 0
@@ -180,8 +180,8 @@ class Step:
             length: Tokens so far, for processors that read them.
         """
         batch = self.batch
-        if length is None:
-            logits = batch.processors(self.ids, raw)
+        if length is None or len(raw) == len(self.ids):
+            logits = batch.processors(self.ids[:, :length], raw)
         else:
             logits = process_in_place(batch.processors, self.ids[:, :length], raw, self.rows)
         if batch.draws is None:

@@ -149,6 +149,22 @@ def test_inverse_cdf_hits_each_token_as_often_as_its_probability_says():
     assert inverse_cdf(logits, draws).tolist() == [0, 0, 2, 2, 3, 3, 3]
 
 
+@pytest.mark.parametrize("n_tokens", [5, 128, 129, 1000, 1024])
+def test_inverse_cdf_of_a_large_vocabulary_is_that_of_plain_sums(n_tokens):
+    """Against numpy, token by token; a third of the tokens cannot occur, among them the last 130."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(400, n_tokens, generator=generator) * 4
+    logits[:, ::3] = logits[:, min(n_tokens - 130, 2) :][:, -130:] = -torch.inf
+    logits[:, 1] = 0.0
+    draws = torch.rand(400, generator=generator, dtype=torch.float64)
+    draws[:3] = torch.tensor([0.0, 1 - 2**-53, 1 - 2**-52], dtype=torch.float64)
+    found = inverse_cdf(logits, draws)
+    assert logits.gather(1, found.unsqueeze(1)).isfinite().all()
+    cdf = np.cumsum(torch.softmax(logits, -1).double().numpy(), axis=1)
+    expected = (cdf > (draws.numpy() * cdf[:, -1])[:, None]).argmax(1)
+    assert found[3:].tolist() == expected[3:].tolist()
+
+
 @pytest.mark.parametrize(
     ("generation", "message"),
     [
