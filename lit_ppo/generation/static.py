@@ -39,15 +39,14 @@ def fits(model: Any, cache: Any, state: dict[str, Any]) -> bool:
     tensors = {name for name, value in state.items() if isinstance(value, Tensor)}
     layers = getattr(cache, "layers", [])
     plain = {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
-    attention = model.config._attn_implementation
     if not getattr(model, "_can_compile_fullgraph", False):
         why = "transformers does not run it on a static cache"
     elif not layers or not plain or not all(layer.is_initialized for layer in layers):
         why = "not every layer keeps keys and values of its own"
     elif not tensors <= {"attention_mask", "position_ids"}:
         why = f"it reads {', '.join(sorted(tensors))}"
-    elif attention not in ("sdpa", "eager"):
-        why = f"its attention is {attention}; sdpa and eager have masks of a fixed size"
+    elif _attention(model) is None:
+        why = f"its attention is {model.config._attn_implementation}; SDPA and eager attention take a static cache"
     elif not _agrees(model):
         why = "its logits differ with a static cache"
     else:
@@ -235,12 +234,20 @@ class Step:
         return Responses(ids, logprobs, [row[-1] in stops for row in ids])
 
 
+def _attention(model: Any) -> str | None:
+    """The attention of the step: Flash Attention, whose masks have no fixed size, is replaced by SDPA."""
+    attention = str(model.config._attn_implementation)
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if attention == "sdpa" or ("flash" in attention and model._supports_sdpa and not capped):
+        return GROUPED_SDPA
+    return attention if attention == "eager" else None
+
+
 @contextmanager
 def _heads_in_groups(model: Any) -> Iterator[None]:
     """Read the cache once for all heads that share it."""
     before = model.config._attn_implementation
-    if before == "sdpa":
-        model.config._attn_implementation = GROUPED_SDPA
+    model.config._attn_implementation = _attention(model)
     try:
         yield
     finally:
