@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lit_ppo.constructor import constructor
 from lit_ppo.functional import gae, group_relative_advantages, leave_one_out_advantages, reinforce_advantages
-from lit_ppo.validate import boolean, number, refuse
+from lit_ppo.validate import boolean, number, number_or_none, refuse
 
 
 class AdvantageEstimator(ABC):
@@ -59,17 +59,20 @@ class GAE(AdvantageEstimator):
     Args:
         gamma: Discount per token. 1 (no discount) is usual for language: the score comes with the last token.
         lam: 1 is Monte Carlo (no bias, high variance), 0 is one-step (relies on the critic alone).
+        value_lam: The same for the returns that the critic learns; None: ``lam``. With 1 the critic learns from scores
+            alone, whatever it predicts itself, while a low ``lam`` keeps the noise of later tokens out of advantages.
 
     Reads ``experience.rewards``, ``values`` and ``response_mask``.
-    Source: Schulman et al. 2015, arXiv:1506.02438.
+    Source: Schulman et al. 2015, arXiv:1506.02438; Yuan et al. 2025, arXiv:2503.01491 (``value_lam``).
     """
 
     needs_values = True
 
     @constructor
-    def __init__(self, gamma: float = 1.0, lam: float = 0.95) -> None:
+    def __init__(self, gamma: float = 1.0, lam: float = 0.95, value_lam: float | None = None) -> None:
         self.gamma = number(self, "gamma", gamma, at_least=0, at_most=1)
         self.lam = number(self, "lam", lam, at_least=0, at_most=1)
+        self.value_lam = number_or_none(self, "value_lam", value_lam, at_least=0, at_most=1)
 
     def __call__(self, experience: Any) -> tuple[Tensor, Tensor]:
         """Advantages and returns.
@@ -79,10 +82,15 @@ class GAE(AdvantageEstimator):
         """
         if experience.values is None:
             raise ValueError("GAE: the experience has no values; give the module a critic")
-        return gae(experience.rewards, experience.values, experience.response_mask, self.gamma, self.lam)
+        rewards, values, mask = experience.rewards, experience.values, experience.response_mask
+        advantages, returns = gae(rewards, values, mask, self.gamma, self.lam)
+        if self.value_lam is not None:
+            returns = gae(rewards, values, mask, self.gamma, self.value_lam)[1]
+        return advantages, returns
 
     def __repr__(self) -> str:
-        return f"GAE(gamma={self.gamma}, lam={self.lam})"
+        value_lam = "" if self.value_lam is None else f", value_lam={self.value_lam}"
+        return f"GAE(gamma={self.gamma}, lam={self.lam}{value_lam})"
 
 
 class GroupRelative(AdvantageEstimator):

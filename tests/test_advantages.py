@@ -29,7 +29,14 @@ def test_gae_by_hand():
     assert advantages[0].tolist() == pytest.approx([-0.6 + carried * second, second, 0.9])
 
 
-@pytest.mark.parametrize(("name", "value"), [("gamma", -0.1), ("gamma", 1.1), ("lam", NAN)])
+def test_the_critic_learns_with_a_lambda_of_its_own():
+    """One-step advantages 3 - 2 - 0.1, 4 - 3 - 0.1, 4.9 - 4; the critic learns the sums of rewards to the end."""
+    advantages, returns = GAE(lam=0.0, value_lam=1.0)(experience())
+    assert advantages.tolist() == [pytest.approx([0.9, 0.9, 0.9]), pytest.approx([0.75, 0, 0])]
+    assert returns.tolist() == [pytest.approx([4.7, 4.8, 4.9]), pytest.approx([1.0, 0, 0])]
+
+
+@pytest.mark.parametrize(("name", "value"), [("gamma", -0.1), ("gamma", 1.1), ("lam", NAN), ("value_lam", 2.0)])
 def test_arguments_lie_between_zero_and_one(name: str, value: float):
     with pytest.raises(
         ValueError, match=rf"GAE\({name}={value!r}\): must be a finite number, at least 0 and at most 1"
@@ -78,6 +85,7 @@ def test_what_estimators_say_they_need(estimator: AdvantageEstimator, values: bo
 
 def test_text_forms_have_every_argument():
     estimators = GAE(0.5, 0.25), GroupRelative(False), LeaveOneOut(), Reinforce()
+    assert repr(GAE(value_lam=1.0)) == "GAE(gamma=1.0, lam=0.95, value_lam=1.0)"
     texts = [repr(estimator) for estimator in estimators]
     assert texts[:3] == ["GAE(gamma=0.5, lam=0.25)", "GroupRelative(scale=False)", "LeaveOneOut()"]
     assert texts[3:] == ["Reinforce(group_baseline=False)"]

@@ -298,7 +298,7 @@ KNOBS = {
         max_length=3,
         column_names=Both(COLUMNS, COLUMNS[::-1], {"path": "table.csv"}),
     ),
-    "GAE": Knobs(lambda **arguments: run_ppo(advantages=GAE(**arguments)), {}, gamma=0.9, lam=0.5),
+    "GAE": Knobs(lambda **arguments: run_ppo(advantages=GAE(**arguments)), {}, gamma=0.9, lam=0.5, value_lam=0.5),
     "GroupRelative": Knobs(
         lambda scale: run_ppo(advantages=GroupRelative(scale), samples_per_prompt=2, critic=None, kl_coef=0.0),
         {"scale": True},

@@ -13,6 +13,7 @@ import torch
 from benchmarks.learning import report, run
 from benchmarks.learning.curves import BETAS, best_of_n, tilted
 from benchmarks.learning.frontier import Frontier
+from benchmarks.learning.gradients import measure, quality
 from benchmarks.learning.limit import summary
 from benchmarks.learning.task import MODELS, PROMPTS
 from tests.helpers.tiny import WORDS, make_reward_model
@@ -76,6 +77,30 @@ def test_averages_are_measured_and_training_goes_on_with_its_own_weights(folder:
     assert timeless[0] == timeless[1]  # decay 0: the weights themselves
     assert points[0]["kl"] > 0.01
     assert points[2]["kl"] == points[5]["kl"] == 0.0  # they stay where they started
+
+
+def test_quality_of_gradients_whose_noise_is_known():
+    """Truth (1, 0) with noise of variance 1/4 in each of 2 dimensions; the estimate has half, turned by 60 degrees.
+
+    Signal: 1 / (1 + 1/2) and 1 / (1 + 1/4). Cosines with the truth: 1 and 1/2, times the root of the signal.
+    """
+    random = torch.Generator().manual_seed(0)
+    truths = torch.tensor([1.0, 0.0]) + 0.5 * torch.randn(4000, 2, generator=random)
+    turned = torch.tensor([0.5, 0.75**0.5]) + 0.125**0.5 * torch.randn(4000, 2, generator=random)
+    own, biased = quality(truths, truths), quality(turned, truths)
+    assert (own["signal"], biased["signal"]) == pytest.approx((2 / 3, 0.8), rel=0.03)
+    assert (own["bias_cosine"], biased["bias_cosine"]) == pytest.approx((1.0, 0.5), abs=0.02)
+    assert (own["cosine"], biased["cosine"]) == pytest.approx(((2 / 3) ** 0.5, 0.5 * 0.8**0.5), rel=0.04)
+
+
+def test_gradients_of_a_tiny_job(lm: Path):
+    """With the true return twice there is no bias. The critic's head starts at 0, and then learns."""
+    module = make_module(lm, reference=None, kl_coef=0.0)
+    prompts = [" ".join(WORDS[i : i + 3]) for i in range(24)]
+    found = measure(module, prompts, 4, [1.0 - 1e-9, 1.0], {"episodes": 12, "rate": 0.05, "passes": 3})
+    assert found["batches"] == 3
+    assert found["explained_variance"][0] == 0.0 != found["explained_variance"][1]
+    assert found["lam"]["1.0"]["cosine"] == pytest.approx(found["lam"][str(1.0 - 1e-9)]["cosine"], rel=1e-3)
 
 
 def test_report_of_two_seeds_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any):

@@ -29,7 +29,7 @@ def load(results: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     kls, gains = ([0.0, *(p[key] for p in limit["limit"])] for key in ("kl", "gain"))
     points = []
     for file in sorted(results.glob("*.json")):
-        if file.name == "limit.json":
+        if file.name in ("limit.json", "gradients.json"):
             continue
         stored = json.loads(file.read_text())
         for run in stored["runs"]:

@@ -59,7 +59,7 @@ def run(asked: argparse.Namespace, seed: int, arguments: list[str]) -> list[dict
     with tempfile.TemporaryDirectory() as place:
         output, config = Path(place) / "points.json", Path(place) / "measured.yaml"
         config.write_text(yaml.safe_dump(configuration(asked, output)))
-        arguments = ["--config", "sentiment", "--config", str(config), *arguments]
+        arguments = ["--config", "sentiment", *arguments, "--config", str(config)]
         with contextlib.chdir(asked.folder):
             code = fit(["fit", *arguments, "--seed_everything", str(seed), "--trainer.max_steps", str(asked.updates)])
         if code:

@@ -13,7 +13,7 @@ from lit_ppo.ppo.optimize import exact_kl
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
 MODELS = Path("runs/sentiment")
-PROMPTS = "imdb_prompts_eval.jsonl.gz"
+PROMPTS, TRAINING_PROMPTS = "imdb_prompts_eval.jsonl.gz", "imdb_prompts_train.jsonl.gz"
 N_PROMPTS = 64
 NEW_TOKENS = 48
 ROWS = 64  # of one forward
@@ -39,7 +39,16 @@ class Measured(NamedTuple):
 
 def held_out_prompts(data_root: Path, n: int = N_PROMPTS) -> list[str]:
     """The first held-out prompts."""
-    with gzip.open(data_root / PROMPTS, "rt", encoding="utf-8") as lines:
+    return _first(data_root / PROMPTS, n)
+
+
+def training_prompts(data_root: Path, n: int) -> list[str]:
+    """The first prompts that runs train on."""
+    return _first(data_root / TRAINING_PROMPTS, n)
+
+
+def _first(file: Path, n: int) -> list[str]:
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
         return [json.loads(line)["prompt"] for line, _ in zip(lines, range(n), strict=False)]
 
 

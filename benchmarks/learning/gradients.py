@@ -1,0 +1,166 @@
+"""How well advantages point the actor's gradient: ``python -m benchmarks.learning.gradients FOLDER --data_root DIR``.
+
+At the start of a run, for each ``lam`` of GAE, with a critic that starts as the reward model and has made some passes:
+the gradient of batches of responses, compared with the gradient of the true return (``lam`` 1), which has no bias.
+Averages over pairs of different batches cancel the noise, so none of the numbers needs a long run.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.learning.run import commit
+from benchmarks.learning.task import MODELS, RESULTS, ROWS, training_prompts
+from lit_ppo import LitPPO, RewardModel
+from lit_ppo.experience import Experience
+from lit_ppo.functional import explained_variance, gae, token_rewards, value_loss
+from lit_ppo.models.actor_critic import actor_forward, critic_forward
+
+
+def quality(estimates: Tensor, truths: Tensor) -> dict[str, float]:
+    r"""How good the gradients of single batches are.
+
+    With :math:`s^2 = E\langle g_i, g_j \rangle` over :math:`i \ne j`, the squared norm of an estimator's mean:
+
+    - ``signal``: :math:`s^2 / E|g_i|^2`, the share of a batch's squared gradient that is not noise;
+    - ``bias_cosine``: of the estimator's mean with the mean of the truths, what is left with endless batches;
+    - ``cosine``: of a batch's gradient with the mean of the truths, on average.
+
+    Args:
+        estimates: Gradients of G batches.
+        truths: Gradients of an estimator without bias on the same batches.
+
+    Shapes:
+        (G, D), (G, D).
+    """
+    norm, own = float(estimates.square().sum(1).mean()), _pairs(estimates, estimates)
+    both, true = _pairs(estimates, truths), _pairs(truths, truths)
+    return {
+        "norm": norm**0.5,
+        "signal": own / norm,
+        "bias_cosine": both / max(own * true, 1e-30) ** 0.5,
+        "cosine": both / max(norm * true, 1e-30) ** 0.5,
+    }
+
+
+def _pairs(a: Tensor, b: Tensor) -> float:
+    """Mean of the products of different batches."""
+    n = len(a)
+    return float((a.sum(0) @ b.sum(0) - (a * b).sum()) / (n * (n - 1)))
+
+
+def rolled_out(module: Any, prompts: list[str], stream: str) -> Experience:
+    """One response to each prompt, with scores."""
+    experience: Experience = module.rollout(prompts, samples_per_prompt=1, logprobs=False, stream=stream)
+    experience.scores = module.score(experience)
+    return experience
+
+
+def chunks(n: int) -> list[list[int]]:
+    """Rows of each forward."""
+    return [list(range(start, min(start + ROWS, n))) for start in range(0, n, ROWS)]
+
+
+def values_of(module: Any, experience: Experience) -> Tensor:
+    """The critic's values."""
+    n_columns = experience.response_ids.shape[1]
+    with torch.no_grad():
+        parts = [critic_forward(module.critic, experience.select(rows).model_inputs(), n_columns)
+                 for rows in chunks(len(experience))]  # fmt: skip
+    return torch.cat(parts)
+
+
+def train_critic(module: Any, experience: Experience, rate: float, passes: int) -> None:
+    """Regress the scores at every token, as the critic of GAE with ``value_lam`` 1 does."""
+    optimizer = torch.optim.AdamW(module.critic.parameters(), lr=rate, weight_decay=0.0)
+    for number in range(passes):
+        order = torch.randperm(len(experience), generator=torch.Generator().manual_seed(number))
+        for rows in order.split(ROWS):
+            some = experience.select(rows)
+            values = critic_forward(module.critic, some.model_inputs(), some.response_ids.shape[1])
+            loss = value_loss(values, some.scores[:, None].expand_as(values))[some.response_mask].mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(module.critic.parameters(), 1.0)
+            optimizer.step()
+
+
+def gradients(module: Any, batches: list[Experience], lams: list[float]) -> dict[float, Tensor]:
+    """The gradient of each batch with each ``lam``, (G, D)."""
+    parameters = [p for p in module.actor.parameters() if p.requires_grad]
+    found = {lam: torch.zeros(len(batches), sum(p.numel() for p in parameters)) for lam in lams}
+    for number, batch in enumerate(batches):
+        values, mask = values_of(module, batch), batch.response_mask
+        rewards = token_rewards(batch.scores, torch.zeros_like(values), mask, kl_coef=0.0)
+        advantages = {lam: gae(rewards, values, mask, 1.0, lam)[0] for lam in lams}
+        for rows in chunks(len(batch)):
+            inputs = batch.select(rows).model_inputs()
+            logprobs = actor_forward(module.actor, inputs, mask.shape[1], module.temperature)[0]
+            for lam in lams:
+                loss = -(advantages[lam][rows] * logprobs).sum() / mask.sum()
+                parts = torch.autograd.grad(loss, parameters, retain_graph=lam != lams[-1])
+                found[lam][number] += torch.cat([part.flatten() for part in parts])
+    return found
+
+
+def measure(module: Any, prompts: list[str], batch: int, lams: list[float], critic: dict[str, Any]) -> dict[str, Any]:
+    """Quality of the gradient by ``lam``.
+
+    Args:
+        module: The LitPPO, at its start.
+        prompts: The first ``critic["episodes"]`` are for the critic, the rest for gradients.
+        batch: Responses of a gradient.
+        lams: The last is 1, the truth.
+        critic: ``episodes``, ``rate`` and ``passes``.
+    """
+    n = critic["episodes"]
+    batches = [rolled_out(module, prompts[i : i + batch], f"batch/{i}") for i in range(n, len(prompts), batch)]
+    explained = [_explained(module, batches)]
+    train_critic(module, rolled_out(module, prompts[:n], "critic"), critic["rate"], critic["passes"])
+    explained.append(_explained(module, batches))
+    found = gradients(module, batches, lams)
+    rows = {str(lam): quality(gradient, found[lams[-1]]) for lam, gradient in found.items()}
+    return {"critic": critic, "explained_variance": explained, "responses": batch, "batches": len(batches), "lam": rows}
+
+
+def _explained(module: Any, batches: list[Experience]) -> float:
+    """Share of the scores' variance that the values explain, over all tokens of all batches."""
+    values = torch.cat([values_of(module, batch) for batch in batches])
+    scores = torch.cat([batch.scores for batch in batches])[:, None].expand_as(values)
+    return float(explained_variance(values, scores, torch.cat([batch.response_mask for batch in batches])))
+
+
+def main() -> None:
+    """Measure, store, print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.learning.gradients", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--data_root", type=Path, required=True)
+    parser.add_argument("--max_new_tokens", type=int, default=48)
+    parser.add_argument("--batches", type=int, default=12)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    models = asked.folder / MODELS
+    module = LitPPO(
+        str(models / "sft" / "model"),
+        critic="reward",
+        reference=None,
+        kl_coef=0.0,
+        rewards=RewardModel(str(models / "reward" / "model"), batch_size=128),
+        generation={"max_new_tokens": asked.max_new_tokens},
+        seed=7,
+    )
+    critic = {"episodes": 1024, "rate": 5e-4, "passes": 1}
+    prompts = training_prompts(asked.data_root, critic["episodes"] + 128 * asked.batches)
+    found = measure(module, prompts, 128, [0.0, 0.5, 0.8, 0.95, 1.0], critic)
+    file = asked.results / "gradients.json"
+    file.write_text(json.dumps({"commit": commit(), "max_new_tokens": asked.max_new_tokens, **found}, indent=1) + "\n")
+    print(file.read_text())
+
+
+if __name__ == "__main__":
+    main()
