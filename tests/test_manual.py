@@ -84,7 +84,22 @@ def test_commands_parse(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_commands_name_what_exists(folder: Path) -> None:
-    known = {"pip", "tensorboard", "torchrun", "lit-ppo", "hf", ".", "python3", "mkdocs", "export", "vllm", "git", "cd"}
+    known = {
+        "pip",
+        "tensorboard",
+        "torchrun",
+        "lit-ppo",
+        "hf",
+        ".",
+        "python3",
+        "mkdocs",
+        "export",
+        "vllm",
+        "git",
+        "cd",
+        "mkdir",
+        "echo",
+    }
     scripts = {path.name for path in folder.iterdir()}
     for page in PAGES:
         for command in commands(page):

@@ -165,6 +165,13 @@ def command_page() -> str:
     text = "# The command\n\n"
     text += "`lit-ppo SUBCOMMAND --help` lists all options; `--print_config` shows the configuration that they make.\n"
     text += "`--model.help LitPPO` and `--data.help PromptDataModule` list the arguments of a class.\n"
+    subcommands = next(
+        node.value
+        for node in trees["lit_ppo.cli.quick"].body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SUBCOMMANDS"
+    )
+    text += "\n| subcommand | what it does |\n|---|---|\n"
+    text += "".join(f"| `lit-ppo {name}` | {does} |\n" for name, does in ast.literal_eval(subcommands).items())
     for module, title in (
         ("lit_ppo.cli.command", "lit-ppo fit, validate, test, predict"),
         ("lit_ppo.cli.export_command", "lit-ppo export"),

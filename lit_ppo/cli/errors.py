@@ -6,6 +6,7 @@ import re
 import traceback
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -80,6 +81,8 @@ def parsing_error(error: ArgumentError, options: Sequence[str], arguments: Seque
     siblings = _alternatives(causes[-1]) if causes else [reason]
     name, text = _explain(reason, siblings, keys, cls, options)
     path = f"{path.lstrip('.')}: " if path else ""
+    if module := _read_as_text(str(reason), arguments):
+        name, text = "", _no_attribute(module, "py")
     file = next((each.file for each in (reason, *causes) if hasattr(each, "file")), None)
     name = name or (keys or [""])[-1]
     if file is not None:
@@ -118,7 +121,11 @@ def _explain(
         if value in names:
             return value, f"class {value} does not fit here"
         return value, f"no class named {value!r}; {nearest(value, names)}"
+    if match := re.match(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        return match[2], _no_attribute(match[1], match[2])
     if start:
+        if value.split(", ")[0] in ("model", "fit.model"):
+            return "", "model is missing; name a job first, such as --config quickstart ('lit-ppo ls' lists them)"
         missing = [re.sub(r"^(fit|validate|test|predict)\.", "", name) for name in value.split(", ")]
         flags = " ".join(f"--{'.'.join([*keys, name])}" for name in missing)
         return "", f"{', '.join(missing)} is missing; set it with {flags} or in a configuration"
@@ -131,6 +138,23 @@ def _explain(
     if given := CLASS_EXPECTED.match(message):
         return "", f"expected a class, got {shown(given[1], 200)}; give class_path and init_args, or leave it out"
     return "", on_one_line(message.partition("\nSubclass types expect")[0])
+
+
+def _no_attribute(module: str, name: str) -> str:
+    if name == "py":
+        return f"{module}.py is a file; give the import path of a class or function in it, such as {module}.name"
+    return f"module {module!r} has no {name!r}; {nearest(name, dir(import_module(module)))}"
+
+
+def _read_as_text(reason: str, arguments: Sequence[str]) -> str:
+    """The name of a Python file that was given for what is in it, and that the parser has read; else empty."""
+    words = [word.partition("=")[2] or word for word in arguments]
+    for file in (file for _, values in _pairs(arguments) for file in values):
+        with suppress(OSError, yaml.YAMLError):
+            words += [name[1:] for name, _ in _names(compose(Path(file).read_text(encoding="utf-8")))]
+    scripts = [Path(word) for word in words if word.endswith(".py") and os.path.isfile(word)]
+    read = {script.stem: script.read_text(encoding="utf-8", errors="replace") for script in scripts}
+    return next((name for name, text in read.items() if any(x in reason for x in re.findall(r"\w.*\w", text))), "")
 
 
 def _deepest(error: BaseException) -> list[BaseException]:
@@ -178,15 +202,20 @@ def _refused_text(name: str, arguments: Sequence[str]) -> str:
 
 def _where(name: str, arguments: Sequence[str]) -> str:
     """File and line of the last configuration with this key or class; empty if an option after it has it."""
-    pairs = [(word.partition("="), after) for word, after in zip(arguments, [*arguments[1:], ""], strict=False)]
-    for (option, _, value), after in reversed(pairs):
-        if option in ("--config", "-c"):
-            for file in reversed(layers(value or after)):
-                if place := _place(name, file):
-                    return place
-        elif name and (f".{name}." in f".{option.lstrip('-').rstrip('+')}." or name in (_last(value), _last(after))):
+    for (option, value), files in reversed(_pairs(arguments)):
+        for file in reversed(files):
+            if place := _place(name, file):
+                return place
+        if name and not files and (f".{name}." in f".{option.lstrip('-').rstrip('+')}." or name == _last(value)):
             return ""
     return ""
+
+
+def _pairs(arguments: Sequence[str]) -> list[tuple[tuple[str, str], list[str]]]:
+    """Options with their values, and the files of those that name a configuration."""
+    pairs = [(word.partition("="), after) for word, after in zip(arguments, [*arguments[1:], ""], strict=False)]
+    given = [(option, value if mark else after) for (option, mark, value), after in pairs]
+    return [(each, layers(each[1]) if each[0] in ("--config", "-c") else []) for each in given]
 
 
 def _place(name: str, file: str, reason: BaseException | None = None) -> str:

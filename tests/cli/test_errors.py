@@ -246,3 +246,21 @@ def test_running_error_tells_ours_from_others() -> None:
     assert foreign.startswith("KeyError in tests.cli.test_errors, line ")
     ours = running_error(caught(lambda: parsing_error(None, [], [])))  # type: ignore[arg-type]
     assert "AttributeError in lit_ppo.cli.errors, line " in ours
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--config=ppo", "--model.rewards=mine.polit"],
+            ["model (LitPPO).rewards", "'mine' has no 'polit'", "'polite'"],
+        ),
+        (["--config=ppo", "--model.rewards=mine.py"], ["model (LitPPO).rewards: mine.py is a file", "mine.name"]),
+        (["--config", "my.yaml"], ["my.yaml:2: model (LitPPO).rewards: mine.py is a file", "mine.name"]),
+        (["--config=tricks/adaptive_kl"], ["model is missing", "--config quickstart", "lit-ppo ls"]),
+    ],
+)
+def test_what_newcomers_give_for_a_reward_or_a_job(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    (tmp_path / "mine.py").write_text("def polite(responses):\n    return [0.0 for text in responses]\n")
+    (tmp_path / "my.yaml").write_text("base: ppo\nmodel: {init_args: {rewards: mine.py}}\n")
+    run_command("fit", *arguments, cwd=tmp_path).refused(*words)
