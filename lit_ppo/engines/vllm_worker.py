@@ -85,7 +85,12 @@ class WeightReceiver:
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
+        model = self.model_runner.get_model()
         with set_current_vllm_config(self.vllm_config):
-            finalize_layerwise_reload(self.model_runner.get_model(), self.vllm_config.model_config)
+            finalize_layerwise_reload(model, self.vllm_config.model_config)
+            for layer in model.modules():
+                # on CPUs a head that is tied to the embeddings has a packed copy, which vLLM 0.32 leaves as it was
+                if hasattr(layer, "cpu_linear") and getattr(layer, "weight", torch.empty(0)).numel():
+                    layer.quant_method.process_weights_after_loading(layer)
         self.model_runner.reset_lora_state()
         self.lit_ppo_active = False

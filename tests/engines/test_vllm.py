@@ -28,11 +28,12 @@ SIZE = {"hidden_size": 128, "intermediate_size": 64, "scale": 3.0}  # heads of 6
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
 def server(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
     folder = tmp_path_factory.mktemp(request.param)
-    tokenizer = None
+    tokenizer, more = None, {}
     if request.param == "qwen2":  # transformers reads only its own kind of tokenizer with it
+        more = {"tie_word_embeddings": True}
         train_tokenizer([" ".join(WORDS)] * 3, 300, folder / "tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    model = make_causal_lm(folder / "model", request.param, tokenizer=tokenizer, **SIZE)
+    model = make_causal_lm(folder / "model", request.param, tokenizer=tokenizer, **SIZE, **more)
     with VLLMServer(model, folder / "log") as running:
         running.wait()
         yield running
