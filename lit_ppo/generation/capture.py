@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
+from torch.fx.experimental import _config as symbolic_shapes
 from transformers import CompileConfig, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -89,10 +90,13 @@ def _compiled(step: Callable[[], Any], compile_config: CompileConfig) -> Callabl
     options = compile_config.to_dict()
     without_graphs = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}  # the graphs are ours
     options["mode"] = without_graphs.get(options["mode"], options["mode"])
+    options["dynamic"] = True if options["dynamic"] is None else options["dynamic"]  # rows, lengths: few are the same
     compiled = torch.compile(step, **options)
 
     def run() -> Any:
-        with torch.compiler.set_stance("default"):  # prompts, of all lengths, are read without compiled code
+        # "default": prompts are read without compiled code; no duck shapes: a batch of 64 rows stays another number
+        # than a head of size 64
+        with torch.compiler.set_stance("default"), symbolic_shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
             return compiled()
 
     return run

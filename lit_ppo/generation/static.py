@@ -212,7 +212,7 @@ class Step:
     def shrink(self, going: list[bool]) -> list[bool]:
         """Halve the model's batch while all rows that have not ended fit; returns which of its rows these are."""
         n = len(going)
-        while (n + 1) // 2 >= sum(going) and n > 1:
+        while (n + 1) // 2 >= sum(going) and n > 2:  # one row would be another shape to compiled code
             n = (n + 1) // 2
         source = [place for place in range(n, len(going)) if going[place]]
         target = [place for place in range(n) if not going[place]][: len(source)]

@@ -253,13 +253,15 @@ def test_distinct_prompts_are_read_once(actor: Actor, cache: str) -> None:
     assert alone == together.ids
 
 
-def test_the_step_compiles_in_one_piece_for_all_tokens(llama: Actor) -> None:
+def test_the_step_compiles_in_one_piece_once_for_all_tokens_rows_and_lengths(llama: Actor) -> None:
+    """Twice, since a mask that is read in full is another layout of memory."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiling = {"compile_config": {"backend": "aot_eager", "fullgraph": True}}
-    same(sample(llama, **compiling), sample(llama))
-    assert sum(map(len, sample(llama, seed=1, **compiling).ids)) > 40
-    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    shapes: list[dict[str, Any]] = [{}, {"rows": [0, 1, 3]}, {"max_new_tokens": 70}, {"rows": [0, 2], "seed": 1}]
+    for shape in shapes:
+        same(sample(llama, **compiling, **shape), sample(llama, **shape))
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
     torch._dynamo.reset()
 
 
