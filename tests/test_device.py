@@ -39,3 +39,14 @@ def test_moments_and_sums_there_are_those_of_the_cpu() -> None:
     with device_without_float64() as device:
         assert merge_moments(2, 2.0, 2.0, values.to(device)) == pytest.approx(merge_moments(2, 2.0, 2.0, values))
         assert sum_over_ranks({"a": values.to(device).sum()}) == {"a": 13.0}
+
+
+def test_a_token_of_probability_0_is_never_drawn() -> None:
+    """At both ends, where the draw is 0 or just below 1 and the sum of probabilities is rounded, and in between."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(400, 64, generator=g)
+    logits[torch.rand(400, 64, generator=g) < 0.5] = -torch.inf
+    logits[:, [0, -1]], logits[:, 5] = -torch.inf, 0.0
+    for draw in (0.0, 2.0**-53, 0.5, 1 - 2.0**-53):
+        drawn = inverse_cdf(logits, torch.full((400,), draw, dtype=torch.float64))
+        assert logits.gather(1, drawn.unsqueeze(1)).isfinite().all()

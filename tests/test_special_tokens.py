@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from lit_ppo import PreferenceDataModule, PromptDataModule, RewardModel, TextDataModule
+from lit_ppo.special_tokens import without_repeats
 from tests.helpers.tiny import make_reward_model, make_tokenizer
 
 CHAT = [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "was good"}]
@@ -64,3 +65,20 @@ def test_scores(tmp_path: Path, aggregation: Any) -> None:
     )
     model = RewardModel(str(path), aggregation=aggregation)
     assert model.score_texts([RENDERED], [(start, len(RENDERED))]).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+class Script:
+    """A tokenizer that drops all but the given characters, and adds 7 at both ends."""
+
+    def __init__(self, known: str) -> None:
+        self.known = known
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        ids = [self.known.index(c) for c in text if c in self.known]
+        return {"input_ids": [7, *ids, 7] if add_special_tokens else ids}
+
+
+@pytest.mark.parametrize(("known", "kept"), [("1", slice(1, 4)), ("\u3042", slice(1, 4)), ("\u0e01", slice(0, 5))])
+def test_tokenizers_that_drop_latin_letters(known: str, kept: slice) -> None:
+    """Where no text says what is added, all tokens stay."""
+    assert without_repeats(Script(known), [[7, 7, 0, 7, 7]]) == [kept]

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics import MeanMetric
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_ppo.constructor import constructor
+from lit_ppo.models.head import use_float32_logits
 from lit_ppo.optim.precision import MatmulPrecision
 from lit_ppo.supervised.base import SupervisedModule
 from lit_ppo.supervised.source import ModelSource
@@ -60,6 +61,10 @@ class LitSFT(SupervisedModule):
         self.val_loss = MeanMetric()
         self._ends: Counter[int | None] = Counter()
         self._counted = 0
+
+    def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
+        use_float32_logits(model)
+        return model
 
     def token_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Sum of a batch's next-token losses in nats, and the number of tokens with a loss."""

@@ -1,5 +1,7 @@
 """The chunked head against the plain formula, values and gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
@@ -181,3 +183,29 @@ def test_no_tokens_give_gradients_of_zero():
     logprobs, entropy = token_statistics(ours, torch.zeros(0, dtype=torch.long))
     (logprobs.sum() + entropy.sum()).backward()
     assert all(tensor.grad is not None and not tensor.grad.any() for tensor in ours)
+
+
+@pytest.mark.parametrize("held", ["float32", "bfloat16"])
+def test_logits_of_a_causal_lm_are_sums_in_float32(held):
+    """As of SFT: float64 of the same bf16 numbers, and gradients within bf16's rounding; float32 stays to the bit."""
+    g = torch.Generator().manual_seed(0)
+    lm = SimpleNamespace(linear=torch.nn.Linear(64, 5000))
+    lm.get_output_embeddings = lambda: lm.linear
+    states = torch.randn(2, 9, 64, generator=g)
+    expected = lm.linear(states)
+    head.use_float32_logits(lm)
+    assert lm.linear(states).equal(expected)
+    lm.linear.to(getattr(torch, held))
+    exact = torch.nn.functional.linear(*(x.detach().bfloat16().double() for x in (states, *lm.linear.parameters())))
+    rows = states.to(getattr(torch, held)).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=held == "float32"):
+        logits = lm.linear(rows)
+    torch.testing.assert_close(logits.double(), exact, rtol=0, atol=1e-5)
+    weights = torch.randn(logits.shape, generator=g)
+    ours = torch.autograd.grad((logits * weights).sum(), [rows, *lm.linear.parameters()])
+    plain = [rows.detach().double(), *(p.detach().double() for p in lm.linear.parameters())]
+    for x in plain:
+        x.requires_grad_()
+    theirs = torch.autograd.grad((torch.nn.functional.linear(*plain) * weights).sum(), plain)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.double() - b).norm() < 1e-2 * b.norm()
