@@ -5,7 +5,7 @@ import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from lit_ppo import LitPPO, TextDataModule, callbacks
 from lit_ppo.models.lora import add_adapter
 from lit_ppo.parallel.full_state import full_weights
 from lit_ppo.parallel.ranks import n_ranks, rank
+from lit_ppo.ppo import preflight
 from lit_ppo.rewards import RewardModel
 from tests.helpers.ranks import on_ranks
 from tests.helpers.tiny import WORDS, make_causal_lm, make_reward_model
@@ -35,7 +36,7 @@ class Case:
     family: str = "gpt2"
     strategy: str = "auto"
     micro_batch_size: int = 3
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | Literal["by need"] = False
     tied: bool = True
     compiled: bool = False
     features: bool = False  # all tricks that touch models, gradients, optimizers or the data, over two updates
@@ -149,7 +150,7 @@ def update(case: Case, folder: Path) -> dict[str, Any]:
         critic="reward",
         rewards=RewardModel(str(reward)),
         micro_batch_size=case.micro_batch_size,
-        activation_checkpointing=case.activation_checkpointing,
+        activation_checkpointing=None if case.activation_checkpointing == "by need" else case.activation_checkpointing,
         compile_blocks=case.compiled,
         minibatch_size=7,
         max_grad_norm=None,
@@ -168,8 +169,12 @@ def update(case: Case, folder: Path) -> dict[str, Any]:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # others take minutes
+        if case.activation_checkpointing == "by need":  # as on GPUs without free memory
+            patch.setattr(preflight, "RECOMPUTE_ON", ("cpu",))
+            patch.setattr(preflight, "free_bytes", lambda device: 0)
         trainer.fit(module, make_data(folder, seed=8 if case.features else 0))
     assert trainer.world_size == n_ranks()
+    assert bool(module.model_settings.activation_checkpointing) == bool(case.activation_checkpointing)
     return {"module": module, "logged": logged(trainer), "rows": rows}
 
 
@@ -243,9 +248,9 @@ def differences(many: dict[str, Any], one: dict[str, Any], start: dict[str, Tens
 
 CASES = {
     2: [
-        Case("llama", "ddp", 1, activation_checkpointing=True, features=True),
+        Case("llama", "ddp", 1, activation_checkpointing="by need", features=True),
         Case("llama", "fsdp2", 1, activation_checkpointing=True, features=True),
-        Case(strategy="fsdp2", micro_batch_size=2, activation_checkpointing=True, compiled=True),
+        Case(strategy="fsdp2", micro_batch_size=2, activation_checkpointing="by need", compiled=True),
         Case(strategy="ddp", micro_batch_size=2, features=True, fixed_reference=True, lora=True),
         Case(
             strategy="fsdp2",
@@ -259,7 +264,7 @@ CASES = {
     3: [
         Case(strategy="ddp", micro_batch_size=1),
         Case(strategy="fsdp2", micro_batch_size=2, features=True),
-        Case("llama", "fsdp2", 1, activation_checkpointing=True, tied=False),
+        Case("llama", "fsdp2", 1, activation_checkpointing="by need", tied=False),
         Case("llama", "fsdp2", 2, lora=True),
     ],
 }
