@@ -1,6 +1,6 @@
 """PPO in a loop of your own: sample, score in any way, step.
 
-    lit-ppo fit --config configs/quickstart.yaml  # once: trains the small language model that is the default here
+    lit-ppo fit --config quickstart  # once: trains the small language model that is the default here
     python examples/own_loop.py [MODEL]
 
 The loop is yours. A ``Trainer`` gives it callbacks, precision, strategy, logger and checkpoints.

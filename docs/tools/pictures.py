@@ -1,8 +1,8 @@
 """Open every tab of TensorBoard on a finished run in Chromium, fail on an empty chart, and take the manual's pictures.
 
     pip install -e '.[docs]'
-    lit-ppo fit --config configs/quickstart.yaml --config configs/monitors/cockpit.yaml \
-        --config configs/monitors/sample_logger.yaml
+    lit-ppo fit --config quickstart --config monitors/cockpit \
+        --config monitors/sample_logger
     python docs/tools/pictures.py runs/quickstart/ppo/version_0
 
 It needs a Chromium: on the PATH, such as Debian's package ``chromium``, or what ``playwright install chromium`` brings.

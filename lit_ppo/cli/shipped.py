@@ -38,8 +38,8 @@ def kind(name: str) -> str:
 
 
 def path_of(name: str) -> Path | None:
-    """The file of a name; its suffix may be given, too."""
-    name = os.path.normpath(name).replace(os.sep, "/").removesuffix(".yaml")
+    """The file of a name; its suffix, and the folder that it has in the repository, may be given, too."""
+    name = os.path.normpath(name).replace(os.sep, "/").removesuffix(".yaml").removeprefix("configs/")
     return FOLDER / f"{name}.yaml" if name in names() else None
 
 

@@ -34,7 +34,7 @@ def test_every_file_has_a_name_and_stands_in_the_list_with_its_comment(capsys: p
     assert ("tricks/kl_loss" in words, "ppo" in words) == (True, False)
 
 
-@pytest.mark.parametrize("text", ["grpo", "grpo.yaml", "./grpo"])
+@pytest.mark.parametrize("text", ["grpo", "grpo.yaml", "./grpo", "configs/grpo.yaml"])
 def test_a_name_stands_for_the_file_and_its_bases(here: Path, text: str) -> None:
     assert layers(text) == [str(CONFIGS / "ppo.yaml"), str(CONFIGS / "grpo.yaml")]
 
