@@ -43,7 +43,7 @@ def fits(model: Any, cache: Any, state: dict[str, Any]) -> bool:
         why = "transformers does not run it on a static cache"
     elif not layers or not plain or not all(layer.is_initialized for layer in layers):
         why = "not every layer keeps keys and values of its own"
-    elif not tensors <= {"attention_mask", "position_ids"}:
+    elif not tensors <= {"attention_mask", "position_ids", "cache_position"}:
         why = f"it reads {', '.join(sorted(tensors))}"
     elif _attention(model) is None:
         why = f"its attention is {model.config._attn_implementation}; SDPA and eager attention take a static cache"
@@ -64,7 +64,7 @@ def _agrees(model: Any) -> bool:
         ids = torch.arange(10, device=model.device).reshape(2, 5) % model.config.get_text_config().vocab_size
         mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], device=model.device)
         inputs = {"attention_mask": mask, "position_ids": mask.cumsum(1).sub(1).clamp(min=0)}
-        if not _reads_positions(model):
+        if not _reads(model, "position_ids"):
             del inputs["position_ids"]
         expected = model(input_ids=ids, use_cache=False, **inputs).logits[:, -1].float()
         state = {name: value[:, :4] for name, value in inputs.items()} | {"use_cache": True}
@@ -144,9 +144,11 @@ class Step:
         self.all_tokens = batch.input_ids[:, -1:].clone()
         self.all_positions = batch.mask.sum(1, keepdim=True)
         self.all_masks = torch.cat([batch.mask, batch.mask.new_ones(n, self.length - n_prompt)], dim=1)
-        self.reads_positions = _reads_positions(batch.model)
-        known = ("attention_mask", "position_ids", "past_key_values")
+        self.reads_positions = _reads(batch.model, "position_ids")
+        known = ("attention_mask", "position_ids", "cache_position", "past_key_values")
         self.others = {name: value for name, value in state.items() if name not in known}
+        if _reads(batch.model, "cache_position"):  # transformers 5.3
+            self.others["cache_position"] = self.cache.position
         self.show(n, self.length)
 
     def show(self, n: int, length: int) -> tuple[int, int]:
@@ -254,8 +256,8 @@ def _heads_in_groups(model: Any) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
-def _reads_positions(model: Any) -> bool:
-    return "position_ids" in inspect.signature(model.forward).parameters
+def _reads(model: Any, argument: str) -> bool:
+    return argument in inspect.signature(model.forward).parameters
 
 
 def _up(n: int, multiple: int) -> int:
