@@ -113,7 +113,7 @@ def plain(
     """What a kernel computes, on any device and in any dtype, but with all pairs of tokens in memory."""
     n, groups = len(query), query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    place = torch.arange(n, device=query.device)
+    place = torch.arange(n, dtype=starts.dtype, device=query.device)
     row = torch.searchsorted(starts, place, right=True)
     ago = place.unsqueeze(1) - place
     seen = (row.unsqueeze(1) == row) & (ago >= 0) & (ago < (n if window is None else window))
