@@ -8,10 +8,20 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from lit_ppo.generation import capture, static
 from lit_ppo.generation import transformers as engine
+from lit_ppo.generation.batch import Batch
 from lit_ppo.generation.buffers import LayerBuffer
 from lit_ppo.generation.config import checked_generation, generation_config, neutral
 from lit_ppo.models.actor_critic import Actor
@@ -113,6 +123,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.waits: list[str] = []
         self.largest = self.kernels = 0
+        self.devices: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
@@ -125,6 +136,8 @@ class Watch(TorchDispatchMode):
         new = [x.untyped_storage() for x in tree_leaves(output) if isinstance(x, torch.Tensor)]
         self.largest = max([self.largest, *(x.nbytes() for x in new if x.data_ptr() not in held)])
         self.kernels += 1
+        met = [x for x in tree_leaves((args, kwargs, output)) if isinstance(x, torch.Tensor)]
+        self.devices |= {x.device.type for x in met}
         return output
 
 
@@ -144,6 +157,31 @@ def test_no_step_waits_for_the_device_or_allocates_a_cache(
     assert watch.kernels > 20 * len(layer) > 200
     assert not watch.waits
     assert 0 < watch.largest < min(layer)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_step_reads_a_value_or_moves_a_tensor_between_host_and_device(family: str, tmp_path: Path) -> None:
+    """On the meta device nothing can be read, and each tensor of the host shows."""
+    path = make_causal_lm(tmp_path, family, **FAMILIES[family])
+    with torch.device("meta"), torch.no_grad():
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).eval()
+        ids, mask = torch.zeros(8, 16, dtype=torch.long), torch.ones(8, 16, dtype=torch.bool)
+        draws, stops = torch.zeros(8, 32, dtype=torch.float64), torch.zeros(1, dtype=torch.long)
+        processors = LogitsProcessorList(
+            [TemperatureLogitsWarper(0.7), TopKLogitsWarper(9), TopPLogitsWarper(0.9), MinPLogitsWarper(0.01)]
+        )
+        config = neutral(max_new_tokens=32, temperature=0.7)
+        model.config.pad_token_id = None  # GPT-2 looks for padding where it is given no mask
+        cache = DynamicCache(config=model.config)
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+        batch = Batch(model, ids, mask, processors, config, draws, stops, True, None)
+        step = static.Step(batch, cache, torch.arange(8), {"use_cache": True})
+        step.choose(logits)
+        step.show(4, 20)
+    with torch.no_grad(), static._heads_in_groups(model), Watch() as watch:
+        step()
+    assert watch.kernels > 200
+    assert watch.devices == {"meta"}
 
 
 def test_the_batch_shrinks_by_halves_and_attention_reads_a_few_lengths(
