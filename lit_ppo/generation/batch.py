@@ -16,8 +16,12 @@ from transformers import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+from transformers.generation.utils import ALL_CACHE_NAMES
 
 from lit_ppo.generation.engine import Progress
+
+CACHE: str = ALL_CACHE_NAMES[0]
+"""Of keys and values, as models take and return it: ``past_key_values`` before transformers 5.24, then ``cache``."""
 
 BY_LOGITS = (
     EpsilonLogitsWarper, InfNanRemoveLogitsProcessor, LogitNormalization, MinPLogitsWarper,

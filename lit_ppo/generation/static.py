@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lit_ppo.functional import inverse_cdf, token_logprobs
-from lit_ppo.generation.batch import Batch, by_logits_alone, process_in_place
+from lit_ppo.generation.batch import CACHE, Batch, by_logits_alone, process_in_place
 from lit_ppo.generation.buffers import GROUPED_SDPA, Buffers
 from lit_ppo.generation.capture import Runner, cast_for_compiled_code, say_once
 from lit_ppo.generation.engine import Responses
@@ -69,7 +69,7 @@ def _agrees(model: Any) -> bool:
         expected = model(input_ids=ids, use_cache=False, **inputs).logits[:, -1].float()
         state = {name: value[:, :4] for name, value in inputs.items()} | {"use_cache": True}
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-        model(input_ids=ids[:, :4], past_key_values=cache, **state)
+        model(input_ids=ids[:, :4], **{CACHE: cache}, **state)
         config, stops = GenerationConfig(max_new_tokens=2), ids[0, :0]
         nothing = Batch(model, ids[:, :4], mask[:, :4].bool(), None, config, None, stops, False, None)
         step = Step(nothing, cache, torch.arange(2, device=ids.device), state)
@@ -145,7 +145,7 @@ class Step:
         self.all_positions = batch.mask.sum(1, keepdim=True)
         self.all_masks = torch.cat([batch.mask, batch.mask.new_ones(n, self.length - n_prompt)], dim=1)
         self.reads_positions = _reads(batch.model, "position_ids")
-        known = ("attention_mask", "position_ids", "cache_position", "past_key_values")
+        known = ("attention_mask", "position_ids", "cache_position", CACHE)
         self.others = {name: value for name, value in state.items() if name not in known}
         if _reads(batch.model, "cache_position"):  # transformers 5.3
             self.others["cache_position"] = self.cache.position
@@ -166,7 +166,7 @@ class Step:
         """Logits of the next token, (n, V)."""
         places = {"position_ids": self.positions} if self.reads_positions else {}
         outputs = self.batch.model(
-            input_ids=self.tokens, attention_mask=self.mask, past_key_values=self.cache, **places, **self.others
+            input_ids=self.tokens, attention_mask=self.mask, **{CACHE: self.cache}, **places, **self.others
         )
         self.cache.position.add_(1)
         self.positions.add_(1)

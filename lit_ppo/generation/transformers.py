@@ -19,7 +19,7 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 from lit_ppo.device import exact_device
 from lit_ppo.functional import float32_linear, inverse_cdf, summed_in_float32, token_logprobs
 from lit_ppo.generation import static
-from lit_ppo.generation.batch import BY_LOGITS, Batch, process_in_place
+from lit_ppo.generation.batch import BY_LOGITS, CACHE, Batch, process_in_place
 from lit_ppo.generation.engine import Progress, Responses, Seed
 
 
@@ -188,11 +188,11 @@ def _decode(batch: Batch, generation_config: Any, state: dict[str, Any]) -> Resp
         read = read[first]
     prompts_state = state if prompts is None else {**state, **_rows_of(state, first, len(batch.input_ids))}
     outputs = batch.model._prefill(read, generation_config, prompts_state, is_first_iteration=True)
-    if _asks_for_static(batch.config, read.device) and static.fits(batch.model, outputs.get("past_key_values"), state):
+    if _asks_for_static(batch.config, read.device) and static.fits(batch.model, outputs.get(CACHE), state):
         rows = torch.arange(len(read), device=read.device) if prompts is None else prompts
-        return static.decode(batch, outputs.logits[:, -1].float(), outputs.past_key_values, rows, state)
+        return static.decode(batch, outputs.logits[:, -1].float(), outputs[CACHE], rows, state)
     if prompts is not None:
-        outputs.past_key_values.batch_select_indices(prompts)
+        outputs[CACHE].batch_select_indices(prompts)
         outputs.logits = outputs.logits[:, -1:][prompts]
     return _decode_growing(batch, outputs, state)
 
@@ -240,7 +240,7 @@ def _decode_growing(batch: Batch, outputs: Any, state: dict[str, Any]) -> Respon
             rows = rows[going]
             if _can_be_cut(state):
                 in_batch = rows
-                state["past_key_values"].batch_select_indices(going)
+                state[CACHE].batch_select_indices(going)
                 state |= _rows_of(state, going, len(going))
         inputs = model.prepare_inputs_for_generation(input_ids[in_batch], next_sequence_length=1, **state)
         outputs = model(**inputs, return_dict=True)
@@ -259,13 +259,9 @@ def _decode_growing(batch: Batch, outputs: Any, state: dict[str, Any]) -> Respon
 def _can_be_cut(state: dict[str, Any]) -> bool:
     """Whether all that a model keeps between tokens are keys and values, whose rows can leave."""
     kept = [name for name in ALL_CACHE_NAMES if state.get(name) is not None]
-    cache = state.get("past_key_values")
+    cache = state.get(CACHE)
     plain = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")  # the last one only in newer transformers
-    return (
-        kept == ["past_key_values"]
-        and type(cache) is DynamicCache
-        and all(type(x).__name__ in plain for x in cache.layers)
-    )
+    return kept == [CACHE] and type(cache) is DynamicCache and all(type(x).__name__ in plain for x in cache.layers)
 
 
 def _rows_of(state: dict[str, Any], rows: Tensor, n: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lit_ppo.activations import checkpoint_activations
 from lit_ppo.functional import inverse_cdf
+from lit_ppo.generation.batch import CACHE
 from lit_ppo.generation.transformers import weights_cast_once
 from lit_ppo.memory.live import Live
 from lit_ppo.models.head import HeadInputs, token_statistics
@@ -146,12 +147,12 @@ def trace_rollout(model: Any, rows: int, prompt: int, new: int, autocast: torch.
         model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
         cast = live.now
         live.forget_peak()
-        cache = read(prompt).past_key_values
+        cache = read(prompt)[CACHE]
         prefill = live.peak - cast
         del cache
-        cache = read(max(prompt + new - 1, 1)).past_key_values
+        cache = read(max(prompt + new - 1, 1))[CACHE]
         live.forget_peak()
-        raw = read(prompt + new, past_key_values=cache).logits[:, -1].float()
+        raw = read(prompt + new, **{CACHE: cache}).logits[:, -1].float()
         inverse_cdf(raw, torch.zeros(rows, dtype=torch.float64))
         held = live.now - cast - raw.untyped_storage().nbytes()
         decode = live.peak - cast
