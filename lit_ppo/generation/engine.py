@@ -1,4 +1,4 @@
-"""The interface of what samples responses."""
+"""The interface of models that sample by themselves; other programs are in :mod:`lit_ppo.engines`."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -26,10 +26,10 @@ class Progress(Protocol):
     engine: str  # that samples in place of the actor; empty: the actor does
 
 
-class Engine(Protocol):
-    """Samples responses to a batch of prompts on one rank.
+class Decoder(Protocol):
+    """A model that samples responses to a batch of prompts on one rank.
 
-    The actor itself is the default engine: it runs :func:`lit_ppo.generation.transformers.generate`.
+    The actor is one, and so is the reference: they run :func:`lit_ppo.generation.transformers.generate`.
     """
 
     def generate(

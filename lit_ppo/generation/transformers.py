@@ -33,7 +33,7 @@ def generate(
     logprobs: bool = False,
     progress: Progress | None = None,
 ) -> Responses:
-    """Sample one response per row; see :class:`lit_ppo.generation.engine.Engine`.
+    """Sample one response per row; see :class:`lit_ppo.generation.engine.Decoder`.
 
     Args:
         model: Causal LM in eval mode.

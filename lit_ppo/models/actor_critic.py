@@ -93,7 +93,7 @@ class Actor(_AlwaysEval):
         return spread(logprobs, where, target_mask.shape), spread(second, where, target_mask.shape)
 
     def generate(self, *args: Any, **kwargs: Any) -> Responses:
-        """Sample responses; see :class:`lit_ppo.generation.engine.Engine`."""
+        """Sample responses; see :class:`lit_ppo.generation.engine.Decoder`."""
         # shapes and cache change with every token: compiled code would be compiled again and again
         eager = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
         with stock_attention(self.model), eager:

@@ -179,7 +179,7 @@ class WithoutAdapter:
             return self.actor(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Responses:
-        """Sample responses; see :class:`lit_ppo.generation.engine.Engine`."""
+        """Sample responses; see :class:`lit_ppo.generation.engine.Decoder`."""
         with adapter_off(self.actor):
             return self.actor.generate(*args, **kwargs)
 

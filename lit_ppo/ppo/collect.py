@@ -14,7 +14,7 @@ from lit_ppo.data.batch import PromptBatch
 from lit_ppo.engines.sampler import EngineSampler
 from lit_ppo.experience import Experience, ModelInputs
 from lit_ppo.functional import KLEstimator, kl_estimate
-from lit_ppo.generation.engine import Engine, Progress, Responses
+from lit_ppo.generation.engine import Decoder, Progress, Responses
 from lit_ppo.generation.transformers import continuations, row_seeds
 from lit_ppo.models.actor_critic import actor_forward, critic_forward
 from lit_ppo.models.lora import WithoutAdapter
@@ -97,7 +97,7 @@ def sample_responses(
     model = models.actor if policy == "actor" else models.reference
     if model is None:
         raise ValueError("rollout(policy='reference'): there is no reference; give LitPPO one")
-    decoder: Engine = model
+    decoder: Decoder = model
     row_prompts = [prompt for prompt in range(len(batch.prompts)) for _ in range(samples_per_prompt)]
     seeds = None if stream is None else row_seeds(stream, len(batch.prompts), samples_per_prompt)
     row_ids = [batch.prompt_ids[prompt] for prompt in row_prompts]

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from lit_ppo import VLLMEngine
 from lit_ppo.data.tokenization import train_tokenizer
+from lit_ppo.engines.vllm_server import Server
 from tests.helpers.ranks import on_ranks
 from tests.helpers.spies import Spy
 from tests.helpers.tiny import WORDS, make_causal_lm
@@ -136,6 +137,12 @@ def test_a_killed_server(server: VLLMServer):
     assert kills
     assert again.responses == expected.responses
     assert_alike(again)
+
+
+def test_a_trainer_that_died_while_it_sent_weights(server: VLLMServer):
+    """What it left behind in the server is dropped by the next one."""
+    Server(server.address, 60.0).rpc("lit_ppo_start")
+    assert_alike(make_module(server.model, engine=engine(server)).rollout(PROMPTS))
 
 
 def test_colocated(tmp_path: Path):
