@@ -205,6 +205,7 @@ MODEL = {
     "optimizer": sgd(0.2),
     "scheduler": halved,
     "model_kwargs": {"layer_norm_epsilon": 0.1},
+    "float32_matmul_precision": Excused("only GPUs have TF32 (tests/optim/test_precision.py: it is applied)"),
 }
 SPLIT = Excused("results do not depend on it (tests/ppo/test_module.py: micro-batches); it bounds a forward's memory")
 SCORED = Excused("scores do not depend on it (tests/rewards/test_model.py); it bounds a forward's memory")

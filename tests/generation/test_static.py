@@ -259,7 +259,7 @@ def test_a_model_that_does_not_fit_samples_with_the_growing_cache_and_says_so_on
         said = "since transformers does not run it on a static cache"
     else:
         static._AGREEING.clear()
-        monkeypatch.setattr(LayerBuffer, "update", lambda buffer, keys, values, *_: (buffer.keys, buffer.values))
+        monkeypatch.setattr(LayerBuffer, "update", lambda buffer, keys, values, *_, **__: (buffer.keys, buffer.values))
         said = "since its logits differ with a static cache"
     config = generation_config(
         {"max_new_tokens": 40, "eos_token_id": STOPS, "cache_implementation": "static"}, 0.8, llama.model,
