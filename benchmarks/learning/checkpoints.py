@@ -13,8 +13,8 @@ from pathlib import Path
 from benchmarks.learning.task import ROOT
 
 STAGES = {
-    "sft": ["--trainer.max_steps", "1500"],
-    "reward": ["--trainer.max_steps", "500"],
+    "sft": ["--trainer.max_steps", "1050"],
+    "reward": ["--trainer.max_steps", "400"],
     "judge": [],
 }
 

@@ -17,7 +17,7 @@ from benchmarks.learning.run import commit
 from benchmarks.learning.task import MODELS, RESULTS, ROWS, training_prompts
 from lit_ppo import LitPPO, RewardModel
 from lit_ppo.experience import Experience
-from lit_ppo.functional import explained_variance, gae, token_rewards, value_loss
+from lit_ppo.functional import gae, token_rewards, value_loss
 from lit_ppo.models.actor_critic import actor_forward, critic_forward
 
 
@@ -124,14 +124,15 @@ def measure(module: Any, prompts: list[str], batch: int, lams: list[float], crit
     explained.append(_explained(module, batches))
     found = gradients(module, batches, lams)
     rows = {str(lam): quality(gradient, found[lams[-1]]) for lam, gradient in found.items()}
-    return {"critic": critic, "explained_variance": explained, "responses": batch, "batches": len(batches), "lam": rows}
+    return {"critic": critic, "r_squared": explained, "responses": batch, "batches": len(batches), "lam": rows}
 
 
 def _explained(module: Any, batches: list[Experience]) -> float:
-    """Share of the scores' variance that the values explain, over all tokens of all batches."""
+    """R² of the values: 1 is perfect, 0 the mean score's, below 0 worse."""
     values = torch.cat([values_of(module, batch) for batch in batches])
-    scores = torch.cat([batch.scores for batch in batches])[:, None].expand_as(values)
-    return float(explained_variance(values, scores, torch.cat([batch.response_mask for batch in batches])))
+    mask = torch.cat([batch.response_mask for batch in batches])
+    scores = torch.cat([batch.scores for batch in batches])[:, None].expand_as(values)[mask]
+    return float(1 - (scores - values[mask]).square().mean() / scores.var(correction=0))
 
 
 def main() -> None:
@@ -141,6 +142,8 @@ def main() -> None:
     parser.add_argument("--data_root", type=Path, required=True)
     parser.add_argument("--max_new_tokens", type=int, default=48)
     parser.add_argument("--batches", type=int, default=12)
+    parser.add_argument("--critic_episodes", type=int, default=1024)
+    parser.add_argument("--critic_passes", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -154,7 +157,7 @@ def main() -> None:
         generation={"max_new_tokens": asked.max_new_tokens},
         seed=7,
     )
-    critic = {"episodes": 1024, "rate": 5e-4, "passes": 1}
+    critic = {"episodes": asked.critic_episodes, "rate": 5e-4, "passes": asked.critic_passes}
     prompts = training_prompts(asked.data_root, critic["episodes"] + 128 * asked.batches)
     found = measure(module, prompts, 128, [0.0, 0.5, 0.8, 0.95, 1.0], critic)
     file = asked.results / "gradients.json"

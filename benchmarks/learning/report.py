@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.learning.task import RESULTS
 
 START, END = "<!-- learning -->", "<!-- /learning -->"
-HEAD = ["run", "weights", "seeds", "episodes", "KL", "gain", "limit", "efficiency", "judge's gain", "seconds"]
+HEAD = ["run", "weights", "seeds", "episodes", "KL", "gain", "limit", "efficiency", "judge's gain", "CPU seconds"]
 
 
 def load(results: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -53,7 +53,7 @@ def rows(points: list[dict[str, Any]]) -> list[list[str]]:
     for (name, episodes, average), group in groups.items():
         efficiency = [point["efficiency"] for point in group]
         spread = f" ± {stdev(efficiency):.1%}" if len(group) > 1 else ""
-        values = {key: mean(p[key] for p in group) for key in ("kl", "gain", "limit", "judge_gain", "seconds")}
+        values = {key: mean(p[key] for p in group) for key in ("kl", "gain", "limit", "judge_gain", "cpu_seconds")}
         table.append(
             [
                 name,
@@ -65,7 +65,7 @@ def rows(points: list[dict[str, Any]]) -> list[list[str]]:
                 f"{values['limit']:.2f}",
                 f"{mean(efficiency):.1%}{spread}",
                 f"{values['judge_gain']:+.2f}",
-                f"{values['seconds']:.0f}",
+                f"{values['cpu_seconds']:.0f}",
             ]
         )
     return table
