@@ -46,6 +46,22 @@ def test_weights_gradients_and_states_are_those_of_a_run(tmp_path: Path, lora: d
     assert line(found, "reference: frozen weights") == reference
 
 
+@pytest.mark.filterwarnings("ignore:.*emulates them")
+def test_weights_in_bfloat16_and_their_states_are_those_of_a_run(tmp_path: Path) -> None:
+    """Kahan's sums keep three numbers for a weight, 10 bytes with it and its gradient; the value head is float32."""
+    optimi = pytest.importorskip("optimi")
+    kahan = {f"{name}_optimizer": lambda p: optimi.AdamW(p, lr=1e-5) for name in ("actor", "critic")}
+    module = make_module(make_causal_lm(tmp_path / "actor"), critic="actor", **kahan)
+    found = estimate(module, Job(batch_size=4, prompt_tokens=4, precision="bf16-true"))
+    make_trainer(tmp_path, max_steps=1, precision="bf16-true").fit(module, make_data(tmp_path))
+    parts = ("weights", "gradients", "optimizer states")
+    assert sum(line(found, f"actor: {part}") for part in parts) == 10 * sum(
+        p.numel() for p in module.actor.parameters()
+    )
+    assert line(found, "critic: weights") == n_bytes(module.critic.parameters())
+    assert line(found, "reference: frozen weights") == n_bytes(module.reference.parameters())
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_peak_is_that_of_a_run(tmp_path: Path) -> None:
     """The resident memory of a process, over what it had after a small run, which loads all libraries."""
