@@ -66,6 +66,9 @@ def test_sampling_fields_reach_the_server(server: FakeVLLM, lm: Path):
 @pytest.mark.parametrize("weights", ["auto", "shared_memory", "http"])
 def test_trained_weights_arrive_in_parts(server: FakeVLLM, lm: Path, tmp_path: Path, weights: str, monkeypatch: Any):
     monkeypatch.setattr(vllm_transfer, "LARGEST", {"shared_memory": 3000, "http": 3000})
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    monkeypatch.setattr(vllm_transfer, "MEMORY", memory)
     module = make_module(lm, engine=engine(server, weights=weights))
     make_trainer(tmp_path, max_steps=1).fit(module, make_data(tmp_path))
     module.rollout(PROMPTS)
@@ -76,7 +79,7 @@ def test_trained_weights_arrive_in_parts(server: FakeVLLM, lm: Path, tmp_path: P
     assert len(loads) > 6
     starts = [i for i, call in enumerate(server.calls) if call == "lit_ppo_finish"]
     assert all("/reset_prefix_cache" in server.calls[i : i + 2] for i in starts)
-    assert not list(Path(vllm_transfer._memory()).glob("lit_ppo_*"))
+    assert not list(memory.iterdir())
 
 
 def test_a_server_elsewhere_gets_weights_over_http(server: FakeVLLM, lm: Path):
