@@ -21,7 +21,7 @@ from transformers import (
 
 from lit_ppo.generation import capture, static
 from lit_ppo.generation import transformers as engine
-from lit_ppo.generation.batch import Batch
+from lit_ppo.generation.batch import CACHE, Batch
 from lit_ppo.generation.buffers import LayerBuffer
 from lit_ppo.generation.config import checked_generation, generation_config, neutral
 from lit_ppo.models.actor_critic import Actor
@@ -173,7 +173,7 @@ def test_no_step_reads_a_value_or_moves_a_tensor_between_host_and_device(family:
         config = neutral(max_new_tokens=32, temperature=0.7)
         model.config.pad_token_id = None  # GPT-2 looks for padding where it is given no mask
         cache = DynamicCache(config=model.config)
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+        logits = model(input_ids=ids, **{CACHE: cache}, use_cache=True).logits[:, -1]
         batch = Batch(model, ids, mask, processors, config, draws, stops, True, None)
         step = static.Step(batch, cache, torch.arange(8), {"use_cache": True})
         step.choose(logits)

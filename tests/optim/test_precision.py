@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lit_ppo import LitPPO, LitRewardModel, LitSFT
-from lit_ppo.optim.precision import rounds_at_random, seed_rounding, survives_bfloat16
+from lit_ppo.optim.precision import rounds_at_random, seed_rounding, survives_bfloat16, use_bfloat16_weights
 from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer, texts
 
 LR = 5e-7  # of LitPPO's actor
@@ -143,6 +144,25 @@ def test_other_optimizers_are_refused(tmp_path: Path, tiny_lm: Path, make: Any, 
     rewards = {"rewards": count_good} if make is LitPPO else {}
     with pytest.raises(ValueError, match=problem):
         make_trainer(tmp_path, precision="bf16-true").fit(make(str(tiny_lm), **options, **rewards), texts(tmp_path))
+
+
+def test_what_does_not_combine_is_refused() -> None:
+    """Shards are of float32; ranks that round at random alone would drift apart, which LitPPO's steps prevent."""
+    strategy = SimpleNamespace(root_device=torch.device("cpu"), shard=None)
+    trainer: Any = SimpleNamespace(precision="bf16-true", strategy=strategy, world_size=2)
+    ours, sft = SimpleNamespace(automatic_optimization=False), SimpleNamespace(automatic_optimization=True)
+    make = {"optimizer": lambda parameters: Drawing(parameters, lr=0.1)}
+    with pytest.raises(
+        ValueError, match=r"Trainer\(precision='bf16-true'\): FSDP2 shards float32 weights; use '32-true'"
+    ):
+        use_bfloat16_weights(ours, trainer, make)
+    del strategy.shard
+    with pytest.raises(ValueError, match=r"\(optimizer=Drawing\): rounds at random, and each process would round"):
+        use_bfloat16_weights(sft, trainer, make)
+    assert use_bfloat16_weights(ours, trainer, make)
+    assert strategy.precision_plugin.precision == "bf16-true"
+    trainer.precision = "bf16-mixed"
+    assert not use_bfloat16_weights(ours, trainer, {})
 
 
 def test_sft_in_bfloat16_learns_and_computes_in_float32_between(tmp_path: Path, tiny_llama: Path) -> None:
