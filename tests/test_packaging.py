@@ -134,7 +134,7 @@ def test_what_is_imported_is_declared_and_nothing_else() -> None:
     imported |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
     packages = {name.partition(".")[0] for name in imported} - {*sys.stdlib_module_names, "lit_ppo"}
     distributions = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
-    extras = {"peft", "shtab"}
+    extras = {"peft", "shtab", "vllm"}
     assert {distributions.get(name, name) for name in packages} - extras == requirements(extras=False)
 
 
@@ -157,6 +157,6 @@ def test_the_address_of_the_project_is_one() -> None:
 def test_pins_cover_the_dependencies_and_are_plain() -> None:
     lines = [line for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pinned = {line.split("==")[0].lower() for line in lines}
-    assert requirements(extras=True) <= pinned
+    assert requirements(extras=True) - {"vllm"} <= pinned  # vLLM pins its own torch, in an environment of its own
     assert "torch==2.13.0" in lines
     assert not [line for line in lines if "+" in line.split(";")[0]]  # no local versions

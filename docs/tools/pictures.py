@@ -122,7 +122,8 @@ def look(playwright: Playwright, executable: str, run: Path, output: Path) -> No
     address = board.launch()
     browser = playwright.chromium.launch(executable_path=executable, args=QUIET)
     page = browser.new_page(viewport={"width": 1480, "height": 840})
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(20_000)
+    page.set_default_navigation_timeout(60_000)  # also where other programs want the cores
     shown, problems = tabs(address), []
     for tab in shown:
         problems += empty(page, address, tab) if tab in CHARTS else [f"{tab}: a tab that this script does not know"]
