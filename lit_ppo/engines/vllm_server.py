@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import logging
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from lit_ppo.engines.vllm_transfer import Transfer, chosen_transfer
+from lit_ppo.parallel.ranks import rank
 from lit_ppo.shown import first_line, shortened
 
 OLDEST = (0, 32)  # the version that the tests ran with
@@ -20,6 +22,7 @@ START = (
     "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs "
     "--worker-extension-cls lit_ppo.engines.vllm_worker.WeightReceiver"
 )
+log = logging.getLogger("lightning.pytorch.engines")  # printed as Lightning's own messages
 Answer = tuple[list[int], list[float]]
 
 
@@ -225,8 +228,14 @@ class Servers:
         return self._transfers[""]
 
     def _wait(self, server: Server) -> None:
-        deadline = time.monotonic() + self.patience
+        deadline, told = time.monotonic() + self.patience, False
         while not server.is_up():
+            if not told and self.patience > 0 and rank() == 0:
+                log.info(
+                    f"VLLMEngine(address={server.address!r}): waiting for the server, up to {self.patience:g} s "
+                    "(restart_timeout)"
+                )
+            told = True
             if time.monotonic() >= deadline:
                 raise RuntimeError(
                     f"VLLMEngine(address={server.address!r}): no server answered for {self.patience:g} s "

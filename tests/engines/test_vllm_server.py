@@ -138,12 +138,15 @@ def test_a_server_that_was_started_again_between_requests_is_noticed(server: Fak
     assert module.rollout(PROMPTS, stream="x").responses == expected
 
 
-def test_a_run_ends_when_the_server_does_not_come_back(server: FakeVLLM, lm: Path):
+def test_a_run_ends_when_the_server_does_not_come_back(server: FakeVLLM, lm: Path, caplog: Any):
     module = make_module(lm, engine=engine(server, restart_timeout=0.2))
     module.rollout(PROMPTS)
     server.stop()
+    caplog.set_level("INFO", logger="lightning.pytorch")
     with pytest.raises(RuntimeError, match=r"no server answered for 0.2 s \(restart_timeout\); start one with"):
         module.rollout(PROMPTS)
+    waits = [record.message for record in caplog.records if "waiting for the server" in record.message]
+    assert waits == [f"VLLMEngine(address='{server.address}'): waiting for the server, up to 0.2 s (restart_timeout)"]
 
 
 def test_a_response_that_the_server_cuts_is_refused(server: FakeVLLM, lm: Path):
