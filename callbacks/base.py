@@ -15,6 +15,7 @@ One update, with every hook in its place::
         on_minibatch_start(minibatch)
         for micro_batch in minibatch:
             on_actor_loss(micro_batch, {"policy": ...}); backward of the sum
+        for micro_batch in minibatch:
             on_critic_loss(micro_batch, {"value": ...}); backward of the sum
         on_minibatch_end(experience, metrics)
         step of the optimizers, unless experience.exhausted
@@ -72,7 +73,7 @@ class ExperienceLike(Protocol):
 class MinibatchLike(ExperienceLike, Protocol):
     """The rows of one optimizer step, or one micro-batch of them with what the models just computed.
 
-    ``new_logprobs``, ``new_entropy``, ``new_values`` are (B, T) and differentiable.
+    ``new_logprobs``, ``new_entropy``, ``new_values`` are (B, T) and differentiable in the hook of their own loss.
     """
 
     new_logprobs: Tensor
@@ -208,12 +209,15 @@ class PPOCallback(L.Callback):
     def on_actor_loss(
         self, trainer: L.Trainer, pl_module: PPOModule, minibatch: MinibatchLike, losses: dict[str, Tensor]
     ) -> None:
-        """Per micro-batch, empty ones included: the named losses whose sum is back-propagated into the actor."""
+        """Per micro-batch, empty ones included: the named losses whose sum is back-propagated into the actor.
+
+        All micro-batches of a step come first here, then all of them in ``on_critic_loss``.
+        """
 
     def on_critic_loss(
         self, trainer: L.Trainer, pl_module: PPOModule, minibatch: MinibatchLike, losses: dict[str, Tensor]
     ) -> None:
-        """The same for the critic."""
+        """The same for the critic. ``new_logprobs`` and ``new_entropy`` have no gradient here."""
 
     def on_minibatch_end(
         self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike, metrics: dict[str, float]

@@ -5,6 +5,7 @@ models are below, as their ``config.json`` has them.
 """
 
 import argparse
+import copy
 import re
 from dataclasses import replace
 from functools import cache
@@ -15,7 +16,18 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from lit_ppo import LitPPO, RewardModel
-from lit_ppo.memory.estimate import HELD, ROLLOUT, SCORE, UPDATE, Estimate, estimate, held
+from lit_ppo.memory.estimate import (
+    CHECKPOINT,
+    CRITIC,
+    FULL_GRADIENTS,
+    HELD,
+    HOST,
+    PHASES,
+    Estimate,
+    Line,
+    estimate,
+    held,
+)
 from lit_ppo.memory.job import Job
 from lit_ppo.memory.shapes import Part, hollow, ppo_parts
 
@@ -45,7 +57,7 @@ MODELS: dict[str, Any] = {
     "13B": _llama(5120, 40, 40, 40, 13824, 32000),  # Llama 2
     "70B": _llama(8192, 80, 64, 8, 28672, 128256),  # Llama 3.1
 }
-FULL_GRADIENTS = "full gradients between micro-batches"
+ROWS, NEW, PROMPT = 64, 512, 512
 PROCESSES = (1, 2, 8, 64)
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 KINDS = {"all weights": None, "LoRA": LORA}
@@ -54,21 +66,40 @@ PRECISIONS = ("32-true", "bf16-mixed")
 
 @cache
 def traced(size: str, kind: str, precision: str, n: int) -> tuple[LitPPO, list[Part], Job, Estimate]:
-    """The job of one cell, counted and traced in full."""
+    """The job of one cell; traced with 8 and with 10 layers, since each further one adds the same bytes."""
     in_bf16 = precision == "bf16-mixed"
     job = Job(
         # under FSDP2, weights are gathered in bfloat16, and there is no autocast
-        batch_size=64, prompt_tokens=512, precision=precision if n == 1 else "32-true", n_processes=n, on_gpu=True,
+        batch_size=ROWS, prompt_tokens=PROMPT, precision=precision if n == 1 else "32-true", n_processes=n, on_gpu=True,
         strategy="fsdp2" if n > 1 else "single", gathered=torch.bfloat16 if n > 1 and in_bf16 else None,
     )  # fmt: skip
-    frozen: Any = "bfloat16" if in_bf16 else "float32"
+    module = _module(size, kind, precision)
+    parts, layers = ppo_parts(module, MODELS), MODELS[size].num_hidden_layers
+    eight, ten = (_by_name(estimate(module, job, {size: _with_layers(MODELS[size], n)})) for n in (8, 10))
+    lines = [
+        replace(x, n_bytes=x.n_bytes + (ten[key].n_bytes - x.n_bytes) * (layers - 8) // 2) for key, x in eight.items()
+    ]
+    return module, parts, job, Estimate(lines)
+
+
+def _module(size: str, kind: str, precision: str) -> LitPPO:
+    frozen: Any = "bfloat16" if precision == "bf16-mixed" else "float32"
     adapter = KINDS[kind]
-    module = LitPPO(
+    return LitPPO(
         size, rewards=RewardModel(size, batch_size=8, model_kwargs={"dtype": frozen}), actor_lora=adapter,
         critic_lora=adapter, reference_dtype="float32" if adapter else frozen,
-        generation={"max_new_tokens": 512}, minibatch_size=64, micro_batch_size=1, activation_checkpointing=True,
+        generation={"max_new_tokens": NEW}, minibatch_size=ROWS, micro_batch_size=1, activation_checkpointing=True,
     )  # fmt: skip
-    return module, ppo_parts(module, MODELS), job, estimate(module, job, MODELS)
+
+
+def _by_name(found: Estimate) -> dict[tuple[str, str], Line]:
+    return {(line.phase, line.name): line for line in found.lines}
+
+
+def _with_layers(config: Any, n: int) -> Any:
+    few = copy.deepcopy(config)
+    few.num_hidden_layers, few.layer_types = n, (getattr(config, "layer_types", None) or [])[:n] or None
+    return few
 
 
 @cache
@@ -79,11 +110,12 @@ def counted(size: str, kind: str, precision: str, n: int) -> Estimate:
     job = replace(job, n_processes=n, strategy="fsdp2" if n > 1 else "single")
     lines = [line for line in found.lines if line.phase != HELD]
     if n == 1:
-        lines = [line for line in lines if line.name not in ("gathered weights", FULL_GRADIENTS)]
-    if n == 64:  # one micro-batch in a step
+        single = ("gathered weights", FULL_GRADIENTS)
+        lines = [line for line in lines if line.name not in single and line.phase not in (CHECKPOINT, HOST)]
+    if n >= ROWS:  # one micro-batch in a step
         lines = [line for line in lines if line.name != FULL_GRADIENTS]
-    by_rows = ("key-value cache", "prompts, or the last token")
-    lines = [replace(x, n_bytes=x.n_bytes * start // n) if x.name in by_rows else x for x in lines]
+    divided = ("key-value cache", "prompts, or the last token", "actor: gradients", "critic: gradients")
+    lines = [replace(x, n_bytes=x.n_bytes * start // n) if x.name in divided else x for x in lines]
     return Estimate([*held(module, parts, job), *lines])
 
 
@@ -98,13 +130,30 @@ def by_size() -> str:
     return "\n".join(rows)
 
 
+JOBS = (("7B", 1), ("7B", 8), ("70B", 64))
+
+
 def phases() -> str:
     """Phases of a few jobs."""
-    rows = ["| model | trained | GPUs | held | rollout | scoring | update |", "|---|---|---|---|---|---|---|"]
-    for size, kinds, n in (("7B", KINDS, 1), ("7B", KINDS, 8), ("70B", KINDS, 64)):
-        for kind in kinds:
+    names = [
+        "held",
+        "rollout",
+        "scoring",
+        "actor",
+        "critic",
+        "critic, reduced early",
+        "checkpoint",
+        "first process' CPU",
+    ]
+    rows = [f"| model | trained | GPUs | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|"]
+    for size, n in JOBS:
+        for kind in KINDS:
             found = counted(size, kind, "bf16-mixed", n)
-            cells = [f"{found.sum(phase) / 2**30:.0f}" for phase in (HELD, ROLLOUT, SCORE, UPDATE)]
+            early = Estimate([line for line in found.lines if line.name != FULL_GRADIENTS])
+            host = sum(line.n_bytes for line in found.lines if line.phase == HOST)
+            sums = [found.sum(phase) for phase in (HELD, *PHASES)]
+            sums = [*sums[:5], early.sum(CRITIC), sums[5], host]
+            cells = [f"{n_bytes / 2**30:.0f}" if n_bytes and (n > 1 or i < 5) else "" for i, n_bytes in enumerate(sums)]
             rows.append(f"| {size} | {kind} | {n} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -124,12 +173,23 @@ def traffic(size: str, n: int, *, lora: bool, minibatches: int, micro_batches: i
     weights = _weights(size)
     share, bf16, fp32 = (n - 1) / n / 1e9, 2 * weights, 4 * weights
     forwards = minibatches * micro_batches
-    trained = 0.0 if lora else fp32  # an adapter's gradients are below 1% of it
+    trained = 2 * (_adapter(size) if lora else fp32)  # of actor and critic
+    numbers = ROWS * NEW * (3 * 4 + 5)  # log-probs, reference log-probs, values; ids as Python's integers
     return {
         "rollout": share * bf16,
         "scoring": share * (bf16 + 3 * bf16 * forwards),  # reward model once; actor, reference, critic each time
-        "update": share * (2 * 2 * bf16 * forwards + 2 * trained * minibatches),  # forward, backward; actor, critic
+        "update: weights": share * 2 * 2 * bf16 * forwards,  # forward, backward; actor, critic
+        "update: gradients": share * trained * minibatches,
+        "reduced early": share * trained * forwards,
+        "experience": share * numbers,
     }
+
+
+@cache
+def _adapter(size: str) -> int:
+    """Bytes of an adapter's gradients."""
+    model = ppo_parts(_module(size, "LoRA", "bf16-mixed"), MODELS)[0].model
+    return sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @cache
@@ -139,11 +199,14 @@ def _weights(size: str) -> int:
 
 def traffic_table() -> str:
     """GB of each phase."""
-    rows = ["| model | trained | GPUs | rollout | scoring | update |", "|---|---|---|---|---|---|"]
-    for size, n in (("7B", 8), ("70B", 64)):
+    rows = []
+    for size, n in JOBS[1:]:
         for kind, lora in (("all weights", False), ("LoRA", True)):
-            moved = traffic(size, n, lora=lora, minibatches=1, micro_batches=64 // min(n, 64))
-            rows.append(f"| {size} | {kind} | {n} | {' | '.join(f'{gb:,.0f}' for gb in moved.values())} |")
+            moved = traffic(size, n, lora=lora, minibatches=1, micro_batches=ROWS // n)
+            if not rows:
+                rows = [f"| model | trained | GPUs | {' | '.join(moved)} |", "|---" * (3 + len(moved)) + "|"]
+            cells = [f"{gb:,.0f}" if gb >= 10 else f"{gb:.2g}" for gb in moved.values()]
+            rows.append(f"| {size} | {kind} | {n} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

@@ -60,7 +60,7 @@ def _work(session: Session) -> None:
 
         completion(arguments, session)
     elif subcommand == "memory":
-        from lit_ppo.memory.command import say_memory
+        from lit_ppo.console.memory import say_memory
 
         session.arguments = ["fit", *arguments]
         Command(session, instead=say_memory)

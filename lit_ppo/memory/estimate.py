@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_ppo.memory.job import Job, MicroBatch, gathered_bytes
+from lit_ppo.device import cpu_as_cuda
+from lit_ppo.memory.job import Job, MicroBatch, full_bytes, gathered_bytes
 from lit_ppo.memory.live import hollow_tensors
 from lit_ppo.memory.optimizers import StateSizes, check_probe, describe
 from lit_ppo.memory.shapes import Part, StandIns, local_bytes, ppo_parts
@@ -17,7 +18,11 @@ from lit_ppo.models.head import CHUNK_ELEMENTS, CUDA_CHUNK_ELEMENTS
 from lit_ppo.models.positions import token_limit
 from lit_ppo.rewards import reward_models
 
-HELD, ROLLOUT, SCORE, UPDATE = "held", "rollout", "score", "update"
+HELD, ROLLOUT, SCORE = "held", "rollout", "scoring"
+ACTOR, CRITIC, CHECKPOINT, HOST = "update of the actor", "update of the critic", "checkpoint", "host"
+LORA = "LoRA (--config lora), "
+FULL_GRADIENTS = "full gradients between micro-batches"
+PHASES = (ROLLOUT, SCORE, ACTOR, CRITIC, CHECKPOINT)
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Estimate:
     @property
     def largest(self) -> str:
         """The phase that needs most."""
-        return max((ROLLOUT, SCORE, UPDATE), key=self.sum)
+        return max(PHASES, key=self.sum)
 
     @property
     def peak(self) -> int:
@@ -83,18 +88,18 @@ def estimate(module: Any, job: Job, stand_ins: StandIns | None = None) -> Estima
     if halves and by_default:
         for part in parts:
             halve_frozen(part.model)
-    lines = [*held(module, parts, job)]
+    lines = [*held(module, parts, job), *checkpoint(module, parts, job)]
     for part in parts:  # from here on as they compute
         if part.name in ("actor", "critic") and job.computing is torch.bfloat16:
             nn.Module.to(part.model, torch.bfloat16)
-    with hollow_tensors(*(part.model for part in parts)):
+    with cpu_as_cuda(job.on_gpu), hollow_tensors(*(part.model for part in parts)):
         lines += [*rollout(module, parts, job), *score(module, parts, job), *update(module, parts, job)]
     return Estimate([line for line in lines if line.n_bytes])
 
 
 def held(module: Any, parts: list[Part], job: Job) -> Iterator[Line]:
-    """What is there from the first update on: weights, gradients, optimizer states."""
-    n, divided = job.n_shards, f", divided over {job.n_shards} processes" if job.n_shards > 1 else ""
+    """What is there from the first update on: weights and optimizer states. Gradients are freed after each update."""
+    n, divided = job.n_shards, _divided(job)
     for part in parts:
         trained, frozen = part.trained, part.frozen
         dtypes = sorted({str(x.dtype).removeprefix("torch.") for x in part.model.parameters()})
@@ -111,21 +116,31 @@ def held(module: Any, parts: list[Part], job: Job) -> Iterator[Line]:
             HELD, f"{part.name}: weights", local_bytes([*trained, *frozen], n), kinds + divided,
             "strategy/fsdp2 on more processes" if n > 1 else "strategy/fsdp2 on several processes",
         )  # fmt: skip
-        lora = "" if frozen else "LoRA (--config lora), "
-        yield Line(
-            HELD, f"{part.name}: gradients", local_bytes(trained, n),
-            f"of trained weights{divided}; kept until the next update", f"{lora}strategy/fsdp2",
-        )  # fmt: skip
         sizes = StateSizes(module.factories[part.name][0])
         check_probe(f"{type(module).__name__}({part.name}_optimizer", sizes, trained)
-        states = sizes.n_bytes(trained, n)
         yield Line(
-            HELD, f"{part.name}: optimizer states", states, f"{describe(sizes)}{divided}",
-            f"{lora}strategy/fsdp2, an optimizer with fewer states",
+            HELD, f"{part.name}: optimizer states", sizes.n_bytes(trained, n), f"{describe(sizes)}{divided}",
+            f"{'' if frozen else LORA}strategy/fsdp2, an optimizer with fewer states",
         )  # fmt: skip
         if job.strategy == "ddp" and job.n_processes > 1:
             buckets = f"{part.name}: buckets of DDP"
             yield Line(HELD, buckets, local_bytes(trained), "a second copy of the gradients", "strategy/fsdp2")
+
+
+def checkpoint(module: Any, parts: list[Part], job: Job) -> Iterator[Line]:
+    """Full tensors of sharded models, one at a time; the first process collects them in its CPU memory."""
+    if job.n_shards == 1:
+        return
+    trained = [x for part in parts for x in part.trained]
+    largest = max((4 * x.numel() for x in trained), default=0)
+    yield Line(CHECKPOINT, "the largest tensor in full", largest, "gathered one after the other", LORA)
+    states = sum(StateSizes(module.factories[part.name][0]).n_bytes(part.trained) for part in parts if part.trained)
+    collected = sum(4 * x.numel() for x in trained) + states
+    phase = HOST if job.on_gpu else CHECKPOINT
+    yield Line(phase, "the first process collects the checkpoint", collected, "weights and optimizer states in full")
+    if job.on_gpu and job.offload_frozen:
+        offloaded = sum(local_bytes(part.frozen, job.n_shards) for part in parts if not part.trained)
+        yield Line(HOST, "each process keeps its shards of frozen models", offloaded, "offload_frozen")
 
 
 def rollout(module: Any, parts: list[Part], job: Job) -> Iterator[Line]:
@@ -134,15 +149,15 @@ def rollout(module: Any, parts: list[Part], job: Job) -> Iterator[Line]:
     rows = -(-job.batch_size * module.samples_per_prompt // job.n_processes)
     size, tokens = module.rollout_limits["micro_batch_size"], module.rollout_limits["micro_batch_tokens"]
     rows = max(1, min(rows, size or rows, tokens // micro.length if tokens else rows))
-    traced = trace_rollout(actor, rows, job.prompt_tokens, micro.new, job.autocast)
+    traced = trace_rollout(actor, rows, job.prompt_tokens, micro.new, job.autocast, prompts=job.batch_size)
+    cast = 0 if job.n_shards > 1 else traced.cast  # weights are gathered in autocast's dtype
     fewer = "rollout_batch_tokens or rollout_batch_size, generation.max_new_tokens, data.max_prompt_length"
     each = f"{rows} responses x {micro.length} tokens"
-    yield _cast(ROLLOUT, traced.cast)
+    yield _cast(ROLLOUT, cast)
     yield Line(ROLLOUT, "key-value cache", traced.cache, f"{each}, none of them ended", fewer)
     yield Line(ROLLOUT, "prompts, or the last token", traced.workspace, "the higher of the two, past the cache", fewer)
     if job.n_shards > 1:
-        full = gathered_bytes(actor, job.computing)[1]
-        yield _gathered(ROLLOUT, full, "the full actor", job)
+        yield _gathered(ROLLOUT, full_bytes(actor, job), f"the full actor, {_in_full(job)}", job)
 
 
 def score(module: Any, parts: list[Part], job: Job) -> Iterator[Line]:
@@ -164,56 +179,60 @@ def score(module: Any, parts: list[Part], job: Job) -> Iterator[Line]:
     lower = "micro_batch_tokens; batch_size or batch_tokens of the RewardModel"
     yield Line(SCORE, "largest forward", n_bytes, what, lower)
     if job.n_shards > 1:
-        full = sum(gathered_bytes(part.model, job.gathered or part.model.dtype)[1] for part in rewards)
-        blocks = max(gathered_bytes(part.model, job.computing)[0] for part in parts)
-        yield _gathered(SCORE, max(full, blocks), "reward models in full, of others two blocks and the head", job)
+        full = sum(full_bytes(part.model, job) for part in rewards)
+        blocks = max(gathered_bytes(part.model, job.computing) for part in parts)
+        what = f"reward models in full, {_in_full(job)}" if full > blocks else f"two blocks and the head, {_dtype(job)}"
+        yield _gathered(SCORE, max(full, blocks), what, job)
 
 
 def update(module: Any, parts: list[Part], job: Job) -> Iterator[Line]:
-    """Forward and backward of the largest micro-batch."""
-    micro = MicroBatch.of(module, job)
-    checkpointing = module.model_settings.activation_checkpointing
+    """Forward and backward of the largest micro-batch, of the actor first and then of the critic."""
     trained = [part for part in parts if part.name in ("actor", "critic")]
-    traces = {}
-    for part in trained:
-        if part.name == "critic" and part.path == parts[0].path and bool(part.frozen) == bool(parts[0].frozen):
-            continue  # it needs no more than the actor
-        traces[part.name] = trace_update(
-            part.model, micro.rows, micro.length, micro.new, job.autocast,
-            is_critic=part.name == "critic", checkpointing=bool(checkpointing),
-        )  # fmt: skip
-    name = max(traces, key=lambda name: traces[name].peak)
+    for part, phase in zip(trained, (ACTOR, CRITIC), strict=False):
+        yield from _pass(module, part, phase, job)
+        for before in trained[: trained.index(part)]:
+            n_bytes = local_bytes(before.trained, job.n_shards)
+            yield Line(phase, f"{before.name}: gradients", n_bytes, f"complete{_divided(job)}", f"{LORA}strategy/fsdp2")
+
+
+def _pass(module: Any, part: Part, phase: str, job: Job) -> Iterator[Line]:
+    """All micro-batches of one model."""
+    micro, checkpointing = MicroBatch.of(module, job), module.model_settings.activation_checkpointing
+    several = micro.per_step > 1  # the later ones find the gradients of those before
+    traced = trace_update(
+        part.model, micro.rows, micro.length, micro.new, job.autocast, is_critic=part.name == "critic",
+        checkpointing=bool(checkpointing), has_gradients=several or job.n_shards > 1,
+    )  # fmt: skip
     lower = "micro_batch_tokens or micro_batch_size" + ("" if checkpointing else ", activation_checkpointing")
     saved = "inputs of blocks" if checkpointing else "no activation checkpointing"
     if checkpointing is None and job.on_gpu:
         saved += "; it is turned on where this does not fit"
     kept = "precision bf16-mixed, " if job.autocast is None and job.computing is not torch.bfloat16 else ""
-    yield _cast(UPDATE, traces[name].cast)
-    yield Line(
-        UPDATE,
-        f"activations of the {name}",
-        traces[name].activations,
-        f"{micro.sizes}, {saved}",
-        f"{lower}; {kept}LoRA",
-    )
-    yield Line(UPDATE, "the head's chunks", traces[name].head, "probabilities kept for the backward", lower)
-    if job.on_gpu:
-        vocabulary = parts[0].model.config.get_text_config().vocab_size
+    gradients = local_bytes(part.trained, job.n_shards)
+    if not (several or job.n_shards > 1):  # they come while activations go
+        gradients = min(gradients, traced.peak - traced.cast - traced.activations - traced.head)
+    workspace = traced.workspace - (0 if several or job.n_shards > 1 else gradients)
+    made = "" if several else ", at the highest point of the only backward"
+    lora = "" if part.frozen else LORA
+    yield Line(phase, f"{part.name}: gradients", gradients, f"of trained weights{_divided(job)}{made}", lora)
+    yield _cast(phase, traced.cast)
+    yield Line(phase, "activations", traced.activations, f"{micro.sizes}, {saved}", f"{lower}; {kept}LoRA")
+    yield Line(phase, "the head's chunks", traced.head, "probabilities kept for the backward", lower)
+    if job.on_gpu and part.name == "actor":
+        vocabulary = part.model.config.get_text_config().vocab_size
         logits = min(CUDA_CHUNK_ELEMENTS, micro.rows * micro.new * vocabulary) - CHUNK_ELEMENTS
-        yield Line(
-            UPDATE, "larger chunks on CUDA", max(logits, 0) * 22, "less where under an eighth of the memory is free"
-        )
+        less = "less where under an eighth of the memory is free"
+        yield Line(phase, "larger chunks on CUDA", max(logits, 0) * 22, less)
     yield Line(
-        UPDATE, "workspace of the backward", traces[name].workspace,
-        "with one layer's gradients before they are added", lower,
+        phase, "workspace of the backward", workspace, "with one layer's gradients before they are added", lower
     )  # fmt: skip
     if job.n_shards > 1:
-        blocks = max(gathered_bytes(part.model, job.computing)[0] for part in parts)
-        yield _gathered(UPDATE, blocks, "two blocks, and weights outside blocks", job)
-        if micro.per_step > 1 and not job.every_micro_batch:
-            full = sum(4 * x.numel() for part in trained for x in part.trained)
+        what = f"two blocks, and weights outside blocks, {_dtype(job)}"
+        yield _gathered(phase, gathered_bytes(part.model, job.computing), what, job)
+        if several and not job.every_micro_batch:
+            full = sum(4 * x.numel() for x in part.trained)
             yield Line(
-                UPDATE, "full gradients between micro-batches", full, f"{micro.per_step} micro-batches in a step",
+                phase, FULL_GRADIENTS, full, f"{micro.per_step} micro-batches in a step",
                 "FSDP2Strategy(sync_every_micro_batch=True), LoRA",
             )  # fmt: skip
 
@@ -222,15 +241,26 @@ def _sources(module: Any) -> list[Any]:
     return list(dict.fromkeys([*reward_models(module.rewards), *reward_models(module.eval_rewards)]))
 
 
+def _divided(job: Job) -> str:
+    return f", divided over {job.n_shards} processes" if job.n_shards > 1 else ""
+
+
 def _cast(phase: str, n_bytes: int) -> Line:
     lower = "FSDP2Strategy(mixed_precision=bfloat16) instead of bf16-mixed"
     return Line(phase, "copies of weights in bfloat16", n_bytes, "autocast makes them of float32 weights", lower)
 
 
 def _gathered(phase: str, n_bytes: int, what: str, job: Job) -> Line:
-    dtype = str(job.computing).removeprefix("torch.")
     lower = "" if job.gathered else "FSDP2Strategy(mixed_precision=bfloat16)"
-    return Line(phase, "gathered weights", n_bytes, f"{what}, in {dtype}", lower)
+    return Line(phase, "gathered weights", n_bytes, what, lower)
+
+
+def _dtype(job: Job) -> str:
+    return f"in {str(job.computing).removeprefix('torch.')}"
+
+
+def _in_full(job: Job) -> str:
+    return "linear layers in bfloat16" if job.autocast is not None and job.gathered is None else _dtype(job)
 
 
 def _lower_frozen(name: str) -> str:

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
-from lit_ppo.parallel.sharding import blocks
+from lit_ppo.parallel.sharding import blocks, linear_layers
 
 PROMPT = 512  # tokens of a prompt where the data have no limit
 PRECISIONS = {"bf16-mixed": "bf16-mixed", "bf16": "bf16-mixed", "bf16-true": "bf16-true"}
@@ -83,12 +84,19 @@ class MicroBatch:
         return f"{self.rows} x {self.length} tokens"
 
 
-def gathered_bytes(model: Any, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes that FSDP2 gathers of a model: for a forward and a backward, two blocks and all outside blocks; in full."""
+def gathered_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes that FSDP2 gathers of a model for a forward and a backward: two blocks, and all outside blocks."""
     total = sum(p.numel() for p in model.parameters())
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
-    outside = total - sum(sizes)
-    return (outside + 2 * max(sizes, default=0)) * dtype.itemsize, total * dtype.itemsize
+    return (total - sum(sizes) + 2 * max(sizes, default=0)) * dtype.itemsize
+
+
+def full_bytes(model: nn.Module, job: Job) -> int:
+    """Bytes of a model that is gathered in full, to sample or to score."""
+    if job.gathered is not None:
+        return sum(p.numel() for p in model.parameters()) * job.gathered.itemsize
+    linear = set() if job.autocast is None else {p for x in linear_layers(model) for p in x.parameters(recurse=False)}
+    return sum(p.numel() * (2 if p in linear else p.element_size()) for p in model.parameters())
 
 
 def job_of(config: dict[str, Any], most_positions: int | None = None) -> tuple[Job, list[str]]:

@@ -2,14 +2,17 @@
 
 from typing import Any
 
-from lit_ppo.memory.estimate import HELD, ROLLOUT, SCORE, UPDATE, Estimate
+from lit_ppo.memory.estimate import ACTOR, CHECKPOINT, CRITIC, HELD, HOST, ROLLOUT, SCORE, Estimate
 from lit_ppo.memory.job import Job, MicroBatch
 
 TITLES = {
     HELD: "Held from the first update on",
     ROLLOUT: "Rollout, on top of that",
     SCORE: "Scoring, on top of what is held",
-    UPDATE: "Update, on top of what is held",
+    ACTOR: "Update of the actor, on top of what is held",
+    CRITIC: "Update of the critic, on top of what is held",
+    CHECKPOINT: "Checkpoint, on top of what is held",
+    HOST: "In CPU memory",
 }
 STRATEGIES = {"single": "one process", "ddp": "DDP", "fsdp2": "FSDP2"}
 LEFT_OUT = (
@@ -37,11 +40,13 @@ def table(found: Estimate, module: Any, job: Job, notes: list[str]) -> str:
     rows += [f"Note: {note}" for note in notes]
     width = max(len(line.name) for line in found.lines) + 2
     for phase, title in TITLES.items():
+        lines = [line for line in found.lines if line.phase == phase]
+        if not lines:
+            continue
         rows.append(f"\n{title}")
-        for line in found.lines:
-            if line.phase == phase:
-                rows.append(f"  {line.name:{width}}{size(line.n_bytes):>10}   {line.assumes}")
-        rows.append(f"  {'= in all':{width}}{size(found.sum(phase)):>10}")
+        rows += [f"  {line.name:{width}}{size(line.n_bytes):>10}   {line.assumes}" for line in lines]
+        if phase != HOST:
+            rows.append(f"  {'= in all':{width}}{size(found.sum(phase)):>10}")
     counted = [line for line in found.lines if line.phase in (HELD, found.largest)]
     first, second = sorted(counted, key=lambda line: -line.n_bytes)[:2]
     rows.append(f"\nLargest phase: {found.largest}, {size(found.peak)} in each process.")

@@ -54,6 +54,7 @@ def trace_update(
     *,
     is_critic: bool = False,
     checkpointing: bool = False,
+    has_gradients: bool = True,
 ) -> UpdateTrace:
     """Forward and backward of a micro-batch.
 
@@ -65,13 +66,14 @@ def trace_update(
         autocast: Dtype of the products; None: that of the weights.
         is_critic: A value for each token instead of the head.
         checkpointing: Keep only the inputs of blocks, see :func:`checkpoint_activations`.
+        has_gradients: There are some from a micro-batch before; otherwise new ones count as workspace.
     """
     forwards = {block: block.forward for block in blocks(model)}
     if checkpointing:
         checkpoint_activations(model)
     try:
-        cast = 0 if autocast is None else _update(model, 1, 2, 1, autocast, is_critic)[0]
-        kept, head, peak = _update(model, rows, length, targets, autocast, is_critic)
+        cast = 0 if autocast is None else _update(model, 1, 2, 1, autocast, is_critic, has_gradients)[0]
+        kept, head, peak = _update(model, rows, length, targets, autocast, is_critic, has_gradients)
     finally:
         for block, forward in forwards.items():
             block.forward = forward
@@ -80,11 +82,17 @@ def trace_update(
 
 
 def _update(
-    model: Any, rows: int, length: int, targets: int, autocast: torch.dtype | None, is_critic: bool
+    model: Any,
+    rows: int,
+    length: int,
+    targets: int,
+    autocast: torch.dtype | None,
+    is_critic: bool,
+    has_gradients: bool,
 ) -> tuple[int, int, int]:
     """Bytes after the layers, further ones after the head, and the most in all."""
-    for parameter in model.parameters():  # of a micro-batch before
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad and has_gradients else None
     ids = torch.zeros(rows, length, dtype=torch.long)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     live = Live([*model.parameters(), *model.buffers(), *gradients, ids])
@@ -124,7 +132,9 @@ def trace_scoring(model: Any, rows: int, length: int, targets: int, autocast: to
     return live.peak
 
 
-def trace_rollout(model: Any, rows: int, prompt: int, new: int, autocast: torch.dtype | None) -> RolloutTrace:
+def trace_rollout(
+    model: Any, rows: int, prompt: int, new: int, autocast: torch.dtype | None, prompts: int | None = None
+) -> RolloutTrace:
     """Sampling of responses that all have their full length.
 
     Args:
@@ -133,10 +143,11 @@ def trace_rollout(model: Any, rows: int, prompt: int, new: int, autocast: torch.
         prompt: Tokens of each prompt.
         new: Tokens of each response.
         autocast: See :func:`trace_update`.
+        prompts: Different ones, each of which is read once; None: as many as rows.
     """
     last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
 
-    def read(length: int, **state: Any) -> Any:
+    def read(length: int, rows: int = rows, **state: Any) -> Any:
         """A forward of rows whose cache then has ``length`` tokens."""
         n = 1 if state else length
         ids = torch.zeros(rows, n, dtype=torch.long)
@@ -147,7 +158,7 @@ def trace_rollout(model: Any, rows: int, prompt: int, new: int, autocast: torch.
         model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
         cast = live.now
         live.forget_peak()
-        cache = read(prompt)[CACHE]
+        cache = read(prompt, min(rows, prompts or rows))[CACHE]
         prefill = live.peak - cast
         del cache
         cache = read(max(prompt + new - 1, 1))[CACHE]

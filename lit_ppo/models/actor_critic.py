@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
-from transformers.pytorch_utils import Conv1D
 
 from lit_ppo.device import exact_products
 from lit_ppo.experience import ModelInputs
@@ -20,7 +19,7 @@ from lit_ppo.generation.transformers import generate
 from lit_ppo.models.family import check_causal, check_head, check_sampling
 from lit_ppo.models.head import HeadInputs, token_statistics
 from lit_ppo.models.packing import read_tokens, stock_attention, use_packing
-from lit_ppo.parallel.sharding import blocks
+from lit_ppo.parallel.sharding import blocks, linear_layers
 
 
 class _AlwaysEval(nn.Module):
@@ -228,11 +227,7 @@ def halve_frozen(model: nn.Module) -> None:
     No number changes, and no weight is cast. Embeddings and norms stay as they are, and so does a head that shares the
     embeddings' weight. Without autocast these layers compute in bfloat16 too.
     """
-    embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
-    exact = _exact_parts(model)
-    for part in model.modules():
-        if not isinstance(part, nn.Linear | Conv1D) or part in exact or id(part.weight) in embeddings:
-            continue
+    for part in linear_layers(model):
         if not any(p.requires_grad or p.dtype != torch.float32 for p in part.parameters()):
             part.to(torch.bfloat16)
             vars(part)["forward"] = partial(_in_bfloat16, part.forward)

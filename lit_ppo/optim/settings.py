@@ -14,7 +14,6 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -204,17 +203,6 @@ def use_fused(optimizer: Optimizer) -> None:
         )
         if not is_chosen and all(p.device.type in FUSED_ON and p.is_floating_point() for p in group["params"]):
             group["fused"] = True
-
-
-def future_state_bytes(optimizers: Iterable[Optimizer]) -> list[int]:
-    """Bytes of the states that torch's Adam and AdamW will make in their first step; others may keep less."""
-    return [
-        (3 if group["amsgrad"] else 2) * (p.to_local() if isinstance(p, DTensor) else p).nbytes
-        for optimizer in optimizers
-        if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and not optimizer.state
-        for group in optimizer.param_groups
-        for p in group["params"]
-    ]
 
 
 def move_steps(optimizer: Optimizer) -> None:

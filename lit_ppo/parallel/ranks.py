@@ -105,17 +105,41 @@ def map_forwards(
     lengths: list[int],
     limits: dict[str, int | None],
 ) -> dict[str, Tensor]:
-    """Run a function on the micro-batches of this rank and put the rows of all ranks together, (B, T) each."""
+    """Run a function on the micro-batches of this rank and put the rows of all ranks together, (B, T) each.
 
-    def run(rows: list[int]) -> dict[str, Tensor]:
-        return {name: value.float().cpu() for name, value in function(experience.micro_batch(rows)).items()}
+    The numbers never leave GPUs that can talk to each other.
 
-    together: dict[str, Tensor] = {}
-    for rows, results in map_rows(lengths, run, **limits):
-        for name, value in results.items():
-            all_rows = together.setdefault(name, value.new_zeros(experience.response_ids.shape))
-            all_rows[rows] = value[: len(rows)]
-    return {name: value.to(experience.response_ids.device) for name, value in together.items()}
+    Args:
+        function: From inputs of a micro-batch to values (b, T) under the same names.
+        experience: All rows.
+        lengths: Tokens of each row.
+        limits: As for :func:`deal`.
+
+    Raises:
+        RuntimeError: Another rank's share failed.
+    """
+    plan = deal(lengths, n_ranks(), **limits)
+    like = experience.response_ids
+    mine: dict[str, Tensor] = {}
+
+    def run() -> None:
+        for rows in plan[rank()]:
+            for name, value in function(experience.micro_batch(rows)).items():
+                empty = torch.zeros(like.shape, device=like.device)
+                mine.setdefault(name, empty)[rows] = value.float()[: len(rows)]
+
+    gather_shares(run)  # a rank that has failed sends nothing
+    if n_ranks() == 1 or not mine:
+        return mine
+    shares = [[row for rows in micro_batches for row in rows] for micro_batches in plan]
+    stacked = torch.stack([mine[name] for name in sorted(mine)]).to(_collective_device())
+    block = stacked.new_zeros(len(mine), max(map(len, shares)), like.shape[1])  # as many rows on every rank
+    block[:, : len(shares[rank()])] = stacked[:, shares[rank()]]
+    everyone = [torch.empty_like(block) for _ in shares]
+    dist.all_gather(everyone, block)
+    for rows, values in zip(shares, everyone, strict=True):
+        stacked[:, rows] = values[:, : len(rows)]
+    return dict(zip(sorted(mine), stacked.to(like.device), strict=True))
 
 
 def my_micro_batches(lengths: Sequence[int], **limits: int | None) -> list[list[int]]:

@@ -5,7 +5,8 @@ Without a strategy that shards, the functions here leave models as they are.
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
@@ -13,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
 from lit_ppo.parallel.ranks import rank
 from lit_ppo.shown import reason
@@ -100,16 +103,36 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
+def linear_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that autocast computes in its dtype, and whose weights nothing else reads.
+
+    Left out are layers that share the embeddings' weight, those in parts that ``exact`` names, and those with DoRA.
+    """
+    embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
+    exact = [getattr(part, name) for part in model.modules() for name in getattr(part, "exact", ())]
+    dora = [part for part in model.modules() if len(getattr(part, "lora_magnitude_vector", ()))]
+    others = {inner for part in (*exact, *dora) for inner in part.modules()}
+    linear = [part for part in model.modules() if isinstance(part, nn.Linear | Conv1D) and part not in others]
+    return [part for part in linear if id(part.weight) not in embeddings]
+
+
 @contextmanager
 def gathered(model: nn.Module | None) -> Iterator[None]:
     """Every rank holds the full model inside this context, and may run any number of forwards without gradients.
 
-    Entering it is collective.
+    Under autocast, weights that it would cast are cast before they are sent. Entering the context is collective.
 
     Args:
         model: What :func:`shard` returned; None gathers nothing.
     """
     parts = [part for part in model.modules() if isinstance(part, FSDPModule)] if model is not None else []
+    kind = next(
+        (p.device_mesh.device_type for part in parts for p in part.parameters() if isinstance(p, DTensor)), None
+    )
+    if model is not None and kind is not None and torch.is_autocast_enabled(kind):
+        with _cast_and_gathered(model, parts, kind):
+            yield
+        return
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -119,6 +142,45 @@ def gathered(model: nn.Module | None) -> Iterator[None]:
         for part in parts:
             part.reshard()
             part.set_reshard_after_forward(True, recurse=False)
+
+
+@contextmanager
+def _cast_and_gathered(model: nn.Module, parts: Sequence[nn.Module], kind: str) -> Iterator[None]:
+    """As :func:`gathered`, with the weights of linear layers in autocast's dtype.
+
+    FSDP2 gathers all weights of a unit in one dtype. So they are gathered here, and its hooks rest meanwhile.
+    """
+    dtype = torch.get_autocast_dtype(kind)
+    cast = {p for layer in linear_layers(model) for p in layer.parameters(recurse=False) if p.dtype == torch.float32}
+    named = [(module, name, p) for module in model.modules() for name, p in module._parameters.items()]
+    sharded = [(module, name, p) for module, name, p in named if p is not None and isinstance(p, DTensor)]
+    full = {p: _full(p, kind, dtype if p in cast else p.dtype) for p in dict.fromkeys(p for _, _, p in sharded)}
+    hooks = [(part, part._forward_pre_hooks, part._forward_hooks, vars(part).pop("generate", None)) for part in parts]
+    try:
+        for module, name, p in sharded:
+            module._parameters[name] = full[p]
+        for part, before, after, _ in hooks:
+            part._forward_pre_hooks, part._forward_hooks = _of_others(before), _of_others(after)
+        yield
+    finally:
+        for part, before, after, generate in hooks:
+            part._forward_pre_hooks, part._forward_hooks = before, after
+            vars(part).update({} if generate is None else {"generate": generate})
+        for module, name, p in sharded:
+            module._parameters[name] = p
+
+
+def _full(p: Any, kind: str, dtype: torch.dtype) -> nn.Parameter:
+    """A full weight, sent in the given dtype."""
+    mine = p.detach().to_local().to(kind, dtype)
+    placed = DTensor.from_local(mine, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+    return nn.Parameter(placed.full_tensor(), requires_grad=False)
+
+
+def _of_others(hooks: dict[int, Any]) -> OrderedDict[int, Any]:
+    """Hooks that are not FSDP2's."""
+    ours = {key for key, x in hooks.items() if type(getattr(x, "__self__", None)).__name__ == "FSDPState"}
+    return OrderedDict((key, x) for key, x in hooks.items() if key not in ours)
 
 
 def without_gradient_sync(strategy: Any) -> AbstractContextManager[None]:

@@ -17,6 +17,7 @@ from lit_ppo.engines.base import Engine
 from lit_ppo.experience import Experience, LossReduction
 from lit_ppo.functional import KLEstimator, token_rewards
 from lit_ppo.generation.config import checked_generation
+from lit_ppo.memory.advice import explain_memory
 from lit_ppo.models.actor_critic import Actor, Critic, Reference
 from lit_ppo.models.lora import WithoutAdapter
 from lit_ppo.optim.precision import MatmulPrecision, checked_matmul_precision
@@ -64,8 +65,7 @@ class LitPPO(L.LightningModule):
         micro_batch_tokens: Instead: maximum number of tokens in one forward, padding included.
         rollout_batch_size: Maximum number of responses that one rank samples at once; None: all. Samples stay the same.
         rollout_batch_tokens: Instead: maximum number of their tokens, with prompts and ``max_new_tokens`` each.
-        sampling_logprobs_tolerance: Keep the log-probs of sampling if those of training agree within this on one
-            micro-batch per rank; saves about 3% of an update. None: compute them again.
+        sampling_logprobs_tolerance: Keep sampling's log-probs if training's agree within this (saves 3%). None: never.
         loss_reduction: ``"token_mean"``, ``"sequence_mean"`` (over each response, then over responses), or a number
             of tokens, such as ``max_new_tokens``: the sum over (responses x this number), as in Dr. GRPO.
         actor_optimizer: From parameters to optimizer. The rate is usually a tenth of that of fine-tuning (SFT).
@@ -183,7 +183,7 @@ class LitPPO(L.LightningModule):
         try:
             self.update(self.collect(prompts))
         except RuntimeError as error:
-            settings.explain_memory(self, error, self.progress.phase, self.progress.detail)
+            explain_memory(self, error, self.progress.phase, self.progress.detail)
             raise
 
     def collect(self, prompts: Any) -> Experience:

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_ppo.callbacks.base import fire
-from lit_ppo.experience import Experience, Minibatch, ModelInputs
+from lit_ppo.experience import Experience, Minibatch
 from lit_ppo.functional import policy_loss, value_loss
 from lit_ppo.models.actor_critic import actor_forward, critic_forward
 from lit_ppo.optim.settings import BuiltOptimizer
@@ -102,7 +102,8 @@ class Optimization:
                 module.trainer.strategy.optimizer_step(optimizer, closure=lambda: None)
 
     def end_update(self, module: Any) -> None:
-        """Step the schedules and count one global step, whether or not optimizers were stepped."""
+        """Step the schedules and count one global step, whether or not optimizers were stepped; free all gradients."""
+        self.zero_gradients(module)  # rollout and scoring need the memory
         schedulers = module.lr_schedulers() or []
         resting = None if self.train_actor else module.actor_optimizer
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
@@ -116,6 +117,9 @@ class Optimization:
 def backward_minibatch(module: Any, minibatch: Minibatch) -> dict[str, float]:
     """Gradients of one optimizer step, accumulated over micro-batches and clipped.
 
+    All micro-batches go through the actor, then all through the critic: where models are sharded, a rank then holds
+    the full gradients of one of them only.
+
     Args:
         module: The LitPPO.
         minibatch: The rows of all ranks.
@@ -127,13 +131,14 @@ def backward_minibatch(module: Any, minibatch: Minibatch) -> dict[str, float]:
     optimization.zero_gradients(module)
     fire(module, "on_minibatch_start", minibatch)
     lengths = [n_prompt + n_response for n_prompt, n_response in minibatch.lengths]
-    micro_batches = minibatch.micro_batches(my_micro_batches(lengths, **module.limits), module.trainer.world_size)
-    for micro in accumulate(micro_batches, module.trainer.strategy):
-        inputs = micro.model_inputs()
-        if optimization.train_actor:
-            _backward_actor(module, micro, inputs)
-        if module.critic is not None:
-            _backward_critic(module, micro, inputs)
+    plan = my_micro_batches(lengths, **module.limits)
+    micro_batches = list(minibatch.micro_batches(plan, module.trainer.world_size))
+    if optimization.train_actor:
+        for micro in accumulate(micro_batches, module.trainer.strategy):
+            _backward_actor(module, micro)
+    if module.critic is not None:
+        for micro in accumulate(micro_batches, module.trainer.strategy):
+            _backward_critic(module, micro)
     return optimization.clip(module, minibatch)
 
 
@@ -144,23 +149,26 @@ def step_optimizers(module: Any, metrics: dict[str, float], experience: Experien
         module.sampler.forget_weights()
 
 
-def _backward_actor(module: Any, micro: Minibatch, inputs: ModelInputs) -> None:
-    n_columns = micro.response_ids.shape[1]
+def _backward_actor(module: Any, micro: Minibatch) -> None:
+    inputs, n_columns = micro.model_inputs(), micro.response_ids.shape[1]
     micro.new_logprobs, micro.new_entropy = actor_forward(module.actor, inputs, n_columns, module.temperature)
     log_policy(micro, module.clip_range)
     loss = policy_loss(micro.new_logprobs, micro.logprobs, micro.advantages, module.clip_range)
     losses = {"policy": micro.mean(loss)}
     fire(module, "on_actor_loss", micro, losses)
     _backward(module, "actor", micro, losses)
+    # the critic's turn comes later: nothing may keep the actor's activations until then
+    micro.new_logprobs, micro.new_entropy = micro.new_logprobs.detach(), micro.new_entropy.detach()
 
 
-def _backward_critic(module: Any, micro: Minibatch, inputs: ModelInputs) -> None:
+def _backward_critic(module: Any, micro: Minibatch) -> None:
     if micro.returns is None:
         raise ValueError(f"LitPPO(advantages={module.advantages!r}): gives no returns for the critic to learn")
-    micro.new_values = critic_forward(module.critic, inputs, micro.response_ids.shape[1])
+    micro.new_values = critic_forward(module.critic, micro.model_inputs(), micro.response_ids.shape[1])
     losses = {"value": micro.mean(value_loss(micro.new_values, micro.returns))}
     fire(module, "on_critic_loss", micro, losses)
     _backward(module, "critic", micro, losses)
+    micro.new_values = micro.new_values.detach()
 
 
 def _backward(module: Any, name: str, micro: Minibatch, losses: dict[str, Tensor]) -> None:

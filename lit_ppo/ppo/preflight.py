@@ -2,6 +2,7 @@
 
 import warnings
 from functools import partial
+from math import ceil
 from typing import Any
 
 import lightning as L
@@ -14,10 +15,13 @@ from lit_ppo.device import is_out_of_memory
 from lit_ppo.experience import Experience, Minibatch
 from lit_ppo.generation.config import end_of_turn, stop_ids
 from lit_ppo.generation.distribution import reshaping_fields
+from lit_ppo.memory.advice import explain_memory
+from lit_ppo.memory.resident import LIMITED, Resident, reserved
+from lit_ppo.memory.trial import try_rollout
 from lit_ppo.models.actor_critic import actor_forward, critic_forward
 from lit_ppo.models.positions import check_length
 from lit_ppo.optim.precision import apply_matmul_precision, use_bfloat16_weights
-from lit_ppo.optim.settings import future_state_bytes, restore_settings
+from lit_ppo.optim.settings import restore_settings
 from lit_ppo.parallel.checkpoint_io import use_atomic_checkpoints
 from lit_ppo.parallel.loops import use_exact_loops
 from lit_ppo.parallel.ranks import greatest, n_ranks
@@ -26,14 +30,14 @@ from lit_ppo.parallel.trainer import check_disk, check_trainer
 from lit_ppo.ppo.collect import score
 from lit_ppo.ppo.evaluate import validate_before_training
 from lit_ppo.ppo.metrics import forget_last_update
-from lit_ppo.ppo.optimize import optimizers_of
+from lit_ppo.ppo.optimize import accumulate
 from lit_ppo.ppo.prompts import check_batch
-from lit_ppo.ppo.settings import Models, check_moving_reference, explain_memory
+from lit_ppo.ppo.settings import Models, check_moving_reference
 from lit_ppo.rewards import source_names
 from lit_ppo.shown import message_of
 from lit_ppo.validate import refuse
 
-RECOMPUTE_ON = ("cuda",)  # devices on which activations are recomputed where they do not fit
+RECOMPUTE_ON = LIMITED  # devices on which activations are recomputed where they do not fit
 
 
 def setup(module: Any, stage: str) -> None:
@@ -123,7 +127,7 @@ def _preflight(module: Any, trainer: L.Trainer) -> None:
         if first is not None:
             check_end_of_turn(module, first)
             try_prompts(module, split, first)
-    try_longest(module, max(lengths))
+    try_largest(module, max(lengths), getattr(data, "batch_size", None))
 
 
 def on_train_start(module: Any) -> None:
@@ -196,44 +200,53 @@ def try_prompts(module: Any, split: str, prompts: Any) -> None:
         raise ValueError(f"first {split} prompt: {message_of(error, 2000)}") from error
 
 
-def try_longest(module: Any, n_prompt: int) -> None:
-    """Run forward and backward of one micro-batch with as many tokens as any can have.
+def try_largest(module: Any, n_prompt: int, n_prompts: int | None) -> None:
+    """Try the largest rollout and the largest micro-batches, with the memory of optimizer states taken.
 
-    Unless the user has decided, a GPU on which it does not fit recomputes activations. One process tries; several, of
-    which one alone could fail, compare what is kept with the free memory.
+    Unless the user has decided, a GPU on which a micro-batch does not fit recomputes activations. One process tries;
+    several, of which one alone could fail, compare what is kept with the free memory.
+
+    Args:
+        module: The LitPPO.
+        n_prompt: Tokens of the longest prompt.
+        n_prompts: Prompts of an update; None: no rollout is tried.
     """
     micro = longest_micro_batch(module.models, n_prompt, module.minibatch_size, **module.limits)
     undecided = module.model_settings.activation_checkpointing is None and module.device.type in RECOMPUTE_ON
     if undecided and n_ranks() > 1 and greatest(int(_keeps_too_much(module, micro))):
         _recompute(module, micro)
+    phase, taken = "update", 0
     try:
-        _try_longest(module, micro)
+        with reserved(module) as taken:
+            if n_prompts is not None and module.sampler is None and module.device.type in LIMITED:
+                phase = "rollout"
+                try_rollout(module, n_prompts, n_prompt)
+            phase = "update"
+            try_update(module, micro)
     except RuntimeError as error:
-        if not (undecided and n_ranks() == 1 and is_out_of_memory(error)):
-            explain_memory(module, error, "update", "")
+        if not (phase == "update" and undecided and n_ranks() == 1 and is_out_of_memory(error)):
+            explain_memory(module, error, phase, "", taken)
             raise
     else:
         return
     module.optimization.zero_gradients(module)
     _recompute(module, micro)
-    try_longest(module, n_prompt)
+    try_largest(module, n_prompt, None)
 
 
-def _try_longest(module: Any, micro: Minibatch) -> None:
-    """With the memory of optimizer states taken, which are there from the first step on."""
-    sizes = future_state_bytes(optimizers_of(module).values()) if module.device.type in RECOMPUTE_ON else []
-    states = [torch.empty(n_bytes, dtype=torch.uint8, device=module.device) for n_bytes in sizes]
+def try_update(module: Any, micro: Minibatch) -> None:
+    """Forward and backward of a micro-batch; where memory is short, also beside the gradients of one before."""
     module.optimization.zero_gradients(module)
+    several = module.device.type in LIMITED and len(micro) * n_ranks() < module.minibatch_size
     for name in module.optimization.built:
-        module.manual_backward(micro.mean(_forward(module, name, micro, len(micro))))
+        for _ in accumulate(range(1 + several), module.trainer.strategy):
+            module.manual_backward(micro.mean(_forward(module, name, micro, len(micro))))
     module.optimization.zero_gradients(module)
-    del states
 
 
 def _forward(module: Any, name: str, micro: Minibatch, n_rows: int) -> Any:
     """What the actor or the critic gives for the first rows."""
-    rows = micro.select(range(n_rows))
-    inputs, n_columns = rows.model_inputs(), rows.response_ids.shape[1]
+    inputs, n_columns = micro.select(range(n_rows)).model_inputs(), micro.response_ids.shape[1]
     if name == "critic":
         return critic_forward(module.critic, inputs, n_columns)
     logprobs, entropy = actor_forward(module.actor, inputs, n_columns, module.temperature)
@@ -242,14 +255,13 @@ def _forward(module: Any, name: str, micro: Minibatch, n_rows: int) -> Any:
 
 def _keeps_too_much(module: Any, micro: Minibatch) -> bool:
     kept = max(kept_bytes(partial(_forward, module, name, micro), len(micro)) for name in module.optimization.built)
-    return kept > SHARE * (free_bytes(module.device) - sum(future_state_bytes(optimizers_of(module).values())))
+    return kept > SHARE * (free_bytes(module.device) - Resident.of(module).missing_states)
 
 
 def _recompute(module: Any, micro: Minibatch) -> None:
     """Turn on the recomputation of activations and say so."""
-    for model in (module.actor, module.critic):
-        if model is not None:
-            checkpoint_activations(model)
+    for name in module.optimization.built:
+        checkpoint_activations(getattr(module, name))
     module.model_settings.activation_checkpointing = True
     shape = f"{len(micro)} x {micro.prompt_ids.shape[1] + micro.response_ids.shape[1]} tokens"
     rank_zero_info(
@@ -261,7 +273,7 @@ def _recompute(module: Any, micro: Minibatch) -> None:
 def longest_micro_batch(
     models: Models, n_prompt: int, minibatch_size: int, micro_batch_size: int | None, micro_batch_tokens: int | None
 ) -> Minibatch:
-    """A micro-batch of zeros with as many tokens as any can have.
+    """A micro-batch of zeros with as many tokens as any of this rank can have.
 
     Args:
         models: The actor gives the device, the generation settings the longest response.
@@ -271,10 +283,11 @@ def longest_micro_batch(
         micro_batch_tokens: Most tokens in a micro-batch, or None.
     """
     n_new = int(models.generation.max_new_tokens)
-    n_rows = micro_batch_size or minibatch_size
+    share = ceil(minibatch_size / n_ranks())
+    n_rows = micro_batch_size or share
     if micro_batch_tokens is not None:
         n_rows = max(1, micro_batch_tokens // (n_prompt + n_new))
-    n_rows = min(n_rows, minibatch_size)
+    n_rows = min(n_rows, share)
     device = models.actor.model.device
     prompt = torch.zeros(n_rows, n_prompt, dtype=torch.long, device=device)
     response = torch.zeros(n_rows, n_new, dtype=torch.long, device=device)

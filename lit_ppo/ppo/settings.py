@@ -1,4 +1,4 @@
-"""The arguments of LitPPO: which models to build, what is built of them, checks, and which to lower for memory."""
+"""The arguments of LitPPO: which models to build, what is built of them, and checks."""
 
 import os
 from dataclasses import dataclass
@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_ppo.device import is_out_of_memory
 from lit_ppo.engines.base import Engine, TransformersEngine
 from lit_ppo.engines.sampler import EngineSampler
 from lit_ppo.experience import LossReduction
@@ -16,7 +15,6 @@ from lit_ppo.models.actor_critic import Actor, Critic, Reference
 from lit_ppo.models.load import load_causal_lm, load_tokenizer
 from lit_ppo.models.lora import WithoutAdapter, check_lora
 from lit_ppo.models.stored import checked_model_kwargs
-from lit_ppo.shown import first_line
 from lit_ppo.validate import (
     LARGEST_COUNT,
     boolean,
@@ -131,39 +129,6 @@ def check_moving_reference(settings: ModelSettings, reference: Any) -> None:
             "a callback moves the reference (checkpoint_reference=True), and small moves round away in it; use "
             "'float32'",
         )  # fmt: skip
-
-
-def explain_memory(module: Any, error: RuntimeError, phase: str, detail: str) -> None:
-    """Say which argument to lower, and to what, if an error is one of memory.
-
-    Args:
-        module: The LitPPO.
-        error: Of an update.
-        phase: Where it was raised: rollout, score or update.
-        detail: Of the phase, as on the progress bar.
-
-    Raises:
-        torch.OutOfMemoryError: Names the argument.
-    """
-    if not is_out_of_memory(error):
-        return
-    reason = first_line(error)
-    if phase == "score":
-        advice = "RewardModel(batch_size): out of memory in scoring; halve it, or give batch_tokens"
-        raise torch.OutOfMemoryError(f"{advice} ({reason})") from error
-    sampling = phase == "rollout" and detail != "log-probs"
-    kind, limits = ("rollout", module.rollout_limits) if sampling else ("micro", module.limits)
-    size, tokens = limits["micro_batch_size"], limits["micro_batch_tokens"]
-    name, value = (f"{kind}_batch_tokens", tokens) if tokens else (f"{kind}_batch_size", size)
-    rows = getattr(getattr(module.trainer, "datamodule", None), "batch_size", None) if sampling else None
-    rows = module.minibatch_size if rows is None else rows * module.samples_per_prompt
-    less = max(1, (value or -(-rows // module.trainer.world_size)) // 2)
-    recomputes = module.model_settings.activation_checkpointing
-    others = "a shorter max_new_tokens" if sampling or recomputes else "activation_checkpointing=True"
-    raise torch.OutOfMemoryError(
-        f"{module.model_settings.owner}({name}={value}): out of memory in the {phase}; set it to {less} or less, which "
-        f"changes only rounding, or try {others} ({reason})"
-    ) from error
 
 
 def checked_engine(module: Any, engine: Any) -> EngineSampler | None:

@@ -19,6 +19,7 @@ from lit_ppo.models.actor_critic import Actor
 from lit_ppo.parallel.ranks import sum_over_ranks
 from lit_ppo.ppo import optimize
 from tests.helpers.forwards import logprobs_of, values_of
+from tests.helpers.memory_phases import predicted_and_measured
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toys import logged, make_data, make_module, make_trainer, texts, write_prompts
 from tests.helpers.trick import make_trick, tricks
@@ -287,3 +288,15 @@ def test_frozen_models_take_half_the_memory_on_a_gpu(tmp_path: Path, model: Path
     kinds = {p.dtype for p in module.reference.parameters() if p.ndim == 2}
     assert torch.bfloat16 in kinds
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:.*min_new_tokens sample from another distribution")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("options", [{}, {"actor_lora": LORA, "critic_lora": LORA}], ids=["full", "lora"])
+def test_each_phase_needs_what_was_estimated(tmp_path: Path, precision: str, options: dict[str, Any]) -> None:
+    """100 million weights, so that the workspace of cuBLAS, which is not counted, is small beside them."""
+    shape = {"hidden_size": 1024, "num_hidden_layers": 8, "intermediate_size": 2816, "max_position_embeddings": 256}
+    found = predicted_and_measured(tmp_path, shape=shape, precision=precision, device="cuda", **options)
+    for phase, (predicted, measured) in found.items():
+        assert predicted == pytest.approx(measured, rel=0.1), phase

@@ -1,6 +1,7 @@
 """Predicted bytes against those of runs."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 from torch.optim import SGD, Adafactor, AdamW
 
-from lit_ppo.memory.estimate import HELD, Estimate, estimate
+from lit_ppo.callbacks import PPOCallback
+from lit_ppo.memory.estimate import ACTOR, CHECKPOINT, CRITIC, FULL_GRADIENTS, HELD, HOST, ROLLOUT, Estimate, estimate
 from lit_ppo.memory.job import Job
 from lit_ppo.memory.optimizers import StateSizes
 from tests.helpers.memory_run import measured_run
@@ -18,9 +20,17 @@ from tests.helpers.toys import make_data, make_module, make_trainer
 LORA = {"r": 4, "target_modules": "all-linear"}
 
 
-def line(found: Estimate, name: str) -> int:
+class Gradients(PPOCallback):
+    """Bytes of all gradients of a step."""
+
+    def on_minibatch_end(self, trainer: Any, pl_module: Any, experience: Any, metrics: Any) -> None:
+        models = {"actor": pl_module.actor, "critic": pl_module.critic}
+        self.n_bytes = {n: n_bytes(p.grad for p in m.parameters() if p.grad is not None) for n, m in models.items()}
+
+
+def line(found: Estimate, name: str, phase: str = HELD) -> int:
     """The bytes of the line with this name."""
-    return sum(each.n_bytes for each in found.lines if each.phase == HELD and each.name == name)
+    return sum(each.n_bytes for each in found.lines if each.phase == phase and each.name == name)
 
 
 def n_bytes(tensors: Any) -> int:
@@ -35,11 +45,12 @@ def test_weights_gradients_and_states_are_those_of_a_run(tmp_path: Path, lora: d
     arguments["critic_optimizer"] = lambda p: SGD(p, lr=1e-5, momentum=0.9)
     module = make_module(make_causal_lm(tmp_path / "actor"), **arguments)
     found = estimate(module, Job(batch_size=4, prompt_tokens=4))
-    make_trainer(tmp_path, max_steps=1).fit(module, make_data(tmp_path))
+    gradients = Gradients()
+    make_trainer(tmp_path, max_steps=1, callbacks=[gradients]).fit(module, make_data(tmp_path))
     for name, optimizer in zip(("actor", "critic"), module.optimizers(use_pl_optimizer=False), strict=True):
         model = getattr(module, name)
         assert line(found, f"{name}: weights") == n_bytes(model.parameters())
-        assert line(found, f"{name}: gradients") == n_bytes(p.grad for p in model.parameters() if p.grad is not None)
+        assert line(found, f"{name}: gradients", CRITIC) == gradients.n_bytes[name]
         states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
         assert line(found, f"{name}: optimizer states") == n_bytes(states)
     reference = 0 if lora else n_bytes(module.reference.parameters())
@@ -91,3 +102,22 @@ def test_split_sampling_needs_a_smaller_cache(tmp_path: Path) -> None:
     config = module.model_settings.load_actor().config
     assert cache.n_bytes == 3 * 14 * config.n_layer * 2 * config.n_embd * 4
     assert cache.assumes.startswith("3 responses x 14 tokens")
+
+
+def test_sharded_models_are_gathered_and_reduced_as_the_strategy_does(tmp_path: Path) -> None:
+    """GPT-2's linear layers in 2 bytes and the rest in 4; full gradients of one model; a checkpoint on the host."""
+    actor = make_causal_lm(tmp_path / "actor")
+    adam = {f"{name}_optimizer": lambda p: AdamW(p, lr=1e-5) for name in ("actor", "critic")}
+    module = make_module(actor, critic="actor", micro_batch_size=2, minibatch_size=8, **adam)
+    job = Job(batch_size=8, prompt_tokens=4, precision="bf16-mixed", n_processes=2, strategy="fsdp2", on_gpu=True)
+    found, named = estimate(module, job), dict(module.model_settings.load_actor().named_parameters())
+    linear = sum(p.numel() for name, p in named.items() if ".c_" in name)
+    weights, width = sum(p.numel() for p in named.values()), module.model_settings.load_actor().config.n_embd
+    assert line(found, "gathered weights", ROLLOUT) == 2 * linear + 4 * (weights - linear)
+    assert line(found, FULL_GRADIENTS, ACTOR) == 4 * weights
+    assert line(found, FULL_GRADIENTS, CRITIC) == 4 * (weights + width + 1)
+    assert line(found, "the largest tensor in full", CHECKPOINT) == 4 * max(p.numel() for p in named.values())
+    collected = 3 * 4 * (2 * weights + width + 1) + 4 * (2 * len(named) + 2)  # and the numbers of steps
+    assert line(found, "the first process collects the checkpoint", HOST) == collected
+    early = estimate(module, replace(job, every_micro_batch=True))
+    assert found.sum(CRITIC) - early.sum(CRITIC) == 4 * (weights + width + 1)

@@ -16,4 +16,7 @@ def test_traffic_is_that_of_the_manual() -> None:
     model = 7_615_616_512 * 2 * 7 / 8 / 1e9
     assert moved["rollout"] == model
     assert moved["scoring"] == model * (1 + 3 * 8)
-    assert moved["update"] == model * 2 * 2 * 8
+    assert moved["update: weights"] == model * 2 * 2 * 8
+    whole = traffic("7B", 8, lora=False, minibatches=1, micro_batches=8)
+    assert whole["update: gradients"] == 7_615_616_512 * 4 * 2 * 7 / 8 / 1e9  # float32, actor and critic
+    assert whole["reduced early"] == 8 * whole["update: gradients"]

@@ -9,18 +9,20 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from lit_ppo import FSDP2Strategy, LitPPO, LitSFT
-from lit_ppo.callbacks import CriticWarmup
+from lit_ppo.callbacks import CriticWarmup, PPOCallback
 from lit_ppo.models.actor_critic import Actor
 from lit_ppo.models.load import load_causal_lm
 from lit_ppo.parallel.full_state import full_weights
 from lit_ppo.parallel.ranks import n_ranks, rank
 from lit_ppo.parallel.sharding import build, gathered, shard
+from lit_ppo.ppo import module as litppo
 from lit_ppo.rewards import RewardModel
 from lit_ppo.run.checkpoint import StepCheckpoint
 from lit_ppo.run.export import ExportModel
@@ -110,12 +112,16 @@ class Counting(TorchDispatchMode):
         super().__init__()
         self.n: Counter[str] = Counter()
         self.dtypes: dict[str, set[torch.dtype]] = defaultdict(set)
+        self.gathered = 0  # bytes that this rank has sent for weights
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace in ("c10d", "_c10d_functional"):
             name = function.__name__.split(".")[0].strip("_")
             self.n[name] += 1
-            self.dtypes[name] |= {tensor.dtype for tensor in tree_leaves(args) if isinstance(tensor, torch.Tensor)}
+            tensors = [tensor for tensor in tree_leaves(args) if isinstance(tensor, torch.Tensor)]
+            self.dtypes[name] |= {tensor.dtype for tensor in tensors}
+            if name in ("allgather_base", "all_gather_into_tensor"):
+                self.gathered += min(tensor.nbytes for tensor in tensors)  # the other one is what is received
         return function(*args, **kwargs or {})
 
 
@@ -195,24 +201,83 @@ PRECISIONS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {  # of the 
 }
 
 
+class KeepSamples(PPOCallback):
+    """The samples of the last rollout, and the bytes of weights that this rank has sent for them."""
+
+    def __init__(self) -> None:
+        self.samples: Any = None
+        self.sent = 0
+
+    def on_rollout_end(self, trainer: Any, pl_module: Any, experience: Any) -> None:
+        self.samples = experience.response_ids
+
+    def counting(self, sample: Any) -> Any:
+        def counted(*args: Any, **options: Any) -> Any:
+            with Counting() as counting:
+                sampled = sample(*args, **options)
+            self.sent = counting.gathered
+            return sampled
+
+        return counted
+
+
 def precisions(folder: Path) -> None:
     """On a CPU, offloading changes nothing. What it saves can only be measured on GPUs."""
     found = {}
+    sample = litppo.sample_responses
     for name, (options, precision, overrides) in PRECISIONS.items():
         module: Any = make_module(folder / "gpt2", rewards=RewardModel(str(folder / "reward")), **overrides)
         strategy = FSDP2Strategy(**options)
-        trainer = make_trainer(folder, devices=n_ranks(), strategy=strategy, precision=precision, max_steps=1)
+        keep = KeepSamples()
+        trainer = make_trainer(
+            folder, devices=n_ranks(), strategy=strategy, precision=precision, max_steps=1, callbacks=[keep]
+        )
+        litppo.sample_responses = keep.counting(sample)
         with Counting() as counting:
             trainer.fit(module, make_data(folder))
+        litppo.sample_responses = sample
         # the reward model and the reference: two blocks and the rest each, and a scoring head in float32
         assert len(strategy._offloaded) == (7 if name == "offloaded" else 0)
         trained = {p.dtype for model in (module.actor, module.critic) for p in model.parameters()}
         assert trained == {torch.float32}
         reference = getattr(torch, module.model_settings.reference_dtype or "float32")
         assert {p.dtype for p in module.reference.parameters()} == {reference}
-        found[name] = logged(trainer)[0], counting.dtypes
+        found[name] = logged(trainer)[0], counting.dtypes, keep.samples, keep.sent
     if rank() == 0:
         torch.save(found, folder / "precisions.pt")
+
+
+class FullGradients(PPOCallback):
+    """Bytes of the gradients that FSDP2 has not reduced yet, before each backward."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, int, int]] = []
+
+    def on_actor_loss(self, trainer: Any, pl_module: Any, minibatch: Any, losses: Any) -> None:
+        self.found.append(("actor", *(full_gradients(getattr(pl_module, name)) for name in ("actor", "critic"))))
+
+    def on_critic_loss(self, trainer: Any, pl_module: Any, minibatch: Any, losses: Any) -> None:
+        self.found.append(("critic", *(full_gradients(getattr(pl_module, name)) for name in ("actor", "critic"))))
+
+
+def full_gradients(model: Any) -> int:
+    total = 0
+    for unit in [part for part in model.modules() if isinstance(part, FSDPModule)]:
+        state = unit._get_fsdp_state()
+        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+            for p in group.fsdp_params:
+                kept = [p.unsharded_accumulated_grad, getattr(getattr(p, "_unsharded_param", None), "grad", None)]
+                total += sum(x.nbytes for x in kept if x is not None)
+    return total
+
+
+def count_full_gradients(folder: Path) -> None:
+    """Four rows on each rank, in micro-batches of two."""
+    callback, options = FullGradients(), {"minibatch_size": 8, "micro_batch_size": 2, "ppo_epochs": 1}
+    trainer = make_trainer(folder, devices=n_ranks(), strategy="fsdp2", max_steps=1, callbacks=[callback])
+    trainer.fit(make_module(folder / "gpt2", **options), make_data(folder, batch_size=8))
+    if rank() == 0:
+        torch.save(callback.found, folder / "gradients.pt")
 
 
 def keep_models(folder: Path) -> None:
@@ -283,6 +348,7 @@ def everything(folder: Path) -> None:
         refuse_fused,
         keep_models,
         count_collectives,
+        count_full_gradients,
         precisions,
         supervised,
     ):
@@ -386,11 +452,35 @@ def test_offloading_and_lower_precision(folder):
     for name in names[:2]:
         assert found["bf16 reference"][0][name] == pytest.approx(one[name], rel=1e-4), name
     assert found["bf16 reference"][0]["objective/kl"] != one["objective/kl"]
-    for how, (row, dtypes) in found.items():
+    for how, (row, dtypes, _, _) in found.items():
         assert dtypes["reduce_scatter_base"] == {torch.float32}, how
         assert (torch.bfloat16 in dtypes["allgather_base"]) == ("weights" in how or "refer" in how)
         assert row["policy/ratio"] == pytest.approx(1.0, abs=0.05), how
         assert row["policy/grad_norm"] == pytest.approx(one["policy/grad_norm"], rel=0.5), how
+
+
+def test_sampling_gathers_what_autocast_would_cast_in_bfloat16(folder):
+    """GPT-2's linear layers in 2 bytes, embeddings and norms in 4; a shard has half of the rows, rounded up."""
+    found = torch.load(folder / "precisions.pt", weights_only=False)
+    linear, others = 0, 0
+    for name, p in AutoModelForCausalLM.from_pretrained(folder / "gpt2").named_parameters():
+        shard = -(-p.shape[0] // 2) * (p.numel() // p.shape[0])
+        linear, others = (linear + shard, others) if ".c_" in name else (linear, others + shard)
+    assert found["offloaded"][3] == 4 * linear + 4 * others
+    assert found["bf16-mixed"][3] == 2 * linear + 4 * others
+    assert found["bf16 weights"][3] == 2 * linear + 2 * others
+    keep = KeepSamples()
+    module = make_module(folder / "gpt2", rewards=RewardModel(str(folder / "reward")))
+    make_trainer(folder, max_steps=1, precision="bf16-mixed", callbacks=[keep]).fit(module, make_data(folder))
+    assert keep.samples.equal(found["bf16-mixed"][2])
+
+
+def test_a_rank_holds_the_full_gradients_of_one_model_at_a_time(folder):
+    """Before each of two micro-batches: bytes of actor and critic; the value head has a row and a bias more."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "gpt2")
+    actor, width = 4 * sum(p.numel() for p in model.parameters()), model.config.n_embd
+    expected = [("actor", 0, 0), ("actor", actor, 0), ("critic", 0, 0), ("critic", 0, actor + 4 * (width + 1))]
+    assert torch.load(folder / "gradients.pt") == expected
 
 
 def test_float64_is_refused(tiny_lm, tmp_path):
