@@ -15,8 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lit_ppo.device import sums_in_float32
-
 
 class Live(TorchDispatchMode):
     """Bytes of the tensors made inside this context: those that still exist, and the most at any time.
@@ -61,14 +59,10 @@ def hollow_tensors(*models: nn.Module) -> Iterator[None]:
     Args:
         *models: On the meta device; they can compute inside this context, and only there.
     """
-    sums_in_float32.cache_clear()  # what such tensors can do is not what this CPU can, and the other way round
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
-            for model in models:
-                _move(model)
-            yield
-    finally:
-        sums_in_float32.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
+        for model in models:
+            _move(model)
+        yield
 
 
 def _move(model: nn.Module) -> None:
