@@ -111,7 +111,7 @@ def test_two_ranks_with_shards(server: VLLMServer, tmp_path: Path):
 
 
 def test_a_response_that_the_server_would_cut_ends_the_run(server: VLLMServer):
-    module = make_module(server.model, engine=engine(server), generation={"max_new_tokens": 50})
+    module = make_module(server.model, engine=engine(server), generation={"max_new_tokens": 46})
     with pytest.raises(RuntimeError, match=r"ended a response after \d+ tokens, since .* --max-model-len"):
         module.rollout(["the film was"], samples_per_prompt=16)
 
