@@ -62,7 +62,11 @@ def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, rou
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device, which is not waited for; one that is there already stays."""
+    """A tensor of the host on a device, which is not waited for; one that is there already stays.
+
+    >>> to_device(torch.tensor([1.0]), torch.device("cpu"))
+    tensor([1.])
+    """
     if x.device == device:
         return x
     return (x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x).to(device, non_blocking=True)

@@ -233,6 +233,7 @@ KNOBS = {
         minibatch_size=3,
         micro_batch_size=SPLIT,
         micro_batch_tokens=SPLIT,
+        engine=Excused("one of a user's own samples the same (tests/engines/test_sampler.py)"),
         rollout_batch_size=Excused("samples do not depend on it (tests/ppo/test_memory.py)"),
         rollout_batch_tokens=Excused("samples do not depend on it (tests/ppo/test_memory.py)"),
         sampling_logprobs_tolerance=Logged(1e-3),
@@ -331,11 +332,14 @@ TRIED = [(name, arg) for name in KNOBS for arg, other in KNOBS[name].others.item
 
 TRIED_ELSEWHERE = {
     "AdvantageEstimator": "abstract",
+    "Engine": "abstract",
     "Experience": "data",
     "ExportModel": "tests/run/test_export.py, tests/models/test_lora.py (adapter and folder)",
     "FSDP2Strategy": "needs two ranks: tests/parallel/test_sharding.py",
     "LeaveOneOut": "has no arguments",
     "StepCheckpoint": "tests/cli/test_command.py: the files that are left",
+    "TransformersEngine": "has no arguments",
+    "VLLMEngine": "tests/engines/test_vllm_server.py, tests/engines/test_vllm_local.py",
     "WarmupCosine": "tests/optim/test_schedules.py has its rates by hand",
 }
 

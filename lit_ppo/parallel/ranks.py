@@ -125,7 +125,7 @@ def map_forwards(
     def run() -> None:
         for rows in plan[rank()]:
             for name, value in function(experience.micro_batch(rows)).items():
-                empty = torch.zeros(like.shape, device=like.device)
+                empty = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
                 mine.setdefault(name, empty)[rows] = value.float()[: len(rows)]
 
     gather_shares(run)  # a rank that has failed sends nothing

@@ -80,7 +80,8 @@ def test_what_is_kept_is_float32(recorded):
     (experience,) = recorder.experiences
     assert {name: getattr(experience, name).dtype for name in NUMBERS} == dict.fromkeys(NUMBERS, torch.float32)
     trained = (*module.actor.parameters(), *module.critic.parameters())
-    assert {p.dtype for p in trained} == {p.grad.dtype for p in trained if p.grad is not None} == {torch.float32}
+    gradients = recorder.steps[0]["gradients"].values()
+    assert {p.dtype for p in trained} == {gradient.dtype for gradient in gradients} == {torch.float32}
     assert all(p.isfinite().all() for p in trained)
 
 
