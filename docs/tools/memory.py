@@ -23,6 +23,8 @@ from lit_ppo.memory.estimate import (
     HELD,
     HOST,
     PHASES,
+    ROLLOUT,
+    WORKSPACE,
     Estimate,
     Line,
     estimate,
@@ -58,6 +60,7 @@ MODELS: dict[str, Any] = {
     "70B": _llama(8192, 80, 64, 8, 28672, 128256),  # Llama 3.1
 }
 ROWS, NEW, PROMPT = 64, 512, 512
+LAYERS = (8, 10)  # with which a model is traced
 PROCESSES = (1, 2, 8, 64)
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 KINDS = {"all weights": None, "LoRA": LORA}
@@ -66,7 +69,7 @@ PRECISIONS = ("32-true", "bf16-mixed")
 
 @cache
 def traced(size: str, kind: str, precision: str, n: int) -> tuple[LitPPO, list[Part], Job, Estimate]:
-    """The job of one cell; traced with 8 and with 10 layers, since each further one adds the same bytes."""
+    """The job of one cell; traced with few layers, since each further one adds the same bytes."""
     in_bf16 = precision == "bf16-mixed"
     job = Job(
         # under FSDP2, weights are gathered in bfloat16, and there is no autocast
@@ -75,11 +78,20 @@ def traced(size: str, kind: str, precision: str, n: int) -> tuple[LitPPO, list[P
     )  # fmt: skip
     module = _module(size, kind, precision)
     parts, layers = ppo_parts(module, MODELS), MODELS[size].num_hidden_layers
-    eight, ten = (_by_name(estimate(module, job, {size: _with_layers(MODELS[size], n)})) for n in (8, 10))
-    lines = [
-        replace(x, n_bytes=x.n_bytes + (ten[key].n_bytes - x.n_bytes) * (layers - 8) // 2) for key, x in eight.items()
-    ]
-    return module, parts, job, Estimate(lines)
+    few, more = (estimate(module, job, {size: _with_layers(MODELS[size], n)}) for n in LAYERS)
+    assert few.sampling is not None
+    assert more.sampling is not None
+
+    def at_all(of_few: int, of_more: int) -> int:
+        return of_few + (of_more - of_few) * (layers - LAYERS[0]) // (LAYERS[1] - LAYERS[0])
+
+    named = _by_name(more)
+    lines = {key: replace(x, n_bytes=at_all(x.n_bytes, named[key].n_bytes)) for key, x in _by_name(few).items()}
+    # which of its three points is the highest depends on the number of layers
+    highest = max(map(at_all, few.sampling.peaks, more.sampling.peaks))
+    workspace = highest - at_all(few.sampling.cache, more.sampling.cache)
+    lines[ROLLOUT, WORKSPACE] = replace(lines[ROLLOUT, WORKSPACE], n_bytes=workspace)
+    return module, parts, job, Estimate(list(lines.values()))
 
 
 def _module(size: str, kind: str, precision: str) -> LitPPO:
@@ -114,7 +126,7 @@ def counted(size: str, kind: str, precision: str, n: int) -> Estimate:
         lines = [line for line in lines if line.name not in single and line.phase not in (CHECKPOINT, HOST)]
     if n >= ROWS:  # one micro-batch in a step
         lines = [line for line in lines if line.name != FULL_GRADIENTS]
-    divided = ("key-value cache", "prompts, or the last token", "actor: gradients", "critic: gradients")
+    divided = ("key-value cache", WORKSPACE, "actor: gradients", "critic: gradients")
     lines = [replace(x, n_bytes=x.n_bytes * start // n) if x.name in divided else x for x in lines]
     return Estimate([*held(module, parts, job), *lines])
 

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from lit_ppo.memory.estimate import estimate
 from lit_ppo.memory.job import job_of
+from lit_ppo.memory.sampling import notes as of_sampling
 from lit_ppo.memory.shapes import config_of
 from lit_ppo.memory.text import table
 from lit_ppo.ppo.module import LitPPO
@@ -35,6 +36,7 @@ def say_memory(module: Any, config: dict[str, Any], stages: dict[str, dict[str, 
     actor = config_of(f"{settings.owner}(actor", settings.actor, settings.model_kwargs, stand_ins)
     job, notes = job_of(config, getattr(actor.get_text_config(), "max_position_embeddings", None))
     notes += [f"{path} does not exist yet: counted as its stage will write it" for path in stand_ins]
+    notes += of_sampling(module, job)
     if getattr(actor, "quantization_config", None) is not None:
         notes.append("the actor is quantised: counted as if it was not")
     print(table(estimate(module, job, stand_ins), module, job, notes), flush=True)

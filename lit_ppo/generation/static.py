@@ -29,7 +29,17 @@ LENGTHS = 64
 
 
 def fits(model: Any, cache: Any, state: dict[str, Any]) -> bool:
-    """Whether this loop can go on after the prompts; says why not.
+    """Whether this loop can go on after the prompts; says why not. The arguments are those of :func:`why_not`."""
+    why = why_not(model, cache, state)
+    if why is None and not _agrees(model):
+        why = "its logits differ with a static cache"
+    if why is not None:
+        say_once(f"{type(model).__name__}: samples with cache_implementation 'dynamic', since {why}")
+    return why is None
+
+
+def why_not(model: Any, cache: Any, state: dict[str, Any]) -> str | None:
+    """What keeps this loop from going on after the prompts, as far as it can be told without a forward.
 
     Args:
         model: Causal LM.
@@ -40,19 +50,14 @@ def fits(model: Any, cache: Any, state: dict[str, Any]) -> bool:
     layers = getattr(cache, "layers", [])
     plain = {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
     if not getattr(model, "_can_compile_fullgraph", False):
-        why = "transformers does not run it on a static cache"
-    elif not layers or not plain or not all(layer.is_initialized for layer in layers):
-        why = "not every layer keeps keys and values of its own"
-    elif not tensors <= {"attention_mask", "position_ids", "cache_position"}:
-        why = f"it reads {', '.join(sorted(tensors))}"
-    elif _attention(model) is None:
-        why = f"its attention is {model.config._attn_implementation}; SDPA and eager attention take a static cache"
-    elif not _agrees(model):
-        why = "its logits differ with a static cache"
-    else:
-        return True
-    say_once(f"{type(model).__name__}: samples with cache_implementation 'dynamic', since {why}")
-    return False
+        return "transformers does not run it on a static cache"
+    if not layers or not plain or not all(layer.is_initialized for layer in layers):
+        return "not every layer keeps keys and values of its own"
+    if not tensors <= {"attention_mask", "position_ids", "cache_position"}:
+        return f"it reads {', '.join(sorted(tensors))}"
+    if _attention(model) is None:
+        return f"its attention is {model.config._attn_implementation}; SDPA and eager attention take a static cache"
+    return None
 
 
 _AGREEING: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
@@ -74,10 +79,13 @@ def _agrees(model: Any) -> bool:
         nothing = Batch(model, ids[:, :4], mask[:, :4].bool(), None, config, None, stops, False, None)
         step = Step(nothing, cache, torch.arange(2, device=ids.device), state)
         step.tokens.copy_(ids[:, 4:])
-        with _heads_in_groups(model):
+        with heads_in_groups(model):
             found = step.forward()
         spread = (expected - expected.mean(-1, keepdim=True)).abs().max().clamp(min=1e-6)
-        tolerance = 1e-3 if step.cache.layers[0].keys.dtype.itemsize >= 4 else 5e-2
+        kind, dtype = ids.device.type, step.cache.layers[0].values.dtype
+        if torch.is_autocast_enabled(kind):  # rotated keys are in float32 there
+            dtype = torch.get_autocast_dtype(kind)
+        tolerance = 1e-3 if dtype.itemsize >= 4 else 5e-2
         _AGREEING[model] = bool((found - expected).abs().max() / spread < tolerance)
     return _AGREEING[model]
 
@@ -101,7 +109,7 @@ def decode(batch: Batch, logits: Tensor, cache: Cache, prompts: Tensor, state: d
     going = [True] * len(prompts)
     step.choose(logits[prompts], None if whole else n_prompt)
     n_tokens, seen = 1, 0
-    with _heads_in_groups(batch.model), cast_for_compiled_code(batch.model, batch.config, logits.device):
+    with heads_in_groups(batch.model), cast_for_compiled_code(batch.model, batch.config, logits.device):
         run = Runner(step if whole else step.forward, batch.model, batch.config, logits.device)
         while True:
             going = step.look(going, seen, n_tokens)
@@ -246,7 +254,7 @@ def _attention(model: Any) -> str | None:
 
 
 @contextmanager
-def _heads_in_groups(model: Any) -> Iterator[None]:
+def heads_in_groups(model: Any) -> Iterator[None]:
     """Read the cache once for all heads that share it."""
     before = model.config._attn_implementation
     model.config._attn_implementation = _attention(model)

@@ -81,7 +81,7 @@ def sample(
         sampled.append(_decode(batch, generation_config, state))
 
     device = prompt_ids.device.type
-    with weights_cast_once(model, device), _float32_logits(model, device):
+    with weights_cast_once(model, device), float32_logits(model, device):
         call_generate(model, prompt_ids, prompt_mask, config, decode, do_sample=draws is not None)
     return sampled[0]
 
@@ -157,7 +157,7 @@ def weights_cast_once(model: nn.Module, device: str) -> Iterator[None]:
 
 
 @contextmanager
-def _float32_logits(model: Any, device: str) -> Iterator[None]:
+def float32_logits(model: Any, device: str) -> Iterator[None]:
     """Sum the head's products in float32, as training does: bf16 logits are those of another distribution."""
     head = model.get_output_embeddings()
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -183,12 +183,12 @@ def _float32_logits(model: Any, device: str) -> Iterator[None]:
 def _decode(batch: Batch, generation_config: Any, state: dict[str, Any]) -> Responses:
     """Read the prompts, each distinct one once, and go on from them with one of the two loops."""
     read, prompts = batch.input_ids, None
-    if _can_be_cut(state) and (found := _distinct(read, batch.mask)) is not None:
+    if can_be_cut(state) and (found := _distinct(read, batch.mask)) is not None:
         first, prompts = (torch.tensor(numbers, device=read.device) for numbers in found)
         read = read[first]
     prompts_state = state if prompts is None else {**state, **_rows_of(state, first, len(batch.input_ids))}
     outputs = batch.model._prefill(read, generation_config, prompts_state, is_first_iteration=True)
-    if _asks_for_static(batch.config, read.device) and static.fits(batch.model, outputs.get(CACHE), state):
+    if asks_for_static(batch.config, read.device.type) and static.fits(batch.model, outputs.get(CACHE), state):
         rows = torch.arange(len(read), device=read.device) if prompts is None else prompts
         return static.decode(batch, outputs.logits[:, -1].float(), outputs[CACHE], rows, state)
     if prompts is not None:
@@ -197,9 +197,15 @@ def _decode(batch: Batch, generation_config: Any, state: dict[str, Any]) -> Resp
     return _decode_growing(batch, outputs, state)
 
 
-def _asks_for_static(config: Any, device: torch.device) -> bool:
+def asks_for_static(config: GenerationConfig, kind: str) -> bool:
+    """Whether rows are sampled on a static cache, if the model's fits.
+
+    Args:
+        config: Its ``cache_implementation`` and ``compile_config`` are read.
+        kind: Of device.
+    """
     if config.cache_implementation is None:
-        return device.type == "cuda" or config.compile_config is not None
+        return kind == "cuda" or config.compile_config is not None
     return bool(config.cache_implementation == "static")
 
 
@@ -238,7 +244,7 @@ def _decode_growing(batch: Batch, outputs: Any, state: dict[str, Any]) -> Respon
             break
         if not going.all():
             rows = rows[going]
-            if _can_be_cut(state):
+            if can_be_cut(state):
                 in_batch = rows
                 state[CACHE].batch_select_indices(going)
                 state |= _rows_of(state, going, len(going))
@@ -256,7 +262,7 @@ def _decode_growing(batch: Batch, outputs: Any, state: dict[str, Any]) -> Respon
     return responses
 
 
-def _can_be_cut(state: dict[str, Any]) -> bool:
+def can_be_cut(state: dict[str, Any]) -> bool:
     """Whether all that a model keeps between tokens are keys and values, whose rows can leave."""
     kept = [name for name in ALL_CACHE_NAMES if state.get(name) is not None]
     cache = state.get(CACHE)

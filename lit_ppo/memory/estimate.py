@@ -11,8 +11,9 @@ from lit_ppo.device import cpu_as_cuda
 from lit_ppo.memory.job import Job, MicroBatch, full_bytes, gathered_bytes
 from lit_ppo.memory.live import hollow_tensors
 from lit_ppo.memory.optimizers import StateSizes, check_probe, describe
+from lit_ppo.memory.sampling import RolloutTrace, distinct_prompts, resolved, trace_rollout
 from lit_ppo.memory.shapes import Part, StandIns, local_bytes, ppo_parts
-from lit_ppo.memory.trace import trace_rollout, trace_scoring, trace_update
+from lit_ppo.memory.trace import trace_scoring, trace_update
 from lit_ppo.models.actor_critic import halve_frozen, in_bfloat16
 from lit_ppo.models.head import CHUNK_ELEMENTS, CUDA_CHUNK_ELEMENTS
 from lit_ppo.models.positions import token_limit
@@ -21,6 +22,7 @@ from lit_ppo.rewards import reward_models
 HELD, ROLLOUT, SCORE = "held", "rollout", "scoring"
 ACTOR, CRITIC, CHECKPOINT, HOST = "update of the actor", "update of the critic", "checkpoint", "host"
 LORA = "LoRA (--config lora), "
+WORKSPACE = "prompts, or the last token"
 FULL_GRADIENTS = "full gradients between micro-batches"
 PHASES = (ROLLOUT, SCORE, ACTOR, CRITIC, CHECKPOINT)
 
@@ -46,9 +48,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What each process of a run needs."""
+    """What each process of a run needs, and how it samples."""
 
     lines: list[Line]
+    sampling: RolloutTrace | None = None  # None where an engine samples
 
     def sum(self, phase: str) -> int:
         """Bytes of a phase at its highest, with all that is held."""
@@ -93,8 +96,9 @@ def estimate(module: Any, job: Job, stand_ins: StandIns | None = None) -> Estima
         if part.name in ("actor", "critic") and job.computing is torch.bfloat16:
             nn.Module.to(part.model, torch.bfloat16)
     with cpu_as_cuda(job.on_gpu), hollow_tensors(*(part.model for part in parts)):
-        lines += [*rollout(module, parts, job), *score(module, parts, job), *update(module, parts, job)]
-    return Estimate([line for line in lines if line.n_bytes])
+        sampling = None if module.sampler is not None else sample(module, parts, job)
+        lines += [*rollout(module, parts, job, sampling), *score(module, parts, job), *update(module, parts, job)]
+    return Estimate([line for line in lines if line.n_bytes], sampling)
 
 
 def held(module: Any, parts: list[Part], job: Job) -> Iterator[Line]:
@@ -143,21 +147,33 @@ def checkpoint(module: Any, parts: list[Part], job: Job) -> Iterator[Line]:
         yield Line(HOST, "each process keeps its shards of frozen models", offloaded, "offload_frozen")
 
 
-def rollout(module: Any, parts: list[Part], job: Job) -> Iterator[Line]:
-    """Sampling on top of what is held."""
-    actor, micro = parts[0].model, MicroBatch.of(module, job)
-    rows = -(-job.batch_size * module.samples_per_prompt // job.n_processes)
+def sample(module: Any, parts: list[Part], job: Job) -> RolloutTrace:
+    """Sampling, traced."""
+    rows, prompts = _sampled_at_once(module, job)
+    return trace_rollout(parts[0].model, rows, prompts, job.prompt_tokens, resolved(module, job), job.autocast)
+
+
+def _sampled_at_once(module: Any, job: Job) -> tuple[int, int]:
+    """Responses, and their different prompts."""
+    rows, length = -(-job.batch_size * module.samples_per_prompt // job.n_processes), MicroBatch.of(module, job).length
     size, tokens = module.rollout_limits["micro_batch_size"], module.rollout_limits["micro_batch_tokens"]
-    rows = max(1, min(rows, size or rows, tokens // micro.length if tokens else rows))
-    traced = trace_rollout(actor, rows, job.prompt_tokens, micro.new, job.autocast, prompts=job.batch_size)
+    rows = max(1, min(rows, size or rows, tokens // length if tokens else rows))
+    return rows, distinct_prompts(rows, job.batch_size, module.samples_per_prompt, job.n_processes)
+
+
+def rollout(module: Any, parts: list[Part], job: Job, traced: RolloutTrace | None) -> Iterator[Line]:
+    """Sampling on top of what is held; nothing where an engine samples."""
+    if traced is None:
+        return
+    rows, prompts = _sampled_at_once(module, job)
     cast = 0 if job.n_shards > 1 else traced.cast  # weights are gathered in autocast's dtype
     fewer = "rollout_batch_tokens or rollout_batch_size, generation.max_new_tokens, data.max_prompt_length"
-    each = f"{rows} responses x {micro.length} tokens"
+    each = f"{rows} responses x {traced.tokens} tokens"
     yield _cast(ROLLOUT, cast)
     yield Line(ROLLOUT, "key-value cache", traced.cache, f"{each}, none of them ended", fewer)
-    yield Line(ROLLOUT, "prompts, or the last token", traced.workspace, "the higher of the two, past the cache", fewer)
+    yield Line(ROLLOUT, WORKSPACE, traced.workspace, f"{prompts} prompts; the highest point, past the cache", fewer)
     if job.n_shards > 1:
-        yield _gathered(ROLLOUT, full_bytes(actor, job), f"the full actor, {_in_full(job)}", job)
+        yield _gathered(ROLLOUT, full_bytes(parts[0].model, job), f"the full actor, {_in_full(job)}", job)
 
 
 def score(module: Any, parts: list[Part], job: Job) -> Iterator[Line]:

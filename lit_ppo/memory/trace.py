@@ -3,19 +3,14 @@
 Call these functions where tensors have no storage.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_ppo.activations import checkpoint_activations
-from lit_ppo.functional import inverse_cdf
-from lit_ppo.generation.batch import CACHE
-from lit_ppo.generation.transformers import weights_cast_once
 from lit_ppo.memory.live import Live
 from lit_ppo.models.head import HeadInputs, token_statistics
 from lit_ppo.parallel.sharding import blocks
@@ -34,15 +29,6 @@ class UpdateTrace:
     def peak(self) -> int:
         """All of them."""
         return self.cast + self.activations + self.head + self.workspace
-
-
-@dataclass(frozen=True)
-class RolloutTrace:
-    """Bytes of sampling, on top of the weights."""
-
-    cast: int  # bfloat16 copies of weights, made once
-    cache: int  # keys and values at the last token
-    workspace: int  # of reading the prompts, or of the last token, whichever is higher on top of its cache
 
 
 def trace_update(
@@ -130,54 +116,6 @@ def trace_scoring(model: Any, rows: int, length: int, targets: int, autocast: to
             if kind == "head":
                 _logprobs(model, states.flatten(0, 1))
     return live.peak
-
-
-def trace_rollout(
-    model: Any, rows: int, prompt: int, new: int, autocast: torch.dtype | None, prompts: int | None = None
-) -> RolloutTrace:
-    """Sampling of responses that all have their full length.
-
-    Args:
-        model: The causal LM.
-        rows: Responses sampled at once.
-        prompt: Tokens of each prompt.
-        new: Tokens of each response.
-        autocast: See :func:`trace_update`.
-        prompts: Different ones, each of which is read once; None: as many as rows.
-    """
-    last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-
-    def read(length: int, rows: int = rows, **state: Any) -> Any:
-        """A forward of rows whose cache then has ``length`` tokens."""
-        n = 1 if state else length
-        ids = torch.zeros(rows, n, dtype=torch.long)
-        mask = torch.ones(rows, length, dtype=torch.long)
-        return model(input_ids=ids, attention_mask=mask, use_cache=True, **last, **state)
-
-    with torch.no_grad(), _sampling(model, autocast) as live:
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
-        cast = live.now
-        live.forget_peak()
-        cache = read(prompt, min(rows, prompts or rows))[CACHE]
-        prefill = live.peak - cast
-        del cache
-        cache = read(max(prompt + new - 1, 1))[CACHE]
-        live.forget_peak()
-        raw = read(prompt + new, **{CACHE: cache}).logits[:, -1].float()
-        inverse_cdf(raw, torch.zeros(rows, dtype=torch.float64))
-        held = live.now - cast - raw.untyped_storage().nbytes()
-        decode = live.peak - cast
-    return RolloutTrace(cast, held, max(prefill, decode) - held)
-
-
-@contextmanager
-def _sampling(model: nn.Module, autocast: torch.dtype | None) -> Iterator[Any]:
-    with Live([*model.parameters(), *model.buffers()]) as live:
-        if autocast is None:
-            yield live
-        else:
-            with torch.autocast("cpu", autocast), weights_cast_once(model, "cpu"):
-                yield live
 
 
 def _logprobs(model: Any, states: Tensor) -> Tensor:

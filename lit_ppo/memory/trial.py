@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_ppo.generation.batch import CACHE
 from lit_ppo.generation.transformers import row_seeds
+from lit_ppo.memory.sampling import distinct_prompts
 from lit_ppo.parallel.ranks import n_ranks
 from lit_ppo.parallel.sharding import gathered
 
@@ -40,7 +41,8 @@ def try_rollout(module: Any, n_prompts: int, n_prompt: int) -> None:
     """
     actor, n_new, rows = module.actor, int(module.generation.max_new_tokens), largest_rows(module, n_prompts, n_prompt)
     ids = torch.zeros(rows, n_prompt, dtype=torch.long, device=module.device)
-    ids[:, -1] = torch.arange(rows) % min(n_prompts, actor.model.config.get_text_config().vocab_size)  # read each once
+    n_read = distinct_prompts(rows, n_prompts, module.samples_per_prompt, n_ranks())
+    ids[:, -1] = torch.arange(rows) % min(n_read, actor.model.config.get_text_config().vocab_size)
     with gathered(actor) if actor.sharded else nullcontext():
         every_token = list(range(actor.model.config.get_text_config().vocab_size))
         _sample(module, ids, eos_token_id=every_token)  # one token; a static cache is made for all

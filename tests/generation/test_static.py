@@ -178,7 +178,7 @@ def test_no_step_reads_a_value_or_moves_a_tensor_between_host_and_device(family:
         step = static.Step(batch, cache, torch.arange(8), {"use_cache": True})
         step.choose(logits)
         step.show(4, 20)
-    with torch.no_grad(), static._heads_in_groups(model), Watch() as watch:
+    with torch.no_grad(), static.heads_in_groups(model), Watch() as watch:
         step()
     assert watch.kernels > 200
     assert watch.devices == {"meta"}

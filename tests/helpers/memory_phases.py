@@ -33,6 +33,7 @@ def predicted_and_measured(
     shape: dict[str, Any] | None = None,
     precision: str = "32-true",
     device: str = "cpu",
+    generation: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, tuple[int, int]]:
     """Bytes of each phase: of the estimate, and of the second update of a run, where optimizers have states.
@@ -43,6 +44,7 @@ def predicted_and_measured(
         shape: Fields of its configuration.
         precision: The Trainer's.
         device: On ``cuda`` the allocator counts.
+        generation: Further fields.
         **options: Of the module.
     """
     make_causal_lm(folder / "actor", family, **(shape or {}))
@@ -50,10 +52,12 @@ def predicted_and_measured(
     write_rows(folder / "prompts.jsonl", [{"prompt": text} for text in texts])
     arguments: dict[str, Any] = {
         "critic": "actor", "ppo_epochs": 1, "minibatch_size": 32, "micro_batch_size": 16,
-        "generation": {"max_new_tokens": NEW, "min_new_tokens": NEW},
+        "generation": {"max_new_tokens": NEW, **(generation or {})},
         **{f"{name}_optimizer": lambda p: torch.optim.AdamW(p, lr=1e-5, fused=True) for name in ("actor", "critic")},
         **options,
     }  # fmt: skip
+    fields = arguments["generation"]
+    fields["min_new_tokens"] = fields["max_new_tokens"]
     module = make_module(folder / "actor", **arguments)
     on_gpu = device == "cuda"
     found = estimate(module, Job(batch_size=BATCH, prompt_tokens=PROMPT, precision=precision, on_gpu=on_gpu))

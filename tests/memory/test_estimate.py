@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from torch.optim import SGD, Adafactor, AdamW
 
 from lit_ppo.callbacks import PPOCallback
+from lit_ppo.engines.vllm import VLLMEngine
 from lit_ppo.memory.estimate import ACTOR, CHECKPOINT, CRITIC, FULL_GRADIENTS, HELD, HOST, ROLLOUT, Estimate, estimate
 from lit_ppo.memory.job import Job
 from lit_ppo.memory.optimizers import StateSizes
+from lit_ppo.memory.sampling import notes
 from tests.helpers.memory_run import measured_run
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toys import make_data, make_module, make_trainer
@@ -100,6 +103,28 @@ def test_split_sampling_needs_a_smaller_cache(tmp_path: Path) -> None:
     config = module.model_settings.load_actor().config
     assert cache.n_bytes == 3 * 14 * config.n_layer * 2 * config.n_embd * 4
     assert cache.assumes.startswith("3 responses x 14 tokens")
+
+
+def test_a_static_cache_has_room_for_a_multiple_of_64_tokens(tmp_path: Path) -> None:
+    """On CUDA by default: prompt and response but for the last token, 4 + 70 - 1, take 128."""
+    options: dict[str, Any] = {"generation": {"max_new_tokens": 70}, "samples_per_prompt": 2}
+    module = make_module(make_causal_lm(tmp_path / "actor", "llama"), critic="actor", **options)
+    config = module.model_settings.load_actor().config
+    token = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
+    for on_gpu, tokens in ((True, 128), (False, 74)):
+        cache = line(estimate(module, Job(batch_size=8, prompt_tokens=4, on_gpu=on_gpu)), "key-value cache", ROLLOUT)
+        assert cache == pytest.approx(16 * tokens * token, abs=64)  # and positions
+
+
+def test_what_sampling_needs_beside_is_said(tmp_path: Path) -> None:
+    module, job = make_module(make_causal_lm(tmp_path / "actor")), Job(batch_size=8, prompt_tokens=4, on_gpu=True)
+    assert "pool of CUDA graphs" in notes(module, job)[0]
+    assert notes(module, replace(job, on_gpu=False)) == []
+    engine = object.__new__(VLLMEngine)
+    engine.local = SimpleNamespace(gpu_memory_utilization=0.4)  # type: ignore[assignment]
+    module.sampler = SimpleNamespace(engine=engine)  # type: ignore[assignment]
+    assert "up to 40% of each card" in notes(module, job)[0]
+    assert estimate(module, job).sampling is None
 
 
 def test_sharded_models_are_gathered_and_reduced_as_the_strategy_does(tmp_path: Path) -> None:
