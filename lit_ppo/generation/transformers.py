@@ -173,11 +173,13 @@ def float32_logits(model: Any, device: str) -> Iterator[None]:
         with torch.autocast(device, enabled=False):
             return float32_linear(rows, weight, bias).unflatten(0, states.shape[:-1])
 
+    before = dict(vars(head))  # a head that sums in float32 for training, too, has a forward of its own
     vars(head)["forward"] = forward
     try:
         yield
     finally:
         del vars(head)["forward"]
+        vars(head).update(before)
 
 
 def _decode(batch: Batch, generation_config: Any, state: dict[str, Any]) -> Responses:
@@ -272,11 +274,7 @@ def can_be_cut(state: dict[str, Any]) -> bool:
 
 def _rows_of(state: dict[str, Any], rows: Tensor, n: int) -> dict[str, Any]:
     """The tensors with one entry for each of the ``n`` rows, cut to some rows, given by number or mask."""
-    return {
-        name: value[rows]
-        for name, value in state.items()
-        if isinstance(value, Tensor) and value.ndim > 1 and len(value) == n
-    }
+    return {name: x[rows] for name, x in state.items() if isinstance(x, Tensor) and x.ndim > 1 and len(x) == n}
 
 
 def continuations(

@@ -19,7 +19,7 @@ from lit_ppo.generation.transformers import generate
 from lit_ppo.models.family import check_causal, check_head, check_sampling
 from lit_ppo.models.head import HeadInputs, token_statistics
 from lit_ppo.models.packing import read_tokens, stock_attention, use_packing
-from lit_ppo.parallel.sharding import blocks, linear_layers
+from lit_ppo.parallel.sharding import blocks, exact_parts, linear_layers
 
 
 class _AlwaysEval(nn.Module):
@@ -235,15 +235,10 @@ def halve_frozen(model: nn.Module) -> None:
 
 def in_bfloat16(model: nn.Module) -> None:
     """Keep all weights in bfloat16 but those of parts that always compute in float32; buffers stay as they are."""
-    exact = _exact_parts(model)
+    exact = exact_parts(model)
     for part in model.modules():
         for parameter in () if part in exact else part.parameters(recurse=False):
             parameter.data = parameter.data.to(torch.bfloat16)
-
-
-def _exact_parts(model: nn.Module) -> set[nn.Module]:
-    return {part for module in model.modules() for name in getattr(module, "exact", ())
-            for part in getattr(module, name).modules()}  # fmt: skip
 
 
 def _in_bfloat16(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -103,15 +103,20 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
+def exact_parts(model: nn.Module) -> set[nn.Module]:
+    """The modules inside the parts that ``exact`` names: they compute in float32 under autocast, too."""
+    named = [getattr(part, name) for part in model.modules() for name in getattr(part, "exact", ())]
+    return {inner for part in named for inner in part.modules()}
+
+
 def linear_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that autocast computes in its dtype, and whose weights nothing else reads.
 
     Left out are layers that share the embeddings' weight, those in parts that ``exact`` names, and those with DoRA.
     """
     embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
-    exact = [getattr(part, name) for part in model.modules() for name in getattr(part, "exact", ())]
     dora = [part for part in model.modules() if len(getattr(part, "lora_magnitude_vector", ()))]
-    others = {inner for part in (*exact, *dora) for inner in part.modules()}
+    others = exact_parts(model) | {inner for part in dora for inner in part.modules()}
     linear = [part for part in model.modules() if isinstance(part, nn.Linear | Conv1D) and part not in others]
     return [part for part in linear if id(part.weight) not in embeddings]
 

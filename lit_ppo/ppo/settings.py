@@ -133,7 +133,7 @@ def check_moving_reference(settings: ModelSettings, reference: Any) -> None:
 
 def checked_engine(module: Any, engine: Any) -> EngineSampler | None:
     """The argument ``engine`` of a LitPPO whose other arguments of sampling are set; None: the actor samples."""
-    if engine is None or isinstance(engine, TransformersEngine):
+    if engine is None or type(engine) is TransformersEngine:  # a subclass samples by its own code
         return None
     if not isinstance(engine, Engine):
         refuse(module, "engine", engine, "must be an Engine, such as VLLMEngine(...), or None")

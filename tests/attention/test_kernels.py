@@ -146,7 +146,7 @@ def test_a_kernel_gets_16_bit_numbers_or_none(tmp_path: Path, caplog: pytest.Log
         with torch.autocast("cpu", torch.bfloat16):
             states, _ = read_tokens(model.base_model, *batch())
         assert {x.dtype for args, _ in calls for x in args[:3]} == {torch.bfloat16}
-    torch.testing.assert_close(states, exact, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(states, exact, rtol=0, atol=2e-2)  # bf16 has 8 bits; 0.007 off where seen
     assert caplog.messages[1:] == ["LitPPO: attention over packed rows by flash_attention_2"]
 
 

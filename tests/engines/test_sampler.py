@@ -185,6 +185,19 @@ def test_the_default_engine_is_no_engine(tmp_path: Path, lm: Path):
     assert not [name for name in rows[0] if "sampling" in name]
 
 
+def test_a_subclass_of_the_default_engine_is_not_passed_over(lm: Path):
+    """Else the actor would sample in its place in silence."""
+
+    class Fixed(TransformersEngine):
+        def generate(self, prompt_ids: Any, n: int, config: Any, seeds: Any) -> Any:
+            return [[5, 6]] * (len(prompt_ids) * n), [[-1.0, -2.0]] * (len(prompt_ids) * n)
+
+    experience = make_module(lm, engine=Fixed()).rollout(["the film", "it"], samples_per_prompt=2)
+    assert experience.response_ids.tolist() == [[5, 6]] * 4
+    assert experience.sampling_logprobs is not None
+    assert experience.sampling_logprobs.tolist() == [[-1.0, -2.0]] * 4
+
+
 @pytest.mark.parametrize(
     ("answer", "problem"),
     [

@@ -8,38 +8,25 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from lit_ppo.device import exact_device, has_float64
+from tests.helpers.wrapped import OnDevice, asks_for, computed
 
 DEVICE = torch.device("mps", 0)
 
 
-class OnDevice(Tensor):
+class _OnMPS(OnDevice):
     """A tensor of that device."""
 
-    inner: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    kind = DEVICE.type
 
-    @staticmethod
-    def __new__(cls, inner: Tensor) -> "OnDevice":
-        layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset()}
-        wrapped: OnDevice = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=DEVICE, **layout)
-        wrapped.inner = inner
-        return wrapped
-
-    def __repr__(self, **_: Any) -> str:
-        return f"OnDevice({self.inner})"
-
-    def __getitem__(self, index: Any) -> "OnDevice":  # torch would look for the device to put lists there
+    def __getitem__(self, index: Any) -> OnDevice:  # torch would look for the device to put lists there
         parts = index if isinstance(index, tuple) else (index,)
         return _wrapped(self.inner[tuple(x.inner if isinstance(x, OnDevice) else x for x in parts)])
 
     def __invert__(self) -> Tensor:
         return self.bitwise_not()
-
-    def tolist(self) -> Any:
-        return self.inner.tolist()
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -54,27 +41,15 @@ class _Factories(TorchDispatchMode):
 
 
 def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    leaves = tree_leaves((args, kwargs))
-    on_device = any(isinstance(x, OnDevice) for x in leaves)
-    if kwargs.get("device") is not None:
-        on_device = torch.device(kwargs["device"]).type == DEVICE.type
-        kwargs = {**kwargs, "device": "cpu"} if on_device else kwargs
-    args, kwargs = tree_map(lambda x: x.inner if isinstance(x, OnDevice) else x, (args, kwargs))
-    result = function(*args, **kwargs)
-    if not on_device:
-        return result
-    written = {id(x.inner): x for x in leaves if isinstance(x, OnDevice)}  # in place
-
-    def out(x: Any) -> Any:
-        return x if not isinstance(x, Tensor) else written[id(x)] if id(x) in written else _wrapped(x)
-
-    return tree_map(out, result)
+    asked = asks_for(kwargs, DEVICE.type)
+    on_device = any(isinstance(x, OnDevice) for x in tree_leaves((args, kwargs))) if asked is None else asked
+    return computed(function, args, kwargs, on_device=on_device, wrap=_wrapped)
 
 
 def _wrapped(x: Tensor) -> OnDevice:
     if x.dtype in (torch.float64, torch.complex128):
         raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
-    return OnDevice(x)
+    return _OnMPS(x)
 
 
 def patch_tensor(name: str) -> Any:

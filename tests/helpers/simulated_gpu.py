@@ -16,7 +16,7 @@ import lightning as L
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from lit_ppo import callbacks
@@ -24,32 +24,21 @@ from lit_ppo.attention import kernels
 from lit_ppo.experience import set_fields
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toys import count_good, make_module, make_trainer, texts
+from tests.helpers.wrapped import OnDevice, asks_for, computed
 
 NAME = "simulated"
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "bincount", "is_nonzero"}
 waits: list[str] = []  # since they were last read
 
 
-class OnDevice(Tensor):
+class OnGPU(OnDevice):
     """A tensor of that device."""
 
-    inner: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @staticmethod
-    def __new__(cls, inner: Tensor) -> "OnDevice":
-        layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset()}
-        device = torch.device(NAME, 0)
-        wrapped: OnDevice = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=device, **layout)
-        wrapped.inner = inner
-        return wrapped
-
-    def __repr__(self, **_: Any) -> str:
-        return f"OnDevice({self.inner})"
+    kind = NAME
 
     def tolist(self) -> Any:
         note("tolist")
-        return self.inner.tolist()
+        return super().tolist()
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -85,12 +74,11 @@ def note(what: str) -> None:
 def run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     leaves, name = tree_leaves((args, kwargs)), function.__name__.partition(".")[0]
     mine = [x for x in leaves if isinstance(x, OnDevice)]
-    on_device = bool(mine)
-    if kwargs.get("device") is not None:
-        on_device = torch.device(kwargs["device"]).type == NAME
+    asked = asks_for(kwargs, NAME)
+    on_device = bool(mine) if asked is None else asked
+    if asked is not None:
         if name == "_to_copy" and on_device != bool(mine) and not (on_device and kwargs.get("non_blocking")):
             note("a copy to the device" if on_device else "a copy from the device")
-        kwargs = {**kwargs, "device": "cpu"} if on_device else kwargs
     elif name == "copy_" and len({isinstance(x, OnDevice) for x in args[:2]}) == 2:
         note("copy_")
     elif mine and any(isinstance(x, Tensor) and x.ndim and not isinstance(x, OnDevice) for x in leaves):
@@ -100,16 +88,7 @@ def run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     )
     if mine and (name in WAITS or masks):
         note(f"{name} by a mask" if masks else name)
-    plain_args, plain_kwargs = tree_map(lambda x: x.inner if isinstance(x, OnDevice) else x, (args, kwargs))
-    result = function(*plain_args, **plain_kwargs)
-    if not on_device:
-        return result
-    written = {id(x.inner): x for x in mine}  # in place
-
-    def out(x: Any) -> Any:
-        return x if not isinstance(x, Tensor) else written[id(x)] if id(x) in written else OnDevice(x)
-
-    return tree_map(out, result)
+    return computed(function, args, kwargs, on_device=on_device, wrap=OnGPU)
 
 
 def tensor(data: Any, *, device: Any = None, make: Any = torch.tensor, **kwargs: Any) -> Tensor:
@@ -118,7 +97,7 @@ def tensor(data: Any, *, device: Any = None, make: Any = torch.tensor, **kwargs:
     if device is None or torch.device(device).type != NAME:
         return made
     note("torch.tensor")
-    return OnDevice(made)
+    return OnGPU(made)
 
 
 def move(ppo: Any, rows: Any) -> None:

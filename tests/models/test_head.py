@@ -8,6 +8,7 @@ from torch.distributions import Categorical, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_ppo.functional import float32_linear
+from lit_ppo.generation.transformers import float32_logits
 from lit_ppo.models import head
 from lit_ppo.models.head import HeadInputs, token_statistics
 
@@ -209,3 +210,14 @@ def test_logits_of_a_causal_lm_are_sums_in_float32(held):
     theirs = torch.autograd.grad((torch.nn.functional.linear(*plain) * weights).sum(), plain)
     for a, b in zip(ours, theirs, strict=True):
         assert (a.double() - b).norm() < 1e-2 * b.norm()
+
+
+def test_sampling_leaves_the_head_of_training_as_it_was():
+    """Both let the head sum in float32; the first one has to outlast the second."""
+    lm = SimpleNamespace(linear=torch.nn.Linear(64, 50))
+    lm.get_output_embeddings = lambda: lm.linear
+    head.use_float32_logits(lm)
+    with torch.autocast("cpu", torch.bfloat16):
+        with float32_logits(lm, "cpu"):
+            sampled = lm.linear(torch.ones(1, 64))
+        assert sampled.dtype == lm.linear(torch.ones(1, 64)).dtype == torch.float32
