@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from benchmarks.learning.curves import BETAS, best_of_n, tilted
 from benchmarks.learning.frontier import Frontier
 from benchmarks.learning.gradients import measure, quality
 from benchmarks.learning.limit import summary
+from benchmarks.learning.reading import reading
 from benchmarks.learning.task import MODELS, PROMPTS
 from tests.helpers.tiny import WORDS, make_reward_model
 from tests.helpers.toys import make_data, make_module, make_trainer
@@ -104,6 +106,32 @@ def test_gradients_of_a_tiny_job(lm: Path):
     assert found["lam"]["1.0"]["cosine"] == pytest.approx(found["lam"][str(1.0 - 1e-9)]["cosine"], rel=1e-3)
 
 
+class Letters:
+    """A tokenizer whose tokens are code points."""
+
+    def batch_decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
+        return ["".join(map(chr, row)) for row in rows]
+
+
+def test_what_first_tokens_tell_of_a_score_that_counts_a_letter():
+    """Numbers of b: 1, 1, 2, 0 in full; 0, 0, 1, 0 in one token, 1, 0, 1, 0 in two and 1, 0, 2, 0 in three.
+
+    Their covariances with the full numbers, times 4, are 1, 1 and 2; their variances 3/4, 1 and 11/4; the full one's 2.
+    """
+    texts = ["abaa", "aaab", "bab", "aaaa"]
+    ids = torch.tensor([[ord(letter) for letter in text.ljust(4, "b")] for text in texts])
+    mask = torch.tensor([[place < len(text) for place in range(4)] for text in texts])
+    experience = SimpleNamespace(response_ids=ids, response_mask=mask, responses=texts)
+
+    def count(rows: Any) -> torch.Tensor:
+        return torch.tensor([float(text.count("b")) for text in rows.responses])
+
+    found = reading(experience, Letters(), count, lambda rows: -count(rows))
+    assert found["told_by_first_tokens"] == pytest.approx({1: 2 / 3, 2: 1 / 2, 3: 8 / 11})
+    assert found["correlation_with_judge"] == pytest.approx(-1.0)
+    assert found["deviation"] == pytest.approx(math.sqrt(0.5))
+
+
 def test_report_of_two_seeds_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any):
     """Halfway between no gain and the limit's; with two seeds, 50% and 70%: a mean of 60%, a deviation of 14.1%."""
     scores = np.random.default_rng(0).normal(size=(16, 64))
@@ -117,7 +145,7 @@ def test_report_of_two_seeds_by_hand(tmp_path: Path, capsys: pytest.CaptureFixtu
     ]
     (tmp_path / "plain.json").write_text(json.dumps({"name": "plain", "runs": runs}))
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    page.write_text(f"before\n<!-- {tmp_path.name} -->\nold\n<!-- /{tmp_path.name} -->\nafter\n")
     monkeypatch.setattr("sys.argv", ["report", str(tmp_path), "--page", str(page), "--figure", str(tmp_path / "f.png")])
     report.main()
     assert "| plain | last | 2 | 64 | 1.00 |" in page.read_text()

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.learning.run import commit
-from benchmarks.learning.task import MODELS, RESULTS, ROWS, training_prompts
-from lit_ppo import LitPPO, RewardModel
+from benchmarks.learning.task import MODELS, RESULTS, ROWS, make_scorer, training_prompts
+from lit_ppo import LitPPO
 from lit_ppo.experience import Experience
 from lit_ppo.functional import gae, token_rewards, value_loss
 from lit_ppo.models.actor_critic import actor_forward, critic_forward
@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=12)
     parser.add_argument("--critic_episodes", type=int, default=1024)
     parser.add_argument("--critic_passes", type=int, default=1)
+    parser.add_argument("--aggregation", choices=["last", "mean"], default="mean", help="Of the reward model.")
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -153,15 +154,16 @@ def main() -> None:
         critic="reward",
         reference=None,
         kl_coef=0.0,
-        rewards=RewardModel(str(models / "reward" / "model"), batch_size=128),
+        rewards=make_scorer(asked.folder, "reward", asked.aggregation),
         generation={"max_new_tokens": asked.max_new_tokens},
         seed=7,
     )
     critic = {"episodes": asked.critic_episodes, "rate": 5e-4, "passes": asked.critic_passes}
     prompts = training_prompts(asked.data_root, critic["episodes"] + 128 * asked.batches)
     found = measure(module, prompts, 128, [0.0, 0.5, 0.8, 0.95, 1.0], critic)
+    facts = {"commit": commit(), "max_new_tokens": asked.max_new_tokens, "aggregation": asked.aggregation}
     file = asked.results / "gradients.json"
-    file.write_text(json.dumps({"commit": commit(), "max_new_tokens": asked.max_new_tokens, **found}, indent=1) + "\n")
+    file.write_text(json.dumps(facts | found, indent=1) + "\n")
     print(file.read_text())
 
 

@@ -1,14 +1,15 @@
 """Sample the reference many times on held-out prompts: ``python -m benchmarks.learning.limit FOLDER --data_root D``.
 
-Stores scores and judge's scores, (P, N), in ``FOLDER/reference.npz``, and the limit and the best-of-n curve in
-``benchmarks/results/learning/limit.json``. The gain of every policy is measured from their mean, on the same prompts.
+Stores scores and judge's scores, (P, N), in ``FOLDER/reference-AGGREGATION.npz``, and the limit and the best-of-n curve
+in ``limit.json`` of the results. The gain of every policy is measured from their mean, on the same prompts. Each way
+to read the reward model (``--aggregation``) is another score with another limit, and needs a folder of results.
 """
 
 import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +21,9 @@ CHUNK = 8  # samples per prompt and rollout
 BEST_OF = (1, 2, 4, 8, 16, 32)
 
 
-def sample(folder: Path, prompts: list[str], samples: int, max_new_tokens: int) -> dict[str, np.ndarray]:
+def sample(
+    folder: Path, prompts: list[str], samples: int, max_new_tokens: int, aggregation: Literal["last", "mean"]
+) -> dict[str, np.ndarray]:
     """Scores and judge's scores of the reference's responses, (P, N) each."""
     module = make_reference(folder, max_new_tokens)
     chunks = []
@@ -29,7 +32,7 @@ def sample(folder: Path, prompts: list[str], samples: int, max_new_tokens: int) 
         print(f"{(chunk + 1) * CHUNK} samples a prompt", flush=True)
     found = {}
     for name in ("reward", "judge"):
-        model = make_scorer(folder, name)
+        model = make_scorer(folder, name, aggregation if name == "reward" else "last")
         scores = [model(experience).view(len(prompts), CHUNK).numpy() for experience in chunks]
         found[name] = np.concatenate(scores, axis=1)
     return found
@@ -82,12 +85,15 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=N_PROMPTS)
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--max_new_tokens", type=int, default=NEW_TOKENS)
+    parser.add_argument("--aggregation", choices=["last", "mean"], default="mean", help="Of the reward model.")
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     started = time.monotonic()
-    found = sample(asked.folder, held_out_prompts(asked.data_root, asked.prompts), asked.samples, asked.max_new_tokens)
-    np.savez_compressed(asked.folder / "reference.npz", score=found["reward"], judge=found["judge"])
+    prompts = held_out_prompts(asked.data_root, asked.prompts)
+    found = sample(asked.folder, prompts, asked.samples, asked.max_new_tokens, asked.aggregation)
+    kept = asked.folder / f"reference-{asked.aggregation}.npz"
+    np.savez_compressed(kept, score=found["reward"], judge=found["judge"])
     found_curves = summary(found["reward"], found["judge"])
     asked.results.mkdir(parents=True, exist_ok=True)
     (asked.results / "limit.json").write_text(json.dumps(found_curves, indent=1) + "\n")

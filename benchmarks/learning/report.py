@@ -1,7 +1,7 @@
 """The table and the figure of all results: ``python -m benchmarks.learning.report [RESULTS] [--page P] [--figure F]``.
 
-Efficiency is the gain of a policy over the gain of the limit at the same KL. Text between ``<!-- learning -->`` and
-``<!-- /learning -->`` of the page is replaced.
+Efficiency is the gain of a policy over the gain of the limit at the same KL. Text between ``<!-- NAME -->`` and
+``<!-- /NAME -->`` of the page is replaced, where NAME is that of the folder of results.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import numpy as np
 
 from benchmarks.learning.task import RESULTS
 
-START, END = "<!-- learning -->", "<!-- /learning -->"
 HEAD = ["run", "weights", "seeds", "episodes", "KL", "gain", "limit", "efficiency", "judge's gain", "CPU seconds"]
 
 
@@ -112,8 +111,9 @@ def main() -> None:
     table = markdown(HEAD, rows(points))
     print(table)
     if asked.page:
-        before, _, rest = asked.page.read_text().partition(START)
-        asked.page.write_text(f"{before}{START}\n{table}{END}{rest.partition(END)[2]}")
+        start, end = f"<!-- {asked.results.name} -->", f"<!-- /{asked.results.name} -->"
+        before, _, rest = asked.page.read_text().partition(start)
+        asked.page.write_text(f"{before}{start}\n{table}{end}{rest.partition(end)[2]}")
     if asked.figure:
         draw(limit, points, asked.figure, asked.names)
 

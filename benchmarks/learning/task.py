@@ -3,7 +3,7 @@
 import gzip
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -52,9 +52,9 @@ def _first(file: Path, n: int) -> list[str]:
         return [json.loads(line)["prompt"] for line, _ in zip(lines, range(n), strict=False)]
 
 
-def make_scorer(folder: Path, stage: str) -> RewardModel:
+def make_scorer(folder: Path, stage: str, aggregation: Literal["last", "mean"] = "last") -> RewardModel:
     """The reward model (``reward``), or that of other data, which no run trains on (``judge``)."""
-    return RewardModel(str(folder / MODELS / stage / "model"), batch_size=128)
+    return RewardModel(str(folder / MODELS / stage / "model"), batch_size=128, aggregation=aggregation)
 
 
 def make_reference(folder: Path, max_new_tokens: int) -> LitPPO:
