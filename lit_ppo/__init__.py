@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from lit_ppo.data.preferences import PreferenceDataModule
     from lit_ppo.data.prompts import PromptDataModule
     from lit_ppo.data.text import TextDataModule
-    from lit_ppo.engines.base import Engine, TransformersEngine
+    from lit_ppo.engines.base import Engine
     from lit_ppo.engines.vllm import VLLMEngine
     from lit_ppo.experience import Experience
     from lit_ppo.optim.schedules import WarmupCosine
     from lit_ppo.parallel.strategies import FSDP2Strategy
+    from lit_ppo.ppo.collect import TransformersEngine
     from lit_ppo.ppo.module import LitPPO
     from lit_ppo.rewards import RewardFunction, RewardModel
     from lit_ppo.run.checkpoint import StepCheckpoint
@@ -43,7 +44,7 @@ _MODULES = {
     "RewardModel": "rewards",
     "StepCheckpoint": "run.checkpoint",
     "TextDataModule": "data.text",
-    "TransformersEngine": "engines.base",
+    "TransformersEngine": "ppo.collect",
     "VLLMEngine": "engines.vllm",
     "WarmupCosine": "optim.schedules",
 }

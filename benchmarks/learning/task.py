@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from lit_ppo import LitPPO, Reinforce, RewardModel
-from lit_ppo.ppo.optimize import exact_kl
+from lit_ppo.ppo.text_loss import exact_kl
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "learning"

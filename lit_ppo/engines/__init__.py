@@ -1,1 +1,1 @@
-"""Other programs that sample responses in place of the actor's own decode loop."""
+"""What samples responses: the interface, and other programs such as vLLM."""

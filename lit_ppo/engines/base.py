@@ -7,16 +7,15 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import GenerationConfig
 
-from lit_ppo.constructor import constructor
-
-Sampled = tuple[Sequence[Sequence[int]], Sequence[Sequence[float]]]
+Sampled = tuple[Sequence[Sequence[int]], Sequence[Sequence[float]] | None]
 
 
 class Engine(ABC):
-    """Samples responses to training prompts in place of the actor; subclass it for a program of your own.
+    """Samples responses to training prompts; subclass it for a program of your own.
 
-    Before a rollout LitPPO calls :meth:`wake`, then :meth:`sync` if the weights have changed, then :meth:`generate` on
-    every rank for its share of the prompts, then :meth:`sleep`. Log-probs, values and KL always come from the training
+    The default is :class:`lit_ppo.TransformersEngine`, which samples with the actor itself. Before a rollout LitPPO
+    calls :meth:`wake`, then :meth:`sync` if the weights have changed, then :meth:`generate` on every rank for its share
+    of the prompts, then :meth:`sleep`. Log-probs, values and KL always come from the training
     forward; an engine's log-probs only measure how far its samples are from the policy.
 
     A ``ConnectionError`` means that the engine's program was lost: LitPPO calls :meth:`sync` again, which should wait
@@ -24,6 +23,7 @@ class Engine(ABC):
     """
 
     name: ClassVar[str] = "engine"  # on the progress line
+    own_weights: ClassVar[bool] = True  # False: it samples with the actor itself, and there is nothing to sync
     every_rank: ClassVar[bool] = False  # False: only the first rank calls wake, sync and sleep
     ranks_per_copy: int = 1  # ranks that share a copy of the model, and get the same prompts
 
@@ -49,7 +49,7 @@ class Engine(ABC):
 
         Returns:
             Token ids of each response, prompt by prompt, with the stop token that ended it, and the log-probs of these
-            tokens in the distribution that was sampled from.
+            tokens in the distribution that was sampled from; None where the actor itself sampled.
         """
 
     @abstractmethod
@@ -65,24 +65,3 @@ class Engine(ABC):
 
     def wake(self) -> None:  # noqa: B027
         """Make ready for :meth:`sync` and :meth:`generate`."""
-
-
-class TransformersEngine(Engine):
-    """The default: the actor samples, by LitPPO's own decode loop. Nothing to install, and exactly reproducible.
-
-    Its samples depend on (seed, update, row, sample) alone, and there are no weights to bring anywhere.
-    """
-
-    name = "transformers"
-
-    @constructor
-    def __init__(self) -> None:
-        """Nothing to set."""
-
-    def generate(
-        self, prompt_ids: list[list[int]], n: int, config: GenerationConfig, seeds: list[int] | None
-    ) -> Sampled:
-        raise NotImplementedError("TransformersEngine: LitPPO runs the actor's own decode loop; call LitPPO.rollout")
-
-    def sync(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Nothing: the actor's weights are those that sample."""

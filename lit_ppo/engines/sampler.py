@@ -1,8 +1,10 @@
-"""Around an engine: new weights before it samples, a share of the prompts for every rank, a server that restarts."""
+"""Around an engine: new weights before it samples, answers that are checked, a program that restarts."""
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor
@@ -11,74 +13,80 @@ from transformers import GenerationConfig
 from lit_ppo.engines.base import Engine
 from lit_ppo.engines.weights import checkpoint_weights, weights_key
 from lit_ppo.generation.config import stop_ids
-from lit_ppo.generation.engine import Progress, Seed
-from lit_ppo.parallel.ranks import deal, gather_shares, n_ranks, rank
+from lit_ppo.generation.engine import Sampling, Seed
+from lit_ppo.parallel.ranks import gather_shares, rank
 from lit_ppo.shown import message_of
 
 ATTEMPTS = 3  # times that a lost program is waited for in one rollout
-Row = tuple[list[int], list[float], bool]  # ids, log-probs, whether a stop token ended it
 
 
 class EngineSampler:
-    """Samples with an engine, the same rows on every rank.
+    """An engine with weights of its own, which are those of the actor whenever it samples.
 
     Args:
         engine: The engine.
     """
 
+    own_weights = True
+
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.is_stale = True  # whether an optimizer has changed the actor since the weights were sent
         self._checked = False
         self._key: int | None = None  # of the weights that the engine has
+        self._model: Any = None
+        self._losses = 0  # in this rollout
 
-    def sample(
-        self,
-        model: Any,
-        prompt_ids: list[list[int]],
-        n: int,
-        config: GenerationConfig,
-        seeds: Sequence[Seed] | None,
-        *,
-        sync: bool = True,
-        progress: Progress | None = None,
-    ) -> list[Row]:
-        """Sample ``n`` responses to each prompt; every rank must be given the same prompts.
+    @property
+    def ranks_per_copy(self) -> int:
+        """Ranks that get the same prompts."""
+        return self.engine.ranks_per_copy
 
-        Args:
-            model: The actor's Hugging Face model.
-            prompt_ids: Token ids of each prompt.
-            n: Responses to each.
-            config: From :func:`lit_ppo.generation.config.generation_config`.
-            seeds: One for each response; None: greedy.
-            sync: Bring the weights even if none was changed in place since the last time.
-            progress: Told what the engine does.
+    @contextmanager
+    def ready(self, how: Sampling) -> Iterator[None]:
+        """Inside the context the engine is awake and has the weights. Collective.
 
         Raises:
-            RuntimeError: The engine's program was lost and did not come back, or another rank's share failed.
-            TypeError, ValueError: The engine returned something else than responses.
+            RuntimeError: The engine's program was lost and did not come back.
         """
-        report = progress if progress is not None else _Unseen()
-        report.engine = self.engine.name
-        self._prepare(model, config)
+        self._model, self._losses = how.policy.model, 0
+        if not self._checked:
+            gather_shares(lambda: self.engine.check(self._model, how.config))
+            self._checked = True
+        if how.progress is not None:
+            how.progress.engine, how.progress.detail = self.engine.name, "weights"
+        self._call("wake")
         try:
-            if sync or self.engine.every_rank or any(gather_shares(lambda: self._key != weights_key(model))):
-                report.detail = "weights"
-                self.sync(model)
-            rows: dict[int, list[Row]] = {}
-            for attempt in range(ATTEMPTS):
-                missing = [i for i in range(len(prompt_ids)) if i not in rows]
-                report.detail = f"{len(missing) * n} responses"
-                lost = self._ask(prompt_ids, missing, n, config, seeds, rows)
-                if lost is None:
-                    return [row for i in range(len(prompt_ids)) for row in rows[i]]
-                report.detail = "waiting for the engine"
-                if attempt + 1 < ATTEMPTS:
-                    self.sync(model)
-            raise RuntimeError(f"{lost}; lost {ATTEMPTS} times in one rollout")
+            if how.trains or self.engine.every_rank or any(gather_shares(self._has_old_weights)):
+                self.sync()
+            yield
         finally:
             self._call("sleep")
+            self._model = None
 
-    def sync(self, model: Any) -> None:
+    def generate(
+        self, prompt_ids: list[list[int]], n: int, config: GenerationConfig, seeds: Sequence[Seed] | None
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """What the engine samples for this rank's share, checked; see :meth:`lit_ppo.Engine.generate`."""
+        prompts, each = grouped([ids for ids in prompt_ids for _ in range(n)])
+        numbers = None if seeds is None else [number_of(seed) for seed in seeds]
+        return checked(self.engine, self.engine.generate(prompts, each, config, numbers), len(prompts) * each, config)
+
+    def recover(self, lost: str) -> None:
+        """Bring the weights again, to ask for what is missing. Collective.
+
+        Args:
+            lost: Why the engine's program was lost.
+
+        Raises:
+            RuntimeError: It was lost too often, or did not come back.
+        """
+        self._losses += 1
+        if self._losses == ATTEMPTS:
+            raise RuntimeError(f"{lost}; lost {ATTEMPTS} times in one rollout")
+        self.sync()
+
+    def sync(self) -> None:
         """Bring the weights to the engine. Collective.
 
         Raises:
@@ -86,30 +94,22 @@ class EngineSampler:
         """
         lost = None
         for _ in range(ATTEMPTS):
-            answers = gather_shares(lambda: self._send(model))
-            lost = next((answer for answer in answers if answer is not None), None)
+            lost = next((answer for answer in gather_shares(self._send) if answer is not None), None)
             if lost is None:
-                self._key = weights_key(model)
+                self._key, self.is_stale = weights_key(self._model), False
                 return
         raise RuntimeError(f"{lost}; lost {ATTEMPTS} times while weights were sent")
 
-    def forget_weights(self) -> None:
-        """Bring the weights again before the next rollout: an optimizer has changed them."""
-        self._key = None
-
-    def _prepare(self, model: Any, config: GenerationConfig) -> None:
-        if not self._checked:
-            gather_shares(lambda: self.engine.check(model, config))
-            self._checked = True
-        self._call("wake")
+    def _has_old_weights(self) -> bool:
+        return self.is_stale or self._key != weights_key(self._model)
 
     def _call(self, verb: str) -> None:
         if self.engine.every_rank or rank() == 0:
             getattr(self.engine, verb)()
 
-    def _send(self, model: Any) -> str | None:
+    def _send(self) -> str | None:
         """Why the engine was lost, or None."""
-        weights = checkpoint_weights(model)
+        weights = checkpoint_weights(self._model)
         try:
             if self.engine.every_rank or rank() == 0:
                 self.engine.sync(weights)
@@ -119,49 +119,21 @@ class EngineSampler:
             _drain(weights)  # gathering a sharded weight takes all ranks
         return None
 
-    def _ask(
-        self,
-        prompt_ids: list[list[int]],
-        missing: list[int],
-        n: int,
-        config: GenerationConfig,
-        seeds: Sequence[Seed] | None,
-        rows: dict[int, list[Row]],
-    ) -> str | None:
-        """Add what the engine samples to ``rows``; returns why the engine was lost, or None."""
-        copies = max(n_ranks() // self.engine.ranks_per_copy, 1)
-        lengths = [len(prompt_ids[i]) for i in missing]
-        mine = [missing[i] for i in deal(lengths, copies)[rank() // self.engine.ranks_per_copy % copies][0]]
-        numbers = None if seeds is None else [number_of(seeds[i * n + k]) for i in mine for k in range(n)]
-
-        def share() -> tuple[list[list[int]], dict[int, list[Row]], str | None]:
-            if not mine:
-                return prompt_ids, {}, None
-            try:
-                answer = self.engine.generate([prompt_ids[i] for i in mine], n, config, numbers)
-            except ConnectionError as error:
-                return prompt_ids, {}, message_of(error, 2000)
-            sampled = checked_rows(self.engine, answer, len(mine) * n, config)
-            return prompt_ids, {i: sampled[k * n : (k + 1) * n] for k, i in enumerate(mine)}, None
-
-        shares = gather_shares(share)
-        if any(prompts != prompt_ids for prompts, _, _ in shares):
-            raise ValueError(
-                "rollout(prompts): ranks were given different prompts, and every rank needs the whole batch; use "
-                "PromptDataModule, or Trainer(use_distributed_sampler=False)"
-            )
-        for _, some, _ in shares:
-            rows |= some
-        return next((lost for _, _, lost in shares if lost is not None), None)
-
-
-class _Unseen:
-    detail = engine = ""
-
 
 def _drain(weights: Iterator[tuple[str, Tensor]]) -> None:
     for _ in weights:
         pass
+
+
+def grouped(rows: list[list[int]]) -> tuple[list[list[int]], int]:
+    """Prompts, and how many neighbouring rows each has; all rows, once each, where the prompts have not equally many.
+
+    >>> grouped([[5], [5], [6], [6]])
+    ([[5], [6]], 2)
+    """
+    groups = [(ids, len(list(same))) for ids, same in groupby(rows)]
+    counts = {count for _, count in groups}
+    return ([ids for ids, _ in groups], counts.pop()) if len(counts) == 1 else (rows, 1)
 
 
 def number_of(seed: Seed) -> int:
@@ -169,7 +141,9 @@ def number_of(seed: Seed) -> int:
     return int.from_bytes(blake2b(repr(tuple(seed)).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def checked_rows(engine: Engine, answer: Any, count: int, config: GenerationConfig) -> list[Row]:
+def checked(
+    engine: Engine, answer: Any, count: int, config: GenerationConfig
+) -> tuple[list[list[int]], list[list[float]]]:
     """What an engine returned, cut behind the first stop token.
 
     Raises:
@@ -180,12 +154,12 @@ def checked_rows(engine: Engine, answer: Any, count: int, config: GenerationConf
     if not isinstance(answer, tuple | list) or len(answer) != 2:
         raise TypeError(f"{where}: returned a {type(answer).__name__}; return (ids, logprobs), a list a response each")
     ids, logprobs = answer
-    if len(ids) != count or len(logprobs) != count:
+    if logprobs is None or len(ids) != count or len(logprobs) != count:
+        given = "no log-probs" if logprobs is None else f"log-probs of {len(logprobs)}"
         raise ValueError(
-            f"{where}: returned {len(ids)} responses and log-probs of {len(logprobs)}; {count} responses were asked "
-            "for, one a seed"
+            f"{where}: returned {len(ids)} responses and {given}; {count} responses were asked for, one a seed"
         )
-    rows: list[Row] = []
+    rows: list[tuple[list[int], list[float]]] = []
     for tokens, values in zip(ids, logprobs, strict=True):
         row, numbers = [int(token) for token in tokens], [float(value) for value in values]
         if not row or len(row) != len(numbers) or len(row) > config.max_new_tokens:
@@ -196,5 +170,5 @@ def checked_rows(engine: Engine, answer: Any, count: int, config: GenerationConf
         if not all(math.isfinite(value) for value in numbers):
             raise ValueError(f"{where}: a log-prob is not finite; give those of the tokens that were sampled")
         end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
-        rows.append((row[:end], numbers[:end], row[end - 1] in stops))
-    return rows
+        rows.append((row[:end], numbers[:end]))
+    return [row for row, _ in rows], [numbers for _, numbers in rows]

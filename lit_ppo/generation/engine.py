@@ -1,8 +1,10 @@
 """The interface of models that sample by themselves; other programs are in :mod:`lit_ppo.engines`."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -56,3 +58,20 @@ class Decoder(Protocol):
             prompt_ids, prompt_mask (B, P).
         """
         ...
+
+
+Limits = dict[str, int | None]
+"""Of a forward: ``micro_batch_size`` or ``micro_batch_tokens``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Who samples in one rollout, and how."""
+
+    policy: Any  # the actor or the reference, a Decoder around a Hugging Face ``model``
+    config: GenerationConfig  # from lit_ppo.generation.config.generation_config
+    logprobs: bool  # also return log-probs, where the policy itself samples
+    limits: Limits  # of what one rank samples at once, in rows or in tokens with max_new_tokens for each response
+    device: torch.device  # of the policy
+    progress: Progress | None  # for the progress bar
+    trains: bool  # on the samples, so the weights must be the newest ones

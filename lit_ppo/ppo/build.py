@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_ppo.activations import checkpoint_activations
 from lit_ppo.advantages import check_estimator
+from lit_ppo.engines.base import Engine
+from lit_ppo.engines.sampler import EngineSampler
 from lit_ppo.generation.config import generation_config, say_stops
 from lit_ppo.models.actor_critic import (
     Actor,
@@ -28,6 +30,7 @@ from lit_ppo.models.pretrained import check_not_quantized
 from lit_ppo.optim.precision import rounds_at_random, seed_rounding
 from lit_ppo.optim.settings import build_optimizer
 from lit_ppo.parallel.sharding import build, check_placed, shard
+from lit_ppo.ppo.collect import TransformersEngine
 from lit_ppo.ppo.settings import Models, ModelSettings
 from lit_ppo.rewards import RewardModel, place_reward_models, reward_models
 from lit_ppo.validate import refuse
@@ -183,6 +186,22 @@ def check_critic(owner: Any, critic: str | None, advantages: Any) -> None:
     if critic is not None and not advantages.needs_values:
         refuse(owner, "critic", critic, f"{estimator} uses no values; set critic to null")
     check_estimator(owner, advantages, owner.samples_per_prompt, owner.kl_coef)
+
+
+def checked_engine(module: Any, engine: Any) -> TransformersEngine | EngineSampler:
+    """The argument ``engine`` of a LitPPO whose other arguments of sampling are set; None: the default."""
+    if engine is None or isinstance(engine, TransformersEngine):
+        return engine or TransformersEngine()
+    if not isinstance(engine, Engine):
+        refuse(module, "engine", engine, "must be an Engine, such as VLLMEngine(...), or None")
+    unused = {"sampling_logprobs_tolerance": module.tolerance} | {
+        f"rollout_batch_{name.rpartition('_')[2]}": value for name, value in module.rollout_limits.items()
+    }
+    for name, value in unused.items():
+        if value is not None:
+            problem = f"is of the actor's own decode loop, and engine={type(engine).__name__} samples; leave one out"
+            refuse(module, name, value, problem)
+    return EngineSampler(engine)
 
 
 def check_models(settings: ModelSettings, models: Models, rewards: Any) -> None:

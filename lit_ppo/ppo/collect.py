@@ -1,34 +1,37 @@
 """Prompts to scored responses: the same experience on every rank, each rank doing its share of the work."""
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig
 
 from lit_ppo.advantages import check_estimator
 from lit_ppo.callbacks.base import fire
+from lit_ppo.constructor import constructor
 from lit_ppo.data.batch import PromptBatch
+from lit_ppo.engines.base import Engine, Sampled
 from lit_ppo.engines.sampler import EngineSampler
-from lit_ppo.experience import Experience, ModelInputs
-from lit_ppo.functional import KLEstimator, kl_estimate
-from lit_ppo.generation.engine import Decoder, Progress, Responses
+from lit_ppo.experience import Experience
+from lit_ppo.generation.engine import Limits, Progress, Sampling, Seed
 from lit_ppo.generation.transformers import continuations, row_seeds
-from lit_ppo.models.actor_critic import actor_forward, critic_forward
 from lit_ppo.models.lora import WithoutAdapter
 from lit_ppo.models.positions import UNBOUNDED, check_length, row_groups
-from lit_ppo.parallel.ranks import deal, map_forwards, map_rows, n_ranks
+from lit_ppo.parallel.ranks import deal, gather_shares, map_rows, n_ranks, rank
 from lit_ppo.parallel.sharding import gathered
 from lit_ppo.ppo.prompts import checked_batch
 from lit_ppo.ppo.settings import Models
 from lit_ppo.rewards.function import name_of, scores_of, source_names
 from lit_ppo.rewards.time_limit import within
+from lit_ppo.shown import message_of
 from lit_ppo.validate import refuse
 
 Policy = Literal["actor", "reference"]
-Limits = dict[str, int | None]  # micro_batch_size, micro_batch_tokens
+Row = tuple[Sequence[int], Sequence[float] | None]  # ids of a response, and their log-probs in sampling
 
 
 def rollout_with_hooks(module: Any, prompts: Any, rollout: Callable[[Any], Experience]) -> Experience:
@@ -55,19 +58,77 @@ def rollout_with_hooks(module: Any, prompts: Any, rollout: Callable[[Any], Exper
     return experience
 
 
+class TransformersEngine(Engine):
+    """The default: the actor samples, by LitPPO's own decode loop. Nothing to install, and exactly reproducible.
+
+    Its samples depend on (seed, update, row, sample) alone, and there are no weights to bring anywhere. The reference,
+    too, samples by it, whatever engine samples in place of the actor.
+    """
+
+    name = "transformers"
+    own_weights = False
+
+    @constructor
+    def __init__(self) -> None:
+        self._how: Sampling | None = None
+
+    @contextmanager
+    def ready(self, how: Sampling) -> Iterator[None]:
+        """Inside the context :meth:`generate` samples with the policy; a sharded one is gathered. Collective."""
+        module = how.policy.actor if isinstance(how.policy, WithoutAdapter) else how.policy
+        self._how = how
+        try:
+            with gathered(module) if module.sharded else nullcontext():
+                yield
+        finally:
+            self._how = None
+
+    def generate(
+        self, prompt_ids: list[list[int]], n: int, config: GenerationConfig, seeds: Sequence[Seed | int] | None
+    ) -> Sampled:
+        if self._how is None:
+            raise RuntimeError("TransformersEngine.generate: samples with a model that LitPPO.rollout gives; call that")
+        how, rows = self._how, [ids for ids in prompt_ids for _ in range(n)]
+        sampled: dict[int, tuple[list[int], list[float]]] = {}
+        for some in _groups(how, [len(ids) for ids in rows]):
+            ids, mask = _pad_ids([rows[row] for row in some], left=True, device=how.device)
+            responses = how.policy.generate(
+                ids, mask, config, None if seeds is None else [seeds[row] for row in some], logprobs=how.logprobs,
+                progress=how.progress,
+            )  # fmt: skip
+            sampled |= zip(some, zip(responses.ids, responses.logprobs, strict=True), strict=True)
+        ordered = [sampled[row] for row in range(len(rows))]
+        return [ids for ids, _ in ordered], [logprobs for _, logprobs in ordered] if how.logprobs else None
+
+    def sync(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Nothing: the actor's weights are those that sample."""
+
+
+def _groups(how: Sampling, lengths: list[int]) -> list[list[int]]:
+    """Rows that are sampled together."""
+    groups = [list(range(len(lengths)))]
+    if how.policy.model not in UNBOUNDED:
+        groups = row_groups(how.policy.model, lengths, is_gathered=True)
+    if any(how.limits.values()):
+        longest = [length + int(how.config.max_new_tokens) for length in lengths]
+        plans = [(group, deal([longest[row] for row in group], 1, **how.limits)[0]) for group in groups]
+        groups = [[group[i] for i in part] for group, parts in plans for part in parts]
+    return groups
+
+
 def sample_responses(
     models: Models,
     batch: PromptBatch,
     samples_per_prompt: int,
     stream: tuple[int, str, int] | None,
     *,
+    engine: TransformersEngine | EngineSampler,
     policy: Policy = "actor",
     sampling_logprobs: bool = False,
-    limits: Limits | None = None,
+    limits: Limits,
     progress: Progress | None = None,
     device: torch.device,
     skip_special_tokens: bool = True,
-    engine: EngineSampler | None = None,
 ) -> tuple[Experience, Tensor | None]:
     """Sample ``samples_per_prompt`` responses to each prompt; every rank must be given the same prompts.
 
@@ -76,19 +137,20 @@ def sample_responses(
         batch: Prompts of all ranks.
         samples_per_prompt: Responses to each.
         stream: Seed, name of the random stream and number of the update; None: greedy.
+        engine: Samples for the actor. Log-probs of its own become ``sampling_logprobs``.
         policy: Which model samples.
         sampling_logprobs: Also return the log-probs of the decode loop.
         limits: Of what one rank samples at once, in rows or in tokens with ``max_new_tokens`` for each response.
         progress: For the progress bar.
         device: Of the experience.
         skip_special_tokens: Leave them out of the text of responses.
-        engine: Samples in place of the actor. Its log-probs become ``sampling_logprobs``.
 
     Returns:
         The experience, and the log-probs (B, T) of the decode loop if they were asked for.
 
     Raises:
         ValueError: A prompt is too long, there is no reference to sample from, or ranks were given different prompts.
+        RuntimeError: The engine's program was lost and did not come back, or another rank's share failed.
     """
     if not batch.prompts:
         raise ValueError("rollout(prompts=[]): is empty; give at least one prompt")
@@ -97,28 +159,18 @@ def sample_responses(
     model = models.actor if policy == "actor" else models.reference
     if model is None:
         raise ValueError("rollout(policy='reference'): there is no reference; give LitPPO one")
-    decoder: Decoder = model
     row_prompts = [prompt for prompt in range(len(batch.prompts)) for _ in range(samples_per_prompt)]
     seeds = None if stream is None else row_seeds(stream, len(batch.prompts), samples_per_prompt)
     row_ids = [batch.prompt_ids[prompt] for prompt in row_prompts]
+    how = Sampling(
+        policy=model, config=models.generation, logprobs=sampling_logprobs, limits=limits, device=device,
+        progress=progress, trains=stream is not None and stream[1] == "train",
+    )  # fmt: skip
+    sampled = _sample_rows(engine if policy == "actor" else TransformersEngine(), how, row_ids, seeds)
+    ids, logprobs = zip(*sampled, strict=True)
+    stops = models.generation.eos_token_id
+    ended = [row[-1] in (stops if isinstance(stops, list | tuple) else [stops]) for row in ids]
     prompt_ids, prompt_mask = _pad_ids(row_ids, left=True, device=device)
-
-    def generate(rows: list[int], width: int) -> Responses:
-        return decoder.generate(
-            prompt_ids[rows, -width:], prompt_mask[rows, -width:], models.generation,
-            None if seeds is None else [seeds[row] for row in rows], logprobs=sampling_logprobs, progress=progress,
-        )  # fmt: skip
-
-    longest = [len(ids) + int(models.generation.max_new_tokens) for ids in row_ids]
-    served = engine if policy == "actor" else None
-    if served is not None:
-        sampled = served.sample(
-            model.model, batch.prompt_ids, samples_per_prompt, models.generation, seeds,
-            sync=stream is not None and stream[1] == "train", progress=progress,
-        )  # fmt: skip
-    else:
-        sampled = _sample_rows(model, batch.prompt_ids, row_ids, generate, longest, limits or {})
-    ids, logprobs, ended = zip(*sampled, strict=True)
     response_ids, response_mask = _pad_ids(ids, left=False, device=device)
     # where special tokens are shown, the one that ended the response is not
     shown = ids if skip_special_tokens else tuple(row[: len(row) - end] for row, end in zip(ids, ended, strict=True))
@@ -135,112 +187,61 @@ def sample_responses(
         response_mask=response_mask,
         ended=torch.tensor(ended, device=device),
     )
-    if served is None and not sampling_logprobs:
+    if logprobs[0] is None:
         return experience, None
     padded = pad_sequence([torch.tensor(row) for row in logprobs], batch_first=True).to(device)
-    if served is None:
+    if sampling_logprobs:
         return experience, padded
-    experience.sampling_logprobs = None if stream is None else padded  # greedy: of no distribution
+    experience.sampling_logprobs = None if seeds is None else padded  # greedy: of no distribution
     return experience, None
 
 
 def _sample_rows(
-    model: Any,
-    prompt_ids: list[list[int]],
-    row_ids: list[list[int]],
-    generate: Callable[[list[int], int], Responses],
-    longest: list[int],
-    limits: Limits,
-) -> list[tuple[list[int], list[float], bool]]:
-    """Responses of all rows, each rank sampling its share.
+    engine: TransformersEngine | EngineSampler, how: Sampling, row_ids: list[list[int]], seeds: list[Seed] | None
+) -> list[Row]:
+    """Responses of all rows and their log-probs, each rank asking the engine for its share.
 
     Args:
-        model: The policy.
-        prompt_ids: This rank's prompts; all ranks must have the same.
-        row_ids: The prompt of each row.
-        generate: From rows that can share a forward, and their width, to responses.
-        longest: Tokens that each row may come to have.
-        limits: See :func:`sample_responses`.
+        engine: Samples.
+        how: The policy and the settings.
+        row_ids: The prompt of each row; all ranks must have the same.
+        seeds: Of each row; None: greedy.
     """
 
-    def share(rows: list[int]) -> tuple[list[list[int]], dict[int, tuple[list[int], list[float], bool]]]:
-        sampled: dict[int, tuple[list[int], list[float], bool]] = {}
-        groups = [list(range(len(rows)))] if rows else []
-        if rows and model.model not in UNBOUNDED:
-            groups = row_groups(model.model, [len(row_ids[row]) for row in rows], is_gathered=True)
-        if any(limits.values()):
-            plans = [(group, deal([longest[rows[i]] for i in group], 1, **limits)[0]) for group in groups]
-            groups = [[group[i] for i in part] for group, parts in plans for part in parts]
-        for some in ([rows[i] for i in group] for group in groups):
-            responses = generate(some, max(len(row_ids[row]) for row in some))
-            sampled |= zip(some, zip(*responses, strict=True), strict=True)
-        return prompt_ids, sampled
+    def ask(mine: list[int]) -> tuple[list[list[int]], dict[int, Row], str | None]:
+        """The prompts that this rank was given, its responses, and why the engine was lost, if it was."""
+        if not mine:
+            return row_ids, {}, None
+        try:
+            ids, logprobs = engine.generate(
+                [row_ids[row] for row in mine], 1, how.config, None if seeds is None else [seeds[row] for row in mine]
+            )
+        except ConnectionError as error:
+            if not engine.own_weights:
+                raise
+            return row_ids, {}, message_of(error, 2000)
+        found = zip(ids, [None] * len(ids) if logprobs is None else logprobs, strict=True)
+        return row_ids, dict(zip(mine, found, strict=True)), None
 
-    module = model.actor if isinstance(model, WithoutAdapter) else model
-    with gathered(module) if module.sharded else nullcontext():
-        shares = map_rows([len(ids) for ids in row_ids], share)
-    if any(prompts != prompt_ids for _, (prompts, _) in shares):
-        raise ValueError(
-            "rollout(prompts): ranks were given different prompts, and every rank needs the whole batch; use "
-            "PromptDataModule, or Trainer(use_distributed_sampler=False)"
-        )
-    by_row = {row: response for _, (_, sampled) in shares for row, response in sampled.items()}
-    return [by_row[row] for row in range(len(row_ids))]
-
-
-def add_logprobs(
-    models: Models,
-    experience: Experience,
-    sampled: Tensor | None = None,
-    *,
-    temperature: float,
-    kl_estimator: KLEstimator,
-    limits: Limits,
-    tolerance: float | None = None,
-) -> float | None:
-    """Set log-probs of actor and reference, KL and values, with the forwards that training uses.
-
-    Args:
-        models: Actor, reference and critic.
-        experience: Sampled by the actor.
-        sampled: Log-probs of sampling, (B, T), kept if they differ from the training pass by at most ``tolerance``
-            on one micro-batch per rank; None: always run the training pass.
-        temperature: Of the log-probs.
-        kl_estimator: Of the KL to the reference.
-        limits: Size of a micro-batch.
-        tolerance: See ``sampled``.
-
-    Returns:
-        The difference, where it was measured.
-    """
-    n_columns = experience.response_ids.shape[1]
-
-    def train(inputs: ModelInputs) -> dict[str, Tensor]:
-        return {"logprobs": actor_forward(models.actor, inputs, n_columns, temperature)[0]}
-
-    difference, lengths = None, [n_prompt + n_response for n_prompt, n_response in experience.lengths]
-    if sampled is not None and tolerance is not None:
-        first = [row for micro_batches in deal(lengths, n_ranks(), **limits) for row in micro_batches[0]]
-        trained = map_forwards(train, experience.select(first), [lengths[row] for row in first], limits)["logprobs"]
-        difference = float((trained - sampled[first]).abs().max())
-        sampled = sampled if difference <= tolerance else None
-
-    def compute(inputs: ModelInputs) -> dict[str, Tensor]:
-        computed = train(inputs) if sampled is None else {}
-        if models.reference is not None:
-            computed["ref_logprobs"] = actor_forward(models.reference, inputs, n_columns, temperature)[0]
-        if models.critic is not None:
-            computed["values"] = critic_forward(models.critic, inputs, n_columns)
-        return computed
-
-    computed = map_forwards(compute, experience, lengths, limits)
-    experience.logprobs = computed["logprobs"] if sampled is None else sampled
-    experience.ref_logprobs, experience.values = computed.get("ref_logprobs"), computed.get("values")
-    if experience.ref_logprobs is None:
-        experience.kl = torch.zeros_like(experience.logprobs)
-    else:
-        experience.kl = kl_estimate(experience.logprobs, experience.ref_logprobs, kl_estimator)
-    return difference
+    rows: dict[int, Row] = {}
+    copies = max(n_ranks() // engine.ranks_per_copy, 1)
+    with engine.ready(how):
+        while missing := [row for row in range(len(row_ids)) if row not in rows]:
+            if how.progress is not None:
+                how.progress.detail = f"{len(missing)} responses"
+            plan = deal([len(row_ids[row]) for row in missing], copies)
+            mine = [missing[i] for i in plan[rank() // engine.ranks_per_copy % copies][0]]
+            shares = gather_shares(partial(ask, mine))
+            if any(prompts != row_ids for prompts, _, _ in shares):
+                raise ValueError(
+                    "rollout(prompts): ranks were given different prompts, and every rank needs the whole batch; use "
+                    "PromptDataModule, or Trainer(use_distributed_sampler=False)"
+                )
+            for _, some, _ in shares:
+                rows |= some
+            if lost := [problem for _, _, problem in shares if problem is not None]:
+                engine.recover(lost[0])  # type: ignore[union-attr]
+    return [rows[row] for row in range(len(row_ids))]
 
 
 @torch.inference_mode(False)

@@ -23,8 +23,9 @@ from lit_ppo.models.lora import WithoutAdapter
 from lit_ppo.optim.precision import MatmulPrecision, checked_matmul_precision
 from lit_ppo.optim.settings import checked_factories
 from lit_ppo.ppo import build, evaluate, optimize, own_loop, preflight, saved, settings, text_loss
-from lit_ppo.ppo.collect import Policy, add_logprobs, rollout_with_hooks, sample_responses, score_experience
+from lit_ppo.ppo.collect import Policy, rollout_with_hooks, sample_responses, score_experience
 from lit_ppo.ppo.metrics import Progress, current_coefficients, log_update
+from lit_ppo.ppo.optimize import add_logprobs
 from lit_ppo.ppo.prompts import Origin, as_batch
 from lit_ppo.ppo.settings import Models, ModelSettings, ReferenceDtype
 from lit_ppo.rewards import Rewards, ScoreSource, as_source, eval_sources, source_names
@@ -53,7 +54,7 @@ class LitPPO(L.LightningModule):
         eval_rewards: Rewards by name for validation and test only: their means, and win rates over the reference.
         advantages: Estimator; of those in ``lit_ppo.advantages`` only ``GAE`` takes a critic.
         generation: Fields of ``transformers.GenerationConfig``, ``cache_implementation`` too; needs ``max_new_tokens``.
-        engine: Samples in place of the actor, such as ``VLLMEngine``. None: the actor's own decode loop.
+        engine: Samples responses, such as ``VLLMEngine``. None: ``TransformersEngine``, the actor's own decode loop.
         temperature: Of sampling and of all log-probs.
         samples_per_prompt: Responses per prompt; several where the estimator compares them.
         kl_coef: Weight of the KL to the reference in the token rewards.
@@ -159,10 +160,10 @@ class LitPPO(L.LightningModule):
         self.clip_range = settings.checked_clip_range(self, clip_range)
         self.ppo_epochs = integer(self, "ppo_epochs", ppo_epochs)
         self.minibatch_size = integer(self, "minibatch_size", minibatch_size)
-        self.limits = optimize.batch_limits(self, "micro", micro_batch_size, micro_batch_tokens)
-        self.rollout_limits = optimize.batch_limits(self, "rollout", rollout_batch_size, rollout_batch_tokens)
+        self.limits = settings.batch_limits(self, "micro", micro_batch_size, micro_batch_tokens)
+        self.rollout_limits = settings.batch_limits(self, "rollout", rollout_batch_size, rollout_batch_tokens)
         self.tolerance = non_negative_or_none(self, "sampling_logprobs_tolerance", sampling_logprobs_tolerance)
-        self.sampler = settings.checked_engine(self, engine)
+        self.sampler = build.checked_engine(self, engine)
         self.loss_reduction = settings.checked_reduction(self, loss_reduction)
         self.matmul_precision = checked_matmul_precision(self, float32_matmul_precision)
         self.reward_timeout = seconds_or_none(self, "reward_timeout", reward_timeout)
@@ -264,11 +265,7 @@ class LitPPO(L.LightningModule):
         self.rollouts += stream is None
         if logprobs:
             self.progress.detail = "log-probs"
-            difference = add_logprobs(
-                models, experience, sampled, temperature=self.temperature, kl_estimator=self.kl_estimator,
-                limits=self.limits, tolerance=self.tolerance,
-            )  # fmt: skip
-            self.sampling_difference = self.sampling_difference if difference is None else difference
+            add_logprobs(self, models, experience, sampled)
         experience.origin = Origin(self)
         return experience
 
@@ -288,7 +285,7 @@ class LitPPO(L.LightningModule):
 
     score, step_optimizers, only_actor = score_experience, optimize.step_optimizers, saved.only_actor
     actor_optimizer, backward_minibatch = property(optimize.actor_optimizer), optimize.backward_minibatch
-    backward_on_text, loss_on_text, exact_kl = text_loss.backward_on_text, text_loss.loss_on_text, optimize.exact_kl
+    backward_on_text, loss_on_text, exact_kl = text_loss.backward_on_text, text_loss.loss_on_text, text_loss.exact_kl
     save_pretrained, card, __init_subclass__ = saved.save_pretrained, saved.card, classmethod(saved.save_arguments_of)
     attach, step, on_before_batch_transfer = own_loop.attach, own_loop.step, own_loop.on_before_batch_transfer
     configure_model, configure_optimizers = build.configure_model, build.configure_optimizers

@@ -1,4 +1,4 @@
-"""Optimizer steps under Lightning's manual optimization: accumulate, clip, skip, step, count."""
+"""The forwards of training, and optimizer steps under Lightning's manual optimization: accumulate, clip, skip, step."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -11,15 +11,15 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_ppo.callbacks.base import fire
-from lit_ppo.experience import Experience, Minibatch
-from lit_ppo.functional import policy_loss, value_loss
+from lit_ppo.experience import Experience, Minibatch, ModelInputs
+from lit_ppo.functional import kl_estimate, policy_loss, value_loss
 from lit_ppo.models.actor_critic import actor_forward, critic_forward
 from lit_ppo.optim.settings import BuiltOptimizer
-from lit_ppo.parallel.ranks import my_micro_batches, n_ranks, sum_over_ranks
+from lit_ppo.parallel.ranks import deal, map_forwards, my_micro_batches, n_ranks, sum_over_ranks
 from lit_ppo.parallel.sharding import without_gradient_sync
-from lit_ppo.ppo.collect import Limits
 from lit_ppo.ppo.metrics import LOSS_NAMES, SKIPPED, describe_failure, log_policy
-from lit_ppo.validate import integer, positive_or_none, refuse
+from lit_ppo.ppo.settings import Models
+from lit_ppo.validate import integer, positive_or_none
 
 T = TypeVar("T")
 
@@ -114,6 +114,45 @@ class Optimization:
         progress.increment_completed()
 
 
+def add_logprobs(module: Any, models: Models, experience: Experience, sampled: Tensor | None = None) -> None:
+    """Set log-probs of actor and reference, KL and values, with the forwards that training uses.
+
+    Args:
+        module: The LitPPO. Gets the difference between log-probs of sampling and of training, where it is measured.
+        models: Its actor, reference and critic.
+        experience: Sampled by the actor.
+        sampled: Log-probs of sampling, (B, T), kept if they differ from the training pass by at most
+            ``sampling_logprobs_tolerance`` on one micro-batch per rank; None: always run the training pass.
+    """
+    n_columns, temperature, limits = experience.response_ids.shape[1], module.temperature, module.limits
+
+    def train(inputs: ModelInputs) -> dict[str, Tensor]:
+        return {"logprobs": actor_forward(models.actor, inputs, n_columns, temperature)[0]}
+
+    lengths = [n_prompt + n_response for n_prompt, n_response in experience.lengths]
+    if sampled is not None and module.tolerance is not None:
+        first = [row for micro_batches in deal(lengths, n_ranks(), **limits) for row in micro_batches[0]]
+        trained = map_forwards(train, experience.select(first), [lengths[row] for row in first], limits)["logprobs"]
+        module.sampling_difference = float((trained - sampled[first]).abs().max())
+        sampled = sampled if module.sampling_difference <= module.tolerance else None
+
+    def compute(inputs: ModelInputs) -> dict[str, Tensor]:
+        computed = train(inputs) if sampled is None else {}
+        if models.reference is not None:
+            computed["ref_logprobs"] = actor_forward(models.reference, inputs, n_columns, temperature)[0]
+        if models.critic is not None:
+            computed["values"] = critic_forward(models.critic, inputs, n_columns)
+        return computed
+
+    computed = map_forwards(compute, experience, lengths, limits)
+    experience.logprobs = computed["logprobs"] if sampled is None else sampled
+    experience.ref_logprobs, experience.values = computed.get("ref_logprobs"), computed.get("values")
+    if experience.ref_logprobs is None:
+        experience.kl = torch.zeros_like(experience.logprobs)
+    else:
+        experience.kl = kl_estimate(experience.logprobs, experience.ref_logprobs, module.kl_estimator)
+
+
 def backward_minibatch(module: Any, minibatch: Minibatch) -> dict[str, float]:
     """Gradients of one optimizer step, accumulated over micro-batches and clipped.
 
@@ -145,8 +184,7 @@ def backward_minibatch(module: Any, minibatch: Minibatch) -> dict[str, float]:
 def step_optimizers(module: Any, metrics: dict[str, float], experience: Experience) -> None:
     """Step the optimizers that have gradients, or skip the step where a loss or gradient is not finite."""
     module.optimization.step(module, metrics, experience)
-    if module.sampler is not None:
-        module.sampler.forget_weights()
+    module.sampler.is_stale = True
 
 
 def _backward_actor(module: Any, micro: Minibatch) -> None:
@@ -189,39 +227,6 @@ def optimizers_of(module: Any) -> dict[str, Optimizer]:
 def actor_optimizer(module: Any) -> Optimizer:
     """The actor's optimizer."""
     return optimizers_of(module)["actor"]
-
-
-def exact_kl(module: Any, minibatch: Experience) -> Tensor:
-    """KL of the actor to the reference over the whole vocabulary, per token and differentiable.
-
-    Args:
-        module: The LitPPO.
-        minibatch: Rows of one micro-batch.
-
-    Raises:
-        ValueError: There is no reference.
-
-    Shapes:
-        -> (B, T).
-    """
-    if module.reference is None:
-        raise ValueError("exact_kl: there is no reference; give LitPPO one")
-    inputs = minibatch.model_inputs()
-    ids, mask, target_mask = inputs
-    with torch.no_grad():
-        head = module.reference(ids, mask, target_mask=target_mask, head_inputs=True)
-    n_columns = minibatch.response_ids.shape[1]
-    return actor_forward(module.actor, inputs, n_columns, module.temperature, kl_to=head)[1]
-
-
-def batch_limits(owner: object, kind: str, size: int | None, tokens: int | None) -> Limits:
-    """The arguments that limit the batches of a kind (``micro`` or ``rollout``), checked; at most one is given."""
-    if size is not None and tokens is not None:
-        refuse(owner, f"{kind}_batch_tokens", tokens, f"give it or {kind}_batch_size, not both")
-    return {
-        "micro_batch_size": None if size is None else integer(owner, f"{kind}_batch_size", size),
-        "micro_batch_tokens": None if tokens is None else integer(owner, f"{kind}_batch_tokens", tokens),
-    }
 
 
 def accumulate(batches: Iterable[T], strategy: Any) -> Iterator[T]:

@@ -119,9 +119,9 @@ def _preflight(module: Any, trainer: L.Trainer) -> None:
         )
     lengths = getattr(data, "prompt_lengths", None) or {1}
     check_length(module.models, sorted(lengths))
-    if module.sampler is not None:  # its weights and one sample
-        seed = [(module.seed, 0, 0, 0, 0)]
-        module.sampler.sample(module.actor.model, [[1]], 1, module.generation, seed, progress=module.progress)
+    if module.sampler.own_weights:  # whether they arrive, and one sample
+        module.sampler.is_stale = True
+        module.rollout({"input_ids": [[1]], "attention_mask": [[1]]}, logprobs=False, stream="preflight")
     for split in ("train", "val"):
         first = data.peek(split) if hasattr(data, "peek") else None
         if first is not None:
@@ -218,7 +218,7 @@ def try_largest(module: Any, n_prompt: int, n_prompts: int | None) -> None:
     phase, taken = "update", 0
     try:
         with reserved(module) as taken:
-            if n_prompts is not None and module.sampler is None and module.device.type in LIMITED:
+            if n_prompts is not None and not module.sampler.own_weights and module.device.type in LIMITED:
                 phase = "rollout"
                 try_rollout(module, n_prompts, n_prompt)
             phase = "update"

@@ -7,10 +7,9 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_ppo.engines.base import Engine, TransformersEngine
-from lit_ppo.engines.sampler import EngineSampler
 from lit_ppo.experience import LossReduction
 from lit_ppo.functional import ClipRange
+from lit_ppo.generation.engine import Limits
 from lit_ppo.models.actor_critic import Actor, Critic, Reference
 from lit_ppo.models.load import load_causal_lm, load_tokenizer
 from lit_ppo.models.lora import WithoutAdapter, check_lora
@@ -18,6 +17,7 @@ from lit_ppo.models.stored import checked_model_kwargs
 from lit_ppo.validate import (
     LARGEST_COUNT,
     boolean,
+    integer,
     number,
     one_of,
     path_or_name,
@@ -131,20 +131,14 @@ def check_moving_reference(settings: ModelSettings, reference: Any) -> None:
         )  # fmt: skip
 
 
-def checked_engine(module: Any, engine: Any) -> EngineSampler | None:
-    """The argument ``engine`` of a LitPPO whose other arguments of sampling are set; None: the actor samples."""
-    if engine is None or type(engine) is TransformersEngine:  # a subclass samples by its own code
-        return None
-    if not isinstance(engine, Engine):
-        refuse(module, "engine", engine, "must be an Engine, such as VLLMEngine(...), or None")
-    unused = {"sampling_logprobs_tolerance": module.tolerance} | {
-        f"rollout_batch_{name.rpartition('_')[2]}": value for name, value in module.rollout_limits.items()
+def batch_limits(owner: object, kind: str, size: int | None, tokens: int | None) -> Limits:
+    """The arguments that limit the batches of a kind (``micro`` or ``rollout``), checked; at most one is given."""
+    if size is not None and tokens is not None:
+        refuse(owner, f"{kind}_batch_tokens", tokens, f"give it or {kind}_batch_size, not both")
+    return {
+        "micro_batch_size": None if size is None else integer(owner, f"{kind}_batch_size", size),
+        "micro_batch_tokens": None if tokens is None else integer(owner, f"{kind}_batch_tokens", tokens),
     }
-    for name, value in unused.items():
-        if value is not None:
-            problem = f"is of the actor's own decode loop, and engine={type(engine).__name__} samples; leave one out"
-            refuse(module, name, value, problem)
-    return EngineSampler(engine)
 
 
 def checked_seed(owner: object, value: Any) -> int:

@@ -1,13 +1,13 @@
-"""The next-token loss on text batches, for PTX and for measuring the alignment tax."""
+"""Losses for callbacks: on text batches, for PTX and for measuring the alignment tax; the exact KL."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_ppo.experience import rows_or_stand_in
+from lit_ppo.experience import Experience, rows_or_stand_in
 from lit_ppo.functional import to_device
-from lit_ppo.models.actor_critic import Actor
+from lit_ppo.models.actor_critic import Actor, actor_forward
 from lit_ppo.models.positions import token_limit
 from lit_ppo.parallel.ranks import my_micro_batches, n_ranks, sum_over_ranks
 from lit_ppo.ppo.optimize import accumulate, total_norm
@@ -107,3 +107,26 @@ def text_targets(batch: dict[str, Tensor], limit: int | None) -> Tensor:
             "backward_on_text: labels must be input_ids, or -100 where there is nothing to predict; do not shift them"
         )
     return targets
+
+
+def exact_kl(module: Any, minibatch: Experience) -> Tensor:
+    """KL of the actor to the reference over the whole vocabulary, per token and differentiable.
+
+    Args:
+        module: The LitPPO.
+        minibatch: Rows of one micro-batch.
+
+    Raises:
+        ValueError: There is no reference.
+
+    Shapes:
+        -> (B, T).
+    """
+    if module.reference is None:
+        raise ValueError("exact_kl: there is no reference; give LitPPO one")
+    inputs = minibatch.model_inputs()
+    ids, mask, target_mask = inputs
+    with torch.no_grad():
+        head = module.reference(ids, mask, target_mask=target_mask, head_inputs=True)
+    n_columns = minibatch.response_ids.shape[1]
+    return actor_forward(module.actor, inputs, n_columns, module.temperature, kl_to=head)[1]

@@ -12,7 +12,7 @@ import torch
 from lit_ppo import Engine, LitPPO, TransformersEngine
 from lit_ppo.callbacks import ImportanceCorrection
 from lit_ppo.console.progress import ProgressLine
-from lit_ppo.engines.sampler import ATTEMPTS, checked_rows, number_of
+from lit_ppo.engines.sampler import ATTEMPTS, checked, grouped, number_of
 from lit_ppo.generation.config import neutral
 from tests.helpers.engines import CopyEngine
 from tests.helpers.spies import Spy
@@ -177,12 +177,47 @@ def test_arguments_that_an_engine_leaves_without_effect_are_refused(lm: Path):
         make_module(lm, engine="vllm")
 
 
-def test_the_default_engine_is_no_engine(tmp_path: Path, lm: Path):
-    named, _ = fit(tmp_path, make_module(lm, engine=TransformersEngine()))
-    plain, rows = fit(tmp_path, make_module(lm))
+def test_the_default_engine_is_an_engine(tmp_path: Path, lm: Path):
+    """A rollout asks its generate, for the actor and for the reference, and it samples what the decode loop samples."""
+    asked: list[int] = []
+
+    class Watched(TransformersEngine):
+        def generate(self, prompt_ids: Any, n: int, config: Any, seeds: Any) -> Any:
+            asked.append(len(prompt_ids) * n)
+            return super().generate(prompt_ids, n, config, seeds)
+
+    named, _ = fit(tmp_path, make_module(lm, engine=Watched(), samples_per_prompt=2))
+    assert asked == [1, 14, 10]  # a check at the start, and two updates
+    plain, rows = fit(tmp_path, make_module(lm, samples_per_prompt=2))
     assert [e.responses for e in named] == [e.responses for e in plain]
     assert plain[0].sampling_logprobs is None
     assert not [name for name in rows[0] if "sampling" in name]
+    module = make_module(lm)
+    prompts = ["the film", "a story was"]
+    ids = module.tokenizer(prompts)["input_ids"]
+    with pytest.raises(RuntimeError, match=r"TransformersEngine\.generate: .*call that"):
+        module.sampler.generate(ids, 1, module.models.generation, [1, 2])
+
+
+def test_several_samples_in_one_call_are_those_of_a_call_each(lm: Path):
+    """The interface's n: prompt by prompt, with one seed a response; plain numbers are seeds, too."""
+    answers: list[Any] = []
+
+    class Twice(TransformersEngine):
+        def generate(self, prompt_ids: Any, n: int, config: Any, seeds: Any) -> Any:
+            first = super().generate(prompt_ids, 2, config, [7, 8, 9, 10])
+            second = super().generate([ids for ids in prompt_ids for _ in range(2)], 1, config, [7, 8, 9, 10])
+            answers.extend([first, second])
+            return super().generate(prompt_ids, n, config, seeds)
+
+    make_module(lm, engine=Twice()).rollout(["the film", "it"])
+    assert answers[0] == answers[1]
+    assert len(answers[0][0]) == 4
+
+
+def test_rows_of_a_prompt_are_asked_for_together():
+    assert grouped([[5], [5], [6], [6]]) == ([[5], [6]], 2)
+    assert grouped([[5], [5], [6]]) == ([[5], [5], [6]], 1)
 
 
 def test_a_subclass_of_the_default_engine_is_not_passed_over(lm: Path):
@@ -207,6 +242,7 @@ def test_a_subclass_of_the_default_engine_is_not_passed_over(lm: Path):
         (([[1], [4, 5]], [[-1.0], [-1.0]]), "2 tokens and 1 log-probs"),
         (([[1], [4] * 4], [[-1.0], [-1.0] * 4]), "max_new_tokens=3"),
         (([[1], [4]], [[-1.0], [-math.inf]]), "not finite"),
+        (([[1], [4]], None), "2 responses and no log-probs"),
     ],
 )
 def test_what_is_no_answer_is_refused(answer: Any, problem: str):
@@ -216,16 +252,13 @@ def test_what_is_no_answer_is_refused(answer: Any, problem: str):
         def sync(self, weights: Any) -> None: ...
 
     with pytest.raises((TypeError, ValueError), match=rf"Mine\.generate: .*{problem}"):
-        checked_rows(Mine(), answer, 2, neutral(max_new_tokens=3, eos_token_id=[1, 2]))
+        checked(Mine(), answer, 2, neutral(max_new_tokens=3, eos_token_id=[1, 2]))
 
 
 def test_tokens_behind_a_stop_token_are_dropped():
     config = neutral(max_new_tokens=3, eos_token_id=[1, 2])
     answer = [[5, 2, 7], [5, 6, 7]], [[-1.0, -2.0, -3.0], [-1.0, -2.0, -3.0]]
-    assert checked_rows(TransformersEngine(), answer, 2, config) == [
-        ([5, 2], [-1.0, -2.0], True),
-        ([5, 6, 7], [-1.0, -2.0, -3.0], False),
-    ]
+    assert checked(TransformersEngine(), answer, 2, config) == ([[5, 2], [5, 6, 7]], [[-1.0, -2.0], [-1.0, -2.0, -3.0]])
 
 
 def test_seeds_are_numbers_that_differ():

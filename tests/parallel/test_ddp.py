@@ -35,7 +35,7 @@ def test_two_ranks_sample_learn_log_and_validate_as_one(tmp_path):
 def test_different_prompts_on_ranks_are_refused(tiny_lm, monkeypatch):
     """As Lightning's sampler would deal them out for a plain DataLoader."""
     module = make_module(tiny_lm)
-    map_rows = collect.map_rows
-    monkeypatch.setattr(collect, "map_rows", lambda *args: [*map_rows(*args), ([], ([[9, 9]], None))])
+    gather = collect.gather_shares
+    monkeypatch.setattr(collect, "gather_shares", lambda share: [*gather(share), ([[9, 9]], {}, None)])
     with pytest.raises(ValueError, match=r"ranks were given different prompts.*use PromptDataModule"):
         module.rollout(["the film", "a movie"])
