@@ -33,6 +33,7 @@ class ImportanceCorrection(PPOCallback):
     """
 
     reads = ("logprobs", "sampling_logprobs", "response_mask", "advantages")
+    corrects_sampling = True  # LitPPO(rollout_ahead=1) needs such a callback
 
     @constructor
     def __init__(

@@ -234,6 +234,7 @@ KNOBS = {
         micro_batch_size=SPLIT,
         micro_batch_tokens=SPLIT,
         engine=Excused("one of a user's own samples the same (tests/engines/test_sampler.py)"),
+        rollout_ahead=Excused("needs an engine and ImportanceCorrection (tests/engines/test_ahead.py)"),
         rollout_batch_size=Excused("samples do not depend on it (tests/ppo/test_memory.py)"),
         rollout_batch_tokens=Excused("samples do not depend on it (tests/ppo/test_memory.py)"),
         sampling_logprobs_tolerance=Logged(1e-3),

@@ -23,7 +23,7 @@ OWN: dict[str, type[L.LightningModule]] = {cls.__name__: cls for cls in (LitPPO,
 UNUSED: dict[type, set[str]] = {
     LitPPO: {
         "critic", "critic_lora", "reference", "reference_dtype", "rewards", "eval_rewards", "advantages", "engine",
-        "actor_optimizer", "critic_optimizer", "actor_scheduler", "critic_scheduler",
+        "rollout_ahead", "actor_optimizer", "critic_optimizer", "actor_scheduler", "critic_scheduler",
     },
     SupervisedModule: {"optimizer", "scheduler"},
 }  # fmt: skip

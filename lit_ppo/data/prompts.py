@@ -172,6 +172,11 @@ class PromptDataModule(TableDataModule):
         table = self._tables.get(split)
         return None if table is None else table.batch(list(range(min(n, len(table)))))
 
+    def upcoming(self) -> PromptBatch:
+        """The prompts of the next update, unless sampling weights change before; the training position does not."""
+        training = self._fit_state("upcoming")
+        return training.table.batch(training.order.rows(training.position).tolist())
+
     def set_weights(self, weights: Sequence[float] | torch.Tensor | None) -> None:
         """From the next batch on, draw the rows of each batch by weight.
 

@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig
 
+from lit_ppo.engines.ahead import Ahead, Answers
 from lit_ppo.engines.base import Engine
 from lit_ppo.engines.weights import checkpoint_weights, weights_key
 from lit_ppo.generation.config import stop_ids
 from lit_ppo.generation.engine import Sampling, Seed
-from lit_ppo.parallel.ranks import gather_shares, rank
+from lit_ppo.parallel.ranks import gather_shares, my_rows, rank
 from lit_ppo.shown import message_of
 
 ATTEMPTS = 3  # times that a lost program is waited for in one rollout
@@ -31,6 +32,7 @@ class EngineSampler:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.ahead = Ahead()
         self.is_stale = True  # whether an optimizer has changed the actor since the weights were sent
         self._checked = False
         self._key: int | None = None  # of the weights that the engine has
@@ -49,12 +51,15 @@ class EngineSampler:
         Raises:
             RuntimeError: The engine's program was lost and did not come back.
         """
+        if how.progress is not None:
+            how.progress.engine, how.progress.detail = self.engine.name, "waiting for the engine"
+        self._wait_ahead()
         self._model, self._losses = how.policy.model, 0
         if not self._checked:
             gather_shares(lambda: self.engine.check(self._model, how.config))
             self._checked = True
         if how.progress is not None:
-            how.progress.engine, how.progress.detail = self.engine.name, "weights"
+            how.progress.detail = "weights"
         self._call("wake")
         try:
             if how.trains or self.engine.every_rank or any(gather_shares(self._has_old_weights)):
@@ -66,11 +71,43 @@ class EngineSampler:
 
     def generate(
         self, prompt_ids: list[list[int]], n: int, config: GenerationConfig, seeds: Sequence[Seed] | None
-    ) -> tuple[list[list[int]], list[list[float]]]:
+    ) -> Answers:
         """What the engine samples for this rank's share, checked; see :meth:`lit_ppo.Engine.generate`."""
-        prompts, each = grouped([ids for ids in prompt_ids for _ in range(n)])
+        rows = [ids for ids in prompt_ids for _ in range(n)]
+        if seeds is not None and (known := self.ahead.take(rows, seeds)) is not None:
+            return known
+        return self._sampled(rows, config, seeds)
+
+    def _sampled(self, rows: list[list[int]], config: GenerationConfig, seeds: Sequence[Seed] | None) -> Answers:
+        prompts, each = grouped(rows)
         numbers = None if seeds is None else [number_of(seed) for seed in seeds]
         return checked(self.engine, self.engine.generate(prompts, each, config, numbers), len(prompts) * each, config)
+
+    def start_ahead(self, row_ids: list[list[int]], config: GenerationConfig, seeds: list[Seed]) -> None:
+        """Sample in a thread what the next rollout will ask for, with the weights that the engine has.
+
+        Args:
+            row_ids: The prompt of each row of all ranks.
+            config: As for :meth:`generate`.
+            seeds: Of each row.
+        """
+        self._wait_ahead()
+        mine = my_rows([len(ids) for ids in row_ids], self.ranks_per_copy)
+        my_prompts, my_seeds = [row_ids[row] for row in mine], [seeds[row] for row in mine]
+        self._call("wake")
+        self.ahead.start(
+            my_prompts, my_seeds, lambda: self._sampled(my_prompts, config, my_seeds) if mine else ([], [])
+        )
+
+    def ahead_state(self) -> list[Any]:
+        """The responses that are sampled ahead, of all ranks, once they are complete. Collective."""
+        self._wait_ahead()
+        return [row for rows in gather_shares(self.ahead.state) for row in rows]
+
+    def _wait_ahead(self) -> None:
+        if self.ahead.is_running:
+            gather_shares(self.ahead.wait)  # weights that one rank sends would change what another one is sampling
+            self._call("sleep")
 
     def recover(self, lost: str) -> None:
         """Bring the weights again, to ask for what is missing. Collective.
@@ -141,9 +178,7 @@ def number_of(seed: Seed) -> int:
     return int.from_bytes(blake2b(repr(tuple(seed)).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def checked(
-    engine: Engine, answer: Any, count: int, config: GenerationConfig
-) -> tuple[list[list[int]], list[list[float]]]:
+def checked(engine: Engine, answer: Any, count: int, config: GenerationConfig) -> Answers:
     """What an engine returned, cut behind the first stop token.
 
     Raises:

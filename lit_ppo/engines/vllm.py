@@ -78,7 +78,8 @@ class VLLMEngine(Engine):
         self._refuse_of_other_mode(mode, given)
         self.server: Servers | None = None
         self.local: LocalModel | None = None
-        if mode == "server":
+        self.overlaps = mode == "server"
+        if self.overlaps:
             self.server = Servers(
                 self._addresses(address),
                 one_of(self, "weights", _or(weights, "auto"), get_args(Transfer)),

@@ -217,6 +217,17 @@ def sum_over_ranks(
     return dict(zip(named, stacked.tolist(), strict=True))
 
 
+def my_rows(lengths: Sequence[int], ranks_per_copy: int = 1) -> list[int]:
+    """The rows of this rank, where some ranks share a copy of a model and get the same rows.
+
+    Args:
+        lengths: Tokens of each row.
+        ranks_per_copy: Ranks that share a copy.
+    """
+    copies = max(n_ranks() // ranks_per_copy, 1)
+    return deal(lengths, copies)[rank() // ranks_per_copy % copies][0]
+
+
 def greatest(value: int) -> int:
     """The largest value over all ranks. Collective."""
     if n_ranks() == 1:

@@ -15,13 +15,14 @@ from lit_ppo.callbacks.base import fire
 from lit_ppo.constructor import constructor
 from lit_ppo.data.batch import PromptBatch
 from lit_ppo.engines.base import Engine, Sampled
+from lit_ppo.engines.next_rollout import start_ahead
 from lit_ppo.engines.sampler import EngineSampler
 from lit_ppo.experience import Experience
 from lit_ppo.generation.engine import Limits, Progress, Sampling, Seed
 from lit_ppo.generation.transformers import continuations, row_seeds
 from lit_ppo.models.lora import WithoutAdapter
 from lit_ppo.models.positions import UNBOUNDED, check_length, row_groups
-from lit_ppo.parallel.ranks import deal, gather_shares, map_rows, n_ranks, rank
+from lit_ppo.parallel.ranks import deal, gather_shares, map_rows, my_rows
 from lit_ppo.parallel.sharding import gathered
 from lit_ppo.ppo.prompts import checked_batch
 from lit_ppo.ppo.settings import Models
@@ -54,6 +55,8 @@ def rollout_with_hooks(module: Any, prompts: Any, rollout: Callable[[Any], Exper
     fire(module, "on_rollout_end", experience)
     if not experience.responses:
         raise ValueError("collect: callbacks removed all rows; on_rollout_end must leave at least one")
+    if module.rollout_ahead:
+        start_ahead(module)
     module.progress.start("score")
     return experience
 
@@ -224,13 +227,11 @@ def _sample_rows(
         return row_ids, dict(zip(mine, found, strict=True)), None
 
     rows: dict[int, Row] = {}
-    copies = max(n_ranks() // engine.ranks_per_copy, 1)
     with engine.ready(how):
         while missing := [row for row in range(len(row_ids)) if row not in rows]:
             if how.progress is not None:
                 how.progress.detail = f"{len(missing)} responses"
-            plan = deal([len(row_ids[row]) for row in missing], copies)
-            mine = [missing[i] for i in plan[rank() // engine.ranks_per_copy % copies][0]]
+            mine = [missing[i] for i in my_rows([len(row_ids[row]) for row in missing], engine.ranks_per_copy)]
             shares = gather_shares(partial(ask, mine))
             if any(prompts != row_ids for prompts, _, _ in shares):
                 raise ValueError(
@@ -261,15 +262,12 @@ def score_experience(module: Any, experience: Experience) -> Tensor:
 
 
 def score(source: Any, experience: Experience, *, timeout: float | None = None) -> dict[str, Tensor]:
-    """Scores by a source, under the name ``""``; the scores of its parts, if it has any, under their names.
+    """Scores by a source, (B,) float32, under the name ``""``; those of its parts, if it has any, under their names.
 
     Args:
         source: See :func:`lit_ppo.rewards.as_source`.
         experience: Responses of all ranks.
         timeout: Seconds that this rank's share may take.
-
-    Shapes:
-        -> (B,) float32 each.
     """
 
     def score_rows(rows: list[int]) -> dict[str, Tensor]:

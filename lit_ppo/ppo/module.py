@@ -55,6 +55,7 @@ class LitPPO(L.LightningModule):
         advantages: Estimator; of those in ``lit_ppo.advantages`` only ``GAE`` takes a critic.
         generation: Fields of ``transformers.GenerationConfig``, ``cache_implementation`` too; needs ``max_new_tokens``.
         engine: Samples responses, such as ``VLLMEngine``. None: ``TransformersEngine``, the actor's own decode loop.
+        rollout_ahead: 1: a server samples the next batch during the update, one update off-policy; saves waiting.
         temperature: Of sampling and of all log-probs.
         samples_per_prompt: Responses per prompt; several where the estimator compares them.
         kl_coef: Weight of the KL to the reference in the token rewards.
@@ -107,6 +108,7 @@ class LitPPO(L.LightningModule):
         advantages: AdvantageEstimator = GAE(),  # noqa: B008  # stateless
         generation: dict[str, Any],
         engine: Engine | None = None,
+        rollout_ahead: int = 0,
         temperature: float = 1.0,
         samples_per_prompt: int = 1,
         kl_coef: float = 0.05,
@@ -164,6 +166,7 @@ class LitPPO(L.LightningModule):
         self.rollout_limits = settings.batch_limits(self, "rollout", rollout_batch_size, rollout_batch_tokens)
         self.tolerance = non_negative_or_none(self, "sampling_logprobs_tolerance", sampling_logprobs_tolerance)
         self.sampler = build.checked_engine(self, engine)
+        self.rollout_ahead = settings.checked_ahead(self, rollout_ahead)
         self.loss_reduction = settings.checked_reduction(self, loss_reduction)
         self.matmul_precision = checked_matmul_precision(self, float32_matmul_precision)
         self.reward_timeout = seconds_or_none(self, "reward_timeout", reward_timeout)

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_ppo.activations import SHARE, checkpoint_activations, free_bytes, kept_bytes
 from lit_ppo.device import is_out_of_memory
+from lit_ppo.engines.next_rollout import try_engine
 from lit_ppo.experience import Experience, Minibatch
 from lit_ppo.generation.config import end_of_turn, stop_ids
 from lit_ppo.generation.distribution import reshaping_fields
@@ -119,9 +120,8 @@ def _preflight(module: Any, trainer: L.Trainer) -> None:
         )
     lengths = getattr(data, "prompt_lengths", None) or {1}
     check_length(module.models, sorted(lengths))
-    if module.sampler.own_weights:  # whether they arrive, and one sample
-        module.sampler.is_stale = True
-        module.rollout({"input_ids": [[1]], "attention_mask": [[1]]}, logprobs=False, stream="preflight")
+    if module.sampler.own_weights:
+        try_engine(module, trainer)
     for split in ("train", "val"):
         first = data.peek(split) if hasattr(data, "peek") else None
         if first is not None:

@@ -89,6 +89,8 @@ def on_save_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
         "skipped_steps": optimization.skipped_steps,
         "optimizers": {name: built.settings for name, built in optimization.built.items()},
     }
+    if module.rollout_ahead:
+        checkpoint["lit_ppo"]["ahead"] = module.sampler.ahead_state()
 
 
 def on_load_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
@@ -119,6 +121,8 @@ def on_load_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
             check_resumable(trainer, checkpoint, state["optimizers"])
     module.rollouts, module.optimization.skipped_steps = state["rollouts"], state["skipped_steps"]
     module.optimization.resumed = state["optimizers"], checkpoint.get("lr_schedulers", [])
+    if module.rollout_ahead:
+        module.sampler.ahead.load(state.get("ahead", []))
 
 
 def _is_saved(module: Any) -> Callable[[str], bool]:

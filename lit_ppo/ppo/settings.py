@@ -131,6 +131,19 @@ def check_moving_reference(settings: ModelSettings, reference: Any) -> None:
         )  # fmt: skip
 
 
+def checked_ahead(module: Any, value: Any) -> int:
+    """The argument ``rollout_ahead`` of a LitPPO whose engine is set."""
+    ahead = integer(module, "rollout_ahead", value, at_least=0, at_most=1)
+    engine = getattr(module.sampler, "engine", module.sampler)
+    if ahead and not engine.overlaps:
+        refuse(
+            module, "rollout_ahead", value,
+            f"engine={type(engine).__name__} samples in the training process, where nothing overlaps; use a server, "
+            "such as VLLMEngine(mode='server'), or leave it out",
+        )  # fmt: skip
+    return ahead
+
+
 def batch_limits(owner: object, kind: str, size: int | None, tokens: int | None) -> Limits:
     """The arguments that limit the batches of a kind (``micro`` or ``rollout``), checked; at most one is given."""
     if size is not None and tokens is not None:
