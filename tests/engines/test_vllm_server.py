@@ -228,3 +228,14 @@ def test_benchmark_compares_engines(server: FakeVLLM, lm: Path, capsys: Any):
     assert len(server.requests) == 4  # warm-up and one repetition
     assert all(row["best"] > 0 for row in rows)
     assert "tokens/s" in capsys.readouterr().out
+
+
+def test_benchmark_compares_rollouts_ahead(server: FakeVLLM, lm: Path, capsys: Any):
+    [row] = engines_benchmark.main(
+        ["--model", str(lm), "--address", server.address, "--rows", "4", "--repeats", "1", "--max_new_tokens", "4",
+         "--updates", "2"]
+    )  # fmt: skip
+    assert row["rows"] == 4
+    assert row["without"] > 0
+    assert row["ahead"] > 0
+    assert "times as fast" in capsys.readouterr().out
