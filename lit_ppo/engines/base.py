@@ -25,6 +25,7 @@ class Engine(ABC):
     name: ClassVar[str] = "engine"  # on the progress line
     own_weights: ClassVar[bool] = True  # False: it samples with the actor itself, and there is nothing to sync
     every_rank: ClassVar[bool] = False  # False: only the first rank calls wake, sync and sleep
+    adapter: bool = False  # True: sync gets the weights of a LoRA adapter alone, as peft names them
     overlaps: bool = False  # True: generate may run in a thread while the actor trains (LitPPO(rollout_ahead=1))
     ranks_per_copy: int = 1  # ranks that share a copy of the model, and get the same prompts
 

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from lit_ppo.engines.ahead import Ahead, Answers
 from lit_ppo.engines.base import Engine
-from lit_ppo.engines.weights import checkpoint_weights, weights_key
+from lit_ppo.engines.weights import adapter_weights, checkpoint_weights, weights_key
 from lit_ppo.generation.config import stop_ids
 from lit_ppo.generation.engine import Sampling, Seed
 from lit_ppo.parallel.ranks import gather_shares, my_rows, rank
@@ -146,7 +146,7 @@ class EngineSampler:
 
     def _send(self) -> str | None:
         """Why the engine was lost, or None."""
-        weights = checkpoint_weights(self._model)
+        weights = adapter_weights(self._model) if self.engine.adapter else checkpoint_weights(self._model)
         try:
             if self.engine.every_rank or rank() == 0:
                 self.engine.sync(weights)

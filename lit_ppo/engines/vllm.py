@@ -15,7 +15,7 @@ from lit_ppo.generation.config import stop_ids
 from lit_ppo.validate import integer, integer_or_none, number, one_of, refuse
 
 Mode = Literal["server", "colocate"]
-Transfer = Literal["auto", "nccl", "shared_memory", "http"]
+Transfer = Literal["auto", "nccl", "shared_memory", "http", "lora"]
 
 ADDRESS = re.compile(r"http://[\w.-]{1,253}(:[0-9]{1,5})?/?", re.ASCII)
 
@@ -43,8 +43,8 @@ class VLLMEngine(Engine):
             ``"colocate"``: vLLM in the training processes, on the same GPUs; it sleeps during updates.
         address: Of the server, such as ``http://localhost:8000``, or a list of them. Server mode only.
         weights: How weights get to the server: ``"nccl"`` (between GPUs; needs vLLM in this environment),
-            ``"shared_memory"`` (files in memory on the same machine), ``"http"``, or ``"auto"``, the first that works.
-            Server mode only.
+            ``"shared_memory"`` (files in memory on the same machine), ``"http"``, or ``"auto"``, the first that works;
+            ``"lora"``: the adapter of ``actor_lora`` alone, over HTTP, which the server applies. Server mode only.
         timeout: Seconds that a response may take. By default 600. Server mode only.
         restart_timeout: Seconds to wait for a server that does not answer; then the run ends, and can be resumed. By
             default 300. Server mode only.
@@ -78,7 +78,7 @@ class VLLMEngine(Engine):
         self._refuse_of_other_mode(mode, given)
         self.server: Servers | None = None
         self.local: LocalModel | None = None
-        self.overlaps = mode == "server"
+        self.overlaps, self.adapter = mode == "server", weights == "lora"
         if self.overlaps:
             self.server = Servers(
                 self._addresses(address),

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from torch import Tensor
 from transformers import GenerationConfig
 
+from lit_ppo.engines.vllm_lora import ADAPTER, Adapter, is_gone
 from lit_ppo.engines.vllm_transfer import Transfer, chosen_transfer
 from lit_ppo.parallel.ranks import rank
 from lit_ppo.shown import first_line, shortened
@@ -59,9 +60,11 @@ class Server:
         status, text = self._exchange(method or ("GET" if body is None else "POST"), path, body)
         if status >= 500 and not self.is_up():
             raise ServerLost(f"VLLMEngine(address={self.address!r}): the server has failed ({status}: {_reason(text)})")
+        if self.model == ADAPTER and is_gone(status, text):
+            raise ServerLost(f"VLLMEngine(address={self.address!r}): the server was started again meanwhile")
         if status >= 400:
             raise RuntimeError(f"VLLMEngine(address={self.address!r}): {path} was refused ({status}): {_reason(text)}")
-        return json.loads(text) if text else None
+        return json.loads(text) if text[:1] in ("{", "[") else text
 
     def is_up(self) -> bool:
         """Whether the server is ready."""
@@ -152,6 +155,8 @@ class Servers:
         Raises:
             ValueError: It cannot sample for this model.
         """
+        if self.weights == "lora":
+            self._transfers[""] = Adapter(model)
         for server in self.servers:
             self._wait(server)
             try:
@@ -164,6 +169,9 @@ class Servers:
             if wrong:
                 name, (theirs, ours) = next(iter(wrong.items()))
                 raise ValueError(f"{where}: serves a model with {name}={theirs}, the actor has {ours}; serve the actor")
+            if isinstance(adapter := self._transfers.get(""), Adapter):
+                adapter.check(where, found)
+                server.model = ADAPTER
             if found["logprobs_mode"] != "processed_logprobs":
                 raise ValueError(
                     f"{where}: its log-probs are {found['logprobs_mode']}, not those of the distribution that is "

@@ -5,6 +5,9 @@ has to be found, by ``pip install --no-deps lit-ppo`` or ``PYTHONPATH``.
 """
 
 import base64
+import os
+import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,10 +25,11 @@ class WeightReceiver:
     def lit_ppo_describe(self) -> dict[str, Any]:
         """What the trainer checks before it sends anything."""
         import vllm
+        from vllm import envs
 
         config = self.vllm_config.model_config
         text = config.hf_config.get_text_config()
-        transfer = self.vllm_config.weight_transfer_config
+        transfer, lora = self.vllm_config.weight_transfer_config, self.vllm_config.lora_config
         return {
             "vllm": vllm.__version__,
             "dtype": str(config.dtype).removeprefix("torch."),
@@ -35,11 +39,35 @@ class WeightReceiver:
             "transfer": None if transfer is None else transfer.backend,
             "shape": {name: getattr(text, name, None) for name in ("vocab_size", "hidden_size", "num_hidden_layers")},
             "version": getattr(self, "lit_ppo_version", None),
+            "lora_rank": 0 if lora is None else lora.max_lora_rank,
+            "lora_updates": bool(envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING),
+            "is_trained": hasattr(self, "lit_ppo_active"),
         }
 
     def lit_ppo_can_read(self, path: str) -> bool:
         """Whether a file of the trainer's is in reach."""
         return Path(path).is_file()
+
+    def lit_ppo_write_adapter(self, version: str, config: str, data: str) -> str:
+        """Write an adapter to a folder of this machine, and delete the one before.
+
+        Args:
+            version: Of the weights.
+            config: Text of ``adapter_config.json``.
+            data: Base64 text of a safetensors file.
+
+        Returns:
+            The folder.
+        """
+        before: Path | None = getattr(self, "lit_ppo_adapter", None)
+        folder = Path(tempfile.gettempdir(), f"lit_ppo_adapter_{version}_{os.getpid()}")
+        folder.mkdir(mode=0o700)
+        (folder / "adapter_config.json").write_text(config)
+        (folder / "adapter_model.safetensors").write_bytes(base64.b64decode(data))
+        self.lit_ppo_adapter = folder
+        if before is not None:
+            shutil.rmtree(before, ignore_errors=True)
+        return str(folder)
 
     def lit_ppo_start(self) -> None:
         """Begin to take weights; a half-done beginning of a trainer that died is dropped."""

@@ -33,6 +33,18 @@ def checkpoint_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         yield from revert_weight_conversion(model, {name.replace(".base_layer.", "."): full}).items()
 
 
+@torch.no_grad()
+def adapter_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Names, as peft saves them, and full tensors of an adapter alone; collective where it is sharded.
+
+    Args:
+        model: With an adapter (LoRA).
+    """
+    for name, tensor in model.named_parameters():
+        if ".lora_" in name:
+            yield f"base_model.model.{name.replace('.default', '')}", _full(tensor)
+
+
 def _full(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 

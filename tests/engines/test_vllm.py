@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from lit_ppo import VLLMEngine
+from lit_ppo.callbacks import ImportanceCorrection
 from lit_ppo.data.tokenization import train_tokenizer
 from lit_ppo.engines.vllm_server import Server
 from tests.helpers.ranks import on_ranks
@@ -145,6 +146,45 @@ def test_a_trainer_that_died_while_it_sent_weights(server: VLLMServer):
     before.rpc("lit_ppo_start")
     before.close()
     assert_alike(make_module(server.model, engine=engine(server)).rollout(PROMPTS))
+
+
+def test_an_adapter_as_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The server applies the adapter to its own weights; also after it was killed and started again."""
+    pytest.importorskip("peft")
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "True")
+    model = make_causal_lm(tmp_path / "model", "llama", **SIZE)
+    lora = {"r": 4, "target_modules": "all-linear", "use_rslora": True}
+    with VLLMServer(model, tmp_path / "log", "--enable-lora", "--max-lora-rank", "8") as server:
+        server.wait()
+        way = engine(server, weights="lora")
+        module = make_module(model, engine=way, actor_lora=lora, actor_optimizer=steep, samples_per_prompt=2, **SLOW)
+        seen: list[Any] = []
+        watch = Spy("on_update_end", lambda module, experience: seen.append(experience))
+        trainer = make_trainer(tmp_path, max_steps=3, callbacks=[watch])
+        trainer.fit(module, make_data(tmp_path))
+        for experience in seen:
+            assert_alike(experience)
+        assert (seen[-1].logprobs - seen[-1].ref_logprobs).abs().max() > 0.05
+        server.kill()
+        server.start()
+        assert_alike(module.rollout(PROMPTS))
+
+
+def steep(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=3.0)
+
+
+def test_samples_ahead_are_the_same_twice(server: VLLMServer, tmp_path: Path):
+    """The server samples in a thread while the actor trains; the weights it has do not depend on the clock."""
+    runs: list[list[Any]] = [[], []]
+    for seen in runs:
+        watch = Spy("on_update_end", lambda module, experience, seen=seen: seen.append(experience))
+        module = make_module(server.model, engine=engine(server), rollout_ahead=1, **SLOW)
+        trainer = make_trainer(tmp_path, max_steps=3, callbacks=[ImportanceCorrection(), watch])
+        trainer.fit(module, make_data(tmp_path))
+    assert [e.responses for e in runs[0]] == [e.responses for e in runs[1]]
+    assert_alike(runs[0][0])
+    assert (runs[0][1].sampling_logprobs - runs[0][1].logprobs).abs().max() > 2e-3  # one update old
 
 
 def test_colocated(tmp_path: Path):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lit_ppo.engines.weights import checkpoint_weights, weights_key
+from lit_ppo.engines.weights import adapter_weights, checkpoint_weights, weights_key
 from lit_ppo.models.load import load_causal_lm
-from lit_ppo.models.lora import add_adapter, merged
+from lit_ppo.models.lora import add_adapter, merged, save_adapter
 from tests.helpers.engine_jobs import rollouts_on_shards
 from tests.helpers.ranks import on_ranks
 from tests.helpers.tiny import LLAMA, make_causal_lm
@@ -60,6 +60,16 @@ def test_an_adapter_is_added_as_peft_adds_it(family: str, tmp_path: Path):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_alone_has_peft_s_names(tmp_path: Path):
+    pytest.importorskip("peft")
+    model = load_causal_lm("actor", str(make_causal_lm(tmp_path / "llama", "llama")), {})
+    add_adapter("LitPPO(actor_lora", model, {"r": 2, "target_modules": "all-linear"}, seed=0)
+    save_adapter(model, None, tmp_path / "adapter")
+    saved, found = load_file(tmp_path / "adapter" / "adapter_model.safetensors"), dict(adapter_weights(model))
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[name], saved[name]) for name in saved)
 
 
 def test_loading_weights_changes_the_key(tiny_lm: Path):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,6 +32,7 @@ class FakeVLLM:
         self.stop_after = -1  # completions after which the server dies
         self.reads_files = True
         self.longest = 64  # response
+        self.folder: Path | None = None  # for adapters
         self.lock = threading.Lock()
         self.port = port
         self.start()
@@ -39,6 +41,7 @@ class FakeVLLM:
         """From the checkpoint, without the weights that it has got."""
         self.model = load_causal_lm("server", str(self.path), {}).eval()
         self.version: str | None = None
+        self.adapters: set[str] = set()
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -95,6 +98,10 @@ class FakeVLLM:
                 return 200, {"data": [{"id": "tiny"}]}
             if path == "/reset_prefix_cache":
                 return 200, {"success": True}
+            if path == "/v1/load_lora_adapter":
+                self.adapt(Path(body["lora_path"]))
+                self.adapters.add(body["lora_name"])
+                return 200, "Success: LoRA adapter added successfully."
             if path == "/collective_rpc":
                 return 200, {"results": [self.rpc(name, *body["args"])]}
             if path == "/v1/completions":
@@ -103,6 +110,8 @@ class FakeVLLM:
                     self.dead = True
                     return 0, None
                 self.stop_after -= 1
+                if body["model"] not in {"", "tiny", *self.adapters}:
+                    return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
                 self.requests.append(body)
                 return 200, {"choices": [self.complete(body)]}
         return 404, {"detail": "Not Found"}
@@ -113,7 +122,8 @@ class FakeVLLM:
             shape = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
             about = {
                 "vllm": "0.32.0", "dtype": "float32", "logprobs_mode": "processed_logprobs", "max_model_len": 64,
-                "transfer": None, "shape": shape, "version": self.version,
+                "transfer": None, "shape": shape, "version": self.version, "lora_rank": 8, "lora_updates": True,
+                "is_trained": False,
             }  # fmt: skip
             return about | self.said
         if method == "lit_ppo_can_read":
@@ -121,9 +131,27 @@ class FakeVLLM:
         if method in ("lit_ppo_load_file", "lit_ppo_load_bytes"):
             part = load_file(args[0]) if method == "lit_ppo_load_file" else load(base64.b64decode(args[0]))
             self.model.load_state_dict(part, strict=False)
-        if method == "lit_ppo_finish":
+        if method == "lit_ppo_write_adapter":
+            folder = Path(tempfile.mkdtemp(dir=self.folder))
+            (folder / "adapter_config.json").write_text(args[1])
+            (folder / "adapter_model.safetensors").write_bytes(base64.b64decode(args[2]))
+            return str(folder)
+        if method in ("lit_ppo_finish", "lit_ppo_note"):
             self.version = args[0]
         return None
+
+    def adapt(self, folder: Path) -> None:
+        """Put the adapter of a folder into the model of the checkpoint."""
+        from peft import LoraConfig, inject_adapter_in_model
+
+        self.model = load_causal_lm("server", str(self.path), {})
+        inject_adapter_in_model(LoraConfig.from_pretrained(folder), self.model)
+        saved = load_file(folder / "adapter_model.safetensors")
+        named = {
+            name.removeprefix("base_model.model.").replace(".weight", ".default.weight"): saved[name] for name in saved
+        }
+        assert not self.model.load_state_dict(named, strict=False).unexpected_keys
+        self.model.eval()
 
     @torch.no_grad()
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
