@@ -96,7 +96,7 @@ def estimate(module: Any, job: Job, stand_ins: StandIns | None = None) -> Estima
         if part.name in ("actor", "critic") and job.computing is torch.bfloat16:
             nn.Module.to(part.model, torch.bfloat16)
     with cpu_as_cuda(job.on_gpu), hollow_tensors(*(part.model for part in parts)):
-        sampling = None if module.sampler.own_weights else sample(module, parts, job)
+        sampling = None if module.sampler is not None else sample(module, parts, job)
         lines += [*rollout(module, parts, job, sampling), *score(module, parts, job), *update(module, parts, job)]
     return Estimate([line for line in lines if line.n_bytes], sampling)
 

@@ -120,7 +120,7 @@ def trace_rollout(
 
 def notes(module: Any, job: Job) -> list[str]:
     """What the estimate of a rollout leaves out."""
-    if module.sampler.own_weights:
+    if module.sampler is not None:
         return [_note(module.sampler.engine)]
     config = resolved(module, job)
     if job.on_gpu and config.cache_implementation == "static" and not config.disable_compile and job.n_shards == 1:

@@ -188,10 +188,10 @@ def check_critic(owner: Any, critic: str | None, advantages: Any) -> None:
     check_estimator(owner, advantages, owner.samples_per_prompt, owner.kl_coef)
 
 
-def checked_engine(module: Any, engine: Any) -> TransformersEngine | EngineSampler:
+def checked_engine(module: Any, engine: Any) -> TransformersEngine | EngineSampler | None:
     """The argument ``engine`` of a LitPPO whose other arguments of sampling are set; None: the default."""
     if engine is None or isinstance(engine, TransformersEngine):
-        return engine or TransformersEngine()
+        return None if type(engine) is TransformersEngine else engine  # a subclass samples by its own code
     if not isinstance(engine, Engine):
         refuse(module, "engine", engine, "must be an Engine, such as VLLMEngine(...), or None")
     unused = {"sampling_logprobs_tolerance": module.tolerance} | {

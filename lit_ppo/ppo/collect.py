@@ -73,7 +73,8 @@ class TransformersEngine(Engine):
 
     @constructor
     def __init__(self) -> None:
-        self._how: Sampling | None = None
+        self.engine: Engine = self  # as an EngineSampler has one
+        self._how: Sampling | None = None  # in a rollout
 
     @contextmanager
     def ready(self, how: Sampling) -> Iterator[None]:
@@ -140,7 +141,7 @@ def sample_responses(
         batch: Prompts of all ranks.
         samples_per_prompt: Responses to each.
         stream: Seed, name of the random stream and number of the update; None: greedy.
-        engine: Samples for the actor. Log-probs of its own become ``sampling_logprobs``.
+        engine: Samples for this policy. Log-probs of its own become ``sampling_logprobs``.
         policy: Which model samples.
         sampling_logprobs: Also return the log-probs of the decode loop.
         limits: Of what one rank samples at once, in rows or in tokens with ``max_new_tokens`` for each response.
@@ -169,7 +170,7 @@ def sample_responses(
         policy=model, config=models.generation, logprobs=sampling_logprobs, limits=limits, device=device,
         progress=progress, trains=stream is not None and stream[1] == "train",
     )  # fmt: skip
-    sampled = _sample_rows(engine if policy == "actor" else TransformersEngine(), how, row_ids, seeds)
+    sampled = _sample_rows(engine, how, row_ids, seeds)
     ids, logprobs = zip(*sampled, strict=True)
     stops = models.generation.eos_token_id
     ended = [row[-1] in (stops if isinstance(stops, list | tuple) else [stops]) for row in ids]

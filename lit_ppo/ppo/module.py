@@ -23,7 +23,7 @@ from lit_ppo.models.lora import WithoutAdapter
 from lit_ppo.optim.precision import MatmulPrecision, checked_matmul_precision
 from lit_ppo.optim.settings import checked_factories
 from lit_ppo.ppo import build, evaluate, optimize, own_loop, preflight, saved, settings, text_loss
-from lit_ppo.ppo.collect import Policy, rollout_with_hooks, sample_responses, score_experience
+from lit_ppo.ppo.collect import Policy, TransformersEngine, rollout_with_hooks, sample_responses, score_experience
 from lit_ppo.ppo.metrics import Progress, current_coefficients, log_update
 from lit_ppo.ppo.optimize import add_logprobs
 from lit_ppo.ppo.prompts import Origin, as_batch
@@ -174,7 +174,7 @@ class LitPPO(L.LightningModule):
         makers = {"actor": (actor_optimizer, actor_scheduler), "critic": (critic_optimizer, critic_scheduler)}
         self.factories = checked_factories(self, makers)
         build.check_critic(self, critic, advantages)
-        self.evaluator, self.progress = evaluate.Evaluator(), Progress()
+        self.evaluator, self.progress, self.own_engine = evaluate.Evaluator(), Progress(), TransformersEngine()
         self.rollouts = 0  # training rollouts so far: the number of the update in every random draw
         self._built = self.actor_frozen = self.checkpoint_reference = False  # the last two are set by callbacks
         self.sampling_difference: float | None = None
@@ -262,8 +262,8 @@ class LitPPO(L.LightningModule):
         experience, sampled = sample_responses(
             models, batch, samples_per_prompt or self.samples_per_prompt, random if do_sample else None,
             policy=policy, sampling_logprobs=policy == "actor" and self.tolerance is not None, device=self.device,
-            limits=self.rollout_limits, progress=self.progress, engine=self.sampler,
-            skip_special_tokens=self.model_settings.skip_special_tokens,
+            engine=(policy == "actor" and self.sampler) or self.own_engine, limits=self.rollout_limits,
+            progress=self.progress, skip_special_tokens=self.model_settings.skip_special_tokens,
         )  # fmt: skip
         self.rollouts += stream is None
         if logprobs:

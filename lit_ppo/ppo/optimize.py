@@ -184,7 +184,8 @@ def backward_minibatch(module: Any, minibatch: Minibatch) -> dict[str, float]:
 def step_optimizers(module: Any, metrics: dict[str, float], experience: Experience) -> None:
     """Step the optimizers that have gradients, or skip the step where a loss or gradient is not finite."""
     module.optimization.step(module, metrics, experience)
-    module.sampler.is_stale = True
+    if module.sampler is not None:
+        module.sampler.is_stale = True
 
 
 def _backward_actor(module: Any, micro: Minibatch) -> None:

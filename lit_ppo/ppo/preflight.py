@@ -120,7 +120,7 @@ def _preflight(module: Any, trainer: L.Trainer) -> None:
         )
     lengths = getattr(data, "prompt_lengths", None) or {1}
     check_length(module.models, sorted(lengths))
-    if module.sampler.own_weights:
+    if module.sampler is not None:
         try_engine(module, trainer)
     for split in ("train", "val"):
         first = data.peek(split) if hasattr(data, "peek") else None
@@ -218,7 +218,7 @@ def try_largest(module: Any, n_prompt: int, n_prompts: int | None) -> None:
     phase, taken = "update", 0
     try:
         with reserved(module) as taken:
-            if n_prompts is not None and not module.sampler.own_weights and module.device.type in LIMITED:
+            if n_prompts is not None and module.sampler is None and module.device.type in LIMITED:
                 phase = "rollout"
                 try_rollout(module, n_prompts, n_prompt)
             phase = "update"

@@ -134,11 +134,12 @@ def check_moving_reference(settings: ModelSettings, reference: Any) -> None:
 def checked_ahead(module: Any, value: Any) -> int:
     """The argument ``rollout_ahead`` of a LitPPO whose engine is set."""
     ahead = integer(module, "rollout_ahead", value, at_least=0, at_most=1)
-    engine = getattr(module.sampler, "engine", module.sampler)
-    if ahead and not engine.overlaps:
+    engine = None if module.sampler is None else module.sampler.engine
+    if ahead and (engine is None or not engine.overlaps):
+        name = "TransformersEngine" if engine is None else type(engine).__name__
         refuse(
             module, "rollout_ahead", value,
-            f"engine={type(engine).__name__} samples in the training process, where nothing overlaps; use a server, "
+            f"engine={name} samples in the training process, where nothing overlaps; use a server, "
             "such as VLLMEngine(mode='server'), or leave it out",
         )  # fmt: skip
     return ahead

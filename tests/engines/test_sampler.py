@@ -187,16 +187,13 @@ def test_the_default_engine_is_an_engine(tmp_path: Path, lm: Path):
             return super().generate(prompt_ids, n, config, seeds)
 
     named, _ = fit(tmp_path, make_module(lm, engine=Watched(), samples_per_prompt=2))
-    assert asked == [1, 14, 10]  # a check at the start, and two updates
+    assert asked == [2, 1, 14, 10]  # two checks at the start, and two updates
     plain, rows = fit(tmp_path, make_module(lm, samples_per_prompt=2))
     assert [e.responses for e in named] == [e.responses for e in plain]
     assert plain[0].sampling_logprobs is None
     assert not [name for name in rows[0] if "sampling" in name]
-    module = make_module(lm)
-    prompts = ["the film", "a story was"]
-    ids = module.tokenizer(prompts)["input_ids"]
     with pytest.raises(RuntimeError, match=r"TransformersEngine\.generate: .*call that"):
-        module.sampler.generate(ids, 1, module.models.generation, [1, 2])
+        TransformersEngine().generate([[3]], 1, neutral(max_new_tokens=4), [1])
 
 
 def test_several_samples_in_one_call_are_those_of_a_call_each(lm: Path):

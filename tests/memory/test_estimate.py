@@ -122,7 +122,7 @@ def test_what_sampling_needs_beside_is_said(tmp_path: Path) -> None:
     assert notes(module, replace(job, on_gpu=False)) == []
     engine = object.__new__(VLLMEngine)
     engine.local = SimpleNamespace(gpu_memory_utilization=0.4)  # type: ignore[assignment]
-    module.sampler = SimpleNamespace(engine=engine, own_weights=True)  # type: ignore[assignment]
+    module.sampler = SimpleNamespace(engine=engine)  # type: ignore[assignment]
     assert "up to 40% of each card" in notes(module, job)[0]
     assert estimate(module, job).sampling is None
 
