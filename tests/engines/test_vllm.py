@@ -174,12 +174,17 @@ def steep(params: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=3.0)
 
 
+def by_length(responses: list[str]) -> list[float]:
+    """Moves the weights in each update, whatever the tokens of the model are."""
+    return [len(text) / 20 for text in responses]
+
+
 def test_samples_ahead_are_the_same_twice(server: VLLMServer, tmp_path: Path):
     """The server samples in a thread while the actor trains; the weights it has do not depend on the clock."""
     runs: list[list[Any]] = [[], []]
     for seen in runs:
         watch = Spy("on_update_end", lambda module, experience, seen=seen: seen.append(experience))
-        module = make_module(server.model, engine=engine(server), rollout_ahead=1, **SLOW)
+        module = make_module(server.model, engine=engine(server), rollout_ahead=1, rewards=by_length, **SLOW)
         trainer = make_trainer(tmp_path, max_steps=3, callbacks=[ImportanceCorrection(), watch])
         trainer.fit(module, make_data(tmp_path))
     assert [e.responses for e in runs[0]] == [e.responses for e in runs[1]]
