@@ -135,7 +135,7 @@ def checked_ahead(module: Any, value: Any) -> int:
     """The argument ``rollout_ahead`` of a LitPPO whose engine is set."""
     ahead = integer(module, "rollout_ahead", value, at_least=0, at_most=1)
     engine = None if module.sampler is None else module.sampler.engine
-    if ahead and (engine is None or not engine.overlaps):
+    if ahead and (engine is None or not (engine.own_weights and engine.overlaps)):
         name = "TransformersEngine" if engine is None else type(engine).__name__
         refuse(
             module, "rollout_ahead", value,

@@ -155,6 +155,11 @@ def test_a_callback_that_changes_the_rollout_is_named(tmp_path: Path, lm: Path):
 
 
 def test_what_it_needs_is_checked(tmp_path: Path, lm: Path):
+    class Mine(TransformersEngine):
+        overlaps = True  # but it has the weights that training changes
+
+    with pytest.raises(ValueError, match=r"LitPPO\(rollout_ahead=1\): engine=Mine samples in the training process"):
+        make_module(lm, engine=Mine(), rollout_ahead=1)
     for engine in (None, TransformersEngine()):
         with pytest.raises(ValueError, match=r"LitPPO\(rollout_ahead=1\): engine=TransformersEngine samples in"):
             make_module(lm, engine=engine, rollout_ahead=1)
