@@ -1,16 +1,14 @@
-"""Run a step that works on tensors which stay where they are: compiled if asked for, on CUDA as a graph."""
+"""Run a step that works on tensors which stay where they are: on CUDA as a graph."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
-from torch.fx.experimental import _config as symbolic_shapes
-from transformers import CompileConfig, GenerationConfig
-from transformers.pytorch_utils import Conv1D
+from transformers import GenerationConfig
 
 from lit_ppo.parallel.sharding import is_sharded
 from lit_ppo.shown import first_line
@@ -29,20 +27,21 @@ class Runner:
     Args:
         step: Reads and writes tensors that stay where they are, and waits for no result.
         model: What the step calls.
-        config: Its ``compile_config`` and ``disable_compile`` are read.
+        config: Its ``disable_compile`` is read.
         device: Of the tensors.
     """
 
     def __init__(self, step: Callable[[], Any], model: nn.Module, config: GenerationConfig, device: torch.device):
-        self.step = step if config.compile_config is None else _compiled(step, config.compile_config)
+        self.step = step
         # the hooks of a sharded model wait for streams outside of the graph
         self.records = device.type in KINDS and not config.disable_compile and not is_sharded(model)
         self.device = device
         self.shape: Any = None
-        self.graph: Any = None
+        self.graph: Any = None  # lives until the next one is recorded: PyTorch drops a pool with its last graph
+        self.current = False  # the graph is that of the shape
         self.result: Any = None
         if self.records:
-            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), side_stream(device)
 
     def __call__(self, shape: Any) -> Any:
         """The result of the step; that of a graph is overwritten by the next call.
@@ -53,11 +52,11 @@ class Runner:
         if not self.records:
             return self.step()
         if shape != self.shape:
-            self.shape, self.graph = shape, None
+            self.shape, self.current = shape, False
             return self._aside(self.step)
-        if self.graph is None:
+        if not self.current:
             try:
-                self.graph = self._aside(self._record)
+                self.graph, self.current = self._aside(self._record), True
             except RuntimeError as error:
                 self.records = False
                 say_once(f"Sampling runs without CUDA graphs: {first_line(error)}")
@@ -76,51 +75,36 @@ class Runner:
 
     def _record(self) -> Any:
         """Recording computes nothing."""
-        graph = torch.cuda.CUDAGraph()
-        # other threads, such as those of data loaders, may use the device meanwhile
-        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[self.stream.device.index]
+        before = generator.clone_state()
         try:
-            self.result = self.step()
-        finally:
-            graph.capture_end()
+            # other threads, such as those of data loaders, may use the device meanwhile
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                self.result = self.step()
+            finally:
+                graph.capture_end()
+        except RuntimeError:
+            generator.graphsafe_set_state(before)
+            _stop_recording(self.stream.device.index, self.pool)
+            raise
         return graph
 
 
-def _compiled(step: Callable[[], Any], compile_config: CompileConfig) -> Callable[[], Any]:
-    options = compile_config.to_dict()
-    without_graphs = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}  # the graphs are ours
-    options["mode"] = without_graphs.get(options["mode"], options["mode"])
-    options["dynamic"] = True if options["dynamic"] is None else options["dynamic"]  # rows, lengths: few are the same
-    compiled = torch.compile(step, **options)
+def _stop_recording(device: int, pool: Any) -> None:
+    """Let the device free memory again, which PyTorch forgets where it cannot record (pytorch issue 171263).
 
-    def run() -> Any:
-        # "default": prompts are read without compiled code; no duck shapes: a batch of 64 rows stays another number
-        # than a head of size 64
-        with torch.compiler.set_stance("default"), symbolic_shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-            return compiled()
-
-    return run
-
-
-@contextmanager
-def cast_for_compiled_code(model: Any, config: GenerationConfig, device: torch.device) -> Iterator[None]:
-    """Hold the weights of linear layers in autocast's dtype: compiled code would cast them for every token.
-
-    The head has its own copy, and embeddings that share its weight stay as they are.
+    Nor could the device draw a number any more, but for its generator's state of before.
     """
-    if config.compile_config is None or not torch.is_autocast_enabled(device.type) or is_sharded(model):
-        yield
-        return
-    dtype, head = torch.get_autocast_dtype(device.type), model.get_output_embeddings()
-    layers = [part for part in model.modules() if isinstance(part, nn.Linear | Conv1D) and part is not head]
-    before = {p: p.data for layer in layers for p in layer.parameters(recurse=False) if p.dtype == torch.float32}
-    try:
-        for parameter, weight in before.items():
-            parameter.data = weight.to(dtype)
-        yield
-    finally:
-        for parameter, weight in before.items():
-            parameter.data = weight
+    with suppress(AttributeError, RuntimeError):
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+
+
+@cache
+def side_stream(device: torch.device) -> Any:
+    """One stream for all rollouts: cuBLAS keeps 32 MiB for each stream that it has met, for ever."""
+    return torch.cuda.Stream(device)
 
 
 @cache

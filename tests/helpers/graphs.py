@@ -1,6 +1,7 @@
 """A stand-in for CUDA graphs on CPUs: recording computes nothing, and a replay runs the recorded kernels again."""
 
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,9 +31,12 @@ class Graph:
 
     made = 0
     replays = 0
+    of_pool: dict[Any, WeakSet[Any]] = {}
 
-    def capture_begin(self, **_: Any) -> None:
+    def capture_begin(self, *, pool: Any, **_: Any) -> None:
         Graph.made += 1
+        assert len(self.of_pool.setdefault(pool, WeakSet([self]))) > 0  # PyTorch frees a pool with its last graph
+        self.of_pool[pool].add(self)
         self.recorded = Recorded()
         self.recorded.__enter__()
 
