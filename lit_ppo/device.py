@@ -86,6 +86,12 @@ def bf16_values(kind: str) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """The dtype to which autocast casts on devices of a kind; None: it is off."""
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
 @contextmanager
 def exact_products() -> Iterator[None]:
     """Inside this, float32 products are in full float32, neither in TF32 nor in autocast's dtype."""

@@ -10,6 +10,8 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lit_ppo.device import autocast_dtype
+
 GROUPED_SDPA = "lit_ppo_grouped_sdpa"
 
 
@@ -64,9 +66,15 @@ class LayerBuffer(StaticLayer):
 def _expanded(filled: Any, rows: Tensor, length: int, n_prompt: int) -> Tensor:
     """Zeros behind the prompts: NaN there would reach the result, though the mask hides it."""
     _, heads, kept, size = filled.shape
-    buffer: Tensor = filled.new_zeros(len(rows), heads, length, size)
+    buffer: Tensor = filled.new_zeros(len(rows), heads, length, size, dtype=_products(filled))
     buffer[:, :, n_prompt - kept : n_prompt] = filled[rows]
     return buffer
+
+
+def _products(x: Any) -> torch.dtype:
+    """The dtype in which attention takes products: autocast would cast the whole cache to it for every token."""
+    dtype: torch.dtype = x.dtype
+    return autocast_dtype(x.device.type) or dtype if dtype == torch.float32 else dtype
 
 
 class Buffers(Cache):
@@ -116,5 +124,14 @@ def grouped_attention(
     return output.reshape(n, 1, heads, value.shape[-1]), None
 
 
+def additive_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:
+    """What is added to attention's logits, made once for all layers: each would make it of a boolean mask."""
+    seen = sdpa_mask(*args, dtype=dtype, **kwargs)
+    if seen is None:
+        return None
+    dtype = autocast_dtype(seen.device.type) or dtype
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
 AttentionInterface.register(GROUPED_SDPA, grouped_attention)
-AttentionMaskInterface.register(GROUPED_SDPA, sdpa_mask)
+AttentionMaskInterface.register(GROUPED_SDPA, additive_mask)

@@ -6,8 +6,9 @@ that a CUDA graph recorded, serve many tokens.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from lit_ppo.functional import inverse_cdf, token_logprobs
 from lit_ppo.generation.batch import CACHE, Batch, by_logits_alone, process_in_place
 from lit_ppo.generation.buffers import GROUPED_SDPA, Buffers
-from lit_ppo.generation.capture import Runner, cast_for_compiled_code, say_once
+from lit_ppo.generation.capture import Runner, say_once
+from lit_ppo.generation.compiled import cast_for_compiled_code, compiled, compiled_blocks
 from lit_ppo.generation.engine import Responses
 
 LOOK_EVERY = 16
@@ -109,8 +111,13 @@ def decode(batch: Batch, logits: Tensor, cache: Cache, prompts: Tensor, state: d
     going = [True] * len(prompts)
     step.choose(logits[prompts], None if whole else n_prompt)
     n_tokens, seen = 1, 0
-    with heads_in_groups(batch.model), cast_for_compiled_code(batch.model, batch.config, logits.device):
-        run = Runner(step if whole else step.forward, batch.model, batch.config, logits.device)
+    with (
+        heads_in_groups(batch.model),
+        cast_for_compiled_code(batch.model, batch.config, logits.device),
+        compiled_blocks(batch.model, step.cache, batch.config),
+    ):
+        sample = partial(step, compiled(step.choose, batch.config)) if whole else step.forward
+        run = Runner(sample, batch.model, batch.config, logits.device)
         while True:
             going = step.look(going, seen, n_tokens)
             if batch.progress is not None:
@@ -167,8 +174,8 @@ class Step:
         self.mask = self.all_masks[:n, :length]
         return n, length
 
-    def __call__(self) -> None:
-        self.choose(self.forward())
+    def __call__(self, choose: Callable[[Tensor], None] | None = None) -> None:
+        (choose or self.choose)(self.forward())
 
     def forward(self) -> Tensor:
         """Logits of the next token, (n, V)."""

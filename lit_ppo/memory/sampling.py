@@ -17,7 +17,7 @@ from lit_ppo.engines.vllm import VLLMEngine
 from lit_ppo.functional import inverse_cdf
 from lit_ppo.generation import static
 from lit_ppo.generation.batch import CACHE, Batch
-from lit_ppo.generation.capture import cast_for_compiled_code
+from lit_ppo.generation.compiled import cast_for_compiled_code
 from lit_ppo.generation.config import neutral
 from lit_ppo.generation.transformers import asks_for_static, can_be_cut, float32_logits, weights_cast_once
 from lit_ppo.memory.job import Job
