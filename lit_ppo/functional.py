@@ -190,6 +190,80 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(-1)
 
 
+def token_sums(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    r"""What a token's log-probability, the entropy and their gradients need of the logits, in two passes over them.
+
+    .. math:: \log \pi(a), \quad \sum_v \pi_v \log \pi_v, \quad Z = \log \sum_v \exp(z_v / \tau)
+
+    Written so that ``torch.compile`` makes one kernel of it, which stores no tensor of the logits' size.
+
+    Args:
+        logits: ``z``, at least float32.
+        ids: Tokens ``a``.
+        temperature: ``tau``.
+
+    Shapes:
+        logits (N, V), ids (N,) -> (N,), (N,), (N,).
+
+    >>> token_sums(torch.zeros(1, 8), torch.tensor([0]))  # log 8
+    (tensor([-2.0794]), tensor([-2.0794]), tensor([2.0794]))
+    """
+    scaled = logits / temperature
+    greatest = scaled.amax(-1, keepdim=True)
+    shifted = (scaled - greatest).clamp(min=torch.finfo(logits.dtype).min)  # -inf times 0 would be NaN
+    weights = shifted.exp()
+    total = weights.sum(-1)
+    log_sum = greatest.squeeze(-1) + total.log()
+    logprobs = scaled.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - log_sum
+    return logprobs, (weights * shifted).sum(-1) / total - total.log(), log_sum
+
+
+def token_sums_gradient(
+    logits: Tensor,
+    ids: Tensor,
+    sums: tuple[Tensor, Tensor],
+    d_logprobs: Tensor | None,
+    d_negative_entropy: Tensor | None,
+    temperature: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    r"""Gradient of the logits, in one pass over them.
+
+    With :math:`p = \exp(z / \tau - Z)` and :math:`D = \sum_v p_v \log p_v`:
+
+    .. math::
+        \partial \log p_a / \partial z_v = (1_{v = a} - p_v) / \tau, \quad
+        \partial D / \partial z_v = p_v (\log p_v - D) / \tau
+
+    Args:
+        logits: See :func:`token_sums`.
+        ids: See :func:`token_sums`.
+        sums: ``D`` and ``Z``.
+        d_logprobs: Gradient of the log-probabilities; None: 0.
+        d_negative_entropy: Gradient of ``D``; None: 0.
+        temperature: ``tau``.
+        dtype: Of the result.
+
+    Shapes:
+        logits (N, V), all others (N,) -> (N, V).
+
+    >>> one = torch.ones(1)
+    >>> sums = token_sums(torch.zeros(1, 2), torch.tensor([0]))[1:]
+    >>> token_sums_gradient(torch.zeros(1, 2), torch.tensor([0]), sums, one, None, 1.0, torch.float32)
+    tensor([[ 0.5000, -0.5000]])
+    """
+    negative_entropy, log_sum = (x.unsqueeze(-1) for x in sums)
+    log_p = (logits / temperature - log_sum).clamp(min=torch.finfo(logits.dtype).min)
+    per_logit = torch.zeros_like(log_p)
+    if d_negative_entropy is not None:
+        per_logit = (log_p - negative_entropy) * d_negative_entropy.unsqueeze(-1)
+    gradient = log_p.exp() * (per_logit if d_logprobs is None else per_logit - d_logprobs.unsqueeze(-1))
+    if d_logprobs is not None:
+        chosen = torch.arange(logits.shape[-1], device=ids.device) == ids.unsqueeze(-1)
+        gradient = torch.where(chosen, gradient + d_logprobs.unsqueeze(-1), gradient)
+    return (gradient / temperature).to(dtype)
+
+
 def vocabulary_kl(logits: Tensor, ref_logits: Tensor, temperature: float = 1.0) -> Tensor:
     r"""Exact KL(pi || ref) of the tempered distributions, nats.
 

@@ -1,8 +1,8 @@
 """Actor, critic and frozen reference around Hugging Face models: one training forward each."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
+from transformers.cache_utils import Cache
 
 from lit_ppo.device import exact_products
 from lit_ppo.experience import ModelInputs
@@ -21,12 +22,14 @@ from lit_ppo.models.head import HeadInputs, token_statistics
 from lit_ppo.models.packing import read_tokens, stock_attention, use_packing
 from lit_ppo.parallel.sharding import blocks, exact_parts, linear_layers
 
+GRAPHS = 32  # that a kind of block may have
+
 
 class _AlwaysEval(nn.Module):
     """Dropout stays off in rollouts and updates: PPO's ratio must be 1 before the first step."""
 
     sharded = False  # its full weights exist only while its forward runs
-    compiled = False
+    compiled = False  # blocks and head run compiled code
     exact: tuple[str, ...] = ()  # parts that always compute in float32
 
     def train(self, mode: bool = True) -> "_AlwaysEval":
@@ -50,11 +53,11 @@ class Actor(_AlwaysEval):
         self.model = model
         self.eval()
         use_fused_gelu(model)
-        use_packing(model)
         if not checked:
             with exact_products():
                 check_head(model, self._head_inputs)
                 check_sampling(model, self._head_inputs)
+        use_packing(model)
 
     def forward(
         self,
@@ -88,14 +91,12 @@ class Actor(_AlwaysEval):
             return HeadInputs(head.states, keep(head.weight), None if head.bias is None else keep(head.bias))
         where = places(target_mask, input_ids.device)
         ids = input_ids[:, -target_mask.shape[1] :].flatten().index_select(0, where)
-        logprobs, second = token_statistics(head, ids, temperature, kl_to)
+        logprobs, second = token_statistics(head, ids, temperature, kl_to, compiled=self.compiled)
         return spread(logprobs, where, target_mask.shape), spread(second, where, target_mask.shape)
 
     def generate(self, *args: Any, **kwargs: Any) -> Responses:
         """Sample responses; see :class:`lit_ppo.generation.engine.Decoder`."""
-        # shapes and cache change with every token: compiled code would be compiled again and again
-        eager = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
-        with stock_attention(self.model), eager:
+        with stock_attention(self.model):
             return generate(self.model, *args, **kwargs)
 
     def _head_inputs(self, input_ids: Tensor, attention_mask: Tensor, target_mask: Tensor) -> HeadInputs:
@@ -131,9 +132,9 @@ class Critic(_AlwaysEval):
         self.backbone = backbone
         self.eval()
         use_fused_gelu(backbone)
-        use_packing(backbone)
         with exact_products():
             width = check_causal(backbone)
+        use_packing(backbone)
         self.value_head = nn.Linear(width, 1)
         with torch.no_grad():
             self.value_head.weight.copy_(torch.zeros_like(self.value_head.weight) if head is None else head)
@@ -217,8 +218,17 @@ def spread(flat: Tensor, where: Tensor, shape: torch.Size) -> Tensor:
 def compile_blocks(model: nn.Module) -> None:
     """Compile a model's blocks for all uses but sampling; one graph serves all blocks and lengths."""
     for block in blocks(model):
-        block.forward = torch.compile(block.forward, dynamic=True)
+        block.forward = partial(_forward, block.forward, torch.compile(block.forward, dynamic=True))
     model.compiled = True  # type: ignore[assignment]
+
+
+def _forward(eager: Callable[..., Any], compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Eager beside a cache: shapes change with every token, and each layer would get compiled code of its own."""
+    if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+        return eager(*args, **kwargs)
+    # models with and without gradients, in several dtypes, each have a graph; beyond the limit nothing is compiled
+    with torch._dynamo.config.patch(recompile_limit=GRAPHS):
+        return compiled(*args, **kwargs)
 
 
 def halve_frozen(model: nn.Module) -> None:
@@ -230,7 +240,7 @@ def halve_frozen(model: nn.Module) -> None:
     for part in linear_layers(model):
         if not any(p.requires_grad or p.dtype != torch.float32 for p in part.parameters()):
             part.to(torch.bfloat16)
-            vars(part)["forward"] = partial(_in_bfloat16, part.forward)
+            vars(part)["forward"] = MethodType(_in_bfloat16, part)  # which layers share, in compiled code too
 
 
 def in_bfloat16(model: nn.Module) -> None:
@@ -241,8 +251,8 @@ def in_bfloat16(model: nn.Module) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def _in_bfloat16(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    output = forward(x.to(torch.bfloat16))
+def _in_bfloat16(layer: nn.Module, x: Tensor) -> Tensor:
+    output: Tensor = type(layer).forward(layer, x.to(torch.bfloat16))
     return output if torch.is_autocast_enabled(x.device.type) else output.to(x.dtype)
 
 

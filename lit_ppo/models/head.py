@@ -1,14 +1,14 @@
 """The language-model head on target tokens only, in chunks: no (B, T, V) tensor ever exists."""
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_ppo.activations import free_bytes
-from lit_ppo.functional import float32_linear, summed_in_float32
+from lit_ppo.functional import float32_linear, summed_in_float32, token_sums, token_sums_gradient
 
 CHUNK_ELEMENTS = 2**23  # logits worked on at a time: 32 MiB in float32
 KEPT_ELEMENTS = 2**25  # probabilities kept for the backward, 128 MiB; beyond that, logits are computed again
@@ -29,6 +29,13 @@ class _Head(NamedTuple):
 
     inputs: HeadInputs
     rounded: bool  # float32 copies of bfloat16 numbers
+
+
+class _Options(NamedTuple):
+    temperature: float
+    dtype: torch.dtype  # of the products
+    keep: bool  # what the backward needs
+    compiled: bool
 
 
 class Chunks(NamedTuple):
@@ -70,7 +77,7 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def token_statistics(
-    head: HeadInputs, ids: Tensor, temperature: float = 1.0, kl_to: HeadInputs | None = None
+    head: HeadInputs, ids: Tensor, temperature: float = 1.0, kl_to: HeadInputs | None = None, *, compiled: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each token, and the entropy of its distribution or the exact KL to another model's.
 
@@ -81,6 +88,7 @@ def token_statistics(
         ids: The tokens.
         temperature: Divides the logits.
         kl_to: The other model's states and head; None: the entropy.
+        compiled: Read the logits in compiled code, which makes fewer passes over them; not with ``kl_to``.
 
     Shapes:
         ids (N,) -> (N,), (N,), float32 (float64 stays).
@@ -91,7 +99,8 @@ def token_statistics(
     reference = None if kl_to is None else _cast(*kl_to, autocast or kl_to.weight.dtype)
     keep = torch.is_grad_enabled()
     with torch.autocast(device, enabled=False):
-        logprobs, kl = _Statistics.apply(*head, ids, temperature, dtype, reference, keep)  # type: ignore[no-untyped-call]
+        options = _Options(temperature, dtype, keep, compiled and kl_to is None)
+        logprobs, kl = _Statistics.apply(*head, ids, reference, options)  # type: ignore[no-untyped-call]
     # the entropy is the KL to nothing, log q = 0, with its sign turned
     return logprobs, kl if kl_to is not None else -kl
 
@@ -113,26 +122,29 @@ class _Statistics(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         ids: Tensor,
-        temperature: float,
-        dtype: torch.dtype,
         reference: HeadInputs | None,
-        keep: bool,
+        options: _Options,
     ) -> tuple[Tensor, Tensor]:
-        head = _cast(states, weight, bias, dtype)
-        at_least_float32 = torch.promote_types(dtype, torch.float32)
-        logprobs, divergence = (torch.empty(len(ids), dtype=at_least_float32, device=ids.device) for _ in range(2))
-        kept: list[Tensor] = []
-        sizes = chunks_for(ids.device.type, _free_bytes(ids.device), len(weight), dtype)
+        head, temperature = _cast(states, weight, bias, options.dtype), options.temperature
+        at_least_float32 = torch.promote_types(options.dtype, torch.float32)
+        logprobs, divergence, log_sums = (ids.new_empty(len(ids), dtype=at_least_float32) for _ in range(3))
+        kept: list[Tensor] = []  # probabilities; where code is compiled, logits
+        sizes = chunks_for(ids.device.type, _free_bytes(ids.device), len(weight), options.dtype)
         for_logits, for_ratio = _for_logits(head), None if reference is None else _for_logits(reference)
         for chunk in _chunks(len(ids), sizes):
-            log_p = _log_softmax(for_logits, chunk, temperature)
-            p = log_p.exp()
-            logprobs[chunk] = log_p.gather(1, ids[chunk, None]).squeeze(1)
-            divergence[chunk] = _dot(p, _log_ratio(log_p, for_ratio, chunk, temperature))
-            if keep and chunk.stop * p.shape[1] <= sizes.kept:
-                kept.append(p)
-        ctx.save_for_backward(states, weight, bias, ids, divergence, *kept)
-        ctx.temperature, ctx.dtype, ctx.reference, ctx.sizes = temperature, dtype, for_ratio, sizes
+            if options.compiled:
+                large = _logits(for_logits, chunk)
+                found = _compiled(token_sums)(large, ids[chunk], temperature)
+                logprobs[chunk], divergence[chunk], log_sums[chunk] = found
+            else:
+                log_p = _log_softmax(for_logits, chunk, temperature)
+                large = log_p.exp()
+                logprobs[chunk] = log_p.gather(1, ids[chunk, None]).squeeze(1)
+                divergence[chunk] = _dot(large, _log_ratio(log_p, for_ratio, chunk, temperature))
+            if options.keep and chunk.stop * large.shape[1] <= sizes.kept:
+                kept.append(large)
+        ctx.save_for_backward(states, weight, bias, ids, divergence.detach(), log_sums, *kept)
+        ctx.options, ctx.reference, ctx.sizes = options, for_ratio, sizes
         ctx.set_materialize_grads(False)  # nobody may ask for the entropy's gradient
         return logprobs, divergence
 
@@ -140,33 +152,34 @@ class _Statistics(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_logprobs: Tensor | None, d_divergence: Tensor | None) -> tuple[Tensor | None, ...]:
         if d_logprobs is None and d_divergence is None:
-            return (None,) * 8
-        states, weight, bias, ids, divergence, *kept = ctx.saved_tensors
-        head = _cast(states, weight, bias, ctx.dtype)
+            return (None,) * 6
+        states, weight, bias, ids, divergence, log_sums, *kept = ctx.saved_tensors
+        head = _cast(states, weight, bias, ctx.options.dtype)
         all_kept = len(kept) == len(_chunks(len(ids), ctx.sizes))
-        for_logits = None if all_kept else _for_logits(head)
+        for_logits: Any = None if all_kept else _for_logits(head)
         wants_states, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         d_states = torch.empty_like(states) if wants_states else None
         d_weight: Tensor | None = None
         d_bias = torch.zeros_like(bias) if wants_bias else None
         sums = torch.promote_types(weight.dtype, torch.float32)
         for i, chunk in enumerate(_chunks(len(ids), ctx.sizes)):
-            p = (
-                kept[i]
-                if for_logits is None or i < len(kept)
-                else _log_softmax(for_logits, chunk, ctx.temperature).exp_()
-            )
-            d_logits = _d_logits(ctx, p, chunk, ids, divergence, d_logprobs, d_divergence)
+            large = kept[i] if i < len(kept) else _for_backward(for_logits, chunk, ctx.options)
+            if ctx.options.compiled:
+                of_tokens = [None if x is None else x[chunk] for x in (d_logprobs, d_divergence)]
+                sums_of = divergence[chunk], log_sums[chunk]
+                d_logits = _compiled(token_sums_gradient)(large, ids[chunk], sums_of, *of_tokens, *ctx.options[:2])
+            else:
+                d_logits = _d_logits(ctx, large, chunk, ids, divergence, d_logprobs, d_divergence)
             if d_bias is not None:
-                d_bias += d_logits.sum(0)
-            d_logits = d_logits.to(ctx.dtype)
+                d_bias += d_logits.sum(0, dtype=d_bias.dtype)
+            d_logits = d_logits.to(ctx.options.dtype)
             if d_states is not None:
                 d_states[chunk] = d_logits @ head.weight
             if wants_weight:
                 d_weight = _add_product(d_weight, d_logits.T, head.states[chunk], sums)
         if wants_weight and d_weight is None:  # no tokens
             d_weight = torch.zeros_like(weight)
-        return d_states, None if d_weight is None else d_weight.to(weight.dtype), d_bias, None, None, None, None, None
+        return d_states, None if d_weight is None else d_weight.to(weight.dtype), d_bias, None, None, None
 
 
 def _d_logits(
@@ -181,16 +194,16 @@ def _d_logits(
     """Gradient of a chunk's logits, (n, V)."""
     if d_divergence is None:
         assert d_logprobs is not None
-        gradient: Tensor = p * (d_logprobs[chunk, None] / -ctx.temperature)
+        gradient: Tensor = p * (d_logprobs[chunk, None] / -ctx.options.temperature)
     else:
         # a probability of 0 takes its log out of the gradient, if only that log is no infinity once weighted
-        log_ratio = _log_ratio(p.log().clamp_(min=-1e4), ctx.reference, chunk, ctx.temperature)
+        log_ratio = _log_ratio(p.log().clamp_(min=-1e4), ctx.reference, chunk, ctx.options.temperature)
         per_logit = (log_ratio - divergence[chunk, None]) * d_divergence[chunk, None]
         if d_logprobs is not None:
             per_logit -= d_logprobs[chunk, None]
-        gradient = per_logit.mul_(p).div_(ctx.temperature)
+        gradient = per_logit.mul_(p).div_(ctx.options.temperature)
     if d_logprobs is not None:
-        gradient.scatter_add_(1, ids[chunk, None], d_logprobs[chunk, None] / ctx.temperature)
+        gradient.scatter_add_(1, ids[chunk, None], d_logprobs[chunk, None] / ctx.options.temperature)
     return gradient
 
 
@@ -214,10 +227,25 @@ def _chunks(n: int, sizes: Chunks) -> Sequence[slice]:
     return [slice(start, min(start + sizes.tokens, n)) for start in range(0, n, sizes.tokens)]
 
 
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
+
+
+def _for_backward(head: _Head, chunk: slice, options: _Options) -> Tensor:
+    """What was not kept, once more."""
+    return _logits(head, chunk) if options.compiled else _log_softmax(head, chunk, options.temperature).exp_()
+
+
+def _logits(head: _Head, chunk: slice) -> Tensor:
+    """Logits of a chunk, (n, V), at least float32."""
+    states, weight, bias = head.inputs
+    return float32_linear(states[chunk], weight, bias, rounded=head.rounded)
+
+
 def _log_softmax(head: _Head, chunk: slice, temperature: float) -> Tensor:
     """Log-probabilities of a chunk, (n, V), at least float32."""
-    states, weight, bias = head.inputs
-    logits = float32_linear(states[chunk], weight, bias, rounded=head.rounded)
+    logits = _logits(head, chunk)
     return _finite(torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1))
 
 
@@ -241,44 +269,3 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype)
     if total is None:
         return (a @ b).to(dtype)
     return total.addmm_(a, b) if dtype == a.dtype else total.add_(a @ b)
-
-
-class _Float32Linear(torch.autograd.Function):
-    """A linear layer of 16-bit numbers whose output is their sums in float32; gradients as those of a plain one."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return float32_linear(x, weight, bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        d_bias = d_output.sum(0).to(weight.dtype) if wants_bias else None
-        d_output = d_output.to(weight.dtype)
-        return d_output @ weight if wants_x else None, d_output.T @ x if wants_weight else None, d_bias
-
-
-def use_float32_logits(model: Any) -> None:
-    """Let the head of a causal LM return float32 sums where it multiplies 16-bit numbers, under autocast or not.
-
-    Args:
-        model: Hugging Face causal LM, not sharded yet; a head of another kind than ``nn.Linear`` stays as it is.
-    """
-    head = model.get_output_embeddings()
-    if type(head) is nn.Linear:
-        vars(head)["forward"] = partial(_float32_logits, head, head.forward)
-
-
-def _float32_logits(head: nn.Linear, forward: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
-    kind = states.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
-    if dtype.itemsize >= 4:
-        return forward(states)
-    with torch.autocast(kind, enabled=False):
-        inputs = _cast(states.flatten(0, -2), head.weight, head.bias, dtype)
-        logits: Tensor = _Float32Linear.apply(*inputs)  # type: ignore[no-untyped-call]
-    unflattened: Tensor = logits.unflatten(0, states.shape[:-1])
-    return unflattened

@@ -11,9 +11,9 @@ from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_ppo.constructor import constructor
-from lit_ppo.models.head import use_float32_logits
 from lit_ppo.optim.precision import MatmulPrecision
 from lit_ppo.supervised.base import SupervisedModule
+from lit_ppo.supervised.head import use_float32_logits
 from lit_ppo.supervised.source import ModelSource
 
 BATCHES_COUNTED = 16  # to see which token ends a text; reading labels makes a GPU wait

@@ -9,7 +9,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from lit_ppo.activations import checkpoint_activations
 from lit_ppo.generation.config import generation_config
-from lit_ppo.models.actor_critic import Actor, compile_blocks
+from lit_ppo.models import head
+from lit_ppo.models.actor_critic import Actor, Reference, compile_blocks, halve_frozen
 from lit_ppo.models.load import load_causal_lm, load_critic, load_tokenizer
 from lit_ppo.parallel.sharding import blocks
 from tests.helpers.tiny import make_causal_lm, make_reward_model, make_tokenizer
@@ -159,9 +160,10 @@ def test_checkpointed_activations_are_computed_again_and_give_the_same_gradients
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch itself
 def test_one_compiled_graph_serves_all_blocks_and_lengths_and_sampling_none(tmp_path, monkeypatch):
-    """Three blocks, three lengths."""
+    """Three blocks, three lengths; the head has one graph each for values and gradients."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
+    head._compiled.cache_clear()
     path = make_causal_lm(tmp_path, "llama", num_hidden_layers=3)
     actors = [Actor(load_causal_lm("actor", str(path), {})) for _ in range(2)]
     compile_blocks(actors[1])
@@ -171,14 +173,14 @@ def test_one_compiled_graph_serves_all_blocks_and_lengths_and_sampling_none(tmp_
         for actor in actors:
             logprobs, entropy = actor(ids, mask, target_mask=mask[:, 1:])
             (logprobs.sum() + entropy.sum()).backward()
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == 1 + 2
     for one, other in zip(actors[0].parameters(), actors[1].parameters(), strict=True):
         torch.testing.assert_close(other.grad, one.grad, rtol=1e-5, atol=1e-6)
     config = generation_config({"max_new_tokens": 5}, 1.0, actors[0].model, make_tokenizer())
     with torch.no_grad():
         first, second = (actor.generate(ids, mask, config, [(0,), (1,)]) for actor in actors)
     assert first == second
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == 1 + 2
 
 
 def test_states_narrower_than_hidden_size(tmp_path):
@@ -196,3 +198,20 @@ def test_states_narrower_than_hidden_size(tmp_path):
     torch.testing.assert_close(logprobs[0], stock.log_softmax(-1)[[-3, -2], ROWS[0][-2:]], rtol=1e-5, atol=1e-5)
     reward = make_reward_model(tmp_path / "rm", "opt", word_embed_proj_dim=8)
     assert load_critic("critic", str(reward), {}, 0).value_head.weight.shape == (1, 8)
+
+
+def test_frozen_blocks_in_bfloat16_share_a_compiled_graph(tmp_path, monkeypatch):
+    """As references and the models under adapters on a GPU; the head's values have a graph of their own."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    head._compiled.cache_clear()
+    counters.clear()
+    reference = Reference(load_causal_lm("reference", str(make_causal_lm(tmp_path, "llama", num_hidden_layers=4)), {}))
+    halve_frozen(reference)
+    ids, mask, target_mask = batch()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = reference(ids, mask, target_mask=target_mask)[0]
+        compile_blocks(reference)
+        found = reference(ids, mask, target_mask=target_mask)[0]
+    assert counters["stats"]["unique_graphs"] == 1 + 1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-2)

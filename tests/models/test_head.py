@@ -1,14 +1,14 @@
 """The chunked head against the plain formula, values and gradients."""
 
-from types import SimpleNamespace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_ppo.functional import float32_linear
-from lit_ppo.generation.transformers import float32_logits
+from lit_ppo.functional import float32_linear, token_sums, token_sums_gradient
 from lit_ppo.models import head
 from lit_ppo.models.head import HeadInputs, token_statistics
 
@@ -32,11 +32,14 @@ def _chunks(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("_chunks")
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_values_and_gradients_are_those_of_the_whole_distribution(temperature):
+def test_values_and_gradients_are_those_of_the_whole_distribution(temperature, compiled, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    head._compiled.cache_clear()
     ids = torch.arange(11) % 7
     ours, plain = inputs(), inputs()
-    logprobs, entropy = token_statistics(ours, ids, temperature)
+    logprobs, entropy = token_statistics(ours, ids, temperature, compiled=compiled)
     distribution = Categorical(logits=(plain.states @ plain.weight.T + plain.bias) / temperature)
     torch.testing.assert_close(logprobs, distribution.log_prob(ids), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(entropy, distribution.entropy(), rtol=1e-10, atol=1e-10)
@@ -45,6 +48,23 @@ def test_values_and_gradients_are_those_of_the_whole_distribution(temperature):
     (distribution.log_prob(ids) * ramp + distribution.entropy() * ramp.flip(0)).sum().backward()
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_compiled_code_takes_one_gradient_alone_and_tokens_that_cannot_occur(wanted):
+    """A logit of -inf; the entropy of the others is that without it."""
+    logits = torch.tensor([[0.5, -torch.inf, 2.0], [1.0, 0.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([2, 0])
+    plain = logits.log_softmax(-1)
+    entropies = [Categorical(logits=logits[0, [0, 2]]).entropy(), Categorical(logits=logits[1]).entropy()]
+    expected = plain[[0, 1], ids], -torch.stack(entropies)
+    logprobs, negative_entropy, log_sum = token_sums(logits.detach(), ids, 1.0)
+    torch.testing.assert_close((logprobs, negative_entropy), tuple(x.detach() for x in expected))
+    (gradient,) = torch.autograd.grad(expected[wanted].sum(), logits)
+    ones: list[Any] = [None, None]
+    ones[wanted] = torch.ones(2, dtype=torch.float64)
+    found = token_sums_gradient(logits.detach(), ids, (negative_entropy, log_sum), *ones, 1.0, torch.float64)
+    torch.testing.assert_close(found, gradient.nan_to_num())
 
 
 @pytest.mark.usefixtures("_chunks")
@@ -184,40 +204,3 @@ def test_no_tokens_give_gradients_of_zero():
     logprobs, entropy = token_statistics(ours, torch.zeros(0, dtype=torch.long))
     (logprobs.sum() + entropy.sum()).backward()
     assert all(tensor.grad is not None and not tensor.grad.any() for tensor in ours)
-
-
-@pytest.mark.parametrize("held", ["float32", "bfloat16"])
-def test_logits_of_a_causal_lm_are_sums_in_float32(held):
-    """As of SFT: float64 of the same bf16 numbers, and gradients within bf16's rounding; float32 stays to the bit."""
-    g = torch.Generator().manual_seed(0)
-    lm = SimpleNamespace(linear=torch.nn.Linear(64, 5000))
-    lm.get_output_embeddings = lambda: lm.linear
-    states = torch.randn(2, 9, 64, generator=g)
-    expected = lm.linear(states)
-    head.use_float32_logits(lm)
-    assert lm.linear(states).equal(expected)
-    lm.linear.to(getattr(torch, held))
-    exact = torch.nn.functional.linear(*(x.detach().bfloat16().double() for x in (states, *lm.linear.parameters())))
-    rows = states.to(getattr(torch, held)).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=held == "float32"):
-        logits = lm.linear(rows)
-    torch.testing.assert_close(logits.double(), exact, rtol=0, atol=1e-5)
-    weights = torch.randn(logits.shape, generator=g)
-    ours = torch.autograd.grad((logits * weights).sum(), [rows, *lm.linear.parameters()])
-    plain = [rows.detach().double(), *(p.detach().double() for p in lm.linear.parameters())]
-    for x in plain:
-        x.requires_grad_()
-    theirs = torch.autograd.grad((torch.nn.functional.linear(*plain) * weights).sum(), plain)
-    for a, b in zip(ours, theirs, strict=True):
-        assert (a.double() - b).norm() < 1e-2 * b.norm()
-
-
-def test_sampling_leaves_the_head_of_training_as_it_was():
-    """Both let the head sum in float32; the first one has to outlast the second."""
-    lm = SimpleNamespace(linear=torch.nn.Linear(64, 50))
-    lm.get_output_embeddings = lambda: lm.linear
-    head.use_float32_logits(lm)
-    with torch.autocast("cpu", torch.bfloat16):
-        with float32_logits(lm, "cpu"):
-            sampled = lm.linear(torch.ones(1, 64))
-        assert sampled.dtype == lm.linear(torch.ones(1, 64)).dtype == torch.float32

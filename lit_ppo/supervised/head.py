@@ -1,0 +1,51 @@
+"""A language-model head that returns float32 sums, for a loss that reads logits."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_ppo.functional import float32_linear
+
+
+class _Float32Linear(torch.autograd.Function):
+    """A linear layer of 16-bit numbers whose output is their sums in float32; gradients as those of a plain one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return float32_linear(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        d_bias = d_output.sum(0).to(weight.dtype) if wants_bias else None
+        d_output = d_output.to(weight.dtype)
+        return d_output @ weight if wants_x else None, d_output.T @ x if wants_weight else None, d_bias
+
+
+def use_float32_logits(model: Any) -> None:
+    """Let the head of a causal LM return float32 sums where it multiplies 16-bit numbers, under autocast or not.
+
+    Args:
+        model: Hugging Face causal LM, not sharded yet; a head of another kind than ``nn.Linear`` stays as it is.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        vars(head)["forward"] = partial(_float32_logits, head, head.forward)
+
+
+def _float32_logits(head: nn.Linear, forward: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
+    kind = states.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+    if dtype.itemsize >= 4:
+        return forward(states)
+    with torch.autocast(kind, enabled=False):
+        inputs = (None if x is None else x.to(dtype) for x in (states.flatten(0, -2), head.weight, head.bias))
+        logits: Tensor = _Float32Linear.apply(*inputs)  # type: ignore[no-untyped-call]
+    unflattened: Tensor = logits.unflatten(0, states.shape[:-1])
+    return unflattened
