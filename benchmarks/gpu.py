@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,7 +43,9 @@ BANDWIDTH = {"B200": 8.0e12, "H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12, "L
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LORA = {"r": 16, "target_modules": "all-linear"}
 # seconds, guessed for a large card: a part does not start when fewer are left
-NEEDS = {"tests": 60.0, "ppo": 60.0, "generate": 60.0, "sweep": 30.0, "compiled": 120.0, "lora": 90.0}
+NEEDS = {
+    "tests": 60.0, "ppo": 60.0, "ppo_compiled": 80.0, "generate": 60.0, "sweep": 30.0, "compiled": 60.0, "lora": 90.0
+}  # fmt: skip
 
 
 class OutOfTime(BaseException):
@@ -109,11 +112,12 @@ class Rows(L.Callback):
 
 
 def make_models(job: Job, folder: Path) -> None:
-    """A causal LM, a reward model and prompts; words are ``t0``, ``t1`` and so on, one for each token."""
-    words = {f"t{i}": i for i in range(job.vocabulary)}
-    backend = Tokenizer(models.WordLevel(words, unk_token="t1"))
+    """A causal LM, a reward model and prompts; words are ``t2``, ``t3`` and so on, one for each token."""
+    words = {"[END]": 0, "[UNK]": 1} | {f"t{i}": i for i in range(2, job.vocabulary)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="t0", pad_token="t0", unk_token="t1")
+    special = {"eos_token": "[END]", "pad_token": "[END]", "unk_token": "[UNK]"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     config = LlamaConfig(
         hidden_size=job.hidden, num_hidden_layers=job.layers, num_attention_heads=job.heads, pad_token_id=0,
         num_key_value_heads=job.kv_heads, intermediate_size=job.intermediate, vocab_size=job.vocabulary,
@@ -142,15 +146,19 @@ def update_flops(job: Job) -> float:
     return 3.0 * job.prompts * (2 * (linear + pairs) + logits)
 
 
-def run_ppo(job: Job, folder: Path, lora: dict[str, Any] | None = None, updates: int = 2) -> dict[str, Any]:
+def run_ppo(
+    job: Job, folder: Path, lora: dict[str, Any] | None = None, updates: int = 2, *, compiled: bool = False
+) -> dict[str, Any]:
     """Updates of PPO, of which the last is measured."""
+    compiled = compiled and DEVICE == "cuda"  # for a CPU it takes minutes
     seconds: dict[str, float] = {}
     timed(lit_ppo.ppo.module, "sample_responses", seconds)
     timed(lit_ppo.ppo.module, "add_logprobs", seconds)
     module = LitPPO(
         str(folder / "actor"), rewards=RewardModel(str(folder / "reward"), batch_tokens=4 * job.micro_batch_tokens),
-        generation={"max_new_tokens": job.response, "suppress_tokens": [0]}, ppo_epochs=1, seed=0,
-        minibatch_size=job.minibatch, micro_batch_tokens=job.micro_batch_tokens, actor_lora=lora, critic_lora=lora,
+        generation={"max_new_tokens": job.response, "suppress_tokens": [0], "compile_config": {} if compiled else None},
+        ppo_epochs=1, seed=0, minibatch_size=job.minibatch, micro_batch_tokens=job.micro_batch_tokens,
+        actor_lora=lora, critic_lora=lora, compile_blocks=compiled,
     )  # fmt: skip
     rows = Rows(updates, -(-job.prompts // job.minibatch))
     trainer = L.Trainer(
@@ -320,7 +328,7 @@ def measured(part: str, run: Callable[[], Any], needs: float, left: float) -> An
     except OutOfTime as error:
         return {"skipped": str(error)}
     except Exception as error:  # the other parts still count
-        return {"error": f"{type(error).__name__}: {error}"[:2000]}
+        return {"error": f"{type(error).__name__}: {error}"[:2000], "traceback": traceback.format_exc()[-4000:]}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -329,7 +337,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--small", action="store_true", help="toy shapes")
     parser.add_argument("--minutes", type=float, default=8.0, help="what would last longer is left out")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
-    parser.add_argument("--parts", default="tests,ppo,generate,sweep,compiled,lora")
+    parser.add_argument("--parts", default="tests,ppo,ppo_compiled,generate,sweep,compiled,lora")
     given = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     start = time.perf_counter()
@@ -343,11 +351,13 @@ def main(arguments: list[str] | None = None) -> None:
             parts: dict[str, Any] = {
                 "tests": gpu_tests,
                 "ppo": lambda job=job, folder=folder: run_ppo(job, folder),
+                "ppo_compiled": lambda job=job, folder=folder: run_ppo(job, folder, compiled=True),
                 "generate": lambda job=job, folder=folder: sampling(job, folder),
                 "sweep": lambda job=job, folder=folder: sweep(job, folder),
                 "compiled": lambda job=job, folder=folder: sampling(job, folder, compiled=True),
             }
-            parts = parts if sub == "first" else {"lora": lambda job=job, folder=folder: run_ppo(job, folder, LORA)}
+            lora = {"lora": lambda job=job, folder=folder: run_ppo(job, folder, LORA, compiled=True)}
+            parts = parts if sub == "first" else lora
             wanted = {part: run for part, run in parts.items() if part in given.parts.split(",")}
             if wanted.keys() - {"tests"} and time.perf_counter() - start < 60 * given.minutes:
                 make_models(job, folder)

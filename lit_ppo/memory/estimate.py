@@ -22,6 +22,7 @@ from lit_ppo.rewards import reward_models
 HELD, ROLLOUT, SCORE = "held", "rollout", "scoring"
 ACTOR, CRITIC, CHECKPOINT, HOST = "update of the actor", "update of the critic", "checkpoint", "host"
 LORA = "LoRA (--config lora), "
+CUBLAS = 3 * 2**25  # of the main thread on two streams and of the backward; cards before Hopper take a quarter of it
 WORKSPACE = "prompts, or the last token"
 FULL_GRADIENTS = "full gradients between micro-batches"
 PHASES = (ROLLOUT, SCORE, ACTOR, CRITIC, CHECKPOINT)
@@ -104,6 +105,8 @@ def estimate(module: Any, job: Job, stand_ins: StandIns | None = None) -> Estima
 def held(module: Any, parts: list[Part], job: Job) -> Iterator[Line]:
     """What is there from the first update on: weights and optimizer states. Gradients are freed after each update."""
     n, divided = job.n_shards, _divided(job)
+    if job.on_gpu:
+        yield Line(HELD, "workspaces of cuBLAS", CUBLAS, "three of 32 MiB, as on a Hopper card")
     for part in parts:
         trained, frozen = part.trained, part.frozen
         dtypes = sorted({str(x.dtype).removeprefix("torch.") for x in part.model.parameters()})
