@@ -75,9 +75,9 @@ def test_what_would_last_too_long_is_left_out_and_ended() -> None:
 
     assert measured("lora", dict, needs=90, left=80) == {"skipped": "lora needs about 90 s, 80 s are left"}
     assert measured("ppo", forever, needs=0.1, left=0.2) == {"skipped": "ended after 0 s: no time left"}
-    assert measured("sweep", lambda: 1 // 0, needs=0, left=9) == {
-        "error": "ZeroDivisionError: integer division or modulo by zero"
-    }
+    failed = measured("sweep", lambda: 1 // 0, needs=0, left=9)
+    assert failed["error"] == "ZeroDivisionError: integer division or modulo by zero"
+    assert "lambda: 1 // 0" in failed["traceback"]
 
 
 def test_flops_by_hand() -> None:
