@@ -150,6 +150,10 @@ def test_report_of_two_seeds_by_hand(tmp_path: Path, capsys: pytest.CaptureFixtu
     report.main()
     assert "| plain | last | 2 | 64 | 1.00 |" in page.read_text()
     assert "| 60.0% ± 14.1% | +0.00 | 2 |" in capsys.readouterr().out
+    far = [{"seed": 0, "arguments": "", "points": [point | {"score": found["score"], "kl": 7.0}]}]
+    (tmp_path / "far.json").write_text(json.dumps({"name": "far", "runs": far}))
+    report.main()
+    assert "| far | last | 1 | 64 | 7.00 | +0.00 | - | - | +0.00 | 2 |" in capsys.readouterr().out  # no limit is known
     assert page.read_text().startswith("before\n")
     assert page.read_text().endswith("\nafter\n")
     assert (tmp_path / "f.png").stat().st_size > 10_000
@@ -159,3 +163,10 @@ def test_arguments_of_the_command_pass_through(tmp_path: Path):
     words = [str(tmp_path), "--data_root", str(tmp_path), "--name", "x", "--model.kl_coef", "0.1", "--seeds", "1", "2"]
     asked, others = run.parse(words)
     assert (asked.seeds, asked.measure, others) == ([1, 2], [32], ["--model.kl_coef", "0.1"])
+
+
+def test_configurations_of_one_s_own_are_found_and_shipped_ones_are_not(tmp_path: Path, monkeypatch: Any):
+    (tmp_path / "own.yaml").write_text("model: {}")
+    monkeypatch.chdir(tmp_path)
+    words = ["--config", "tricks/kl_loss", "--config", "own.yaml", "--model.kl_coef", "own.yaml"]
+    assert run.own_configs(words) == {"own.yaml": tmp_path / "own.yaml"}

@@ -7,6 +7,7 @@ Efficiency is the gain of a policy over the gain of the limit at the same KL. Te
 import argparse
 import json
 from collections import defaultdict
+from math import isfinite
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -28,12 +29,11 @@ def load(results: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     kls, gains = ([0.0, *(p[key] for p in limit["limit"])] for key in ("kl", "gain"))
     points = []
     for file in sorted(results.glob("*.json")):
-        if file.name in ("limit.json", "gradients.json"):
-            continue
         stored = json.loads(file.read_text())
-        for run in stored["runs"]:
+        for run in stored.get("runs", []):  # other files hold the limit and what else was measured
             for point in run["points"]:
-                bound = float(np.interp(point["kl"], kls, gains))
+                # near 0 the limit grows with the root of the KL; beyond its last point it is not known
+                bound = float(np.interp(np.sqrt(point["kl"]), np.sqrt(kls), gains, right=np.nan))
                 gain = point["score"] - limit["score"]
                 points.append(
                     point
@@ -52,6 +52,7 @@ def rows(points: list[dict[str, Any]]) -> list[list[str]]:
     for (name, episodes, average), group in groups.items():
         efficiency = [point["efficiency"] for point in group]
         spread = f" ± {stdev(efficiency):.1%}" if len(group) > 1 else ""
+        known = isfinite(sum(efficiency))
         values = {key: mean(p[key] for p in group) for key in ("kl", "gain", "limit", "judge_gain", "cpu_seconds")}
         table.append(
             [
@@ -61,8 +62,8 @@ def rows(points: list[dict[str, Any]]) -> list[list[str]]:
                 f"{episodes:,}",
                 f"{values['kl']:.2f}",
                 f"{values['gain']:+.2f}",
-                f"{values['limit']:.2f}",
-                f"{mean(efficiency):.1%}{spread}",
+                f"{values['limit']:.2f}" if known else "-",
+                f"{mean(efficiency):.1%}{spread}" if known else "-",
                 f"{values['judge_gain']:+.2f}",
                 f"{values['cpu_seconds']:.0f}",
             ]

@@ -3,7 +3,8 @@
 ``python -m benchmarks.learning.run FOLDER --data_root DIR --name NAME --seeds 0 1 2 [--config C] [--KEY VALUE ...]``
 
 All other arguments go to ``lit-ppo fit --config sentiment``, so a run can be anything that the command can do.
-``benchmarks/results/learning/NAME.json`` holds commit, arguments and every measured point.
+``NAME.json`` of the results holds commit, arguments, the contents of configuration files of one's own, and every
+measured point.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import shlex
 import subprocess
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -86,15 +88,25 @@ def parse(words: list[str] | None = None) -> tuple[argparse.Namespace, list[str]
     return asked, arguments
 
 
+def own_configs(arguments: list[str]) -> dict[str, Path]:
+    """Files given as ``--config``; shipped configurations have names instead."""
+    given = [value for word, value in pairwise(arguments) if word == "--config"]
+    return {value: Path(value).resolve() for value in given if Path(value).is_file()}
+
+
 def main() -> None:
     """Run all seeds; a result of the same name gets them added."""
     asked, arguments = parse()
+    files = own_configs(arguments)
+    configs = {path.name: yaml.safe_load(path.read_text()) for path in files.values()}
+    told = shlex.join(files[word].name if word in files else word for word in arguments)
+    arguments = [str(files.get(word, word)) for word in arguments]  # a run has another working directory
     file = asked.results / f"{asked.name}.json"
     asked.results.mkdir(parents=True, exist_ok=True)
     stored: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"name": asked.name, "runs": []}
     for seed in asked.seeds:
         points = run(asked, seed, arguments)
-        facts = {"seed": seed, "commit": commit(), "updates": asked.updates, "arguments": shlex.join(arguments)}
+        facts = {"seed": seed, "commit": commit(), "updates": asked.updates, "arguments": told, "configs": configs}
         stored["runs"] = [old for old in stored["runs"] if old["seed"] != seed] + [facts | {"points": points}]
         file.write_text(json.dumps(stored, indent=1) + "\n")
 
