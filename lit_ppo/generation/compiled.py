@@ -12,6 +12,7 @@ from transformers import CompileConfig, GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
+from lit_ppo.generation.capture import say_once
 from lit_ppo.parallel.sharding import blocks, is_sharded
 
 
@@ -63,6 +64,8 @@ def compiled_blocks(model: nn.Module, cache: Cache, config: GenerationConfig) ->
     """
     found = [] if config.compile_config is None else [(block, _layer_of(block)) for block in blocks(model)]
     before = {block: dict(vars(block)) for block, number in found if number is not None}
+    if config.compile_config is not None and not before:
+        say_once(f"{type(model).__name__}: only the choice of a token is compiled; no block has one layer of the cache")
     code = compiled(_call, config)
     try:
         for block, number in found:

@@ -307,6 +307,19 @@ def test_one_graph_serves_all_blocks_tokens_rows_and_lengths(family: str, tmp_pa
     torch._dynamo.reset()
 
 
+def test_compiled_blocks_with_windows_sample_the_same_and_a_model_without_numbers_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    actor = make_actor(tmp_path, "gemma3_text")
+    compiling = {"compile_config": {"backend": "eager"}, "max_new_tokens": 20}
+    same(sample(actor, **compiling), sample(actor, max_new_tokens=20))
+    assert "is compiled" not in caplog.text
+    actor.model._no_split_modules = actor.model.base_model._no_split_modules = None
+    same(sample(actor, **compiling), sample(actor, max_new_tokens=20))
+    assert caplog.text.count("only the choice of a token is compiled") == 1
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_compiled_code_finds_the_weights_in_the_dtype_of_autocast(family: str, tmp_path: Path) -> None:
     model = make_actor(tmp_path, family).model
