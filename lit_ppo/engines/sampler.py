@@ -72,7 +72,7 @@ class EngineSampler:
     def generate(
         self, prompt_ids: list[list[int]], n: int, config: GenerationConfig, seeds: Sequence[Seed] | None
     ) -> Answers:
-        """What the engine samples for this rank's share, checked; see :meth:`lit_ppo.Engine.generate`."""
+        """What the engine samples for this rank's share, checked; see :meth:`lit_ppo.engines.base.Engine.generate`."""
         rows = [ids for ids in prompt_ids for _ in range(n)]
         if seeds is not None and (known := self.ahead.take(rows, seeds)) is not None:
             return known
