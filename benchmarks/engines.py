@@ -103,8 +103,6 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     options = parser.parse_args(arguments)
     print(f"{torch.get_num_threads()} threads here; load average {os.getloadavg()[0]:.1f}")
     if options.updates is not None:
-        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-        warnings.filterwarnings("ignore")
         return compare_ahead(options)
     engines: dict[str, Any] = {"default": None, "vllm": VLLMEngine(mode="server", address=options.address)}
     table = []
@@ -131,4 +129,6 @@ class NoValues:
 
 
 if __name__ == "__main__":
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore")
     main()

@@ -33,7 +33,7 @@ def test_the_first_two_blocks_are_commands_of_one_line() -> None:
 
 def test_files_that_are_named_exist() -> None:
     for name in {*re.findall(r"\]\((?!https:)([^)]+)\)", README), *re.findall(r"configs/[\w/]+\.yaml", README)}:
-        assert (REPOSITORY / name).exists(), name
+        assert (REPOSITORY / name.partition("#")[0]).exists(), name
     for name in re.findall(r"--config ([\w/]+)[ `]", README):
         assert (REPOSITORY / "configs" / f"{name}.yaml").is_file(), name
 

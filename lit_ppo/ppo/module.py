@@ -44,10 +44,9 @@ class LitPPO(L.LightningModule):
         tokenizer: Folder or hub name; by default the actor's own.
         critic: ``"actor"`` or ``"reward"`` (start from that model's weights), a path, or None (no critic).
         reference: ``"actor"`` (a frozen copy of the model that the run starts from), a path, or None: no KL term.
-        reference_dtype: ``"bfloat16"`` halves the reference's memory and rounds its log-probs: the KL starts near 0.
-            None: float32, or as the actor (``bf16-true``); on CUDA bf16 keeps frozen linear layers in bfloat16.
-        actor_lora: Fields of ``peft.LoraConfig``, such as ``{r: 16, target_modules: all-linear}``: trains an adapter
-            instead of the full actor, which is the reference without it. Usually with ten times the learning rate.
+        reference_dtype: ``"bfloat16"``: half the memory, rounded log-probs. None: by the Trainer's precision.
+        actor_lora: Fields of ``peft.LoraConfig``, such as ``{r: 16, target_modules: all-linear}``: trains an adapter.
+            The actor without it is the reference. Usually with ten times the learning rate.
         critic_lora: The same for the critic, whose value head is always trained in full.
         rewards: A ``RewardModel``, a ``RewardFunction``, any callable ``(prompts, responses, **columns)``, or a dict
             of these by name, each plain or as ``{source: ..., weight: ...}``. None: scores come from your own loop.
