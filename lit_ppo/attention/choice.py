@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from lit_ppo.attention import kernels
 from lit_ppo.attention.kernels import EXTRAS, Kernel
+from lit_ppo.device import autocast_dtype
 from lit_ppo.shown import reason
 
 TOLERANCE = 3e-2  # relative, of a 16-bit kernel against float32
@@ -54,8 +55,7 @@ class Attention:
         """The kernel for the current precision; None: there is none, or its numbers have too many bits."""
         if not self.packs:
             return None
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else backbone.dtype
+        dtype = autocast_dtype(device.type) or backbone.dtype
         if dtype not in kernels.DTYPES:
             if not any(isinstance(p, DTensor) for p in backbone.parameters()):
                 say_sixteen_bits(self.asked)
@@ -90,9 +90,7 @@ def attend(
         query (1, heads, N, d), key and value (1, kv_heads, N, d) -> (1, N, heads, d).
     """
     starts, longest = rows
-    dtype, device = query.dtype, query.device.type
-    if torch.is_autocast_enabled(device):  # which knows SDPA, but no kernel
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(query.device.type) or query.dtype  # autocast knows SDPA, but no kernel
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     others = kwargs.get("dropout") or kwargs.get("position_bias") is not None or query.shape[-1] != value.shape[-1]

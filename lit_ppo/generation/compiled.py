@@ -12,6 +12,7 @@ from transformers import CompileConfig, GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
+from lit_ppo.device import autocast_dtype
 from lit_ppo.generation.capture import say_once
 from lit_ppo.parallel.sharding import blocks, is_sharded
 
@@ -102,10 +103,10 @@ def cast_for_compiled_code(model: Any, config: GenerationConfig, device: torch.d
 
     The head has its own copy, and embeddings that share its weight stay as they are.
     """
-    if config.compile_config is None or not torch.is_autocast_enabled(device.type) or is_sharded(model):
+    dtype, head = autocast_dtype(device.type), model.get_output_embeddings()
+    if config.compile_config is None or dtype is None or is_sharded(model):
         yield
         return
-    dtype, head = torch.get_autocast_dtype(device.type), model.get_output_embeddings()
     layers = [part for part in model.modules() if isinstance(part, nn.Linear | Conv1D) and part is not head]
     before = {p: p.data for layer in layers for p in layer.parameters(recurse=False) if p.dtype == torch.float32}
     try:

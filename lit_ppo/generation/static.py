@@ -84,10 +84,7 @@ def _agrees(model: Any) -> bool:
         with heads_in_groups(model):
             found = step.forward()
         spread = (expected - expected.mean(-1, keepdim=True)).abs().max().clamp(min=1e-6)
-        kind, dtype = ids.device.type, step.cache.layers[0].values.dtype
-        if torch.is_autocast_enabled(kind):  # rotated keys are in float32 there
-            dtype = torch.get_autocast_dtype(kind)
-        tolerance = 1e-3 if dtype.itemsize >= 4 else 5e-2
+        tolerance = 1e-3 if step.cache.layers[0].keys.dtype.itemsize >= 4 else 5e-2
         _AGREEING[model] = bool((found - expected).abs().max() / spread < tolerance)
     return _AGREEING[model]
 

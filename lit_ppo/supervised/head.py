@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_ppo.device import autocast_dtype
 from lit_ppo.functional import float32_linear
 
 
@@ -41,7 +42,7 @@ def use_float32_logits(model: Any) -> None:
 
 def _float32_logits(head: nn.Linear, forward: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
     kind = states.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+    dtype = autocast_dtype(kind) or head.weight.dtype
     if dtype.itemsize >= 4:
         return forward(states)
     with torch.autocast(kind, enabled=False):
