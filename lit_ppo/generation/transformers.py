@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.cache_utils import DynamicCache
 from transformers.generation.utils import ALL_CACHE_NAMES
 
-from lit_ppo.device import autocast_dtype, exact_device
+from lit_ppo.device import exact_device
 from lit_ppo.functional import float32_linear, inverse_cdf, summed_in_float32, token_logprobs
 from lit_ppo.generation import static
 from lit_ppo.generation.batch import BY_LOGITS, CACHE, Batch, process_in_place
@@ -141,11 +141,11 @@ def uniforms(seeds: Sequence[Seed], n: int) -> Tensor:
 @contextmanager
 def weights_cast_once(model: nn.Module, device: str) -> Iterator[None]:
     """Cast the weights once for all tokens: Lightning's autocast would cast them again in every forward."""
-    if (dtype := autocast_dtype(device)) is None:
+    if not torch.is_autocast_enabled(device):
         yield
         return
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    with torch.autocast(device, dtype, cache_enabled=True):
+    with torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=True):
         try:
             for parameter in frozen:
                 parameter.requires_grad_(True)  # autocast caches no others; gradients are off
@@ -160,7 +160,8 @@ def weights_cast_once(model: nn.Module, device: str) -> Iterator[None]:
 def float32_logits(model: Any, device: str) -> Iterator[None]:
     """Sum the head's products in float32, as training does: bf16 logits are those of another distribution."""
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or (dtype := autocast_dtype(device) or head.weight.dtype).itemsize >= 4:
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if type(head) is not nn.Linear or (dtype := autocast or head.weight.dtype).itemsize >= 4:
         yield
         return
     weight, bias = head.weight.detach().to(dtype), None if head.bias is None else head.bias.detach().to(dtype)

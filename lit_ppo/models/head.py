@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lit_ppo.activations import free_bytes
-from lit_ppo.device import autocast_dtype
 from lit_ppo.functional import float32_linear, summed_in_float32, token_sums, token_sums_gradient
 
 CHUNK_ELEMENTS = 2**23  # logits worked on at a time: 32 MiB in float32
@@ -95,7 +94,7 @@ def token_statistics(
         ids (N,) -> (N,), (N,), float32 (float64 stays).
     """
     device = head.states.device.type
-    autocast = autocast_dtype(device)
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     dtype = autocast or head.weight.dtype
     reference = None if kl_to is None else _cast(*kl_to, autocast or kl_to.weight.dtype)
     keep = torch.is_grad_enabled()
