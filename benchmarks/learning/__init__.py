@@ -6,7 +6,10 @@ In this order, from the repository's root; ``FOLDER`` holds checkpoints and samp
     python -m benchmarks.learning.limit FOLDER --data_root DIR         # what any policy could gain
     python -m benchmarks.learning.reading FOLDER --data_root DIR       # what the score depends on
     python -m benchmarks.learning.run FOLDER --data_root DIR --name lam05 --seeds 0 1 2 --model.advantages.lam 0.5
+    python -m benchmarks.learning.trl FOLDER --data_root DIR --python PYTHON --name trl   # TRL in our place
     python -m benchmarks.learning.report benchmarks/results/learning
+
+A task whose reward is a rule, and which needs no data: ``python -m benchmarks.learning.arithmetic FOLDER``.
 
 ``DIR`` holds the files that ``configs/sentiment.yaml`` names.
 """

@@ -38,7 +38,11 @@ def load(results: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
                 points.append(
                     point
                     | {"name": stored["name"], "seed": run["seed"], "arguments": run["arguments"], "gain": gain}
-                    | {"judge_gain": point["judge"] - limit["judge"], "limit": bound, "efficiency": gain / bound}
+                    | {
+                        "judge_gain": point["judge"] - limit["judge"],
+                        "limit": bound,
+                        "efficiency": gain / (bound or np.nan),
+                    }
                 )
     return limit, points
 
@@ -74,6 +78,13 @@ def rows(points: list[dict[str, Any]]) -> list[list[str]]:
 def markdown(head: list[str], body: list[list[str]]) -> str:
     """A table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body]) + "\n"
+
+
+def write_into(page: Path, name: str, table: str) -> None:
+    """Replace what is between the comments of this name."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, _, rest = page.read_text().partition(start)
+    page.write_text(f"{before}{start}\n{table}{end}{rest.partition(end)[2]}")
 
 
 def draw(limit: dict[str, Any], points: list[dict[str, Any]], file: Path, names: list[str] | None) -> None:
@@ -112,9 +123,7 @@ def main() -> None:
     table = markdown(HEAD, rows(points))
     print(table)
     if asked.page:
-        start, end = f"<!-- {asked.results.name} -->", f"<!-- /{asked.results.name} -->"
-        before, _, rest = asked.page.read_text().partition(start)
-        asked.page.write_text(f"{before}{start}\n{table}{end}{rest.partition(end)[2]}")
+        write_into(asked.page, asked.results.name, table)
     if asked.figure:
         draw(limit, points, asked.figure, asked.names)
 
