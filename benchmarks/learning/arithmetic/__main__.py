@@ -24,14 +24,18 @@ from lit_ppo.cli.main import main as fit
 
 HERE, RESULTS = Path(__file__).parent, ROOT / "benchmarks" / "results" / "arithmetic"
 EIGHT = ["--data.batch_size", "32", "--model.samples_per_prompt", "8"]
+FOUR_STEPS = ["--model.minibatch_size", "64"]
 METHODS = {
-    "ppo": ["--config", "ppo", "--data.batch_size", "256", "--model.minibatch_size", "128"],
+    "ppo": ["--config", "ppo", "--data.batch_size", "256", "--model.minibatch_size", "128"],  # two passes
     "ppo-8": ["--config", "ppo", *EIGHT, "--model.minibatch_size", "128"],
-    "grpo": ["--config", "grpo", *EIGHT, "--model.minibatch_size", "256"],
-    "rloo": ["--config", "rloo", "--data.batch_size", "64"],
-    "reinforce_pp": ["--config", "reinforce_pp"],
+    "grpo": ["--config", "grpo", *EIGHT, *FOUR_STEPS],
+    "rloo": ["--config", "rloo", "--data.batch_size", "64", *FOUR_STEPS, "--model.clip_range", "0.2"],
+    "reinforce_pp": ["--config", "reinforce_pp", *FOUR_STEPS],
+    "grpo-1step": ["--config", "grpo", *EIGHT, "--model.minibatch_size", "256"],
+    "rloo-1step": ["--config", "rloo", "--data.batch_size", "64"],
 }
-"""256 responses an update: what each method changes in its shipped configuration. Steps an update are those shipped."""
+"""An update has 256 responses and four optimizer steps: what each method changes in its shipped configuration. Those with
+one step have as many as these configurations ship."""
 CRITIC_RATE = 5.0
 """Times the actor's, as in ``configs/sentiment.yaml``."""
 SAMPLES = 64  # per held-out problem, for the limit
