@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
@@ -14,8 +15,9 @@ from benchmarks.learning import trl
 from benchmarks.learning.arithmetic import report, task
 from benchmarks.learning.arithmetic.__main__ import best_rate, main, parse, stored
 from benchmarks.learning.trl_batches import Batches, MeanOverResponse
-from lit_ppo import RewardModel
+from lit_ppo import PromptDataModule, RewardModel
 from tests.helpers.tiny import WORDS, make_causal_lm, make_reward_model, make_tokenizer, write_rows
+from tests.helpers.toys import make_module, make_trainer
 
 
 def test_problems_are_solved_but_for_a_wrong_digit_and_held_out_ones_are_nowhere_else(tmp_path: Path):
@@ -111,16 +113,25 @@ def test_batches_say_where_responses_start():
     assert starts == [2, 3]
 
 
-def test_prompts_are_those_of_our_run(tmp_path: Path):
-    """Of 60 prompts, in three batches of 10: all different, the same again, others with another seed."""
-    actor = make_causal_lm(tmp_path / "lm")
-    file = tmp_path / "prompts.jsonl"
-    write_rows(file, [{"prompt": f"{a} {b}"} for a in WORDS[:6] for b in WORDS[6:16]])
-    batches = trl.prompts_of(file, str(actor), 3, 0, 10)
-    assert [len(batch) for batch in batches] == [10, 10, 10]
-    assert len({tuple(ids) for batch in batches for ids in batch}) == 30
-    assert trl.prompts_of(file, str(actor), 3, 0, 10) == batches
-    assert trl.prompts_of(file, str(actor), 3, 1, 10) != batches
+class Seen(L.Callback):
+    """Keeps the tokens of the prompts of each update."""
+
+    def __init__(self) -> None:
+        self.ids: list[list[list[int]]] = []
+
+    def on_rollout_end(self, trainer: L.Trainer, pl_module: Any, experience: Any) -> None:
+        self.ids.append([pl_module.tokenizer(prompt).input_ids for prompt in experience.prompts])
+
+
+def test_prompts_are_those_of_our_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    actor, seen = make_causal_lm(tmp_path / "lm"), Seen()
+    file = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"{a} {b}"} for a in WORDS[:6] for b in WORDS[6:16]])
+    monkeypatch.setenv("PL_GLOBAL_SEED", "5")  # what seed_everything leaves
+    make_trainer(tmp_path, callbacks=[seen]).fit(
+        make_module(actor), PromptDataModule(file, val_fraction=0.02, batch_size=10)
+    )
+    assert trl.prompts_of(Path(file), str(actor), 2, seed=5, batch=10) == seen.ids
+    assert trl.prompts_of(Path(file), str(actor), 2, seed=6, batch=10) != seen.ids
 
 
 def test_a_saved_actor_is_measured_by_both_readings(tmp_path: Path):

@@ -34,8 +34,8 @@ METHODS = {
     "grpo-1step": ["--config", "grpo", *EIGHT, "--model.minibatch_size", "256"],
     "rloo-1step": ["--config", "rloo", "--data.batch_size", "64"],
 }
-"""An update has 256 responses and four optimizer steps: what each method changes in its shipped configuration. Those with
-one step have as many as these configurations ship."""
+"""An update has 256 responses and four optimizer steps: what each method changes in its shipped configuration.
+Names with ``1step`` take one step, as shipped."""
 CRITIC_RATE = 5.0
 """Times the actor's, as in ``configs/sentiment.yaml``."""
 SAMPLES = 64  # per held-out problem, for the limit
