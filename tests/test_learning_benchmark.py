@@ -18,6 +18,7 @@ from benchmarks.learning.gradients import measure, quality
 from benchmarks.learning.limit import summary
 from benchmarks.learning.reading import reading
 from benchmarks.learning.task import MODELS, PROMPTS
+from lit_ppo.callbacks import CollapseMonitor, ReferenceUpdate
 from tests.helpers.tiny import WORDS, make_reward_model
 from tests.helpers.toys import make_data, make_module, make_trainer
 
@@ -54,12 +55,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def measured(folder: Path, actor: Path, rate: float, **arguments: Any) -> list[dict[str, Any]]:
+def measured(folder: Path, actor: Path, rate: float, *callbacks: Any, **arguments: Any) -> list[dict[str, Any]]:
     """The points of a run of two updates."""
     output = folder / "points.json"
-    frontier = Frontier(str(output), str(folder), str(folder), [1, 2], **{"samples": 4, "prompts": 6, **arguments})
+    arguments = {"updates": [1, 2], "samples": 4, "prompts": 6, **arguments}
+    frontier = Frontier(str(output), str(folder), str(folder), **arguments)
     module = make_module(actor, actor_optimizer=lambda params: torch.optim.SGD(params, lr=rate))
-    make_trainer(folder, callbacks=[frontier]).fit(module, make_data(folder))
+    make_trainer(folder, callbacks=[*callbacks, frontier]).fit(module, make_data(folder))
     points: list[dict[str, Any]] = json.loads(output.read_text())
     return points
 
@@ -79,6 +81,19 @@ def test_averages_are_measured_and_training_goes_on_with_its_own_weights(folder:
     assert timeless[0] == timeless[1]  # decay 0: the weights themselves
     assert points[0]["kl"] > 0.01
     assert points[2]["kl"] == points[5]["kl"] == 0.0  # they stay where they started
+
+
+@pytest.mark.filterwarnings("ignore:CollapseMonitor")
+def test_the_kl_is_that_to_the_reference_of_the_start(folder: Path, lm: Path):
+    """Also where a callback moves the reference to the actor after each update."""
+    plain = measured(folder, lm, 2.0)
+    moved = measured(folder, lm, 2.0, ReferenceUpdate(every=1), CollapseMonitor(), updates=[0, 1, 2])
+    assert [point["update"] for point in moved] == [0, 1, 2]
+    assert moved[0]["kl"] == 0.0
+    assert moved[1]["kl"] == plain[0]["kl"] > 0.01
+    assert moved[2]["kl"] > 0.01
+    assert plain[1]["told"] == {}
+    assert list(moved[2]["told"]) == ["CollapseMonitor"]
 
 
 def test_quality_of_gradients_whose_noise_is_known():

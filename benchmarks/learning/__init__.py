@@ -8,6 +8,9 @@ In this order, from the repository's root; ``FOLDER`` holds checkpoints and samp
     python -m benchmarks.learning.run FOLDER --data_root DIR --name lam05 --seeds 0 1 2 --model.advantages.lam 0.5
     python -m benchmarks.learning.trl FOLDER --data_root DIR --python PYTHON --name trl   # TRL in our place
     python -m benchmarks.learning.report benchmarks/results/learning
+    python -m benchmarks.learning.ablation FOLDER --data_root DIR      # each trick alone, PPO-max less each
+    python -m benchmarks.learning.stability FOLDER --data_root DIR     # settings that collapse, and what saves them
+    python -m benchmarks.learning.gold FOLDER --data_root DIR          # over-optimisation, by the judge
 
 A task whose reward is a rule, and which needs no data: ``python -m benchmarks.learning.arithmetic FOLDER``.
 

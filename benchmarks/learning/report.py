@@ -7,7 +7,7 @@ Efficiency is the gain of a policy over the gain of the limit at the same KL. Te
 import argparse
 import json
 from collections import defaultdict
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -26,25 +26,27 @@ HEAD = ["run", "weights", "seeds", "episodes", "KL", "gain", "limit", "efficienc
 def load(results: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The limit, and every measured point with the name of its run and its efficiency."""
     limit = json.loads((results / "limit.json").read_text())
-    kls, gains = ([0.0, *(p[key] for p in limit["limit"])] for key in ("kl", "gain"))
     points = []
     for file in sorted(results.glob("*.json")):
         stored = json.loads(file.read_text())
-        for run in stored.get("runs", []):  # other files hold the limit and what else was measured
-            for point in run["points"]:
-                # near 0 the limit grows with the root of the KL; beyond its last point it is not known
-                bound = float(np.interp(np.sqrt(point["kl"]), np.sqrt(kls), gains, right=np.nan))
-                gain = point["score"] - limit["score"]
-                points.append(
-                    point
-                    | {"name": stored["name"], "seed": run["seed"], "arguments": run["arguments"], "gain": gain}
-                    | {
-                        "judge_gain": point["judge"] - limit["judge"],
-                        "limit": bound,
-                        "efficiency": gain / (bound or np.nan),
-                    }
-                )
+        # other files hold the limit and what else was measured
+        points += measured(limit, [run | {"name": stored["name"]} for run in stored.get("runs", [])])
     return limit, points
+
+
+def measured(limit: dict[str, Any], runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every point of some runs with the run's name, seed and arguments, and its gains and efficiency."""
+    kls, gains = ([0.0, *(p[key] for p in limit["limit"])] for key in ("kl", "gain"))
+    points = []
+    for run in runs:
+        facts = {name: run[name] for name in ("name", "seed", "arguments")}
+        for point in run["points"]:
+            # near 0 the limit grows with the root of the KL; beyond its last point it is not known
+            bound = float(np.interp(np.sqrt(point["kl"]), np.sqrt(kls), gains, right=np.nan))
+            gain, judged = point["score"] - limit["score"], point["judge"] - limit["judge"]
+            own = {"gain": gain, "judge_gain": judged, "limit": bound, "efficiency": gain / (bound or nan)}
+            points.append(point | facts | own)
+    return points
 
 
 def rows(points: list[dict[str, Any]]) -> list[list[str]]:
@@ -87,8 +89,22 @@ def write_into(page: Path, name: str, table: str) -> None:
     page.write_text(f"{before}{start}\n{table}{end}{rest.partition(end)[2]}")
 
 
-def draw(limit: dict[str, Any], points: list[dict[str, Any]], file: Path, names: list[str] | None) -> None:
-    """Score and judge's score against KL, with the limit and best-of-n."""
+def draw(
+    limit: dict[str, Any],
+    points: list[dict[str, Any]],
+    file: Path,
+    names: list[str] | None,
+    notes: list[tuple[float, float, str]] | None = None,
+) -> None:
+    """Score and judge's score against KL, with the limit and best-of-n; points with ``collapsed`` are crosses.
+
+    Args:
+        limit: Of :func:`load`.
+        points: Of :func:`load`.
+        file: PNG.
+        names: Of runs; None: all.
+        notes: KL, gain and text in the panel of the score.
+    """
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2))
     curve, best = limit["limit"], limit["best_of"]
     kls = [0.0, *(p["kl"] for p in curve)]
@@ -102,9 +118,13 @@ def draw(limit: dict[str, Any], points: list[dict[str, Any]], file: Path, names:
         panel.plot([p["kl"] for p in best], [p[of_limit] for p in best], "k.:", label="best of n")
         for name in names or sorted({point["name"] for point in points}):
             own = [point for point in points if point["name"] == name]
-            panel.plot([p["kl"] for p in own], [p[of_policy] for p in own], "o", markersize=4, label=name)
+            (line,) = panel.plot([p["kl"] for p in own], [p[of_policy] for p in own], "o", markersize=4, label=name)
+            crossed = [point for point in own if point.get("collapsed")]
+            panel.plot([p["kl"] for p in crossed], [p[of_policy] for p in crossed], "x", color=line.get_color())
         panel.set(xlabel="KL to the reference, nats per response", ylabel=f"gain of the {title}")
         panel.set_xlim(0, 6)
+    for kl, gain, text in notes or []:
+        panels[0].annotate(text, (kl, gain), xytext=(4, -4), textcoords="offset points", fontsize=6, clip_on=True)
     panels[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(file, dpi=90)

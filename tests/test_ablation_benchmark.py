@@ -1,0 +1,157 @@
+"""Ablation, stability and over-optimisation: verdicts by hand, and tiny runs of each command."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.learning import ablation, forks, gold, stability, variants
+from benchmarks.learning.limit import summary
+from benchmarks.learning.task import MODELS, PROMPTS, ROOT, TRAINING_PROMPTS
+from benchmarks.learning.verdicts import HELPED, HURT, SAME, UNKNOWN, verdicts
+from tests.helpers.tiny import WORDS, make_causal_lm, make_reward_model
+
+in_process = pytest.mark.filterwarnings("default")  # the command shows warnings of libraries where it is a process
+
+
+def point(name: str, efficiency: float, kl: float = 1.0) -> dict[str, Any]:
+    """What the verdicts read of a run."""
+    return {"name": name, "efficiency": efficiency, "kl": kl}
+
+
+def test_verdicts_by_hand():
+    """Pairs of seeds are 2 points from each other over the root of 2: a deviation of 2, and a margin of 2 * 2 * 1.
+
+    Vanilla has 40% at 1 nat and 60% at 4, so 50% at 2.25 nats: 45.5% there are 4.5 points less.
+    """
+    near = {"vanilla": 0.4, "up": 0.45, "down": 0.35, "level": 0.43}
+    points = [point(name, mean + sign * 0.02 / 2**0.5) for name, mean in near.items() for sign in (-1, 1)]
+    points += [point("vanilla, kl_coef 0.03", 0.6, 4.0), point("far", 0.455, 2.25), point("unknown", float("nan"), 9.0)]
+    bases = dict.fromkeys([*near, "far", "unknown"], "vanilla") | {"far less a trick": "far"}
+    points += [point("far less a trick", 0.35, 1.0)]
+    found = verdicts(points, bases, ["vanilla", "vanilla, kl_coef 0.03"])
+    assert found["up"].difference == pytest.approx(0.05)
+    assert found["up"].margin == pytest.approx(0.04)
+    assert found["far"].difference == pytest.approx(-0.045)
+    assert found["far"].margin == pytest.approx(0.04 * 1.5**0.5)  # 1 and 2 seeds
+    assert found["far less a trick"].difference == pytest.approx(-0.05 + 0.045)
+    words = {name: verdict.word for name, verdict in found.items()}
+    others = {"level": SAME, "far": SAME, "far less a trick": SAME, "unknown": UNKNOWN}
+    assert words == {"up": HELPED, "down": HURT} | others  # vanilla has none
+
+
+def test_one_seed_gives_no_verdict():
+    found = verdicts([point("vanilla", 0.4), point("up", 0.9)], {"up": "vanilla"}, ["vanilla"])
+    assert found["up"].difference == pytest.approx(0.5)
+    assert found["up"].word == UNKNOWN
+
+
+def test_every_trick_of_the_configurations_runs_or_has_a_reason():
+    names = {file.stem for file in (ROOT / "configs" / "tricks").glob("*.yaml")}
+    kinds = variants.tricks(Path("data"))
+    assert kinds.keys() | variants.UNFIT.keys() == names
+    assert not kinds.keys() & variants.UNFIT.keys()
+    assert all(kinds[name].note for name in variants.FITTED)
+
+
+def test_ppo_max_loses_one_callback_at_a_time():
+    kinds = variants.ppo_max(Path("data"))
+    own = {name: [c["class_path"] for c in kind.config["trainer"]["callbacks"]] for name, kind in kinds.items()}
+    everything = ["RewardNormalization", "CriticWarmup", "ValueClipping", "PTXLoss", "CollapseMonitor"]
+    assert own["ppo_max"] == everything
+    assert own["ppo_max less PTXLoss"] == [*everything[:3], everything[4]]
+    assert own["ppo_max less the KL penalty"] == everything
+
+
+def test_vanilla_runs_first_and_then_seed_by_seed():
+    kinds = {name: variants.Variant({}) for name in ("vanilla", "a", "b")}
+    order = [(job.name, job.seed) for job in ablation.jobs(kinds, [0, 1])]
+    assert order == [("vanilla", 0), ("vanilla", 1), ("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+
+
+@pytest.fixture
+def task(tmp_path: Path, monkeypatch: Any) -> list[str]:
+    """Arguments of the commands for a tiny task."""
+    make_causal_lm(tmp_path / MODELS / "sft" / "model", "llama")
+    for stage in ("reward", "judge", f"proxy-{gold.REVIEWS}"):
+        make_reward_model(tmp_path / MODELS / stage / "model", "llama")
+    for name, column in ((PROMPTS, "prompt"), (TRAINING_PROMPTS, "prompt"), (variants.TEXT, "text")):
+        with gzip.open(tmp_path / name, "wt", encoding="utf-8") as lines:
+            lines.writelines(json.dumps({column: " ".join(WORDS[i : i + 4])}) + "\n" for i in range(30))
+    scores = np.random.default_rng(0).normal(size=(8, 32))
+    (tmp_path / "limit.json").write_text(json.dumps(summary(scores, scores)))
+    sizes = "--updates 2 --samples 2 --prompts 3 --data.batch_size 4 --model.minibatch_size 2"
+    places = f"--data_root {tmp_path} --results {tmp_path} --limit {tmp_path}/limit.json --figure {tmp_path}/a.png"
+    own = "--model.micro_batch_size 2 --trainer.precision 32-true --model.actor_optimizer.lr 0.05"
+    return [str(tmp_path), *sizes.split(), *places.split(), *own.split()]
+
+
+def run(command: Any, words: list[str], monkeypatch: Any) -> None:
+    """One of the commands."""
+    monkeypatch.setattr("sys.argv", ["command", *words])
+    command.main()
+
+
+@in_process
+def test_tiny_ablation(task: list[str], tmp_path: Path, monkeypatch: Any):
+    """A second call runs only what is missing."""
+    names = ["vanilla", "reference_update", "ppo_max less PTXLoss"]
+    monkeypatch.setitem(variants.FITTED, "reference_update", ({"every": 1}, "after each update"))
+    run(ablation, [*task, "--seeds", "0", "--only", *names[:2]], monkeypatch)
+    first = json.loads((tmp_path / "ablation.json").read_text())["runs"]
+    assert [(stored["name"], stored["error"]) for stored in first] == [("vanilla", None), ("reference_update", None)]
+    assert first[1]["points"][-1]["kl"] != first[0]["points"][-1]["kl"] > 0.0
+    run(ablation, [*task, "--seeds", "0", "--only", *names], monkeypatch)
+    stored = json.loads((tmp_path / "ablation.json").read_text())["runs"]
+    assert stored[:2] == first
+    assert stored[2]["name"] == names[2]
+    assert "CollapseMonitor" in stored[2]["points"][-1]["told"]
+    table = (tmp_path / "ablation.md").read_text()
+    assert "| reference_update | 1 |" in table
+    assert "| dynamic_sampling | - |" in table
+    assert str(tmp_path) not in (tmp_path / "ablation.json").read_text()
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+@in_process
+def test_tiny_stability(task: list[str], tmp_path: Path, monkeypatch: Any):
+    name = next(iter(stability.SETTINGS))
+    run(stability, [*task, "--seeds", "0", "--only", f"{name}: {stability.NONE}"], monkeypatch)
+    (stored,) = json.loads((tmp_path / "stability.json").read_text())["runs"]
+    assert stored["config"]["model"]["init_args"]["kl_coef"] == 0.0
+    assert stored["points"][-1]["update"] == 2
+    assert (tmp_path / "stability.md").read_text().count("\n") == 3
+
+
+@in_process
+def test_tiny_gold(task: list[str], tmp_path: Path, monkeypatch: Any):
+    run(gold, [*task, "--seeds", "0", "--measure", "0", "2", "--only", gold.FREE], monkeypatch)
+    (stored,) = json.loads((tmp_path / "gold.json").read_text())["runs"]
+    assert [p["update"] for p in stored["points"]] == [0, 2]
+    assert stored["points"][0]["kl"] == 0.0
+    assert set(stored["points"][1]["told"]) == {"CollapseMonitor", "RewardHackingMonitor"}
+
+
+def test_when_gold_has_fallen_by_hand():
+    """Gains of the judge 0, 1, 0.6, 0.2: half of its deviation of 1 below the best at the last."""
+    told = {"CollapseMonitor": ["warning at update 4 (kl)", "alarm at update 6 (kl)"], "RewardHackingMonitor": []}
+    judged = [-1.0, 0.0, -0.4, -0.8]
+    points = [{"update": 3 * i, "judge": j, "score": float(i), "kl": i**2, "told": told} for i, j in enumerate(judged)]
+    (row,) = gold.rows([{"name": "none", "seed": 0, "points": points}], deviation=0.75 / gold.FALL)
+    assert row[2:9] == ["+1.00", "3", "1.0", "9.0", "+3.00", "+0.20", "update 9"]
+    assert row[9] == "warning at update 4 (kl); alarm at update 6 (kl)"
+
+
+def test_a_failed_run_keeps_its_error_and_is_run_again(tmp_path: Path, monkeypatch: Any):
+    def fails(*_: Any) -> None:
+        raise ValueError("no such thing")
+
+    asked = forks.parser("", "x", updates=1).parse_args([str(tmp_path), "--data_root", str(tmp_path)])
+    asked.results = tmp_path
+    monkeypatch.setattr(forks, "run", fails)
+    for _ in range(2):
+        (stored,) = forks.run_all(asked, [], [forks.Job("a", 0, {})], tmp_path / "runs.json")
+        assert stored["error"] == "ValueError: no such thing"
