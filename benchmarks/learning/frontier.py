@@ -74,12 +74,14 @@ class Frontier(L.Callback):
         self.updates, self.samples, self.n_prompts = set(updates), samples, prompts
         self.averaged: dict[float, list[torch.Tensor]] = {decay: [] for decay in averages or []}
         self.points: list[dict[str, Any]] = []
+        self.reference: list[torch.Tensor] | None = None  # at the start, if it moves
         self.seconds = self.cpu_seconds = 0.0
         self.episodes = self.done = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.judge, self.prompts = make_scorer(self.folder, "judge"), held_out_prompts(self.data_root, self.n_prompts)
-        self.reference = copied(pl_module.reference) if pl_module.checkpoint_reference else None
+        if pl_module.checkpoint_reference:
+            self.reference = copied(pl_module.reference)
         for decay in self.averaged:
             self.averaged[decay] = copied(pl_module.actor)
         if 0 in self.updates:
