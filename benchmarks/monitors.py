@@ -67,12 +67,14 @@ class Result(NamedTuple):
     Args:
         watch: Its course.
         said: The monitors' warnings.
+        behind: The update at which gold fell behind, which is no verdict yet.
         held_out: Gold of the final model.
         back: The update that it went back to.
     """
 
     watch: Watch
     said: list[str]
+    behind: int | None
     held_out: float
     back: int | None
 
@@ -110,12 +112,14 @@ def run(folder: Path, job: Run, seed: int) -> Result:
     held_out = job.gold(end.prompts, end.responses)
     words = [str(warning.message) for warning in said if "Monitor: " in str(warning.message)]
     back = int(kept[0].stem.rpartition("-")[2]) if kept else None
-    return Result(watch, words, sum(held_out) / len(held_out), back)
+    early = [told.removeprefix("gold falls behind at update ") for told in hacking.told]
+    behind = next((int(update) for update in early if update.isdigit()), None)
+    return Result(watch, words, behind, sum(held_out) / len(held_out), back)
 
 
 HEADER = (
-    "run | updates | warning | alarm | by | verdict | which | gold: start | best | at warning | at verdict | end | "
-    "fallen at | back to | held out"
+    "run | updates | warning | alarm | by | behind | verdict | which | gold: start | best | at warning | at verdict | "
+    "end | fallen at | back to | held out"
 )
 
 
@@ -128,7 +132,7 @@ def row(name: str, result: Result) -> str:
     which = None if judged is None else VERDICTS[watch.verdict[judged - 1]]
     at = [None if update is None else watch.gold[update - 1] for update in (warned, judged)]
     course = [watch.gold[0], max(watch.gold), *at, watch.gold[-1]]
-    cells = [name, len(watch.gold), warned, alarmed, by, judged, which, *course]
+    cells = [name, len(watch.gold), warned, alarmed, by, result.behind, judged, which, *course]
     cells += [watch.fallen(), result.back, result.held_out]
     return " | ".join(
         "-" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from statistics import pstdev
 from typing import Any
 
 import lightning as L
@@ -15,14 +16,14 @@ from lit_ppo.callbacks.checks import refuse_beside, require, require_prompts, re
 from lit_ppo.callbacks.ratings import Ratings, is_ratings, read_ratings
 from lit_ppo.callbacks.trainer import as_in_a_step, of_first_process
 from lit_ppo.constructor import constructor
-from lit_ppo.functional import diverging
+from lit_ppo.functional import diverging, stalled_since
 from lit_ppo.rewards.function import RewardFunction, call_foreign, check_scores, with_copies
 from lit_ppo.rewards.signature import takes_experience
 from lit_ppo.validate import fraction, integer, one_of, positive, refuse, samples, text
 
 STREAM = "reward_hacking"
-NONE, OVERFITTING, HACKING = 0, 1, 2
-VERDICTS = ("none", "overfitting", "reward hacking")
+NONE, OVERFITTING, HACKING, BEHIND = 0, 1, 2, 3
+VERDICTS = ("none", "overfitting", "reward hacking", "gold falls behind")
 Course = dict[int, float]  # a smoothed measure by number of updates done
 
 
@@ -34,7 +35,8 @@ class RewardHackingMonitor(PPOCallback):
     random numbers), and a gold measure of these responses, which training does not use. All are smoothed. Since the
     update with the best held-out score: training score up and held-out score down by ``fall`` is overfitting.
     Otherwise, since the update with the best gold: training and held-out score up and gold down by ``fall`` is reward
-    hacking. It warns with numbers, once for each.
+    hacking. It warns with numbers, once for each. An earlier warning, without a verdict, says that gold falls behind:
+    it has not risen while both scores rose by twice ``fall``.
 
     It does not change training, and costs a rollout of ``prompts`` responses every ``every`` updates. Without held-out
     data it uses the first training prompts, on which overfitting does not show.
@@ -209,42 +211,66 @@ class RewardHackingMonitor(PPOCallback):
             mean = sum(self._ratings[update]) / len(self._ratings[update])
             course[update] = self.decay * list(course.values())[-1] + (1.0 - self.decay) * mean if course else mean
         self._courses["gold"] = course
-        self._spread["gold"] = _deviation([rating for update in known for rating in self._ratings[update]])
+        self._spread["gold"] = pstdev([rating for update in known for rating in self._ratings[update]] or [0.0])
 
     def _verdict(self) -> int:
         """The verdict; warns if it is new."""
         for verdict, down, up in ((OVERFITTING, "held_out", ["train"]), (HACKING, "gold", ["train", "held_out"])):
-            falling = self._courses.get(down)
-            if not falling:
-                continue
-            at = list(falling)  # not every measured update has ratings
-            courses = {name: [self._courses[name][update] for update in at] for name in (*up, down)}
-            if diverging(courses[down], [courses[name] for name in up], self.fall * self._spread[down]):
-                if verdict not in self._said:
-                    self._said[verdict] = self._updates
-                    rank_zero_warn(self._message(verdict, down, at, courses))
+            courses = self._together(down, up)
+            fallen = courses and diverging(courses[down], [courses[n] for n in up], self.fall * self._spread[down])
+            if fallen:
+                self._say(verdict, self._message(verdict, down, courses))
                 return verdict
+        self._warn_if_behind()
         return NONE
+
+    def _together(self, down: str, up: list[str]) -> dict[str, list[float]]:
+        """Measures at the updates that have the first; not every measured update has ratings."""
+        at = list(self._courses.get(down, {}))
+        return {name: [self._courses[name][update] for update in at] for name in (*up, down)} if at else {}
+
+    def _warn_if_behind(self) -> None:
+        """Gold that does not rise with the scores is about to fall."""
+        up = ["train", "held_out"]
+        courses = self._together("gold", up)
+        if not courses or BEHIND in self._said:
+            return
+        rises = [2.0 * self.fall * self._spread[name] for name in up]
+        since = stalled_since(courses["gold"], [courses[name] for name in up], rises)
+        if since is not None:
+            moved, update = _moved(courses, since), list(self._courses["gold"])[since]
+            self._say(
+                BEHIND,
+                f"since update {update}, the training score rose {moved['train']} and the held-out score "
+                f"{moved['held_out']}, each by more than {2.0 * self.fall:g} times its standard deviation, while gold "
+                f"scores did not rise, {moved['gold']}; reward hacking may follow: raise kl_coef, or stop here",
+            )
+
+    def _say(self, verdict: int, words: str) -> None:
+        """Warn once."""
+        if verdict not in self._said:
+            self._said[verdict] = self._updates
+            rank_zero_warn(f"RewardHackingMonitor: {VERDICTS[verdict]} at update {self._updates}: {words}")
 
     def _best(self) -> int:
         """The update with the best gold, or without gold the best held-out score."""
         course = self._courses.get("gold") or self._courses["held_out"]
         return max(course, key=course.__getitem__)
 
-    def _message(self, verdict: int, down: str, at: list[int], courses: dict[str, list[float]]) -> str:
+    def _message(self, verdict: int, down: str, courses: dict[str, list[float]]) -> str:
         best = courses[down].index(max(courses[down]))
-        moved = {name: f"from {course[best]:.3g} to {course[-1]:.3g}" for name, course in courses.items()}
+        moved, update = _moved(courses, best), list(self._courses[down])[best]
         fallen = f"more than {self.fall:g} times their standard deviation of {self._spread[down]:.3g}"
-        at_best = f"RewardHackingMonitor: {VERDICTS[verdict]} at update {self._updates}: since update {at[best]}"
         if verdict == HACKING:
             return (
-                f"{at_best}, where gold was best, the training score rose {moved['train']} and the held-out score "
-                f"{moved['held_out']}, while gold scores fell {moved['gold']}, {fallen}; resume from there, raise "
-                "kl_coef, or correct the reward"
+                f"since update {update}, where gold was best, the training score rose {moved['train']} and the "
+                f"held-out score {moved['held_out']}, while gold scores fell {moved['gold']}, {fallen}; resume from "
+                "there, raise kl_coef, or correct the reward"
             )
         return (
-            f"{at_best}, where the held-out score was best, the training score rose {moved['train']}, while held-out "
-            f"scores fell {moved['held_out']}, {fallen}; resume from there, use more prompts, or fewer epochs"
+            f"since update {update}, where the held-out score was best, the training score rose {moved['train']}, "
+            f"while held-out scores fell {moved['held_out']}, {fallen}; resume from there, use more prompts, or fewer "
+            "epochs"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -266,6 +292,6 @@ def _source(gold: str | Callable[..., Any] | None) -> str | Callable[[Any], Any]
     return gold if gold is None or takes_experience(gold) else RewardFunction(gold)
 
 
-def _deviation(values: list[float]) -> float:
-    mean = sum(values) / max(len(values), 1)
-    return float((sum((value - mean) ** 2 for value in values) / max(len(values), 1)) ** 0.5)
+def _moved(courses: dict[str, list[float]], since: int) -> dict[str, str]:
+    """Each measure's way from a place to now."""
+    return {name: f"from {course[since]:.3g} to {course[-1]:.3g}" for name, course in courses.items()}

@@ -712,6 +712,27 @@ def diverging(falling: Sequence[float], rising: Sequence[Sequence[float]], fall:
     return falling[best] - falling[-1] > fall and all(series[-1] > series[best] for series in rising)
 
 
+def stalled_since(still: Sequence[float], rising: Sequence[Sequence[float]], rises: Sequence[float]) -> int | None:
+    """The last place since which all others have risen, each by some amount, while one series has not; None: nowhere.
+
+    Args:
+        still: The one; the last entry is now.
+        rising: The others, at the same times.
+        rises: By more than how much each of the others must be higher now.
+
+    >>> stalled_since([0.2, 0.6, 0.7, 0.6], rising=[[1.0, 2.0, 3.0, 4.0]], rises=[1.5])
+    1
+    >>> stalled_since([0.2, 0.6, 0.7, 0.6], rising=[[1.0, 2.0, 3.0, 4.0]], rises=[2.5]) is None
+    True
+    """
+
+    def stalled(place: int) -> bool:
+        risen = all(series[-1] - series[place] > rise for series, rise in zip(rising, rises, strict=True))
+        return risen and still[-1] <= still[place]
+
+    return next((place for place in reversed(range(len(still))) if stalled(place)), None)
+
+
 def linear_schedule(start: float, end: float, step: int, steps: int) -> float:
     r"""A straight line from ``start`` at step 0 to ``end`` at step ``steps``, then ``end``.
 

@@ -81,6 +81,11 @@ def run(
     return Course(watch, *spoken, scores)
 
 
+def update_of(line: str) -> int:
+    """The update that a warning names."""
+    return int(line.partition("at update ")[2].partition(":")[0])
+
+
 def test_without_kl_and_with_a_high_rate_it_warns_before_gold_falls(tmp_path: Path, actor: Path) -> None:
     """The score climbs on to its end, 10 good words of 10; different ones became fewer long before."""
     course = run(tmp_path, actor, kinds, 1e-2, 28, rewards=count_good, kl_coef=0.0)
@@ -88,8 +93,10 @@ def test_without_kl_and_with_a_high_rate_it_warns_before_gold_falls(tmp_path: Pa
     assert course.reached(1) < course.reached(2) < course.fallen() < 28
     assert course.reached(1) < 7
     assert any("CollapseMonitor: alarm at update" in line and "(kl is at" in line for line in course.collapse)
-    assert len(course.hacking) == 1
-    assert "RewardHackingMonitor: reward hacking at update" in course.hacking[0]
+    behind, hacking = course.hacking
+    assert "RewardHackingMonitor: gold falls behind at update" in behind
+    assert "RewardHackingMonitor: reward hacking at update" in hacking
+    assert update_of(behind) < update_of(hacking)
 
 
 def test_one_opening_takes_over_and_it_warns_before_a_reader_tires(tmp_path: Path, actor: Path) -> None:

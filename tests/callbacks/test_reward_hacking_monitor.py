@@ -151,13 +151,36 @@ def test_what_falls_while_training_scores_rise(gold: Any, held_out: list[float],
     [
         (UP, UP, UP),
         (UP[::-1], UP[::-1], UP[::-1]),  # all fall: training goes wrong, but nothing is gamed
-        (UP, UP, [1.0, 1.0, 0.9, 0.9, 0.8]),  # 0.15 below, smoothed 0.12
+        ([0.0, 0.2, 0.4, 0.6, 0.8], UP, [1.0, 1.0, 0.9, 0.9, 0.8]),  # 0.15 below, smoothed 0.12
         (UP, [1.0, 0.9, 0.9, 0.8, 0.8], [1.0, 0.5, 0.0, 0.0, 0.0]),  # held-out neither up nor down by a quarter
     ],
 )
 def test_other_courses_are_neither(train: list[float], held_out: list[float], gold: list[float]) -> None:
     logs, said, _, _ = watch(by_hand(), train, held_out, gold)
     assert {log["hacking/verdict"] for log in logs} == {0}
+    assert said == []
+
+
+def test_gold_falls_behind_before_it_is_reward_hacking() -> None:
+    """Smoothed 0, 0.5, 0.35, 0.275, 0.1375: 0.225 and 0.3625 below the best at the last two, of a deviation of 1.
+
+    Scores rise 0, 0.5, 1.25, 2.125, 3.0625. By more than half a deviation, 0.5 held out and 1 in training, they rise
+    from update 1, where gold was 0.5, to update 3. From 0 to 2 they do, too, but gold rises.
+    """
+    monitor = by_hand()
+    logs, said, _, _ = watch(monitor, UP, UP, [0.0, 1.0, 0.2, 0.2, 0.0])
+    assert [log["hacking/verdict"] for log in logs] == [0, 0, 0, 0, 2]
+    assert monitor.told == ["gold falls behind at update 3", "reward hacking at update 4"]
+    assert "gold falls behind at update 3: since update 1, the training score rose from 0.5 to 2.12 and" in said[0]
+    assert "more than 0.5 times its standard deviation, while gold scores did not rise, from 0.5 to 0.275;" in said[0]
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize("which", ["train", "held_out"])
+def test_gold_does_not_fall_behind_where_a_score_hardly_rises(which: str) -> None:
+    """By less than half of its deviation of 1 or 2: smoothed from 0 to 0.2 at most."""
+    courses = {"train": UP, "held_out": UP, which: [0.0, 0.1, 0.2, 0.2, 0.2]}
+    _, said, _, _ = watch(by_hand(), courses["train"], courses["held_out"], [1.0, 0.7, 0.8, 0.8, 0.8])
     assert said == []
 
 
