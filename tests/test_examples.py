@@ -17,7 +17,7 @@ from lit_ppo.callbacks import AdaptiveKL, CriticWarmup, RewardNormalization
 from lit_ppo.generation.config import neutral
 from tests.helpers.command import REPOSITORY
 from tests.helpers.engines import CopyEngine
-from tests.helpers.ppo_command import write_prompts
+from tests.helpers.ppo_command import ppo, write_prompts
 from tests.helpers.toys import make_data, make_module, make_trainer
 
 EXAMPLES = REPOSITORY / "examples"
@@ -134,6 +134,24 @@ def test_learning_from_the_better_half(tmp_path: Path, lm: Path):
     )
     make_trainer(tmp_path, max_steps=1, callbacks=[watch]).fit(module, make_data(tmp_path, batch_size=4))
     assert sorted(watch.experiences[0].scores.tolist()) == [3.0, 4.0]
+
+
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+def test_a_sweep_with_optuna(tmp_path: Path, lm: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two runs, then a third one in the same study; a run without a validation at its end has no result."""
+    monkeypatch.chdir(tmp_path)
+    sweep = runpy.run_path(str(EXAMPLES / "sweep.py"))["sweep"]
+    _, *arguments = ppo(tmp_path, lm)
+    validated = [*arguments, "--data.val_fraction=0.5", "--trainer.val_check_interval=1"]
+    for trials, stored in ((2, 2), (1, 3)):
+        best = sweep(trials, validated, tmp_path / "sweep")
+        assert 1 <= len(best) <= stored
+        assert len(list((tmp_path / "sweep").glob("trial_*"))) == stored
+    assert {"lr", "kl_coef", "lam"} == set(best[0].params)
+    scores, kls = zip(*(trial.values for trial in best), strict=True)
+    assert (sorted(kls), sorted(scores)) == (list(kls), list(scores))  # each costs more KL than the one before
+    with pytest.raises(RuntimeError, match="no validation after the last update"):
+        sweep(1, [*arguments, "--data.val_fraction=0.5", "--trainer.check_val_every_n_epoch=9"], tmp_path / "other")
 
 
 def test_gsm8k_answers():
