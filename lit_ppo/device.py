@@ -35,15 +35,24 @@ def sums_in_float32(kind: str) -> bool:
     return _SUMS[kind]
 
 
+_AS_CUDA = False  # the CPU stands for a GPU
+
+
 @contextmanager
 def cpu_as_cuda(on: bool) -> Iterator[None]:
-    """Inside this context, if it is on, the CPU counts as summing in float32, which tensors without storage can do."""
-    before = sums_in_float32("cpu")
-    _SUMS["cpu"] = on or before
+    """Inside this context, if it is on, the CPU stands for a GPU: tensors without storage compute as there."""
+    global _AS_CUDA
+    before = sums_in_float32("cpu"), _AS_CUDA
+    _SUMS["cpu"], _AS_CUDA = on or before[0], on or before[1]
     try:
         yield
     finally:
-        _SUMS["cpu"] = before
+        _SUMS["cpu"], _AS_CUDA = before
+
+
+def is_cpu(device: torch.device) -> bool:
+    """Whether a device is the CPU and does not stand for a GPU."""
+    return device.type == "cpu" and not _AS_CUDA
 
 
 @cache

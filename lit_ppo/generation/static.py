@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from lit_ppo.attention import autocast
 from lit_ppo.functional import inverse_cdf, token_logprobs
 from lit_ppo.generation.batch import CACHE, Batch, by_logits_alone, process_in_place
 from lit_ppo.generation.buffers import GROUPED_SDPA, Buffers
@@ -252,7 +253,7 @@ def _attention(model: Any) -> str | None:
     """The attention of the step: Flash Attention, whose masks have no fixed size, is replaced by SDPA."""
     attention = str(model.config._attn_implementation)
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
-    if attention == "sdpa" or ("flash" in attention and model._supports_sdpa and not capped):
+    if attention in ("sdpa", autocast.NAME) or ("flash" in attention and model._supports_sdpa and not capped):
         return GROUPED_SDPA
     return attention if attention == "eager" else None
 

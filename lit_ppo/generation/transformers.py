@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.cache_utils import DynamicCache
 from transformers.generation.utils import ALL_CACHE_NAMES
 
+from lit_ppo.attention.autocast import hold_in_float32
 from lit_ppo.device import exact_device
 from lit_ppo.functional import float32_linear, inverse_cdf, summed_in_float32, token_logprobs
 from lit_ppo.generation import static
@@ -80,8 +81,7 @@ def sample(
         )
         sampled.append(_decode(batch, generation_config, state))
 
-    device = prompt_ids.device.type
-    with weights_cast_once(model, device), float32_logits(model, device):
+    with weights_cast_once(model, prompt_ids.device.type), float32_logits(model, prompt_ids.device.type):
         call_generate(model, prompt_ids, prompt_mask, config, decode, do_sample=draws is not None)
     return sampled[0]
 
@@ -223,6 +223,8 @@ def _distinct(input_ids: Tensor, mask: Tensor) -> tuple[list[int], list[int]] | 
 def _decode_growing(batch: Batch, outputs: Any, state: dict[str, Any]) -> Responses:
     """Decode token by token; rows that have ended leave the batch and the cache, if the cache can be cut."""
     model, config, draws, input_ids = batch.model, batch.config, batch.draws, batch.input_ids
+    if torch.is_autocast_enabled(input_ids.device.type):
+        hold_in_float32(outputs.get(CACHE))
     in_batch = rows = torch.arange(len(input_ids), device=input_ids.device)  # rows in the model's batch; still going
     tokens, tokens_logprobs, alive_at = [], [], []
     for t in range(config.max_new_tokens):

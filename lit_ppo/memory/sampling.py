@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from lit_ppo.attention.autocast import hold_in_float32
 from lit_ppo.engines.vllm import VLLMEngine
 from lit_ppo.functional import inverse_cdf
 from lit_ppo.generation import static
@@ -112,6 +113,7 @@ def trace_rollout(
         copying = live.peak - cast
         del outputs
         cache = read(rows, max(n_prompt + new - 1, 1), max(n_prompt + new - 1, 1)).get(CACHE)
+        hold_in_float32(cache)
         live.forget_peak()
         raw = read(rows, 1, n_prompt + new, **{CACHE: cache}).logits[:, -1].float()
         inverse_cdf(raw, draws[:, 0])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from lit_ppo.attention import autocast
 from lit_ppo.models.actor_critic import use_fused_gelu
 from lit_ppo.models.lora import add_adapter
 from lit_ppo.models.pretrained import SET_HERE, adapter_base
@@ -115,7 +116,10 @@ def ppo_parts(module: Any, stand_ins: StandIns) -> list[Part]:
 
     def causal_lm(name: str, path: str, dtype: torch.dtype = torch.float32) -> Part:
         config = config_of(f"{owner}({name}", path, kwargs, stand_ins)
-        return Part(name, hollow(AutoModelForCausalLM, config, dtype, kwargs), path)
+        model = hollow(AutoModelForCausalLM, config, dtype, kwargs)
+        if model.config._attn_implementation == "sdpa":
+            model.config._attn_implementation = autocast.NAME
+        return Part(name, model, path)
 
     parts = [causal_lm("actor", settings.actor)]
     if settings.actor_lora is not None:

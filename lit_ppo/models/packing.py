@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lit_ppo.attention import kernels
+from lit_ppo.attention import autocast, kernels
 from lit_ppo.attention.choice import Attention, Heads, attend
 from lit_ppo.attention.kernels import PLAIN, Kernel
 from lit_ppo.device import exact_products
@@ -61,8 +61,9 @@ def packed_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of packed rows, each by itself; without ``packing`` the stock one."""
+    sdpa = autocast.sdpa if torch.is_autocast_enabled(query.device.type) else sdpa_attention_forward
     if packing is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return sdpa(module, query, key, value, attention_mask, **kwargs)[0], None
     if packing.kernel is not None:
         rows = packing.starts, packing.longest
         output = attend(packing.kernel, module, query, key, value, rows, sliding_window, kwargs)
@@ -75,8 +76,7 @@ def packed_attention(
         steps = torch.arange(length, device=query.device)
         ago = steps.unsqueeze(1) - steps
         near = ((ago >= 0) & (ago < sliding_window))[None, None]
-    output, _ = sdpa_attention_forward(module, query, key, value, near, **kwargs)
-    return packing.unpad(output), None
+    return packing.unpad(sdpa(module, query, key, value, near, **kwargs)[0]), None
 
 
 AttentionInterface.register(NAME, packed_attention)
@@ -215,11 +215,16 @@ def stock_attention(model: PreTrainedModel) -> Iterator[None]:
     attention: Attention | None = getattr(model.base_model, "lit_ppo_attention", None)
     if attention is not None:
         by_kernel = attention.asked is not None and _kernel(attention, model.base_model, model.device) is not None
-        model.config._attn_implementation = attention.asked if by_kernel else attention.exact
+        exact = autocast.NAME if attention.exact == "sdpa" and _in_float32(model.device) else attention.exact
+        model.config._attn_implementation = attention.asked if by_kernel else exact
     try:
         yield
     finally:
         model.config._attn_implementation = before
+
+
+def _in_float32(device: torch.device) -> bool:
+    return torch.is_autocast_enabled(device.type) and autocast.attends_in_float32(device)
 
 
 def _supports_sdpa(model: PreTrainedModel) -> bool:

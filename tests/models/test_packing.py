@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig
 
+from lit_ppo.attention import autocast
+from lit_ppo.generation.config import neutral
 from lit_ppo.models import packing
 from lit_ppo.models.actor_critic import Actor
 from lit_ppo.models.load import load_causal_lm, load_critic
@@ -142,3 +144,43 @@ def test_a_family_with_layers_of_another_kind_goes_without(tmp_path):
     model.config.layer_types = ["full_attention", "full_attention"]
     use_packing(model)
     assert model.config._attn_implementation == NAME
+
+
+@pytest.mark.parametrize(("short", "dtype"), [(6, torch.float32), (5, torch.bfloat16)])
+def test_a_cpu_attends_to_short_rows_in_float32_under_autocast(monkeypatch, short, dtype):
+    """Short rows: softmax attention of the bf16 numbers in float64. Longer ones: the stock kernel, rounded to bf16."""
+    monkeypatch.setattr(autocast, "SHORT", short)
+    n, size = sum(map(len, ROWS)), 8
+    draws = torch.randn(3, 1, 2, n, size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = packing.packed_attention(
+            torch.nn.Module(), *draws, None, packing=RealTokens.of(*batch("right")).packing, is_causal=True
+        )
+    assert found.dtype == dtype
+    expected, start = [], 0
+    for row in ROWS:
+        query, key, value = draws[:, 0, :, start : start + len(row)].double()
+        later = torch.ones(len(row), len(row), dtype=torch.bool).triu(1)
+        weights = (query @ key.mT / size**0.5).masked_fill(later, -torch.inf).softmax(-1)
+        expected.append((weights @ value).transpose(0, 1))
+        start += len(row)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2  # bf16 keeps 8 bits
+    torch.testing.assert_close(found[0].double(), torch.cat(expected), rtol=tolerance, atol=tolerance)
+
+
+def test_a_cpu_samples_from_a_cache_in_float32_under_autocast(monkeypatch, tmp_path):
+    """Keys and values are converted once, after the prompt, and not for every token."""
+    actor, dtypes = Actor(load_causal_lm("actor", str(make_causal_lm(tmp_path, "gpt2")), {})), []
+    stock = autocast.sdpa_attention_forward
+
+    def noted(module, query, key, value, *args, **kwargs):
+        dtypes.append(value.dtype)
+        return stock(module, query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(autocast, "SHORT", 0)
+    monkeypatch.setattr(autocast, "sdpa_attention_forward", noted)
+    config = neutral(max_new_tokens=4, pad_token_id=0)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        actor.generate(torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.bool), config, [(0,)])
+    layers = actor.model.config.num_hidden_layers
+    assert dtypes == [torch.bfloat16] * layers + [torch.float32] * 3 * layers
