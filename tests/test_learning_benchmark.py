@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -169,6 +170,9 @@ def test_report_of_two_seeds_by_hand(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "far.json").write_text(json.dumps({"name": "far", "runs": far}))
     report.main()
     assert "| far | last | 1 | 64 | 7.00 | +0.00 | - | - | +0.00 | 2 |" in capsys.readouterr().out  # no limit is known
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--rows", "plain"])
+    report.main()
+    assert "| far |" not in capsys.readouterr().out
     assert page.read_text().startswith("before\n")
     assert page.read_text().endswith("\nafter\n")
     assert (tmp_path / "f.png").stat().st_size > 10_000

@@ -138,9 +138,10 @@ def main() -> None:
     parser.add_argument("--page", type=Path)
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--names", nargs="+", help="Only these runs in the figure.")
+    parser.add_argument("--rows", nargs="+", help="Only these runs in the table.")
     asked = parser.parse_args()
     limit, points = load(asked.results)
-    table = markdown(HEAD, rows(points))
+    table = markdown(HEAD, rows([point for point in points if asked.rows is None or point["name"] in asked.rows]))
     print(table)
     if asked.page:
         write_into(asked.page, asked.results.name, table)

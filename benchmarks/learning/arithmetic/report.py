@@ -46,6 +46,12 @@ def best_names(groups: Groups) -> list[str]:
     ]
 
 
+def drawn_names(groups: Groups) -> list[str]:
+    """The best of each method, and all with several seeds."""
+    best = best_names(groups)
+    return list(dict.fromkeys(name for (name, _), group in groups.items() if name in best or len(group) > 1))
+
+
 def rows(groups: Groups) -> list[list[str]]:
     """Best rates at each number of episodes, other rates at the last."""
     best, last = best_names(groups), max(episodes for _, episodes in groups)
@@ -74,13 +80,13 @@ def rows(groups: Groups) -> list[list[str]]:
 
 
 def draw(limit: dict[str, Any], groups: Groups, file: Path) -> None:
-    """Share of right answers against episodes and against KL, best rates."""
+    """Share of right answers against episodes and against KL."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     kls = [0.0, *(p["kl"] for p in limit["limit"])]
     panels[1].plot(
         kls, [limit["score"] + gain for gain in [0.0, *(p["gain"] for p in limit["limit"])]], "k", label="limit"
     )
-    for name in best_names(groups):
+    for name in drawn_names(groups):
         own = {episodes: group for (n, episodes), group in groups.items() if n == name}
         scores = [[point["score"] for point in group] for group in own.values()]
         episodes = [0, *own]
