@@ -19,13 +19,13 @@ in_process = pytest.mark.filterwarnings("default")  # the command shows warnings
 
 def point(name: str, efficiency: float, kl: float = 1.0) -> dict[str, Any]:
     """What the verdicts read of a run."""
-    return {"name": name, "efficiency": efficiency, "kl": kl}
+    return {"name": name, "efficiency": efficiency, "kl": kl, "limit": 2.0, "error": 0.01}
 
 
 def test_verdicts_by_hand():
-    """Pairs of seeds are 2 points from each other over the root of 2: a deviation of 2, and a margin of 2 * 2 * 1.
+    """Pairs of seeds have a deviation of 2 points, so of 0.04 at a limit of 2: a margin of 2 * 0.04 for two pairs.
 
-    Vanilla has 40% at 1 nat and 60% at 4, so 50% at 2.25 nats: 45.5% there are 4.5 points less.
+    Vanilla has 40% at 1 nat and 60% at 4, so 50% at 2.25 nats: 45.5% there are 4.5 points less, and a gain of 0.09.
     """
     near = {"vanilla": 0.4, "up": 0.45, "down": 0.35, "level": 0.43}
     points = [point(name, mean + sign * 0.02 / 2**0.5) for name, mean in near.items() for sign in (-1, 1)]
@@ -33,19 +33,26 @@ def test_verdicts_by_hand():
     bases = dict.fromkeys([*near, "far", "unknown"], "vanilla") | {"far less a trick": "far"}
     points += [point("far less a trick", 0.35, 1.0)]
     found = verdicts(points, bases, ["vanilla", "vanilla, kl_coef 0.03"])
-    assert found["up"].difference == pytest.approx(0.05)
-    assert found["up"].margin == pytest.approx(0.04)
-    assert found["far"].difference == pytest.approx(-0.045)
-    assert found["far"].margin == pytest.approx(0.04 * 1.5**0.5)  # 1 and 2 seeds
-    assert found["far less a trick"].difference == pytest.approx(-0.05 + 0.045)
+    assert found["up"].difference == pytest.approx(0.1)
+    assert found["up"].margin == pytest.approx(0.08)
+    assert found["far"].difference == pytest.approx(-0.09)
+    assert found["far"].margin == pytest.approx(0.08 * 1.5**0.5)  # 1 and 2 seeds
+    assert found["far less a trick"].difference == pytest.approx(-0.1 + 0.09)
     words = {name: verdict.word for name, verdict in found.items()}
     others = {"level": SAME, "far": SAME, "far less a trick": SAME, "unknown": UNKNOWN}
     assert words == {"up": HELPED, "down": HURT} | others  # vanilla has none
 
 
+def test_noise_of_samples_counts_where_it_is_larger_than_that_of_seeds():
+    """Two seeds alike, sampled with a standard error of 0.01: a margin of 2 * 0.01."""
+    points = [point(name, value) for name, value in (("vanilla", 0.4), ("up", 0.409)) for _ in range(2)]
+    found = verdicts(points, {"up": "vanilla"}, ["vanilla"])["up"]
+    assert (found.difference, found.margin, found.word) == (pytest.approx(0.018), pytest.approx(0.02), SAME)
+
+
 def test_one_seed_gives_no_verdict():
     found = verdicts([point("vanilla", 0.4), point("up", 0.9)], {"up": "vanilla"}, ["vanilla"])
-    assert found["up"].difference == pytest.approx(0.5)
+    assert found["up"].difference == pytest.approx(1.0)
     assert found["up"].word == UNKNOWN
 
 

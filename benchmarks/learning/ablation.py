@@ -4,7 +4,7 @@
 
 ``FOLDER`` holds the checkpoints of :mod:`benchmarks.learning.checkpoints`. Vanilla runs first, then every variant with
 the first seed, then with the others; the command can be stopped and started again. ``ablation.json`` of the results
-has all runs. Efficiency is compared with that of vanilla PPO at the same KL, between runs of three ``kl_coef``.
+has all runs. Gains are compared with those of vanilla PPO at the same KL, between runs of three ``kl_coef``.
 """
 
 import argparse
@@ -69,8 +69,8 @@ def _means(group: list[dict[str, Any]]) -> list[str]:
 
 
 def _difference(verdict: Verdict) -> str:
-    margin = "" if isnan(verdict.margin) else f" (± {100 * verdict.margin:.1f})"
-    return "-" if isnan(verdict.difference) else f"{100 * verdict.difference:+.1f}{margin}"
+    margin = "" if isnan(verdict.margin) else f" (± {verdict.margin:.3f})"
+    return "-" if isnan(verdict.difference) else f"{verdict.difference:+.3f}{margin}"
 
 
 def _levels(group: list[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Whether a trick helped: efficiency against that of vanilla PPO at the same KL, beyond the seeds' spread."""
+"""Whether a trick helped: the gain against that of vanilla PPO at the same KL, beyond the seeds' spread."""
 
 import re
 from collections import defaultdict
@@ -16,8 +16,8 @@ class Verdict(NamedTuple):
     """Of one variant.
 
     Args:
-        difference: Of the mean efficiency from the base's, each less that of vanilla at its KL; nan if unknown.
-        margin: What the seeds' spread explains.
+        difference: Of the mean gain from the base's, each less that of vanilla at its KL; nan if unknown.
+        margin: What the spread of seeds, or of samples if it is larger, explains.
         word: The verdict.
     """
 
@@ -66,21 +66,22 @@ def verdicts(points: list[dict[str, Any]], bases: dict[str, str], anchors: list[
         groups[point["name"]].append(point)
     vanilla = [groups[name] for name in anchors if groups[name]]
     excess = {
-        name: [p["efficiency"] - (0.0 if name in anchors else vanilla_at(vanilla, p["kl"])) for p in group]
+        name: [(p["efficiency"] - vanilla_at(vanilla, p["kl"])) * p["limit"] for p in group]
         for name, group in groups.items()
-        if group
+        if group and vanilla
     }
     own = {name: values for name, values in excess.items() if not any(map(isnan, values))}
-    spread = pooled(list(own.values()))
+    sampling = mean(point["error"] for point in points) if points else 0.0
+    spread = pooled(list(own.values()))  # between seeds; nan, which max keeps as its first, if there is one seed only
+    spread = max(spread, sampling)
     found = {}
     for name in bases.keys() - set(anchors):
         base = bases[name]
-        if name not in own or base not in own or not vanilla:
+        if name not in own or base not in own:
             found[name] = Verdict(nan, nan, UNKNOWN)
             continue
-        reference = 0.0 if base == anchors[0] else mean(own[base])  # vanilla's excess over itself is 0
         margin = ERRORS * spread * sqrt(1 / len(own[name]) + 1 / len(own[base]))
-        difference = mean(own[name]) - reference
+        difference = mean(own[name]) - mean(own[base])
         found[name] = Verdict(difference, margin, _word(difference, margin))
     return found
 
