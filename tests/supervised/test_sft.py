@@ -45,6 +45,19 @@ def built(model: Any, **kwargs: Any) -> LitSFT:
     return module
 
 
+@pytest.mark.parametrize(("algorithm", "size"), [("norm", 2.0), ("value", float("inf"))])
+def test_fused_optimizers_have_their_gradients_clipped_in_bf16_mixed(
+    sharp_lm: Path, tmp_path: Path, algorithm: str, size: float
+) -> None:
+    """SGD with a rate of 1 moves the weights by the clipped gradient."""
+    module = built(sharp_lm, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0, fused=True))
+    before = weights(module).clone()
+    options = {"gradient_clip_val": 1e-2, "gradient_clip_algorithm": algorithm, "precision": "bf16-mixed"}
+    fit(module, [text_batch(ROWS)], tmp_path, **options)
+    moved = weights(module) - before
+    assert float(torch.linalg.vector_norm(moved, size)) == pytest.approx(1e-2, rel=1e-3)  # float32 weights of about 1
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_training_loss_is_the_mean_over_tokens_whatever_the_padding(tmp_path: Path, family: str) -> None:
     path = make_causal_lm(tmp_path, family, scale=10.0, **({"resid_pdrop": 0.0} if family == "gpt2" else {}))
