@@ -88,7 +88,7 @@ def _model(path: Path, **arguments: Any) -> dict[str, Any]:
 
 
 def fallen(judged: list[float], drop: float) -> int | None:
-    """Index of the first point from which the judge's score is ``drop`` below its best, to the end or a new best.
+    """Index of the first point at which the judge's score is more than ``drop`` below its best before, or None.
 
     >>> fallen([0.0, 1.0, 0.9, 0.4, 0.3], 0.5)
     3
