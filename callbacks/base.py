@@ -99,6 +99,7 @@ class PPOModule(Protocol):
     ppo_epochs: int
     samples_per_prompt: int
     actor_frozen: bool
+    critic_frozen: bool
     checkpoint_reference: bool
     actor: Any
     critic: Any
@@ -116,6 +117,10 @@ class PPOModule(Protocol):
 
     def exact_kl(self, minibatch: Any) -> Tensor:
         """(B, T) KL over the vocabulary, differentiable."""
+        ...
+
+    def critic_states(self, experience: Any, n_states: int) -> Tensor:
+        """(B, T, D) hidden states of the critic before each response token, D of them at most ``n_states``."""
         ...
 
     def backward_on_text(self, batch: Any, coef: float) -> tuple[float, float]:

@@ -102,6 +102,12 @@ def _before(trainer: Any, pl_module: Any, hook: str, args: tuple[Any, ...]) -> F
             f"a callback has set actor_frozen, but {module} trains its actor; in {module} add if not actor_frozen: "
             "before the actor's forward and step, or remove the callback"
         )
+    if hook == "on_critic_loss" and getattr(pl_module, "critic_frozen", False):
+        module = type(pl_module).__name__
+        raise TypeError(
+            f"a callback has set critic_frozen, but {module} trains its critic; in {module} add if not critic_frozen: "
+            "before the critic's forward and step, or remove the callback"
+        )
     if hook in OF_STEPS:
         refuse_ignored_end(pl_module)
     elif hook == "on_update_end" or not getattr(args[0] if args else None, "exhausted", False):
@@ -157,7 +163,7 @@ def check_hooks(trainer: Any, pl_module: Any, *, exhausted: bool = False) -> Non
     """
     fired: Fired = pl_module._fired
     excused = {"on_actor_loss"} if fired.frozen else set()
-    if getattr(pl_module, "critic", pl_module) is None:
+    if getattr(pl_module, "critic", pl_module) is None or getattr(pl_module, "critic_frozen", False):
         excused.add("on_critic_loss")
     if exhausted and not fired.now.intersection(OF_STEPS):
         excused.update(OF_STEPS)

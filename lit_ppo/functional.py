@@ -7,6 +7,7 @@ entropies and KL are in nats. Masks are boolean, True where a response token is.
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,8 @@ from lit_ppo.device import bf16_values, exact_device, sums_in_float32
 KLEstimator = Literal["k1", "k2", "k3"]
 BLOCK = 128
 """Tokens of the vocabulary that are summed together; it divides the size of most large ones."""
+POSITION_BINS = 96
+"""Bins of :func:`position_bins`, enough for 16,384 tokens."""
 ClipRange = float | Sequence[float]  # of both sides, or below and above 1
 
 
@@ -642,6 +645,106 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
         (B, T) each -> scalar; not finite where the returns are all alike.
     """
     return 1.0 - masked_var(returns - values, mask, unbiased=False) / masked_var(returns, mask, unbiased=False)
+
+
+@cache
+def _directions(n_numbers: int, n_states: int) -> Tensor:
+    """Random directions, always the same, (H, D)."""
+    random = torch.Generator().manual_seed(0)
+    directions: Tensor = torch.randn(n_numbers, n_states, generator=random) / n_numbers**0.5
+    return directions
+
+
+def random_projection(states: Tensor, n_states: int) -> Tensor:
+    r"""Fewer numbers that keep what a linear function can read of states: :math:`h R`, with normal R / sqrt(H).
+
+    Args:
+        states: Numbers H of each state.
+        n_states: D; where H is not larger, the states are returned as they are.
+
+    Source: Johnson and Lindenstrauss 1984 (distances between projections are about those between states).
+
+    Shapes:
+        (N, H) -> (N, min(D, H)).
+
+    >>> states = torch.randn(3, 8)
+    >>> random_projection(states, 2).shape, random_projection(states, 8) is states
+    (torch.Size([3, 2]), True)
+    """
+    if states.shape[-1] <= n_states:
+        return states
+    projected: Tensor = states @ _directions(states.shape[-1], n_states).to(states)
+    return projected
+
+
+def position_bins(n: int) -> Tensor:
+    """Bins of the first n positions: one each up to 16, then eight for each doubling; at most ``POSITION_BINS``.
+
+    Shapes:
+        -> (n,), int.
+
+    >>> position_bins(20).tolist()[14:]
+    [14, 15, 16, 16, 17, 17]
+    >>> position_bins(64)[[31, 32, 35, 36, 63]].tolist()
+    [23, 24, 24, 25, 31]
+    """
+    positions = torch.arange(n)
+    doublings = (positions.clamp(min=16).double().log2() - 4).floor().long()
+    within = (positions - 16 * 2**doublings) // 2 ** (doublings + 1)
+    return torch.where(positions < 16, positions, 16 + 8 * doublings + within).clamp(max=POSITION_BINS - 1)
+
+
+def prefix_features(values: Tensor, states: Tensor, longest: int) -> Tensor:
+    r"""What least squares predicts returns from, before each response token.
+
+    .. math:: x_t = \big(e_{b(t)} \otimes (1, V_t, \bar V_t, V_0), \; (1 - t / L)\, h_t, \; h_t\big), \quad
+        \bar V_t = \frac{1}{t} \sum_{u=1}^t V_u
+
+    with a one-hot vector e of the bin b(t) of the position. So a frozen critic's value, its mean since the prompt and
+    the value of the prompt have coefficients for each bin. Its hidden states have coefficients that are linear in t.
+
+    Args:
+        values: A frozen critic's, V.
+        states: Its hidden states, standardised, h.
+        longest: Tokens of the longest response, L.
+
+    Shapes:
+        values (B, T), states (B, T, D) -> (B, T, 4 * POSITION_BINS + 2 D).
+
+    >>> x = prefix_features(torch.tensor([[2.0, 4.0, 8.0]]), torch.ones(1, 3, 1), longest=4)
+    >>> x[0, 2, 8:12], x[0, 2, -2:]  # of the third bin: 1, 8, the mean of 4 and 8, 2
+    (tensor([1., 8., 6., 2.]), tensor([0.5000, 1.0000]))
+    """
+    n_rows, n = values.shape
+    positions = torch.arange(n, device=values.device)
+    means = (values.cumsum(1) - values[:, :1]) / positions.clamp(min=1)
+    numbers = torch.stack([torch.ones_like(values), values, means, values[:, :1].expand_as(values)], dim=-1)
+    placed = values.new_zeros(n_rows, n, POSITION_BINS, numbers.shape[-1])
+    placed[:, positions, position_bins(n).to(values.device)] = numbers
+    left = (1.0 - positions / longest).clamp(min=0.0)
+    return torch.cat([placed.flatten(2), states * left[:, None], states], dim=-1)
+
+
+def ridge_weights(gram: Tensor, moments: Tensor, ridge: Tensor) -> Tensor:
+    r"""Weights of ridge regression.
+
+    .. math:: w = (X^T X + \mathrm{diag}(\rho))^{-1} X^T y
+
+    Args:
+        gram: X^T X.
+        moments: X^T y.
+        ridge: Penalty of each squared weight, rho, above 0.
+
+    Source: Hoerl and Kennard 1970, Technometrics 12 (with one penalty for all weights).
+
+    Shapes:
+        (F, F), (F,), (F,) -> (F,).
+
+    >>> ridge_weights(torch.tensor([[4.0]]), torch.tensor([10.0]), torch.tensor([1.0]))
+    tensor([2.])
+    """
+    weights: Tensor = torch.linalg.solve(gram + torch.diag(ridge), moments)
+    return weights
 
 
 def adaptive_kl_coef(

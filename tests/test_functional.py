@@ -425,3 +425,24 @@ def test_duplicates_and_openings_by_hand() -> None:
     assert F.largest_opening(ids, mask, 3) == pytest.approx(3 / 5)
     assert F.largest_opening(ids, mask, 9) == pytest.approx(3 / 5)
     assert F.duplicate_fraction(ids[3:].fill_(0), mask[3:]) == 0.0  # ``0`` and ``0 0``, whatever the padding is
+
+
+def test_bins_of_positions_grow_with_the_position():
+    """Each doubling from 16 on has eight bins of equal width, counted one after the other."""
+    expected, width = list(range(16)), 2
+    while len(expected) < 2000:
+        for _ in range(8):
+            expected += [expected[-1] + 1] * width
+        width *= 2
+    assert F.position_bins(2000).tolist() == expected[:2000]
+    assert int(F.position_bins(40_000).max()) == F.POSITION_BINS - 1
+
+
+def test_projections_keep_inner_products():
+    """Of 40 states of 3,000 numbers, cosines of their projections to 1,000 differ by about 1 / sqrt(1000) = 0.03."""
+    states = torch.randn(40, 3000, generator=torch.Generator().manual_seed(1))
+    some = F.random_projection(states, 1000)
+    cosines = [torch.corrcoef(x).flatten() for x in (states, some)]
+    assert some.shape == (40, 1000)
+    assert float((cosines[0] - cosines[1]).abs().max()) < 0.2
+    assert float((some.norm(dim=1) / states.norm(dim=1)).std()) < 0.05

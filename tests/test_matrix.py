@@ -29,7 +29,7 @@ MODULES: dict[str, dict[str, Any]] = {
     "LeaveOneOut": {"critic": None, "advantages": LeaveOneOut(), "samples_per_prompt": 2},
 }
 CRITIC_FREE = [name for name, arguments in MODULES.items() if "critic" in arguments]
-NEED_A_CRITIC = ("CriticWarmup", "ValueClipping", "ValueNormalization")
+NEED_A_CRITIC = ("CriticWarmup", "LeastSquaresCritic", "ValueClipping", "ValueNormalization")
 NEED_A_REFERENCE = ("AdaptiveKL", "KLLoss", "ReferenceUpdate")
 # What is refused, and how the message names the other side; all else trains.
 REFUSED: dict[tuple[str, str], str] = {
@@ -43,6 +43,9 @@ REFUSED: dict[tuple[str, str], str] = {
     ("RejectionSampling", "LeaveOneOut"): "LeaveOneOut",
     ("CurriculumSampling", "PrioritizedSampling"): "PrioritizedSampling",
     ("RewardNormalization", "RewardScaling"): "RewardScaling",
+    ("CriticWarmup", "LeastSquaresCritic"): "LeastSquaresCritic",
+    ("LeastSquaresCritic", "ValueClipping"): "LeastSquaresCritic",
+    ("LeastSquaresCritic", "ValueNormalization"): "LeastSquaresCritic",
 }
 EXCLUSIVE = [pair for pair in REFUSED if TRICKS.keys() >= {*pair}]
 
@@ -89,11 +92,21 @@ def groups(size: int) -> list[tuple[str, ...]]:
     return found
 
 
+def compatible(names: list[str]) -> list[str]:
+    """Those of the tricks that go with all before them."""
+    found: list[str] = []
+    for name in names:
+        found += [name] if not any((*sorted((name, other)),) in EXCLUSIVE for other in found) else []
+    return found
+
+
 TOGETHER = groups(size=12)
+MOST = compatible(sorted(TRICKS))
+REST = compatible([*(name for name in sorted(TRICKS) if name not in MOST), *MOST])
 ON_A_MODULE = [
-    (module, tuple(trick for trick in TRICKS if trick not in left_out and (trick, module) not in REFUSED))
+    (module, tuple(trick for trick in sorted(names) if (trick, module) not in REFUSED))
     for module in MODULES
-    for left_out in zip(*EXCLUSIVE, strict=True)
+    for names in (MOST, REST)
 ]
 
 

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from lit_ppo.device import exact_products
 from lit_ppo.experience import ModelInputs
-from lit_ppo.functional import to_device
+from lit_ppo.functional import random_projection, to_device
 from lit_ppo.generation.engine import Responses
 from lit_ppo.generation.transformers import generate
 from lit_ppo.models.family import check_causal, check_head, check_sampling
@@ -140,13 +140,26 @@ class Critic(_AlwaysEval):
             self.value_head.weight.copy_(torch.zeros_like(self.value_head.weight) if head is None else head)
             self.value_head.bias.zero_()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, *, target_mask: Tensor) -> Tensor:
-        """Values in float32; the arguments are the actor's.
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, *, target_mask: Tensor, n_states: int | None = None
+    ) -> Tensor:
+        """Values in float32; the other arguments are the actor's.
+
+        Args:
+            input_ids: Token ids.
+            attention_mask: True at real tokens.
+            target_mask: Mask of the last T tokens.
+            n_states: Return instead this many numbers D of the hidden states from which values are computed: all
+                H, or D random projections of them if there are more.
 
         Shapes:
-            input_ids, attention_mask (B, L), target_mask (B, T) -> (B, T), 0 where masked.
+            input_ids, attention_mask (B, L), target_mask (B, T) -> (B, T), or (B, T, D); 0 where masked.
         """
         states = states_before(self.backbone, input_ids, attention_mask, target_mask)
+        if n_states is not None:
+            states = random_projection(states.float(), n_states)
+            where = places(target_mask, states.device)
+            return torch.stack([spread(column, where, target_mask.shape) for column in states.unbind(1)], dim=-1)
         with torch.autocast(states.device.type, enabled=False):  # one number per token: exactness is cheap
             values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
         return spread(values.float(), places(target_mask, values.device), target_mask.shape)
@@ -182,6 +195,13 @@ def critic_forward(critic: Critic, inputs: ModelInputs, n_columns: int) -> Tenso
     """Values of the response tokens, (b, T); the arguments are those of :func:`actor_forward`."""
     ids, mask, target_mask = inputs
     return _widen(critic(ids, mask, target_mask=target_mask), n_columns)
+
+
+def states_forward(critic: Critic, inputs: ModelInputs, n_columns: int, n_states: int) -> Tensor:
+    """Hidden states of the critic, (b, T, D); see :meth:`Critic.forward`."""
+    ids, mask, target_mask = inputs
+    states: Tensor = critic(ids, mask, target_mask=target_mask, n_states=n_states)
+    return pad(states, (0, 0, 0, n_columns - states.shape[1]))
 
 
 def _widen(x: Tensor, n_columns: int) -> Tensor:

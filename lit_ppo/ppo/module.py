@@ -175,7 +175,7 @@ class LitPPO(L.LightningModule):
         build.check_critic(self, critic, advantages)
         self.evaluator, self.progress, self.own_engine = evaluate.Evaluator(), Progress(), TransformersEngine()
         self.rollouts = 0  # training rollouts so far: the number of the update in every random draw
-        self._built = self.actor_frozen = self.checkpoint_reference = False  # the last two are set by callbacks
+        self._built = self.actor_frozen = self.critic_frozen = self.checkpoint_reference = False  # callbacks set three
         self.sampling_difference: float | None = None
         self.loop: own_loop.OwnLoop | None = None  # after ``attach``, true while it runs
 
@@ -209,7 +209,7 @@ class LitPPO(L.LightningModule):
         fire(self, "on_rewards", experience)
         experience.advantages, experience.returns = self.advantages(experience)
         fire(self, "on_advantages", experience)
-        self.optimization.train_actor = not self.actor_frozen  # for all of this update
+        self.optimization.trained = {name for name in ("actor", "critic") if not getattr(self, f"{name}_frozen")}
         steps: list[dict[str, float]] = []
         n_steps = self.ppo_epochs * -(-len(experience.responses) // self.minibatch_size)
         minibatches = experience.minibatches(
@@ -288,6 +288,7 @@ class LitPPO(L.LightningModule):
     score, step_optimizers, only_actor = score_experience, optimize.step_optimizers, saved.only_actor
     actor_optimizer, backward_minibatch = property(optimize.actor_optimizer), optimize.backward_minibatch
     backward_on_text, loss_on_text, exact_kl = text_loss.backward_on_text, text_loss.loss_on_text, text_loss.exact_kl
+    critic_states = text_loss.critic_states
     save_pretrained, card, __init_subclass__ = saved.save_pretrained, saved.card, classmethod(saved.save_arguments_of)
     attach, step, on_before_batch_transfer = own_loop.attach, own_loop.step, own_loop.on_before_batch_transfer
     configure_model, configure_optimizers = build.configure_model, build.configure_optimizers

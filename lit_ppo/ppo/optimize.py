@@ -41,7 +41,7 @@ class Optimization:
         self.max_grad_norm = positive_or_none(owner, "max_grad_norm", max_grad_norm)
         self.max_skipped_steps = integer(owner, "max_skipped_steps", max_skipped_steps, at_least=0)
         self.skipped_steps = 0  # in a row
-        self.train_actor = True  # in the current update
+        self.trained = {"actor", "critic"}  # in the current update
         self.with_gradients: set[str] = set()  # in the current step
         self.built: dict[str, BuiltOptimizer] = {}
         self.resumed: tuple[dict[str, Any], list[Any]] | None = None  # settings and states, until training starts
@@ -105,9 +105,9 @@ class Optimization:
         """Step the schedules and count one global step, whether or not optimizers were stepped; free all gradients."""
         self.zero_gradients(module)  # rollout and scoring need the memory
         schedulers = module.lr_schedulers() or []
-        resting = None if self.train_actor else module.actor_optimizer
+        resting = [optimizer for name, optimizer in optimizers_of(module).items() if name not in self.trained]
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-            if scheduler.optimizer is not resting:
+            if scheduler.optimizer not in resting:
                 scheduler.step()
         progress = module.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
         progress.increment_ready()
@@ -172,10 +172,10 @@ def backward_minibatch(module: Any, minibatch: Minibatch) -> dict[str, float]:
     lengths = [n_prompt + n_response for n_prompt, n_response in minibatch.lengths]
     plan = my_micro_batches(lengths, **module.limits)
     micro_batches = list(minibatch.micro_batches(plan, module.trainer.world_size))
-    if optimization.train_actor:
+    if "actor" in optimization.trained:
         for micro in accumulate(micro_batches, module.trainer.strategy):
             _backward_actor(module, micro)
-    if module.critic is not None:
+    if module.critic is not None and "critic" in optimization.trained:
         for micro in accumulate(micro_batches, module.trainer.strategy):
             _backward_critic(module, micro)
     return optimization.clip(module, minibatch)

@@ -1,15 +1,15 @@
-"""Losses for callbacks: on text batches, for PTX and for measuring the alignment tax; the exact KL."""
+"""For callbacks: losses on text batches (PTX, alignment tax), the exact KL, the critic's hidden states."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_ppo.experience import Experience, rows_or_stand_in
+from lit_ppo.experience import Experience, ModelInputs, rows_or_stand_in
 from lit_ppo.functional import to_device
-from lit_ppo.models.actor_critic import Actor, actor_forward
+from lit_ppo.models.actor_critic import Actor, actor_forward, states_forward
 from lit_ppo.models.positions import token_limit
-from lit_ppo.parallel.ranks import my_micro_batches, n_ranks, sum_over_ranks
+from lit_ppo.parallel.ranks import map_forwards, my_micro_batches, n_ranks, sum_over_ranks
 from lit_ppo.ppo.optimize import accumulate, total_norm
 
 
@@ -130,3 +130,28 @@ def exact_kl(module: Any, minibatch: Experience) -> Tensor:
         head = module.reference(ids, mask, target_mask=target_mask, head_inputs=True)
     n_columns = minibatch.response_ids.shape[1]
     return actor_forward(module.actor, inputs, n_columns, module.temperature, kl_to=head)[1]
+
+
+@torch.no_grad()
+def critic_states(module: Any, experience: Experience, n_states: int) -> Tensor:
+    """Hidden states of the critic before each response token, the same on every rank.
+
+    Args:
+        module: The LitPPO.
+        experience: All rows.
+        n_states: Numbers D of each state: all H, or D random projections of them if there are more.
+
+    Shapes:
+        -> (B, T, D), float32, 0 where masked.
+    """
+    if module.critic is None:
+        raise ValueError("critic_states: there is no critic; give LitPPO one")
+    n_columns = experience.response_ids.shape[1]
+
+    def compute(inputs: ModelInputs) -> dict[str, Tensor]:
+        states = states_forward(module.critic, inputs, n_columns, n_states)
+        return {f"{number:06}": column for number, column in enumerate(states.unbind(-1))}
+
+    lengths = [n_prompt + n_response for n_prompt, n_response in experience.lengths]
+    columns = map_forwards(compute, experience, lengths, module.limits)
+    return torch.stack([columns[name] for name in sorted(columns)], dim=-1)

@@ -84,6 +84,8 @@ def test_defaults_are_those_of_the_source_or_the_page(name: str, defaults: dict[
         (callbacks.CriticWarmup(1, ppo_epochs=2), None, "ppo_epochs"),
         (callbacks.DualClip(), None, "clip_range"),
         (callbacks.KLLoss(0.5, "exact"), Toy, "exact_kl"),
+        (callbacks.LeastSquaresCritic(), None, "critic_frozen"),
+        (callbacks.LeastSquaresCritic(), Toy, "critic_states"),
         (callbacks.RejectionSampling(2), None, "samples_per_prompt"),
         (callbacks.ValueNormalization(), Critic, "rescale_head"),
     ],

@@ -116,7 +116,7 @@ class Toy(L.LightningModule):
         self.automatic_optimization = False
         self.episodes, self.minibatch_size, self.kl_per_response = episodes, minibatch_size, kl_per_response
         self.given_scores, self.longest, self.fires = scores, longest, fires
-        self.kl_coef, self.actor_frozen, self.checkpoint_reference = kl_coef, False, False
+        self.kl_coef, self.actor_frozen, self.critic_frozen, self.checkpoint_reference = kl_coef, False, False, False
         self.clip_range, self.ppo_epochs, self.samples_per_prompt = clip_range, ppo_epochs, samples_per_prompt
         with torch.random.fork_rng():
             torch.manual_seed(1)
@@ -224,7 +224,7 @@ class Toy(L.LightningModule):
             self.fire("on_actor_loss", micro, losses)
             self.backward_losses("actor", losses)
             self.sums["mean_entropy"] += float(micro.mean(micro.new_entropy.detach()))
-        if self.critic is not None:
+        if self.critic is not None and not self.critic_frozen:
             micro.new_values = self.critic(micro.features).squeeze(-1)
             losses = {"value": micro.mean(0.5 * (micro.new_values - micro.returns) ** 2)}
             self.fire("on_critic_loss", micro, losses)
@@ -242,6 +242,9 @@ class Toy(L.LightningModule):
         return float(nn.utils.get_total_norm([p.grad for p in self.actor.parameters() if p.grad is not None]))
 
     # ---- what callbacks ask for
+
+    def critic_states(self, experience: Rows, n_states: int) -> Tensor:
+        return experience.features[..., :n_states]
 
     @torch.no_grad()
     def rollout(self, prompts: Any, **kwargs: Any) -> Rows:

@@ -1,0 +1,139 @@
+"""Predict returns from a frozen critic by least squares instead of training the critic."""
+
+from array import array
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
+from lit_ppo.callbacks.checks import refuse_beside, require, require_model
+from lit_ppo.callbacks.critic_warmup import CriticWarmup
+from lit_ppo.callbacks.fields import present
+from lit_ppo.callbacks.value_clipping import ValueClipping
+from lit_ppo.callbacks.value_normalization import ValueNormalization
+from lit_ppo.constructor import constructor
+from lit_ppo.functional import POSITION_BINS, gae, prefix_features, ridge_weights
+from lit_ppo.validate import fraction, integer, positive
+
+FOLDS = 4  # a response's values come from the weights of earlier updates and of the other folds
+TOKENS = 16_384  # of which features exist at a time
+NAMES = ("gram", "moments")  # X^T X and X^T y of the regression
+LEAST_DEVIATION = 1e-6  # of a state that never changes
+
+
+class LeastSquaresCritic(PPOCallback):
+    """Solves for values by ridge regression on what a frozen critic reads, and never trains the critic.
+
+    Use it with ``LitPPO(critic="reward")``. A reward model knows from the first update what the score depends on; a
+    regression with one solution needs fewer responses than gradient steps to turn that into predicted returns. Better
+    values allow a small ``lam``, as ``GAE(lam=0.3)``: less noise in the advantages, for hardly any bias. Put it after
+    callbacks that change rewards.
+
+    Costs one more forward of the critic, and saves its backward, gradients and optimizer state.
+
+    The features of a prefix are the critic's value, the mean of its values since the prompt and the value of the
+    prompt, each with a coefficient for each position, and its hidden states. The regression weighs all updates so far,
+    recent ones most. No response helps to predict its own return, so advantages stay unbiased.
+
+    Args:
+        n_states: Numbers of each hidden state that are used: all, or random projections of wider states.
+        ridge: Penalty of their weights, as so many tokens that say 0. Larger is safer with few responses.
+        decay: Weight of the earlier updates at each update; 0.98 remembers about 50.
+
+    Reads ``experience.rewards``, ``values`` and ``group``; writes ``experience.values``. Sets
+    ``pl_module.critic_frozen``; needs ``critic_states`` on the module. ``value/explained_variance`` is that of the
+    solved values.
+    Source: this project, measured in ``docs/explanation/learning.md``; Hoerl and Kennard 1970,
+    https://doi.org/10.1080/00401706.1970.10488634 (ridge regression); Chernozhukov et al. 2018, arXiv:1608.00060
+    (predictions of a part from fits to the other parts).
+    """
+
+    reads = ("values", "rewards", "response_mask", "group")
+
+    @constructor
+    def __init__(self, n_states: int = 256, ridge: float = 1000.0, decay: float = 0.98) -> None:
+        self.n_states = integer(self, "n_states", n_states)
+        self.ridge = positive(self, "ridge", ridge)
+        self.decay = fraction(self, "decay", decay)
+        self._sums: dict[str, Tensor] = {}  # of all updates; empty before the first
+        self._longest = 1  # response, tokens
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        require(self, pl_module, "critic_frozen", "critic_states")
+        others = (LeastSquaresCritic, CriticWarmup, ValueClipping, ValueNormalization)
+        refuse_beside(self, trainer, *others, why="the critic is not trained, and its values are solved for")
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        require_model(self, pl_module, "critic")
+        pl_module.critic_frozen = True
+
+    @torch.no_grad()
+    def on_rewards(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
+        values, mask = present(experience, "values"), experience.response_mask
+        states = pl_module.critic_states(experience, self.n_states)
+        gamma = getattr(getattr(pl_module, "advantages", None), "gamma", 1.0)
+        returns = gae(experience.rewards, torch.zeros_like(values), mask, gamma, lam=1.0)[1]
+        folds = [(experience.group % FOLDS == fold).nonzero().squeeze(1) for fold in range(FOLDS)]
+        with torch.autocast(values.device.type, enabled=False):  # sums of bfloat16 products would not do
+            solved = self._solve(values, states, returns, mask, folds)
+        experience.values = solved.masked_fill(~mask, 0.0)
+
+    def _solve(self, values: Tensor, states: Tensor, returns: Tensor, mask: Tensor, folds: list[Tensor]) -> Tensor:
+        """Values of all rows, each fold's from all others; remembers the sums."""
+        self._longest = max(self._longest, mask.shape[1])
+        self._begin(states[mask])
+        mean, deviation = (self._sums[name].to(states) for name in ("mean", "deviation"))
+
+        def features(rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+            for some in rows.split(max(1, TOKENS // mask.shape[1])):
+                yield some, prefix_features(values[some], (states[some] - mean) / deviation, self._longest)
+
+        sums = [self._sums_of(features(rows), returns, mask) for rows in folds]
+        gram, moments = (sum((parts[i] for parts in sums), self._sums[name]) for i, name in enumerate(NAMES))
+        solved = torch.zeros_like(values)
+        for rows, (own_gram, own_moments) in zip(folds, sums, strict=True):
+            weights = ridge_weights(gram - own_gram, moments - own_moments, self._penalties(len(moments)))
+            for some, x in features(rows):
+                solved[some] = x @ weights.to(x)
+        self._sums |= {"gram": self.decay * gram, "moments": self.decay * moments}
+        return solved
+
+    def _begin(self, states: Tensor) -> None:
+        """Standardise states by the first update's, from then on."""
+        if not self._sums:
+            n_features = 4 * POSITION_BINS + 2 * states.shape[1]
+            deviation = states.std(0, correction=0).clamp(min=LEAST_DEVIATION)
+            self._sums = {"mean": states.mean(0).cpu().double(), "deviation": deviation.cpu().double()}
+            self._sums["gram"] = torch.zeros(n_features, n_features, dtype=torch.float64)
+            self._sums["moments"] = torch.zeros(n_features, dtype=torch.float64)
+
+    def _sums_of(
+        self, features: Iterator[tuple[Tensor, Tensor]], returns: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Sums over the tokens of some rows."""
+        gram, moments = (torch.zeros_like(self._sums[name]) for name in NAMES)
+        for rows, x in features:
+            x, y = x[mask[rows]], returns[rows][mask[rows]]
+            gram += (x.T @ x).cpu()
+            moments += (x.T @ y).cpu()
+        return gram, moments
+
+    def _penalties(self, n_features: int) -> Tensor:
+        """One token for what depends on the position, of which there are few numbers; ``ridge`` for states."""
+        penalties = torch.full((n_features,), self.ridge, dtype=torch.float64)
+        penalties[: 4 * POSITION_BINS] = 1.0
+        return penalties
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums as bytes: lists of a million numbers would be slow to save."""
+        sums = {name: x.double().numpy().tobytes() for name, x in self._sums.items()}
+        return {"sums": sums, "longest": self._longest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        sums = {name: torch.tensor(array("d", x), dtype=torch.float64) for name, x in state_dict["sums"].items()}
+        self._sums, self._longest = sums, state_dict["longest"]
+        if sums:
+            self._sums["gram"] = sums["gram"].view(len(sums["moments"]), -1)
