@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside, require, require_model
@@ -15,7 +16,7 @@ from lit_ppo.callbacks.fields import present
 from lit_ppo.callbacks.value_clipping import ValueClipping
 from lit_ppo.callbacks.value_normalization import ValueNormalization
 from lit_ppo.constructor import constructor
-from lit_ppo.functional import POSITION_BINS, gae, prefix_features, ridge_weights
+from lit_ppo.functional import gae, position_bins, prefix_features, ridge_weights
 from lit_ppo.validate import fraction, integer, positive
 
 FOLDS = 4  # a response's values come from the weights of earlier updates and of the other folds
@@ -83,8 +84,7 @@ class LeastSquaresCritic(PPOCallback):
 
     def _solve(self, values: Tensor, states: Tensor, returns: Tensor, mask: Tensor, folds: list[Tensor]) -> Tensor:
         """Values of all rows, each fold's from all others; remembers the sums."""
-        self._longest = max(self._longest, mask.shape[1])
-        self._begin(states[mask])
+        self._begin(states[mask], mask.shape[1])
         mean, deviation = (self._sums[name].to(states) for name in ("mean", "deviation"))
 
         def features(rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -95,20 +95,23 @@ class LeastSquaresCritic(PPOCallback):
         gram, moments = (sum((parts[i] for parts in sums), self._sums[name]) for i, name in enumerate(NAMES))
         solved = torch.zeros_like(values)
         for rows, (own_gram, own_moments) in zip(folds, sums, strict=True):
-            weights = ridge_weights(gram - own_gram, moments - own_moments, self._penalties(len(moments)))
+            weights = ridge_weights(gram - own_gram, moments - own_moments, self._penalties(len(moments), len(mean)))
             for some, x in features(rows):
                 solved[some] = x @ weights.to(x)
         self._sums |= {"gram": self.decay * gram, "moments": self.decay * moments}
         return solved
 
-    def _begin(self, states: Tensor) -> None:
-        """Standardise states by the first update's, from then on."""
+    def _begin(self, states: Tensor, n: int) -> None:
+        """Standardise states by the first update's, from then on; make room for longer responses."""
+        self._longest = max(self._longest, n)
         if not self._sums:
-            n_features = 4 * POSITION_BINS + 2 * states.shape[1]
             deviation = states.std(0, correction=0).clamp(min=LEAST_DEVIATION)
             self._sums = {"mean": states.mean(0).cpu().double(), "deviation": deviation.cpu().double()}
-            self._sums["gram"] = torch.zeros(n_features, n_features, dtype=torch.float64)
-            self._sums["moments"] = torch.zeros(n_features, dtype=torch.float64)
+            self._sums |= {"gram": torch.zeros(0, 0).double(), "moments": torch.zeros(0).double()}
+        n_features = 2 * states.shape[1] + 4 * (int(position_bins(self._longest)[-1]) + 1)
+        more = n_features - len(self._sums["moments"])
+        self._sums["gram"] = pad(self._sums["gram"], (0, more, 0, more))
+        self._sums["moments"] = pad(self._sums["moments"], (0, more))
 
     def _sums_of(
         self, features: Iterator[tuple[Tensor, Tensor]], returns: Tensor, mask: Tensor
@@ -121,10 +124,10 @@ class LeastSquaresCritic(PPOCallback):
             moments += (x.T @ y).cpu()
         return gram, moments
 
-    def _penalties(self, n_features: int) -> Tensor:
-        """One token for what depends on the position, of which there are few numbers; ``ridge`` for states."""
-        penalties = torch.full((n_features,), self.ridge, dtype=torch.float64)
-        penalties[: 4 * POSITION_BINS] = 1.0
+    def _penalties(self, n_features: int, n_states: int) -> Tensor:
+        """``ridge`` for states; one token for what depends on the position, of which there are few numbers."""
+        penalties = torch.ones(n_features, dtype=torch.float64)
+        penalties[: 2 * n_states] = self.ridge
         return penalties
 
     def state_dict(self) -> dict[str, Any]:

@@ -697,7 +697,7 @@ def position_bins(n: int) -> Tensor:
 def prefix_features(values: Tensor, states: Tensor, longest: int) -> Tensor:
     r"""What least squares predicts returns from, before each response token.
 
-    .. math:: x_t = \big(e_{b(t)} \otimes (1, V_t, \bar V_t, V_0), \; (1 - t / L)\, h_t, \; h_t\big), \quad
+    .. math:: x_t = \big((1 - t / L)\, h_t, \; h_t, \; e_{b(t)} \otimes (1, V_t, \bar V_t, V_0)\big), \quad
         \bar V_t = \frac{1}{t} \sum_{u=1}^t V_u
 
     with a one-hot vector e of the bin b(t) of the position. So a frozen critic's value, its mean since the prompt and
@@ -706,23 +706,23 @@ def prefix_features(values: Tensor, states: Tensor, longest: int) -> Tensor:
     Args:
         values: A frozen critic's, V.
         states: Its hidden states, standardised, h.
-        longest: Tokens of the longest response, L.
+        longest: Tokens of the longest response, L, at least T.
 
     Shapes:
-        values (B, T), states (B, T, D) -> (B, T, 4 * POSITION_BINS + 2 D).
+        values (B, T), states (B, T, D) -> (B, T, 2 D + 4 bins), with the bins of L positions.
 
     >>> x = prefix_features(torch.tensor([[2.0, 4.0, 8.0]]), torch.ones(1, 3, 1), longest=4)
-    >>> x[0, 2, 8:12], x[0, 2, -2:]  # of the third bin: 1, 8, the mean of 4 and 8, 2
-    (tensor([1., 8., 6., 2.]), tensor([0.5000, 1.0000]))
+    >>> x[0, 2]  # of the third of four bins: 1, 8, the mean of 4 and 8, 2
+    tensor([0.5000, 1.0000, 0.0000, 0.0000, 0.0000, 0.0000, 0.0000, 0.0000, 0.0000,
+            0.0000, 1.0000, 8.0000, 6.0000, 2.0000, 0.0000, 0.0000, 0.0000, 0.0000])
     """
     n_rows, n = values.shape
-    positions = torch.arange(n, device=values.device)
+    bins, positions = position_bins(longest), torch.arange(n, device=values.device)
     means = (values.cumsum(1) - values[:, :1]) / positions.clamp(min=1)
     numbers = torch.stack([torch.ones_like(values), values, means, values[:, :1].expand_as(values)], dim=-1)
-    placed = values.new_zeros(n_rows, n, POSITION_BINS, numbers.shape[-1])
-    placed[:, positions, position_bins(n).to(values.device)] = numbers
-    left = (1.0 - positions / longest).clamp(min=0.0)
-    return torch.cat([placed.flatten(2), states * left[:, None], states], dim=-1)
+    placed = values.new_zeros(n_rows, n, int(bins[-1]) + 1, numbers.shape[-1])
+    placed[:, positions, bins[:n].to(values.device)] = numbers
+    return torch.cat([states * (1.0 - positions / longest)[:, None], states, placed.flatten(2)], dim=-1)
 
 
 def ridge_weights(gram: Tensor, moments: Tensor, ridge: Tensor) -> Tensor:
@@ -743,8 +743,8 @@ def ridge_weights(gram: Tensor, moments: Tensor, ridge: Tensor) -> Tensor:
     >>> ridge_weights(torch.tensor([[4.0]]), torch.tensor([10.0]), torch.tensor([1.0]))
     tensor([2.])
     """
-    weights: Tensor = torch.linalg.solve(gram + torch.diag(ridge), moments)
-    return weights
+    factor = torch.linalg.cholesky(gram + torch.diag(ridge))
+    return torch.cholesky_solve(moments.unsqueeze(1), factor).squeeze(1)
 
 
 def adaptive_kl_coef(

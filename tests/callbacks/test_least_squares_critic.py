@@ -1,6 +1,7 @@
 """LeastSquaresCritic against least squares by the definition, in NumPy."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,13 +44,15 @@ def by_definition(experiences: list[Any], raw: list[np.ndarray], ridge: float, d
     first = experiences[0]
     seen = first.features.numpy()[first.response_mask.numpy()].astype(np.float64)
     mean, deviation = seen.mean(0), seen.std(0)
-    longest = first.response_mask.shape[1]
+    widths = [experience.response_mask.shape[1] for experience in experiences]
+    n_bins = max(widths)
     rows, targets, weights, owners = [], [], [], []
     for age, (experience, values) in enumerate(zip(reversed(experiences), reversed(raw), strict=True)):
         lengths = experience.response_mask.sum(1).tolist()
+        longest = max(widths[: len(widths) - age])
         for i, length in enumerate(lengths):
             for t in range(length):
-                x = np.zeros((longest, 4))
+                x = np.zeros((n_bins, 4))
                 so_far = values[i, 1 : t + 1]
                 x[t] = [1.0, values[i, t], so_far.mean() if t else 0.0, values[i, 0]]
                 h = (experience.features[i, t].numpy() - mean) / deviation
@@ -58,7 +61,7 @@ def by_definition(experiences: list[Any], raw: list[np.ndarray], ridge: float, d
                 weights.append(decay**age)
                 owners.append((age, i, t, int(experience.group[i]) % 4))
     x, y, w = np.array(rows), np.array(targets), np.sqrt(weights)
-    penalty = np.diag(np.sqrt([1.0] * (4 * longest) + [ridge] * (x.shape[1] - 4 * longest)))
+    penalty = np.diag(np.sqrt([1.0] * (4 * n_bins) + [ridge] * (x.shape[1] - 4 * n_bins)))
     solved = np.zeros(experiences[-1].response_mask.shape)
     for fold in range(4):
         others = np.array([age > 0 or of != fold for age, _, _, of in owners])
@@ -78,6 +81,26 @@ def test_values_are_the_least_squares_solution_of_the_other_folds_and_earlier_up
     module = run_updates([keep, LeastSquaresCritic(ridge=3.0, decay=0.7)], updates, episodes=12)
     expected = by_definition(module.experiences, raw, ridge=3.0, decay=0.7)
     np.testing.assert_allclose(module.experiences[-1].values.numpy(), expected, rtol=1e-3, atol=1e-4)  # float32 sums
+
+
+def test_responses_may_become_longer_and_a_resumed_run_knows_the_shorter_ones():
+    random, experiences = torch.Generator().manual_seed(0), []
+    for n in (3, 5, 4):
+        lengths = torch.arange(12) % n + 1
+        numbers = {name: torch.randn(12, n, generator=random) for name in ("values", "rewards")}
+        states = torch.randn(12, n, 2, generator=random)
+        mask = torch.arange(n) < lengths[:, None]
+        experiences.append(SimpleNamespace(response_mask=mask, features=states, group=torch.arange(12), **numbers))
+    raw = [experience.values.numpy() for experience in experiences]
+    critic = LeastSquaresCritic(ridge=3.0, decay=0.7)
+    module: Any = SimpleNamespace(critic_states=lambda experience, n_states: experience.features)
+    for number, experience in enumerate(experiences):
+        if number:  # as after a resume
+            saved, critic = critic.state_dict(), LeastSquaresCritic(ridge=3.0, decay=0.7)
+            critic.load_state_dict(saved)
+        critic.on_rewards(None, module, experience)  # type: ignore[arg-type]
+        solved = by_definition(experiences[: number + 1], raw[: number + 1], ridge=3.0, decay=0.7)
+        np.testing.assert_allclose(experience.values.numpy(), solved, rtol=1e-3, atol=1e-4)
 
 
 def test_the_critic_is_not_trained():
