@@ -117,9 +117,10 @@ def test_gradients_of_a_tiny_job(lm: Path):
     prompts = [" ".join(WORDS[i : i + 3]) for i in range(24)]
     found = measure(module, prompts, 4, [1.0 - 1e-9, 1.0], {"episodes": 12, "rate": 0.05, "passes": 3})
     assert found["batches"] == 3
-    assert found["r_squared"][0] < 0  # worse than the mean, which is not 0
-    assert found["r_squared"][0] != found["r_squared"][1]
-    assert found["lam"]["1.0"]["cosine"] == pytest.approx(found["lam"][str(1.0 - 1e-9)]["cosine"], rel=1e-3)
+    assert found["r_squared"]["start"] < 0  # worse than the mean, which is not 0
+    assert len({*found["r_squared"].values()}) == 3
+    for rows in found["lam"].values():
+        assert rows["1.0"]["cosine"] == pytest.approx(rows[str(1.0 - 1e-9)]["cosine"], rel=1e-3)
 
 
 class Letters:

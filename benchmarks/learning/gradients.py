@@ -1,8 +1,9 @@
 """How well advantages point the actor's gradient: ``python -m benchmarks.learning.gradients FOLDER --data_root DIR``.
 
-At the start of a run, for each ``lam`` of GAE, with a critic that starts as the reward model and has made some passes:
-the gradient of batches of responses, compared with the gradient of the true return (``lam`` 1), which has no bias.
-Averages over pairs of different batches cancel the noise, so none of the numbers needs a long run.
+At the start of a run, for each ``lam`` of GAE: the gradient of batches of responses, compared with the gradient of the
+true return (``lam`` 1), which has no bias. Values come from a critic that starts as the reward model and has made some
+passes, and from ``LeastSquaresCritic`` with the reward model as it is. Averages over pairs of different batches cancel
+the noise, so none of the numbers needs a long run.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from torch import Tensor
 from benchmarks.learning.run import commit
 from benchmarks.learning.task import MODELS, RESULTS, ROWS, make_scorer, training_prompts
 from lit_ppo import LitPPO
+from lit_ppo.callbacks import LeastSquaresCritic
 from lit_ppo.experience import Experience
 from lit_ppo.functional import gae, token_rewards, value_loss
 from lit_ppo.models.actor_critic import actor_forward, critic_forward
@@ -54,9 +56,10 @@ def _pairs(a: Tensor, b: Tensor) -> float:
 
 
 def rolled_out(module: Any, prompts: list[str], stream: str) -> Experience:
-    """One response to each prompt, with scores."""
+    """One response to each prompt, with scores and token rewards."""
     experience: Experience = module.rollout(prompts, samples_per_prompt=1, logprobs=False, stream=stream)
-    experience.scores = module.score(experience)
+    experience.scores, mask = module.score(experience), experience.response_mask
+    experience.rewards = token_rewards(experience.scores, torch.zeros(mask.shape), mask, kl_coef=0.0)
     return experience
 
 
@@ -90,13 +93,12 @@ def train_critic(module: Any, experience: Experience, rate: float, passes: int) 
 
 
 def gradients(module: Any, batches: list[Experience], lams: list[float]) -> dict[float, Tensor]:
-    """The gradient of each batch with each ``lam``, (G, D)."""
+    """The gradient of each batch with its values and each ``lam``, (G, D)."""
     parameters = [p for p in module.actor.parameters() if p.requires_grad]
     found = {lam: torch.zeros(len(batches), sum(p.numel() for p in parameters)) for lam in lams}
     for number, batch in enumerate(batches):
-        values, mask = values_of(module, batch), batch.response_mask
-        rewards = token_rewards(batch.scores, torch.zeros_like(values), mask, kl_coef=0.0)
-        advantages = {lam: gae(rewards, values, mask, 1.0, lam)[0] for lam in lams}
+        mask = batch.response_mask
+        advantages = {lam: gae(batch.rewards, batch.values, mask, 1.0, lam)[0] for lam in lams}
         for rows in chunks(len(batch)):
             inputs = batch.select(rows).model_inputs()
             logprobs = actor_forward(module.actor, inputs, mask.shape[1], module.temperature)[0]
@@ -118,18 +120,27 @@ def measure(module: Any, prompts: list[str], batch: int, lams: list[float], crit
         critic: ``episodes``, ``rate`` and ``passes``.
     """
     n = critic["episodes"]
+    first = rolled_out(module, prompts[:n], "critic")
     batches = [rolled_out(module, prompts[i : i + batch], f"batch/{i}") for i in range(n, len(prompts), batch)]
-    explained = [_explained(module, batches)]
-    train_critic(module, rolled_out(module, prompts[:n], "critic"), critic["rate"], critic["passes"])
-    explained.append(_explained(module, batches))
-    found = gradients(module, batches, lams)
-    rows = {str(lam): quality(gradient, found[lams[-1]]) for lam, gradient in found.items()}
+    solver, explained, rows = LeastSquaresCritic(), {}, {}
+    for experience in (first, *batches):
+        experience.values = values_of(module, experience)
+    explained["start"] = _explained(batches)
+    for experience in (first, *batches):
+        solver.on_rewards(None, module, experience)  # type: ignore[arg-type]
+    explained["least_squares"], least_squares = _explained(batches), gradients(module, batches, lams)
+    train_critic(module, first, critic["rate"], critic["passes"])
+    for experience in batches:
+        experience.values = values_of(module, experience)
+    explained["critic"], trained = _explained(batches), gradients(module, batches, lams)
+    for name, found in (("critic", trained), ("least_squares", least_squares)):
+        rows[name] = {str(lam): quality(gradient, trained[lams[-1]]) for lam, gradient in found.items()}
     return {"critic": critic, "r_squared": explained, "responses": batch, "batches": len(batches), "lam": rows}
 
 
-def _explained(module: Any, batches: list[Experience]) -> float:
+def _explained(batches: list[Experience]) -> float:
     """R² of the values: 1 is perfect, 0 the mean score's, below 0 worse."""
-    values = torch.cat([values_of(module, batch) for batch in batches])
+    values = torch.cat([batch.values for batch in batches])  # type: ignore[misc]
     mask = torch.cat([batch.response_mask for batch in batches])
     scores = torch.cat([batch.scores for batch in batches])[:, None].expand_as(values)[mask]
     return float(1 - (scores - values[mask]).square().mean() / scores.var(correction=0))
@@ -160,7 +171,7 @@ def main() -> None:
     )
     critic = {"episodes": asked.critic_episodes, "rate": 5e-4, "passes": asked.critic_passes}
     prompts = training_prompts(asked.data_root, critic["episodes"] + 128 * asked.batches)
-    found = measure(module, prompts, 128, [0.0, 0.5, 0.8, 0.95, 1.0], critic)
+    found = measure(module, prompts, 128, [0.0, 0.3, 0.5, 0.8, 0.95, 1.0], critic)
     facts = {"commit": commit(), "max_new_tokens": asked.max_new_tokens, "aggregation": asked.aggregation}
     file = asked.results / "gradients.json"
     file.write_text(json.dumps(facts | found, indent=1) + "\n")
