@@ -123,6 +123,14 @@ class PPOModule(Protocol):
         """(B, T, D) hidden states of the critic before each response token, D of them at most ``n_states``."""
         ...
 
+    def sample_actions(self, experience: Any, n: int, n_states: int) -> dict[str, Tensor]:
+        """Other tokens at each place, (B, T, n), as :meth:`lit_ppo.LitPPO.sample_actions` gives them."""
+        ...
+
+    def action_logprobs(self, minibatch: Any, actions: Tensor) -> Tensor:
+        """(B, T, n) log-probs of other tokens, differentiable."""
+        ...
+
     def backward_on_text(self, batch: Any, coef: float) -> tuple[float, float]:
         """Backward of ``coef`` times the next-token loss on text, the same on every rank: its loss, its gradient norm.
 

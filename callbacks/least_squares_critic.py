@@ -16,7 +16,7 @@ from lit_ppo.callbacks.fields import present
 from lit_ppo.callbacks.value_clipping import ValueClipping
 from lit_ppo.callbacks.value_normalization import ValueNormalization
 from lit_ppo.constructor import constructor
-from lit_ppo.functional import gae, position_bins, prefix_features, ridge_weights
+from lit_ppo.functional import gae, means_so_far, position_bins, prefix_features, ridge_weights
 from lit_ppo.validate import fraction, integer, positive
 
 FOLDS = 4  # a response's values come from the weights of earlier updates and of the other folds
@@ -60,7 +60,10 @@ class LeastSquaresCritic(PPOCallback):
         self.ridge = positive(self, "ridge", ridge)
         self.decay = fraction(self, "decay", decay)
         self._sums: dict[str, Tensor] = {}  # of all updates; empty before the first
-        self._longest = 1  # response, tokens
+        self.longest = 1  # response, tokens
+        self._raw: Tensor = torch.empty(0)  # the critic's values of this update, its folds, and their weights
+        self._folds: list[Tensor] = []
+        self._weights: list[Tensor] = []
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         require(self, pl_module, "critic_frozen", "critic_states")
@@ -85,30 +88,62 @@ class LeastSquaresCritic(PPOCallback):
     def _solve(self, values: Tensor, states: Tensor, returns: Tensor, mask: Tensor, folds: list[Tensor]) -> Tensor:
         """Values of all rows, each fold's from all others; remembers the sums."""
         self._begin(states[mask], mask.shape[1])
-        mean, deviation = (self._sums[name].to(states) for name in ("mean", "deviation"))
+        self._raw, self._folds = values, folds
+        positions = torch.arange(mask.shape[1], device=values.device).expand_as(mask)
+        means = means_so_far(values)
 
         def features(rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             for some in rows.split(max(1, TOKENS // mask.shape[1])):
-                yield some, prefix_features(values[some], (states[some] - mean) / deviation, self._longest)
+                yield some, self._features(some, values[some], means[some], states[some], positions[some])
 
         sums = [self._sums_of(features(rows), returns, mask) for rows in folds]
         gram, moments = (sum((parts[i] for parts in sums), self._sums[name]) for i, name in enumerate(NAMES))
-        solved = torch.zeros_like(values)
+        self._weights, solved = [], torch.zeros_like(values)
         for rows, (own_gram, own_moments) in zip(folds, sums, strict=True):
-            weights = ridge_weights(gram - own_gram, moments - own_moments, self._penalties(len(moments), len(mean)))
+            weights = ridge_weights(gram - own_gram, moments - own_moments, self._penalties(len(moments)))
+            self._weights.append(weights)
             for some, x in features(rows):
                 solved[some] = x @ weights.to(x)
         self._sums |= {"gram": self.decay * gram, "moments": self.decay * moments}
         return solved
 
+    @torch.no_grad()
+    def values_after(self, values: Tensor, states: Tensor) -> Tensor:
+        """Values of prefixes that end with other tokens than this update's responses have there.
+
+        Args:
+            values: The frozen critic's after the other tokens.
+            states: Its states there.
+
+        Shapes:
+            (B, T, n), (B, T, n, D) -> (B, T, n); as at the place before where there is no place behind the token.
+        """
+        t = torch.arange(values.shape[1], device=values.device)
+        sums = (self._raw.cumsum(1) - self._raw[:, :1]).unsqueeze(-1)
+        means = (sums + values) / (t + 1).unsqueeze(-1)
+        positions = (t + 1).clamp(max=self.longest - 1).unsqueeze(-1).expand_as(values)
+        found = torch.zeros_like(values)
+        with torch.autocast(values.device.type, enabled=False):
+            for rows, weights in zip(self._folds, self._weights, strict=True):
+                for some in rows.split(max(1, TOKENS // values[0].numel())):
+                    x = self._features(some, values[some], means[some], states[some], positions[some])
+                    found[some] = x @ weights.to(x)
+        return found
+
+    def _features(self, rows: Tensor, values: Tensor, means: Tensor, states: Tensor, positions: Tensor) -> Tensor:
+        """Features of prefixes of some rows; (b, T, ...) each."""
+        mean, deviation = (self._sums[name].to(states) for name in ("mean", "deviation"))
+        prompt = self._raw[rows, :1].view(-1, *[1] * (values.dim() - 1)).expand_as(values)
+        return prefix_features(values, means, prompt, (states - mean) / deviation, positions, self.longest)
+
     def _begin(self, states: Tensor, n: int) -> None:
         """Standardise states by the first update's, from then on; make room for longer responses."""
-        self._longest = max(self._longest, n)
+        self.longest = max(self.longest, n)
         if not self._sums:
             deviation = states.std(0, correction=0).clamp(min=LEAST_DEVIATION)
             self._sums = {"mean": states.mean(0).cpu().double(), "deviation": deviation.cpu().double()}
             self._sums |= {"gram": torch.zeros(0, 0).double(), "moments": torch.zeros(0).double()}
-        n_features = 2 * states.shape[1] + 4 * (int(position_bins(self._longest)[-1]) + 1)
+        n_features = 2 * states.shape[1] + 4 * (int(position_bins(self.longest)[-1]) + 1)
         more = n_features - len(self._sums["moments"])
         self._sums["gram"] = pad(self._sums["gram"], (0, more, 0, more))
         self._sums["moments"] = pad(self._sums["moments"], (0, more))
@@ -124,19 +159,19 @@ class LeastSquaresCritic(PPOCallback):
             moments += (x.T @ y).cpu()
         return gram, moments
 
-    def _penalties(self, n_features: int, n_states: int) -> Tensor:
+    def _penalties(self, n_features: int) -> Tensor:
         """``ridge`` for states; one token for what depends on the position, of which there are few numbers."""
         penalties = torch.ones(n_features, dtype=torch.float64)
-        penalties[: 2 * n_states] = self.ridge
+        penalties[: 2 * len(self._sums["mean"])] = self.ridge
         return penalties
 
     def state_dict(self) -> dict[str, Any]:
         """Sums as bytes: lists of a million numbers would be slow to save."""
         sums = {name: x.double().numpy().tobytes() for name, x in self._sums.items()}
-        return {"sums": sums, "longest": self._longest}
+        return {"sums": sums, "longest": self.longest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         sums = {name: torch.tensor(array("d", x), dtype=torch.float64) for name, x in state_dict["sums"].items()}
-        self._sums, self._longest = sums, state_dict["longest"]
+        self._sums, self.longest = sums, state_dict["longest"]
         if sums:
             self._sums["gram"] = sums["gram"].view(len(sums["moments"]), -1)

@@ -694,35 +694,101 @@ def position_bins(n: int) -> Tensor:
     return torch.where(positions < 16, positions, 16 + 8 * doublings + within).clamp(max=POSITION_BINS - 1)
 
 
-def prefix_features(values: Tensor, states: Tensor, longest: int) -> Tensor:
-    r"""What least squares predicts returns from, before each response token.
+def means_so_far(values: Tensor) -> Tensor:
+    r"""The mean of a response's values since the prompt's, at each token.
 
-    .. math:: x_t = \big((1 - t / L)\, h_t, \; h_t, \; e_{b(t)} \otimes (1, V_t, \bar V_t, V_0)\big), \quad
-        \bar V_t = \frac{1}{t} \sum_{u=1}^t V_u
+    .. math:: \bar V_t = \frac{1}{t} \sum_{u=1}^t V_u, \quad \bar V_0 = 0
+
+    Shapes:
+        (B, T) -> (B, T).
+
+    >>> means_so_far(torch.tensor([[2.0, 4.0, 8.0]]))
+    tensor([[0., 4., 6.]])
+    """
+    return (values.cumsum(1) - values[:, :1]) / torch.arange(values.shape[1], device=values.device).clamp(min=1)
+
+
+def prefix_features(
+    values: Tensor, means: Tensor, prompt_values: Tensor, states: Tensor, positions: Tensor, longest: int
+) -> Tensor:
+    r"""What least squares predicts the return after a prefix of t response tokens from.
+
+    .. math:: x = \big((1 - t / L)\, h, \; h, \; e_{b(t)} \otimes (1, V_t, \bar V_t, V_0)\big)
 
     with a one-hot vector e of the bin b(t) of the position. So a frozen critic's value, its mean since the prompt and
     the value of the prompt have coefficients for each bin. Its hidden states have coefficients that are linear in t.
 
     Args:
-        values: A frozen critic's, V.
-        states: Its hidden states, standardised, h.
-        longest: Tokens of the longest response, L, at least T.
+        values: A frozen critic's after the prefix.
+        means: See :func:`means_so_far`.
+        prompt_values: After the prompt alone.
+        states: The critic's hidden states after the prefix, standardised, h.
+        positions: Response tokens of the prefix, t, below L.
+        longest: Tokens of the longest response, L.
 
     Shapes:
-        values (B, T), states (B, T, D) -> (B, T, 2 D + 4 bins), with the bins of L positions.
+        (...) each, states (..., D) -> (..., 2 D + 4 bins), with the bins of L positions.
 
-    >>> x = prefix_features(torch.tensor([[2.0, 4.0, 8.0]]), torch.ones(1, 3, 1), longest=4)
-    >>> x[0, 2]  # of the third of four bins: 1, 8, the mean of 4 and 8, 2
+    >>> numbers = [torch.tensor(x) for x in (8.0, 6.0, 2.0, [1.0])]
+    >>> prefix_features(*numbers, torch.tensor(2), longest=4)  # the third of four bins
     tensor([0.5000, 1.0000, 0.0000, 0.0000, 0.0000, 0.0000, 0.0000, 0.0000, 0.0000,
             0.0000, 1.0000, 8.0000, 6.0000, 2.0000, 0.0000, 0.0000, 0.0000, 0.0000])
     """
-    n_rows, n = values.shape
-    bins, positions = position_bins(longest), torch.arange(n, device=values.device)
-    means = (values.cumsum(1) - values[:, :1]) / positions.clamp(min=1)
-    numbers = torch.stack([torch.ones_like(values), values, means, values[:, :1].expand_as(values)], dim=-1)
-    placed = values.new_zeros(n_rows, n, int(bins[-1]) + 1, numbers.shape[-1])
-    placed[:, positions, bins[:n].to(values.device)] = numbers
-    return torch.cat([states * (1.0 - positions / longest)[:, None], states, placed.flatten(2)], dim=-1)
+    bins = position_bins(longest).to(positions.device)
+    numbers = torch.stack([torch.ones_like(values), values, means, prompt_values], dim=-1)
+    own = bins[positions].unsqueeze(-1) == torch.arange(int(bins[-1]) + 1, device=positions.device)
+    placed = own.unsqueeze(-1) * numbers.unsqueeze(-2)
+    left = (1.0 - positions / longest).unsqueeze(-1)
+    return torch.cat([states * left, states, placed.flatten(-2)], dim=-1)
+
+
+def counterfactual_advantages(
+    values: Tensor,
+    values_after: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    *,
+    kl_coef: float,
+    kind: KLEstimator = "k1",
+    gamma: float = 1.0,
+) -> Tensor:
+    r"""Advantages of other tokens in place of those of a response, one step ahead.
+
+    .. math:: A(s_t, a) = -\beta\, KL_a + \gamma V(s_t a) - V(s_t)
+
+    Args:
+        values: Of the prefixes, V(s).
+        values_after: Of the prefixes with each other token behind them, V(s a).
+        logprobs: Of the other tokens, by the policy.
+        ref_logprobs: By the reference; None: no KL.
+        kl_coef: Weight of the KL, beta.
+        kind: Estimator of the KL.
+        gamma: Discount per token.
+
+    Shapes:
+        values (B, T), the others (B, T, n) -> (B, T, n).
+
+    >>> one = torch.ones(1, 1, 1)
+    >>> counterfactual_advantages(torch.tensor([[2.0]]), 3.5 * one, -1.0 * one, -3.0 * one, kl_coef=0.25)  # KL 2
+    tensor([[[1.]]])
+    """
+    advantages = gamma * values_after - values.unsqueeze(-1)
+    return advantages if ref_logprobs is None else advantages - kl_coef * kl_estimate(logprobs, ref_logprobs, kind)
+
+
+def affine_map(x: Tensor, y: Tensor) -> tuple[float, float]:
+    r"""Factor and shift with which :math:`y = a x + b`, where y was made from x in this way.
+
+    .. math:: a = \mathrm{cov}(x, y) / \mathrm{var}(x), \quad b = \bar y - a \bar x; \quad a = 1 \text{ if all } x
+        \text{ are equal}
+
+    >>> affine_map(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([5.0, 7.0, 11.0]))
+    (2.0, 3.0)
+    """
+    x, y = x.double().cpu(), y.double().cpu()
+    variance = float((x - x.mean()).square().sum())
+    factor = float((x - x.mean()) @ (y - y.mean())) / variance if variance else 1.0
+    return factor, float(y.mean() - factor * x.mean())
 
 
 def ridge_weights(gram: Tensor, moments: Tensor, ridge: Tensor) -> Tensor:

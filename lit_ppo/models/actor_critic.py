@@ -18,8 +18,8 @@ from lit_ppo.functional import random_projection, to_device
 from lit_ppo.generation.engine import Responses
 from lit_ppo.generation.transformers import generate
 from lit_ppo.models.family import check_causal, check_head, check_sampling
-from lit_ppo.models.head import HeadInputs, token_statistics
-from lit_ppo.models.packing import read_tokens, stock_attention, use_packing
+from lit_ppo.models.head import HeadInputs, sample_tokens, token_statistics
+from lit_ppo.models.packing import read_tokens, states_after, stock_attention, use_packing
 from lit_ppo.parallel.sharding import blocks, exact_parts, linear_layers
 
 GRAPHS = 32  # that a kind of block may have
@@ -68,6 +68,8 @@ class Actor(_AlwaysEval):
         temperature: float = 1.0,
         kl_to: HeadInputs | None = None,
         head_inputs: bool = False,
+        actions: Tensor | None = None,
+        draws: Tensor | None = None,
     ) -> Any:
         """Log-probs and entropy of the target tokens; with ``kl_to``, log-probs and exact KL.
 
@@ -80,11 +82,19 @@ class Actor(_AlwaysEval):
             kl_to: States and head of another model for the same target tokens, without gradients.
             head_inputs: Return the states and head of this model instead, as ``kl_to`` of another. This is done
                 inside the forward because a sharded model gathers its weights only there.
+            actions: Other tokens in place of each target token: return their log-probs, (B, T, n).
+            draws: Random numbers with which to sample such tokens: return these, (B, T, n).
 
         Shapes:
             input_ids, attention_mask (B, L), target_mask (B, T) -> (B, T), (B, T), 0 where masked.
         """
         head = self._head_inputs(input_ids, attention_mask, target_mask)
+        if (others := draws if actions is None else actions) is not None:
+            rows = others.flatten(0, 1).index_select(0, places(target_mask, others.device))
+            draw = actions is None
+            found = sample_tokens(head, rows, temperature) if draw else token_statistics(head, rows, temperature)[0]
+            where, empty = places(target_mask, found.device), found.new_zeros(others.shape).flatten(0, 1)
+            return empty.index_copy(0, where, found).view(others.shape)
         if head_inputs:
             # a sharded model frees its full weights when its forward ends
             keep = torch.clone if self.sharded else torch.detach
@@ -141,28 +151,40 @@ class Critic(_AlwaysEval):
             self.value_head.bias.zero_()
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, *, target_mask: Tensor, n_states: int | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        target_mask: Tensor,
+        n_states: int | None = None,
+        actions: Tensor | None = None,
     ) -> Tensor:
-        """Values in float32; the other arguments are the actor's.
+        """Values in float32.
 
         Args:
-            input_ids: Token ids.
-            attention_mask: True at real tokens.
-            target_mask: Mask of the last T tokens.
-            n_states: Return instead this many numbers D of the hidden states from which values are computed: all
-                H, or D random projections of them if there are more.
+            input_ids: The actor's.
+            attention_mask: The actor's.
+            target_mask: The actor's.
+            n_states: Return D numbers of the hidden states instead: all, or random projections of wider states.
+            actions: Other tokens in place of each target token: return the value and the D numbers after each.
 
         Shapes:
-            input_ids, attention_mask (B, L), target_mask (B, T) -> (B, T), or (B, T, D); 0 where masked.
+            input_ids, attention_mask (B, L), target_mask (B, T) -> (B, T), 0 where masked; with ``n_states``
+            (B, T, D); with ``actions`` (B, T, n) too, (B, T, n, 1 + D), not masked.
         """
+        if actions is not None and n_states is not None:
+            states = states_after(self.backbone, input_ids, attention_mask, actions)
+            return torch.cat([self._values(states)[..., None], random_projection(states.float(), n_states)], dim=-1)
         states = states_before(self.backbone, input_ids, attention_mask, target_mask)
-        if n_states is not None:
-            states = random_projection(states.float(), n_states)
-            where = places(target_mask, states.device)
-            return torch.stack([spread(column, where, target_mask.shape) for column in states.unbind(1)], dim=-1)
+        where = places(target_mask, states.device)
+        if n_states is None:
+            return spread(self._values(states), where, target_mask.shape)
+        columns = random_projection(states.float(), n_states).unbind(1)
+        return torch.stack([spread(column, where, target_mask.shape) for column in columns], dim=-1)
+
+    def _values(self, states: Tensor) -> Tensor:
         with torch.autocast(states.device.type, enabled=False):  # one number per token: exactness is cheap
-            values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
-        return spread(values.float(), places(target_mask, values.device), target_mask.shape)
+            return self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1).float()  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def rescale_head(self, factor: float, shift: float) -> None:
@@ -195,13 +217,6 @@ def critic_forward(critic: Critic, inputs: ModelInputs, n_columns: int) -> Tenso
     """Values of the response tokens, (b, T); the arguments are those of :func:`actor_forward`."""
     ids, mask, target_mask = inputs
     return _widen(critic(ids, mask, target_mask=target_mask), n_columns)
-
-
-def states_forward(critic: Critic, inputs: ModelInputs, n_columns: int, n_states: int) -> Tensor:
-    """Hidden states of the critic, (b, T, D); see :meth:`Critic.forward`."""
-    ids, mask, target_mask = inputs
-    states: Tensor = critic(ids, mask, target_mask=target_mask, n_states=n_states)
-    return pad(states, (0, 0, 0, n_columns - states.shape[1]))
 
 
 def _widen(x: Tensor, n_columns: int) -> Tensor:

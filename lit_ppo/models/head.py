@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_ppo.activations import free_bytes
-from lit_ppo.functional import float32_linear, summed_in_float32, token_sums, token_sums_gradient
+from lit_ppo.functional import float32_linear, inverse_cdf, summed_in_float32, token_sums, token_sums_gradient
 
 CHUNK_ELEMENTS = 2**23  # logits worked on at a time: 32 MiB in float32
 KEPT_ELEMENTS = 2**25  # probabilities kept for the backward, 128 MiB; beyond that, logits are computed again
@@ -85,13 +85,13 @@ def token_statistics(
 
     Args:
         head: States and head.
-        ids: The tokens.
+        ids: The tokens; or K of them for each state, which then has as many log-probabilities.
         temperature: Divides the logits.
         kl_to: The other model's states and head; None: the entropy.
-        compiled: Read the logits in compiled code, which makes fewer passes over them; not with ``kl_to``.
+        compiled: Read the logits in compiled code, in fewer passes; not with ``kl_to`` or several tokens.
 
     Shapes:
-        ids (N,) -> (N,), (N,), float32 (float64 stays).
+        ids (N,) -> (N,), (N,); or (N, K) -> (N, K), (N,); float32 (float64 stays).
     """
     device = head.states.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -99,10 +99,34 @@ def token_statistics(
     reference = None if kl_to is None else _cast(*kl_to, autocast or kl_to.weight.dtype)
     keep = torch.is_grad_enabled()
     with torch.autocast(device, enabled=False):
-        options = _Options(temperature, dtype, keep, compiled and kl_to is None)
+        options = _Options(temperature, dtype, keep, compiled and kl_to is None and ids.dim() == 1)
         logprobs, kl = _Statistics.apply(*head, ids, reference, options)  # type: ignore[no-untyped-call]
     # the entropy is the KL to nothing, log q = 0, with its sign turned
     return logprobs, kl if kl_to is not None else -kl
+
+
+@torch.no_grad()
+def sample_tokens(head: HeadInputs, draws: Tensor, temperature: float = 1.0) -> Tensor:
+    """K tokens from the distribution at each state, independent of each other.
+
+    Args:
+        head: States and head.
+        draws: See :func:`lit_ppo.functional.inverse_cdf`.
+        temperature: Divides the logits.
+
+    Shapes:
+        draws (N, K) -> (N, K).
+    """
+    device = head.states.device
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else head.weight.dtype
+    ids = torch.empty(draws.shape, dtype=torch.long, device=device)
+    with torch.autocast(device.type, enabled=False):
+        for_logits = _for_logits(_cast(*head, dtype))
+        sizes = chunks_for(device.type, _free_bytes(device), len(head.weight), dtype)
+        for chunk in _chunks(len(ids), sizes):
+            log_p = _log_softmax(for_logits, chunk, temperature)
+            ids[chunk] = torch.stack([inverse_cdf(log_p, some) for some in draws[chunk].unbind(1)], dim=1)
+    return ids
 
 
 class _Statistics(torch.autograd.Function):
@@ -127,7 +151,8 @@ class _Statistics(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         head, temperature = _cast(states, weight, bias, options.dtype), options.temperature
         at_least_float32 = torch.promote_types(options.dtype, torch.float32)
-        logprobs, divergence, log_sums = (ids.new_empty(len(ids), dtype=at_least_float32) for _ in range(3))
+        logprobs = torch.empty_like(ids, dtype=at_least_float32)
+        divergence, log_sums = torch.empty(2, len(ids), dtype=at_least_float32, device=ids.device)
         kept: list[Tensor] = []  # probabilities; where code is compiled, logits
         sizes = chunks_for(ids.device.type, _free_bytes(ids.device), len(weight), options.dtype)
         for_logits, for_ratio = _for_logits(head), None if reference is None else _for_logits(reference)
@@ -139,7 +164,7 @@ class _Statistics(torch.autograd.Function):
             else:
                 log_p = _log_softmax(for_logits, chunk, temperature)
                 large = log_p.exp()
-                logprobs[chunk] = log_p.gather(1, ids[chunk, None]).squeeze(1)
+                logprobs[chunk] = log_p.gather(1, ids[chunk].reshape(len(log_p), -1)).view_as(ids[chunk])
                 divergence[chunk] = _dot(large, _log_ratio(log_p, for_ratio, chunk, temperature))
             if options.keep and chunk.stop * large.shape[1] <= sizes.kept:
                 kept.append(large)
@@ -192,18 +217,19 @@ def _d_logits(
     d_divergence: Tensor | None,
 ) -> Tensor:
     """Gradient of a chunk's logits, (n, V)."""
+    each = None if d_logprobs is None else d_logprobs[chunk].reshape(len(p), -1)
     if d_divergence is None:
-        assert d_logprobs is not None
-        gradient: Tensor = p * (d_logprobs[chunk, None] / -ctx.options.temperature)
+        assert each is not None
+        gradient: Tensor = p * (each.sum(1, keepdim=True) / -ctx.options.temperature)
     else:
         # a probability of 0 takes its log out of the gradient, if only that log is no infinity once weighted
         log_ratio = _log_ratio(p.log().clamp_(min=-1e4), ctx.reference, chunk, ctx.options.temperature)
         per_logit = (log_ratio - divergence[chunk, None]) * d_divergence[chunk, None]
-        if d_logprobs is not None:
-            per_logit -= d_logprobs[chunk, None]
+        if each is not None:
+            per_logit -= each.sum(1, keepdim=True)
         gradient = per_logit.mul_(p).div_(ctx.options.temperature)
-    if d_logprobs is not None:
-        gradient.scatter_add_(1, ids[chunk, None], d_logprobs[chunk, None] / ctx.options.temperature)
+    if each is not None:
+        gradient.scatter_add_(1, ids[chunk].reshape(len(p), -1), each / ctx.options.temperature)
     return gradient
 
 

@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from lit_ppo.attention import autocast, kernels
 from lit_ppo.attention.choice import Attention, Heads, attend
 from lit_ppo.attention.kernels import PLAIN, Kernel
+from lit_ppo.attention.tree import tree
 from lit_ppo.device import exact_products
 from lit_ppo.functional import to_device
 from lit_ppo.models.positions import UNBOUNDED, rope_bound, row_groups
@@ -206,6 +207,19 @@ def use_packing(model: PreTrainedModel) -> None:
         )
     heads = Heads.of(model.config)
     model.base_model.lit_ppo_attention = Attention(asked, exact, packs, heads)  # type: ignore[assignment]
+
+
+def states_after(backbone: Any, input_ids: Tensor, attention_mask: Tensor, actions: Tensor) -> Tensor:
+    """Hidden states after each of n other tokens in place of each of the last T tokens: see :func:`tree`.
+
+    Shapes:
+        (B, L), (B, L), (B, T, n) -> (B, T, n, H); anything at places that are not real.
+    """
+    with stock_attention(backbone):
+        inputs = tree(input_ids, attention_mask, actions, added=backbone.config._attn_implementation == "eager")
+        states: Tensor = backbone(**inputs, use_cache=False).last_hidden_state
+    after: Tensor = states[:, input_ids.shape[1] :].unflatten(1, actions.shape[1:])
+    return after
 
 
 @contextmanager

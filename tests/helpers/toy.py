@@ -243,6 +243,20 @@ class Toy(L.LightningModule):
 
     # ---- what callbacks ask for
 
+    def sample_actions(self, experience: Rows, n: int, n_states: int) -> dict[str, Tensor]:
+        shape = (*experience.response_mask.shape, n)
+        ids = torch.randint(TOKENS, shape, generator=torch.Generator().manual_seed(int(self.updates)))
+        found = {"ids": ids, "ends": ids == 0, "logprobs": self.action_logprobs(experience, ids).detach()}
+        if self.reference is not None:
+            logprobs = self.reference(experience.features).log_softmax(-1)
+            found["ref_logprobs"] = logprobs.gather(-1, ids) * experience.response_mask[..., None]
+        states = experience.features[..., None, :n_states] + ids[..., None]
+        return found | {"values": self.critic(experience.features).detach() + ids, "states": states}
+
+    def action_logprobs(self, minibatch: Rows, actions: Tensor) -> Tensor:
+        logprobs = self.actor(minibatch.features).log_softmax(-1)
+        return logprobs.gather(-1, actions) * minibatch.response_mask[..., None]
+
     def critic_states(self, experience: Rows, n_states: int) -> Tensor:
         return experience.features[..., :n_states]
 

@@ -1,0 +1,45 @@
+"""Rows with other tokens behind them: one forward reads what follows from each."""
+
+import torch
+from torch import Tensor
+
+from lit_ppo.functional import to_device
+
+
+def tree(input_ids: Tensor, attention_mask: Tensor, actions: Tensor, *, added: bool) -> dict[str, Tensor]:
+    """Inputs of a model that reads other tokens in place of the last ones, each behind the same tokens before it.
+
+    Behind each row come its other tokens. Each attends to the tokens before the one that it replaces, and to itself,
+    and has its position.
+
+    Args:
+        input_ids: Token ids.
+        attention_mask: True at real tokens; positions are counted over these.
+        actions: n other tokens for each of the last T tokens.
+        added: The model adds its mask to the scores; otherwise True is where it attends.
+
+    Shapes:
+        (B, L), (B, L), (B, T, n) -> input_ids and position_ids (B, L + T n), attention_mask (B, 1, L + T n, L + T n).
+
+    >>> ids, ones = torch.tensor([[4, 5, 6]]), torch.ones(1, 3)
+    >>> inputs = tree(ids, ones, torch.tensor([[[7], [8]]]), added=False)
+    >>> inputs["input_ids"].tolist(), inputs["position_ids"].tolist()
+    ([[4, 5, 6, 7, 8]], [[0, 1, 2, 1, 2]])
+    >>> inputs["attention_mask"][0, 0, 3:].int()  # of 7, in place of 5, and of 8, in place of 6
+    tensor([[1, 0, 0, 1, 0],
+            [1, 1, 0, 0, 1]], dtype=torch.int32)
+    """
+    (length, (t, n)), device = (input_ids.shape[1], actions.shape[1:]), input_ids.device
+    real, before = to_device(attention_mask.bool(), device), length - t
+    places = torch.arange(t, device=device).repeat_interleave(n)
+    branches = torch.arange(length, device=device) < before + places[:, None]
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    mask = torch.cat([causal, branches])[None] & real[:, None]
+    mask = torch.nn.functional.pad(mask, (0, t * n)) | torch.eye(length + t * n, dtype=torch.bool, device=device)
+    positions = (real.long().cumsum(1) - 1).clamp(min=0)
+    scores = torch.zeros(mask.shape, device=device).masked_fill(~mask, torch.finfo(torch.float32).min)
+    return {
+        "input_ids": torch.cat([input_ids, actions.flatten(1)], dim=1),
+        "position_ids": torch.cat([positions, positions[:, before:].repeat_interleave(n, 1)], dim=1),
+        "attention_mask": (scores if added else mask)[:, None],
+    }
