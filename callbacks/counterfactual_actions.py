@@ -35,7 +35,7 @@ class CounterfactualActions(PPOCallback):
     Args:
         n: Other tokens at each place, samples of the policy.
 
-    Reads ``experience.values``, ``returns`` and ``advantages``, ``minibatch.logprobs``; adds to ``extras``; writes
+    Reads ``experience.values``, ``returns`` and ``advantages``, ``minibatch.logprobs``. Writes ``extras`` and
     ``losses["policy"]``, the mean over the tokens of each place.
     Source: this project, measured in ``docs/explanation/learning.md``; Ciosek and Whiteson 2018, arXiv:1706.05374
     (policy gradients with the expectation over actions).
@@ -88,6 +88,8 @@ class CounterfactualActions(PPOCallback):
     def on_actor_loss(
         self, trainer: L.Trainer, pl_module: PPOModule, minibatch: MinibatchLike, losses: dict[str, Tensor]
     ) -> None:
+        if "action_ids" not in minibatch.extras:  # the module fired no on_advantages, which ends its first update
+            return
         ids, old, advantages, counts = (minibatch.extras[f"action_{name}"] for name in NAMES)
         ids = torch.cat([minibatch.response_ids.unsqueeze(-1), ids], dim=-1)
         old = torch.cat([minibatch.logprobs.unsqueeze(-1), old], dim=-1)

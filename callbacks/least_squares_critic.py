@@ -60,7 +60,7 @@ class LeastSquaresCritic(PPOCallback):
         self.ridge = positive(self, "ridge", ridge)
         self.decay = fraction(self, "decay", decay)
         self._sums: dict[str, Tensor] = {}  # of all updates; empty before the first
-        self.longest = 1  # response, tokens
+        self._longest = 1  # response, tokens
         self._raw: Tensor = torch.empty(0)  # the critic's values of this update, its folds, and their weights
         self._folds: list[Tensor] = []
         self._weights: list[Tensor] = []
@@ -121,7 +121,7 @@ class LeastSquaresCritic(PPOCallback):
         t = torch.arange(values.shape[1], device=values.device)
         sums = (self._raw.cumsum(1) - self._raw[:, :1]).unsqueeze(-1)
         means = (sums + values) / (t + 1).unsqueeze(-1)
-        positions = (t + 1).clamp(max=self.longest - 1).unsqueeze(-1).expand_as(values)
+        positions = (t + 1).clamp(max=self._longest - 1).unsqueeze(-1).expand_as(values)
         found = torch.zeros_like(values)
         with torch.autocast(values.device.type, enabled=False):
             for rows, weights in zip(self._folds, self._weights, strict=True):
@@ -134,16 +134,16 @@ class LeastSquaresCritic(PPOCallback):
         """Features of prefixes of some rows; (b, T, ...) each."""
         mean, deviation = (self._sums[name].to(states) for name in ("mean", "deviation"))
         prompt = self._raw[rows, :1].view(-1, *[1] * (values.dim() - 1)).expand_as(values)
-        return prefix_features(values, means, prompt, (states - mean) / deviation, positions, self.longest)
+        return prefix_features(values, means, prompt, (states - mean) / deviation, positions, self._longest)
 
     def _begin(self, states: Tensor, n: int) -> None:
         """Standardise states by the first update's, from then on; make room for longer responses."""
-        self.longest = max(self.longest, n)
+        self._longest = max(self._longest, n)
         if not self._sums:
             deviation = states.std(0, correction=0).clamp(min=LEAST_DEVIATION)
             self._sums = {"mean": states.mean(0).cpu().double(), "deviation": deviation.cpu().double()}
             self._sums |= {"gram": torch.zeros(0, 0).double(), "moments": torch.zeros(0).double()}
-        n_features = 2 * states.shape[1] + 4 * (int(position_bins(self.longest)[-1]) + 1)
+        n_features = 2 * states.shape[1] + 4 * (int(position_bins(self._longest)[-1]) + 1)
         more = n_features - len(self._sums["moments"])
         self._sums["gram"] = pad(self._sums["gram"], (0, more, 0, more))
         self._sums["moments"] = pad(self._sums["moments"], (0, more))
@@ -165,13 +165,18 @@ class LeastSquaresCritic(PPOCallback):
         penalties[: 2 * len(self._sums["mean"])] = self.ridge
         return penalties
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest response so far."""
+        return self._longest
+
     def state_dict(self) -> dict[str, Any]:
         """Sums as bytes: lists of a million numbers would be slow to save."""
         sums = {name: x.double().numpy().tobytes() for name, x in self._sums.items()}
-        return {"sums": sums, "longest": self.longest}
+        return {"sums": sums, "longest": self._longest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         sums = {name: torch.tensor(array("d", x), dtype=torch.float64) for name, x in state_dict["sums"].items()}
-        self._sums, self.longest = sums, state_dict["longest"]
+        self._sums, self._longest = sums, state_dict["longest"]
         if sums:
             self._sums["gram"] = sums["gram"].view(len(sums["moments"]), -1)

@@ -153,30 +153,32 @@ def inverse_cdf(logits: Tensor, draws: Tensor) -> Tensor:
         draws: Uniform float64 in [0, 1), on a device that computes in float64; see :func:`exact_device`.
 
     Shapes:
-        logits (B, V), draws (B,) -> (B,), on the device of the logits.
+        logits (B, V), draws (B,) -> (B,), or (B, K) -> (B, K), on the device of the logits.
 
     >>> logits = torch.tensor([[0.25, 0.0, 0.75]]).log().expand(3, 3)
     >>> inverse_cdf(logits, torch.tensor([0.0, 0.25, 0.99], dtype=torch.float64))
     tensor([0, 2, 2])
     """
-    probabilities = torch.softmax(logits, dim=-1).to(draws.device)
+    probabilities, each = torch.softmax(logits, dim=-1).to(draws.device), draws.reshape(len(logits), -1)
     if probabilities.shape[1] <= BLOCK:
         sums = probabilities.cumsum(-1, dtype=draws.dtype)
-        return _exceeding(sums, draws * sums[:, -1])[0].to(logits.device)
+        return _exceeding(sums, each * sums[:, -1:])[0].view_as(draws).to(logits.device)
     blocks = pad(probabilities, (0, -probabilities.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     sums = blocks.sum(-1, dtype=draws.dtype).cumsum(-1)
-    block, rest = _exceeding(sums, draws * sums[:, -1])
-    inside = blocks[torch.arange(len(block), device=block.device), block].cumsum(-1, dtype=draws.dtype)
-    return (BLOCK * block + _exceeding(inside, rest)[0]).to(logits.device)
+    block, rest = _exceeding(sums, each * sums[:, -1:])
+    rows = torch.arange(len(block), device=block.device).unsqueeze(1)
+    inside = blocks[rows, block].cumsum(-1, dtype=draws.dtype)
+    place = _exceeding(inside.flatten(0, 1), rest.reshape(-1, 1))[0].view_as(block)
+    return (BLOCK * block + place).view_as(draws).to(logits.device)
 
 
 def _exceeding(sums: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
-    """The first sum above each part, and by how much the part exceeds the sum before it."""
-    last = sums[:, -1]
+    """The first sum above each part, and by how much the part exceeds the sum before it; (B, S), (B, K) -> (B, K)."""
+    last = sums[:, -1:]
     parts = torch.minimum(parts, last.nextafter(torch.zeros_like(last)))  # rounding must not end behind all tokens
-    position = torch.searchsorted(sums, parts.unsqueeze(1), right=True)
+    position = torch.searchsorted(sums, parts, right=True)
     before = torch.where(position > 0, sums.gather(1, (position - 1).clamp(min=0)), 0.0)
-    return position.squeeze(1), parts - before.squeeze(1)
+    return position, parts - before
 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -782,7 +784,7 @@ def affine_map(x: Tensor, y: Tensor) -> tuple[float, float]:
     .. math:: a = \mathrm{cov}(x, y) / \mathrm{var}(x), \quad b = \bar y - a \bar x; \quad a = 1 \text{ if all } x
         \text{ are equal}
 
-    >>> affine_map(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([5.0, 7.0, 11.0]))
+    >>> affine_map(torch.tensor([1.0, 3.0]), torch.tensor([5.0, 9.0]))
     (2.0, 3.0)
     """
     x, y = x.double().cpu(), y.double().cpu()

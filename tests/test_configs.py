@@ -15,8 +15,14 @@ from tests.helpers.trick import tricks
 CONFIGS = REPOSITORY / "configs"
 TRICKS = {path.stem: path for path in sorted([*CONFIGS.glob("tricks/*"), *CONFIGS.glob("monitors/*")])}
 EXCLUSIVE = [
-    ("curriculum_sampling", "dynamic_sampling", "least_squares_critic", "reward_normalization"),
-    ("prioritized_sampling", "rejection_sampling", "critic_warmup", "reward_scaling"),
+    (
+        "counterfactual_actions",
+        "curriculum_sampling",
+        "dynamic_sampling",
+        "least_squares_critic",
+        "reward_normalization",
+    ),
+    ("dual_clip", "prioritized_sampling", "rejection_sampling", "critic_warmup", "reward_scaling"),
 ]
 ELSEWHERE = {  # which test runs the others
     "supervised/test_configs.py": ("sft.yaml", "reward.yaml", "sentiment"),

@@ -29,7 +29,7 @@ MODULES: dict[str, dict[str, Any]] = {
     "LeaveOneOut": {"critic": None, "advantages": LeaveOneOut(), "samples_per_prompt": 2},
 }
 CRITIC_FREE = [name for name, arguments in MODULES.items() if "critic" in arguments]
-NEED_A_CRITIC = ("CriticWarmup", "LeastSquaresCritic", "ValueClipping", "ValueNormalization")
+NEED_A_CRITIC = ("CounterfactualActions", "CriticWarmup", "LeastSquaresCritic", "ValueClipping", "ValueNormalization")
 NEED_A_REFERENCE = ("AdaptiveKL", "KLLoss", "ReferenceUpdate")
 # What is refused, and how the message names the other side; all else trains.
 REFUSED: dict[tuple[str, str], str] = {
@@ -44,6 +44,9 @@ REFUSED: dict[tuple[str, str], str] = {
     ("CurriculumSampling", "PrioritizedSampling"): "PrioritizedSampling",
     ("RewardNormalization", "RewardScaling"): "RewardScaling",
     ("CriticWarmup", "LeastSquaresCritic"): "LeastSquaresCritic",
+    ("CounterfactualActions", "DualClip"): "DualClip",
+    ("CounterfactualActions", "RejectionSampling"): "RejectionSampling",
+    ("CounterfactualActions", "RewardWhitening"): "RewardWhitening",
     ("LeastSquaresCritic", "ValueClipping"): "LeastSquaresCritic",
     ("LeastSquaresCritic", "ValueNormalization"): "LeastSquaresCritic",
 }

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from lit_ppo.functional import to_device
-
 
 def tree(input_ids: Tensor, attention_mask: Tensor, actions: Tensor, *, added: bool) -> dict[str, Tensor]:
     """Inputs of a model that reads other tokens in place of the last ones, each behind the same tokens before it.
@@ -30,7 +28,7 @@ def tree(input_ids: Tensor, attention_mask: Tensor, actions: Tensor, *, added: b
             [1, 1, 0, 0, 1]], dtype=torch.int32)
     """
     (length, (t, n)), device = (input_ids.shape[1], actions.shape[1:]), input_ids.device
-    real, before = to_device(attention_mask.bool(), device), length - t
+    real, before = attention_mask.bool().to(device, non_blocking=True), length - t
     places = torch.arange(t, device=device).repeat_interleave(n)
     branches = torch.arange(length, device=device) < before + places[:, None]
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()

@@ -83,18 +83,19 @@ class Actor(_AlwaysEval):
             head_inputs: Return the states and head of this model instead, as ``kl_to`` of another. This is done
                 inside the forward because a sharded model gathers its weights only there.
             actions: Other tokens in place of each target token: return their log-probs, (B, T, n).
-            draws: Random numbers with which to sample such tokens: return these, (B, T, n).
+            draws: Random numbers with which to sample such tokens: return these and their log-probs, (B, T, n) each.
 
         Shapes:
             input_ids, attention_mask (B, L), target_mask (B, T) -> (B, T), (B, T), 0 where masked.
         """
         head = self._head_inputs(input_ids, attention_mask, target_mask)
-        if (others := draws if actions is None else actions) is not None:
-            rows = others.flatten(0, 1).index_select(0, places(target_mask, others.device))
-            draw = actions is None
-            found = sample_tokens(head, rows, temperature) if draw else token_statistics(head, rows, temperature)[0]
-            where, empty = places(target_mask, found.device), found.new_zeros(others.shape).flatten(0, 1)
-            return empty.index_copy(0, where, found).view(others.shape)
+        if draws is not None:
+            found = sample_tokens(head, draws[to_device(target_mask, draws.device)], temperature)
+            return tuple(spread(x, places(target_mask, x.device), target_mask.shape) for x in found)
+        if actions is not None:
+            own = actions.flatten(0, 1).index_select(0, places(target_mask, actions.device))
+            logprobs = token_statistics(head, own, temperature)[0]
+            return spread(logprobs, places(target_mask, logprobs.device), target_mask.shape)
         if head_inputs:
             # a sharded model frees its full weights when its forward ends
             keep = torch.clone if self.sharded else torch.detach
@@ -179,8 +180,7 @@ class Critic(_AlwaysEval):
         where = places(target_mask, states.device)
         if n_states is None:
             return spread(self._values(states), where, target_mask.shape)
-        columns = random_projection(states.float(), n_states).unbind(1)
-        return torch.stack([spread(column, where, target_mask.shape) for column in columns], dim=-1)
+        return spread(random_projection(states.float(), n_states), where, target_mask.shape)
 
     def _values(self, states: Tensor) -> Tensor:
         with torch.autocast(states.device.type, enabled=False):  # one number per token: exactness is cheap
@@ -243,11 +243,12 @@ def spread(flat: Tensor, where: Tensor, shape: torch.Size) -> Tensor:
     """Put values in their places, 0 elsewhere.
 
     Args:
-        flat: (N,).
+        flat: (N, ...).
         where: From :func:`places`.
         shape: Of the mask.
     """
-    return flat.new_zeros(shape.numel()).index_copy(0, where, flat).view(shape)
+    empty = flat.new_zeros(shape.numel(), *flat.shape[1:])
+    return empty.index_copy(0, where, flat).view(*shape, *flat.shape[1:])
 
 
 def compile_blocks(model: nn.Module) -> None:

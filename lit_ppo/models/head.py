@@ -106,8 +106,8 @@ def token_statistics(
 
 
 @torch.no_grad()
-def sample_tokens(head: HeadInputs, draws: Tensor, temperature: float = 1.0) -> Tensor:
-    """K tokens from the distribution at each state, independent of each other.
+def sample_tokens(head: HeadInputs, draws: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """K tokens from the distribution at each state, independent of each other, and their log-probabilities.
 
     Args:
         head: States and head.
@@ -115,18 +115,20 @@ def sample_tokens(head: HeadInputs, draws: Tensor, temperature: float = 1.0) -> 
         temperature: Divides the logits.
 
     Shapes:
-        draws (N, K) -> (N, K).
+        draws (N, K) -> (N, K), (N, K).
     """
     device = head.states.device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else head.weight.dtype
     ids = torch.empty(draws.shape, dtype=torch.long, device=device)
+    logprobs = torch.empty(draws.shape, device=device)
     with torch.autocast(device.type, enabled=False):
         for_logits = _for_logits(_cast(*head, dtype))
         sizes = chunks_for(device.type, _free_bytes(device), len(head.weight), dtype)
         for chunk in _chunks(len(ids), sizes):
             log_p = _log_softmax(for_logits, chunk, temperature)
-            ids[chunk] = torch.stack([inverse_cdf(log_p, some) for some in draws[chunk].unbind(1)], dim=1)
-    return ids
+            ids[chunk] = inverse_cdf(log_p, draws[chunk])
+            logprobs[chunk] = log_p.gather(1, ids[chunk]).float()
+    return ids, logprobs
 
 
 class _Statistics(torch.autograd.Function):

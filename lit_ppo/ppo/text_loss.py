@@ -186,9 +186,10 @@ def sample_actions(module: Any, experience: Experience, n: int, n_states: int) -
     def compute(some: Experience, rows: list[int]) -> dict[str, Tensor]:
         ids, mask, target_mask = some.model_inputs()
         options = {"target_mask": target_mask, "temperature": module.temperature}
-        actions = module.actor(ids, mask, draws=draws[rows, : target_mask.shape[1]].to(exact_device(device)), **options)
-        found = {"ids": actions, "ends": torch.isin(actions, stops.to(actions.device))}
-        found["logprobs"] = module.actor(ids, mask, actions=actions, **options)
+        own = draws[rows, : target_mask.shape[1]].to(exact_device(device))
+        actions, logprobs = module.actor(ids, mask, draws=own, **options)
+        ends = torch.isin(actions, stops.to(actions.device))
+        found = {"ids": actions, "ends": ends, "logprobs": logprobs}
         if module.reference is not None:
             found["ref_logprobs"] = module.reference(ids, mask, actions=actions, **options)
         after = module.critic(ids, mask, target_mask=target_mask, n_states=n_states, actions=actions)

@@ -80,6 +80,7 @@ def test_defaults_are_those_of_the_source_or_the_page(name: str, defaults: dict[
     ("trick", "owner", "attribute"),
     [
         (callbacks.AdaptiveKL(), None, "kl_coef"),
+        (callbacks.CounterfactualActions(), Toy, "sample_actions"),
         (callbacks.CriticWarmup(1), None, "actor_frozen"),
         (callbacks.CriticWarmup(1, ppo_epochs=2), None, "ppo_epochs"),
         (callbacks.DualClip(), None, "clip_range"),

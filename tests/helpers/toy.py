@@ -55,7 +55,9 @@ class Rows:
 
     def select(self, rows: Any) -> "Rows":
         """Some of the rows, which share the step's log."""
-        return replace(self, **{name: x[rows] for name, x in vars(self).items() if isinstance(x, Tensor)})
+        extras = {name: x[rows] if isinstance(x, Tensor) else x for name, x in self.extras.items()}
+        chosen = {name: x[rows] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **chosen, extras=extras)
 
     def keep(self, rows: Any) -> None:
         """Some of the rows, in place."""

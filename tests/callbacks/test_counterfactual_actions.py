@@ -1,0 +1,139 @@
+"""CounterfactualActions: other tokens, what the critic says of them, and the loss over them, by plain means."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lit_ppo.callbacks import AdvantageNormalization, CounterfactualActions, LeastSquaresCritic, RewardWhitening
+from tests.helpers.spies import Spy
+from tests.helpers.tiny import make_causal_lm
+from tests.helpers.toy import Toy
+from tests.helpers.toy_data import TOKENS
+from tests.helpers.toy_runs import run_updates
+from tests.helpers.toys import make_data, make_module, make_trainer
+from tests.helpers.trick import Trick
+
+TRICK = {
+    "CounterfactualActions": Trick(acts={"n": 2}, refuses={"n": 0}, knobs={"n": ({}, {"n": 3})}, needs="critic"),
+}
+
+
+def test_the_loss_is_the_mean_over_the_tokens_that_count():
+    """By loops, on the toy's first step, where ratios are 1: its critic gives another token a the value V + a.
+
+    Token 0 ends a response, and behind the last place there is none.
+    """
+    seen: list[Any] = []
+    keep = Spy("on_advantages", lambda module, experience: seen.append(experience))
+    module = Toy(kl_coef=0.1)
+    before = {m: (m.weight.detach().clone(), m.bias.detach().clone()) for m in (module.actor, module.reference)}
+    run_updates([AdvantageNormalization(), CounterfactualActions(2), keep], module=module)
+    (experience,) = seen
+    mask, ids = experience.response_mask, torch.randint(
+        TOKENS, (*experience.response_mask.shape, 2), generator=torch.Generator().manual_seed(0)
+    )  # fmt: skip
+    policy, reference = ((experience.features @ w.T + b).log_softmax(-1) for w, b in before.values())
+    plain = (experience.returns - experience.values)[mask]
+    total, n_tokens = 0.0, int(mask[:4].sum())
+    for i in range(4):  # the first minibatch
+        for t in range(int(mask[i].sum())):
+            advantages = [experience.advantages[i, t].item()]
+            for a in ids[i, t].tolist():
+                if a > 0 and t < mask.shape[1] - 1:
+                    one = a - 0.1 * (policy[i, t, a] - reference[i, t, a]).item()
+                    advantages.append((one - plain.mean().item()) / plain.std().item())
+            total -= sum(advantages) / len(advantages) / n_tokens
+    assert module.losses[0]["policy"] == pytest.approx(total, rel=1e-4)
+
+
+def test_values_behind_the_response_s_own_tokens_are_those_of_the_next_place():
+    random, mask = torch.Generator().manual_seed(0), torch.arange(5) < torch.arange(12)[:, None] % 5 + 1
+    raw, states, rewards = (torch.randn(*shape, generator=random) for shape in ((12, 5), (12, 5, 2), (12, 5)))
+    experience = SimpleNamespace(values=raw, rewards=rewards, response_mask=mask, group=torch.arange(12))
+    critic, module = LeastSquaresCritic(ridge=1.0), SimpleNamespace(critic_states=lambda rows, n: states)
+    critic.on_rewards(None, module, experience)  # type: ignore[arg-type]
+    found = critic.values_after(raw[:, [1, 2, 3, 4, 4], None], states[:, [1, 2, 3, 4, 4], None])[..., 0]
+    both = mask[:, 1:]
+    torch.testing.assert_close(found[:, :-1][both], experience.values[:, 1:][both], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_other_tokens_are_read_as_the_plain_models_read_them(tmp_path: Path, family: str):
+    actor = make_causal_lm(tmp_path / "a", family, seed=0, scale=4.0)
+    reference = make_causal_lm(tmp_path / "r", family, seed=1, scale=4.0)
+    given = {"reference": str(reference), "temperature": 0.7}
+    module = make_module(actor, micro_batch_size=2, **given)
+    experience = module.rollout(["the film", "a movie was", "plot"])
+    torch.nn.init.normal_(module.critic.value_head.weight)
+    found = module.sample_actions(experience, 3, 1000)
+    again = make_module(actor, micro_batch_size=1, **given)
+    again.configure_model()
+    again.rollouts = module.rollouts
+    assert torch.equal(again.sample_actions(experience, 3, 4)["ids"][experience.response_mask],
+                       found["ids"][experience.response_mask])  # fmt: skip
+    models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (actor, reference)]
+    mine = module.action_logprobs(experience, found["ids"])
+    weight, bias = module.critic.value_head.weight[0], module.critic.value_head.bias
+    for i in range(3):
+        ids = torch.cat([experience.prompt_ids[i][experience.prompt_mask[i]],
+                         experience.response_ids[i][experience.response_mask[i]]])  # fmt: skip
+        first = int(experience.prompt_mask[i].sum())
+        for t in range(len(ids) - first):
+            others = found["ids"][i, t]
+            with torch.no_grad():
+                logits = [model(ids[None, : first + t]).logits[0, -1] / 0.7 for model in models]
+                rows = torch.cat([ids[: first + t].expand(3, -1), others[:, None]], dim=1)
+                states = models[0].base_model(rows).last_hidden_state[:, -1]
+            for name, x in zip(("logprobs", "ref_logprobs"), logits, strict=True):
+                torch.testing.assert_close(found[name][i, t], x.log_softmax(-1)[others], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(mine[i, t], found["logprobs"][i, t], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found["states"][i, t], states, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(found["values"][i, t], states @ weight + bias, rtol=1e-3, atol=1e-3)
+            assert found["ends"][i, t].tolist() == [a == module.tokenizer.eos_token_id for a in others.tolist()]
+
+
+def test_log_probs_of_several_tokens_have_the_gradient_of_a_plain_softmax(tmp_path: Path):
+    actor = make_causal_lm(tmp_path / "a", scale=4.0)
+    module, plain = make_module(actor), AutoModelForCausalLM.from_pretrained(actor).eval()
+    experience = module.rollout(["the film"])
+    ids = torch.cat([experience.prompt_ids, experience.response_ids], dim=1)
+    n = experience.response_ids.shape[1]
+    others = torch.arange(n * 4).view(1, n, 4) % 7  # some of them twice
+    weights = torch.randn(1, n, 4, generator=torch.Generator().manual_seed(0))
+    (module.action_logprobs(experience, others) * weights).sum().backward()
+    logprobs = plain(ids).logits[:, -n - 1 : -1].log_softmax(-1).gather(-1, others)
+    (logprobs * weights).sum().backward()
+    for (name, mine), (other, theirs) in zip(
+        module.actor.model.named_parameters(), plain.named_parameters(), strict=True
+    ):
+        assert name == other
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "problem"),
+    [
+        ([CounterfactualActions(1), AdvantageNormalization()], "put AdvantageNormalization first"),
+        ([AdvantageNormalization("minibatch"), CounterfactualActions(1)], "needs one scale for the batch"),
+        ([RewardWhitening(), CounterfactualActions(1)], "no whitened rewards; keep one of them"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(callbacks: list[Any], problem: str):
+    with pytest.raises(ValueError, match=problem):
+        run_updates(callbacks)
+
+
+def test_it_trains_with_least_squares_on_lit_ppo(tmp_path: Path):
+    """The same run twice, bit for bit; in one micro-batch or several, but for rounding."""
+    actor, found = make_causal_lm(tmp_path / "lm", scale=4.0), []
+    for size in (4, 4, 2):
+        module = make_module(actor, critic="actor", micro_batch_size=size)
+        tricks = [LeastSquaresCritic(), AdvantageNormalization(), CounterfactualActions(3)]
+        make_trainer(tmp_path, callbacks=tricks).fit(module, make_data(tmp_path))
+        found.append(torch.cat([p.detach().flatten() for p in module.actor.parameters()]))
+    assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2], rtol=1e-3, atol=1e-4)
