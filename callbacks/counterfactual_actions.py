@@ -41,7 +41,7 @@ class CounterfactualActions(PPOCallback):
     (policy gradients with the expectation over actions).
     """
 
-    reads = ("values", "response_mask", "returns", "advantages", "response_ids", "logprobs", "mean")
+    reads = ("values", "response_mask", "returns", "advantages", "response_ids", "logprobs")
 
     @constructor
     def __init__(self, n: int = 8) -> None:
