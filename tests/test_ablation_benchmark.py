@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from benchmarks.learning import ablation, forks, gold, stability, variants
 from benchmarks.learning.limit import summary
 from benchmarks.learning.task import MODELS, PROMPTS, ROOT, TRAINING_PROMPTS
 from benchmarks.learning.verdicts import HELPED, HURT, SAME, UNKNOWN, verdicts
+from tests.helpers.command import run_command
 from tests.helpers.tiny import WORDS, make_causal_lm, make_reward_model
 
 in_process = pytest.mark.filterwarnings("default")  # the command shows warnings of libraries where it is a process
@@ -62,6 +64,23 @@ def test_every_trick_of_the_configurations_runs_or_has_a_reason():
     assert kinds.keys() | variants.UNFIT.keys() == names
     assert not kinds.keys() & variants.UNFIT.keys()
     assert all(kinds[name].note for name in variants.FITTED)
+
+
+def test_a_trick_brings_the_settings_of_its_file():
+    model = variants.tricks(Path("data"))["least_squares_critic"].config["model"]["init_args"]
+    assert model == {"advantages": {"class_path": "GAE", "init_args": {"lam": 0.3}}}
+
+
+def test_vanilla_trains_its_critic(tmp_path: Path):
+    """And has the settings that the stored results were measured with."""
+    (tmp_path / "vanilla.yaml").write_text(yaml.safe_dump(forks.config([])))
+    arguments = ["--config", "sentiment", *forks.SETTING, "--config", "vanilla.yaml", "--print_config"]
+    printed = yaml.safe_load(run_command("fit", *arguments, cwd=tmp_path).ok().out)
+    model, callbacks = printed["model"]["init_args"], printed["trainer"]["callbacks"]
+    assert [callback["class_path"].split(".")[-1] for callback in callbacks] == ["CollapseMonitor"]
+    assert (model["kl_coef"], model["advantages"]["init_args"]["lam"], model["actor_scheduler"]) == (0.1, 0.95, None)
+    rates = [model[f"{name}_optimizer"]["init_args"]["lr"] for name in ("actor", "critic")]
+    assert rates == [1e-4, 5e-4]
 
 
 def test_ppo_max_loses_one_callback_at_a_time():

@@ -24,7 +24,11 @@ from benchmarks.learning.run import commit, run
 from benchmarks.learning.task import N_PROMPTS, ROOT
 
 LIMIT = ROOT / "benchmarks" / "results" / "learning_mean" / "limit.json"
-SETTING = ["--model.generation.max_new_tokens", "24", "--trainer.precision", "bf16-mixed"]  # that of the limit
+SETTING = [
+    *("--config", "sentiment/trained_critic"),
+    *("--model.generation.max_new_tokens", "24", "--trainer.precision", "bf16-mixed"),  # those of the limit
+]
+"""On top of ``sentiment``."""
 
 
 class Job(NamedTuple):
@@ -33,7 +37,7 @@ class Job(NamedTuple):
     Args:
         name: Of the result.
         seed: Of the run.
-        config: A configuration on top of ``sentiment``.
+        config: A configuration on top of ``SETTING``.
     """
 
     name: str

@@ -23,7 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rate 2e-3, no clipping": {"rate": 2e-3, "clip_range": None},
     "rate 5e-4, 4 passes, no clipping": {"rate": 5e-4, "ppo_epochs": 4, "clip_range": None},
 }
-"""What differs from ``sentiment``: the actor's rate, and arguments of LitPPO."""
+"""What differs from ``sentiment/trained_critic``: the actor's rate, and arguments of LitPPO."""
 NONE, PENALTY, CALLBACKS, BOTH = "none", "KL penalty", "callbacks of PPO-max", "PPO-max: both"
 
 
