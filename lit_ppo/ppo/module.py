@@ -25,6 +25,7 @@ from lit_ppo.optim.settings import checked_factories
 from lit_ppo.ppo import build, evaluate, optimize, own_loop, preflight, saved, settings, text_loss
 from lit_ppo.ppo.collect import Policy, TransformersEngine, rollout_with_hooks, sample_responses, score_experience
 from lit_ppo.ppo.metrics import Progress, current_coefficients, log_update
+from lit_ppo.ppo.optimize import add_logprobs
 from lit_ppo.ppo.prompts import Origin, as_batch
 from lit_ppo.ppo.settings import Models, ModelSettings, ReferenceDtype
 from lit_ppo.rewards import Rewards, ScoreSource, as_source, eval_sources, source_names
@@ -266,7 +267,7 @@ class LitPPO(L.LightningModule):
         self.rollouts += stream is None
         if logprobs:
             self.progress.detail = "log-probs"
-            optimize.add_logprobs(self, models, experience, sampled)
+            add_logprobs(self, models, experience, sampled)
         experience.origin = Origin(self)
         return experience
 
@@ -284,14 +285,17 @@ class LitPPO(L.LightningModule):
 
     # More methods, each a function in the file that is named: what callbacks call, then Lightning's hooks.
 
-    score, step_optimizers, only_actor = score_experience, optimize.step_optimizers, saved.only_actor
+    score, step_optimizers, action_logprobs = score_experience, optimize.step_optimizers, text_loss.action_logprobs
     actor_optimizer, backward_minibatch = property(optimize.actor_optimizer), optimize.backward_minibatch
     backward_on_text, loss_on_text, exact_kl = text_loss.backward_on_text, text_loss.loss_on_text, text_loss.exact_kl
     critic_states, sample_actions = text_loss.critic_states, text_loss.sample_actions
-    action_logprobs = text_loss.action_logprobs
     save_pretrained, card, __init_subclass__ = saved.save_pretrained, saved.card, classmethod(saved.save_arguments_of)
     attach, step, on_before_batch_transfer = own_loop.attach, own_loop.step, own_loop.on_before_batch_transfer
-    configure_model, configure_optimizers = build.configure_model, build.configure_optimizers
+    configure_model, configure_optimizers, only_actor = (
+        build.configure_model,
+        build.configure_optimizers,
+        saved.only_actor,
+    )
     on_fit_start, on_train_start = preflight.on_fit_start, preflight.on_train_start
     train, setup, on_train_batch_start = build.train, preflight.setup, preflight.on_train_batch_start
     validation_step, test_step, predict_step = evaluate.validation_step, evaluate.test_step, evaluate.predict_step
