@@ -291,12 +291,8 @@ class LitPPO(L.LightningModule):
     critic_states, sample_actions = text_loss.critic_states, text_loss.sample_actions
     save_pretrained, card, __init_subclass__ = saved.save_pretrained, saved.card, classmethod(saved.save_arguments_of)
     attach, step, on_before_batch_transfer = own_loop.attach, own_loop.step, own_loop.on_before_batch_transfer
-    configure_model, configure_optimizers, only_actor = (
-        build.configure_model,
-        build.configure_optimizers,
-        saved.only_actor,
-    )
-    on_fit_start, on_train_start = preflight.on_fit_start, preflight.on_train_start
+    configure_model, configure_optimizers = build.configure_model, build.configure_optimizers
+    on_fit_start, on_train_start, only_actor = preflight.on_fit_start, preflight.on_train_start, saved.only_actor
     train, setup, on_train_batch_start = build.train, preflight.setup, preflight.on_train_batch_start
     validation_step, test_step, predict_step = evaluate.validation_step, evaluate.test_step, evaluate.predict_step
     on_predict_start, on_predict_end = evaluate.on_predict_start, evaluate.on_predict_end
