@@ -124,7 +124,7 @@ class PPOModule(Protocol):
         ...
 
     def sample_actions(self, experience: Any, n: int, n_states: int) -> dict[str, Tensor]:
-        """Other tokens at each place, (B, T, n), as :meth:`lit_ppo.LitPPO.sample_actions` gives them."""
+        """Other tokens at each place: ``ids``, ``ends``, ``logprobs``, ``ref_logprobs``, ``values`` and ``states``."""
         ...
 
     def action_logprobs(self, minibatch: Any, actions: Tensor) -> Tensor:

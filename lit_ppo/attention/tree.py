@@ -1,7 +1,11 @@
 """Rows with other tokens behind them: one forward reads what follows from each."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+TOLERANCE = 0.05  # of the norm of a state: bfloat16 rounds to under 0.01, other tokens or positions give about 1
 
 
 def tree(input_ids: Tensor, attention_mask: Tensor, actions: Tensor, *, added: bool) -> dict[str, Tensor]:
@@ -41,3 +45,32 @@ def tree(input_ids: Tensor, attention_mask: Tensor, actions: Tensor, *, added: b
         "position_ids": torch.cat([positions, positions[:, before:].repeat_interleave(n, 1)], dim=1),
         "attention_mask": (scores if added else mask)[:, None],
     }
+
+
+def check_branch(model: Any, input_ids: Tensor, attention_mask: Tensor, actions: Tensor, states: Tensor) -> None:
+    """Check one state that was read from a tree: the first row's, behind its last real token but one.
+
+    Args:
+        model: Returns ``last_hidden_state``.
+        input_ids: Those of the tree.
+        attention_mask: Those of the tree.
+        actions: Those of the tree.
+        states: What the model made of the tree.
+
+    Shapes:
+        (B, L), (B, L), (B, T, n), (B, T, n, H).
+
+    Raises:
+        ValueError: The model does not read a tree as it reads plain rows.
+    """
+    real, t = attention_mask[0].bool(), actions.shape[1]
+    place = max(0, int(real[-t:].sum()) - 1)
+    before = input_ids[0, : len(real) - t + place][real[: len(real) - t + place].to(input_ids.device)]
+    plain = model(input_ids=torch.cat([before, actions[0, place, :1]])[None], use_cache=False).last_hidden_state[0, -1]
+    error = (states[0, place, 0] - plain).float().norm() / plain.float().norm()
+    if not error <= TOLERANCE:
+        raise ValueError(
+            f"CounterfactualActions: {type(model).__name__} does not read other tokens behind a row as in their place "
+            f"(error {float(error):.2g}): it takes no attention mask of four dimensions, or no positions; "
+            "remove the callback, or use another critic"
+        )

@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from lit_ppo.attention import autocast, kernels
 from lit_ppo.attention.choice import Attention, Heads, attend
 from lit_ppo.attention.kernels import PLAIN, Kernel
-from lit_ppo.attention.tree import tree
+from lit_ppo.attention.tree import check_branch, tree
 from lit_ppo.device import exact_products
 from lit_ppo.functional import to_device
 from lit_ppo.models.positions import UNBOUNDED, rope_bound, row_groups
@@ -218,7 +218,10 @@ def states_after(backbone: Any, input_ids: Tensor, attention_mask: Tensor, actio
     with stock_attention(backbone):
         inputs = tree(input_ids, attention_mask, actions, added=backbone.config._attn_implementation == "eager")
         states: Tensor = backbone(**inputs, use_cache=False).last_hidden_state
-    after: Tensor = states[:, input_ids.shape[1] :].unflatten(1, actions.shape[1:])
+        after: Tensor = states[:, input_ids.shape[1] :].unflatten(1, actions.shape[1:])
+        if not vars(backbone).get("lit_ppo_reads_trees"):
+            check_branch(backbone, input_ids, attention_mask, actions, after)
+            backbone.lit_ppo_reads_trees = True
     return after
 
 

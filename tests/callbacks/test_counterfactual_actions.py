@@ -61,11 +61,12 @@ def test_values_behind_the_response_s_own_tokens_are_those_of_the_next_place():
     torch.testing.assert_close(found[:, :-1][both], experience.values[:, 1:][both], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_other_tokens_are_read_as_the_plain_models_read_them(tmp_path: Path, family: str):
+@pytest.mark.parametrize(("family", "attention"), [("gpt2", "sdpa"), ("llama", "sdpa"), ("llama", "eager")])
+def test_other_tokens_are_read_as_the_plain_models_read_them(tmp_path: Path, family: str, attention: str):
     actor = make_causal_lm(tmp_path / "a", family, seed=0, scale=4.0)
     reference = make_causal_lm(tmp_path / "r", family, seed=1, scale=4.0)
-    given = {"reference": str(reference), "temperature": 0.7}
+    kwargs = {"attn_implementation": attention}
+    given = {"reference": str(reference), "temperature": 0.7, "model_kwargs": kwargs}
     module = make_module(actor, micro_batch_size=2, **given)
     experience = module.rollout(["the film", "a movie was", "plot"])
     torch.nn.init.normal_(module.critic.value_head.weight)
@@ -94,6 +95,19 @@ def test_other_tokens_are_read_as_the_plain_models_read_them(tmp_path: Path, fam
             torch.testing.assert_close(found["states"][i, t], states, rtol=1e-3, atol=1e-4)
             torch.testing.assert_close(found["values"][i, t], states @ weight + bias, rtol=1e-3, atol=1e-3)
             assert found["ends"][i, t].tolist() == [a == module.tokenizer.eos_token_id for a in others.tolist()]
+
+
+def test_a_model_that_takes_no_such_mask_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    module = make_module(make_causal_lm(tmp_path / "a", scale=4.0))
+    experience = module.rollout(["the film"])
+    forward = module.critic.backbone.forward
+
+    def plain(attention_mask: Any = None, position_ids: Any = None, **inputs: Any) -> Any:
+        return forward(**inputs)
+
+    monkeypatch.setattr(module.critic.backbone, "forward", plain)
+    with pytest.raises(ValueError, match=r"^CounterfactualActions: GPT2Model does not read other tokens behind a row"):
+        module.sample_actions(experience, 2, 4)
 
 
 def test_log_probs_of_several_tokens_have_the_gradient_of_a_plain_softmax(tmp_path: Path):
