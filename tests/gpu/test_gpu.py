@@ -29,6 +29,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMPILES = pytest.mark.skipif(DEVICE != "cuda", reason="compiles for a GPU")
 LORA = {"r": 2, "target_modules": "all-linear"}
 EXCLUSIVE = (
+    ("CounterfactualActions", "DualClip"),
+    ("CounterfactualActions", "RejectionSampling"),
+    ("CounterfactualActions", "RewardWhitening"),
+    ("LeastSquaresCritic", "CriticWarmup"),
+    ("LeastSquaresCritic", "ValueClipping"),
+    ("LeastSquaresCritic", "ValueNormalization"),
     ("DynamicSampling", "RejectionSampling"),
     ("CurriculumSampling", "PrioritizedSampling"),
     ("RewardNormalization", "RewardScaling"),
