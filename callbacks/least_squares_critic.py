@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
-from lit_ppo.callbacks.checks import refuse_beside, require, require_model
+from lit_ppo.callbacks.checks import refuse_behind, refuse_beside, require, require_model
 from lit_ppo.callbacks.critic_warmup import CriticWarmup
 from lit_ppo.callbacks.fields import present
+from lit_ppo.callbacks.reward_whitening import RewardWhitening
 from lit_ppo.callbacks.value_clipping import ValueClipping
 from lit_ppo.callbacks.value_normalization import ValueNormalization
 from lit_ppo.constructor import constructor
@@ -69,6 +70,9 @@ class LeastSquaresCritic(PPOCallback):
         require(self, pl_module, "critic_frozen", "critic_states")
         others = (LeastSquaresCritic, CriticWarmup, ValueClipping, ValueNormalization)
         refuse_beside(self, trainer, *others, why="the critic is not trained, and its values are solved for")
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RewardWhitening):
+                refuse_behind(callback, trainer, LeastSquaresCritic, why="values are solved from the rewards so far")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         require_model(self, pl_module, "critic")
@@ -80,6 +84,9 @@ class LeastSquaresCritic(PPOCallback):
         states = pl_module.critic_states(experience, self.n_states)
         gamma = getattr(getattr(pl_module, "advantages", None), "gamma", 1.0)
         returns = gae(experience.rewards, torch.zeros_like(values), mask, gamma, lam=1.0)[1]
+        self._raw, self._folds, self._weights = values, [], []
+        if not (returns.isfinite().all() and values.isfinite().all()):
+            return  # the steps of this update will be skipped; the sums must not keep such numbers
         folds = [(experience.group % FOLDS == fold).nonzero().squeeze(1) for fold in range(FOLDS)]
         with torch.autocast(values.device.type, enabled=False):  # sums of bfloat16 products would not do
             solved = self._solve(values, states, returns, mask, folds)
@@ -88,7 +95,7 @@ class LeastSquaresCritic(PPOCallback):
     def _solve(self, values: Tensor, states: Tensor, returns: Tensor, mask: Tensor, folds: list[Tensor]) -> Tensor:
         """Values of all rows, each fold's from all others; remembers the sums."""
         self._begin(states[mask], mask.shape[1])
-        self._raw, self._folds = values, folds
+        self._folds = folds
         positions = torch.arange(mask.shape[1], device=values.device).expand_as(mask)
         means = means_so_far(values)
 
@@ -98,7 +105,7 @@ class LeastSquaresCritic(PPOCallback):
 
         sums = [self._sums_of(features(rows), returns, mask) for rows in folds]
         gram, moments = (sum((parts[i] for parts in sums), self._sums[name]) for i, name in enumerate(NAMES))
-        self._weights, solved = [], torch.zeros_like(values)
+        solved = torch.zeros_like(values)
         for rows, (own_gram, own_moments) in zip(folds, sums, strict=True):
             weights = ridge_weights(gram - own_gram, moments - own_moments, self._penalties(len(moments)))
             self._weights.append(weights)

@@ -47,6 +47,7 @@ REFUSED: dict[tuple[str, str], str] = {
     ("CounterfactualActions", "DualClip"): "DualClip",
     ("CounterfactualActions", "RejectionSampling"): "RejectionSampling",
     ("CounterfactualActions", "RewardWhitening"): "RewardWhitening",
+    ("LeastSquaresCritic", "RewardWhitening"): "RewardWhitening",
     ("LeastSquaresCritic", "ValueClipping"): "LeastSquaresCritic",
     ("LeastSquaresCritic", "ValueNormalization"): "LeastSquaresCritic",
 }
@@ -95,21 +96,22 @@ def groups(size: int) -> list[tuple[str, ...]]:
     return found
 
 
-def compatible(names: list[str]) -> list[str]:
-    """Those of the tricks that go with all before them."""
-    found: list[str] = []
-    for name in names:
-        found += [name] if not any((*sorted((name, other)),) in EXCLUSIVE for other in found) else []
+def compatible_sets() -> list[list[str]]:
+    """As few sets as it takes for every trick to be in one, in each all that go with those before them."""
+    found: list[list[str]] = []
+    while left := [name for name in sorted(TRICKS) if not any(name in chosen for chosen in found)]:
+        chosen: list[str] = []
+        for name in [*left, *sorted(TRICKS.keys() - {*left})]:
+            chosen += [name] if not any((*sorted((name, other)),) in EXCLUSIVE for other in chosen) else []
+        found.append(chosen)
     return found
 
 
 TOGETHER = groups(size=12)
-MOST = compatible(sorted(TRICKS))
-REST = compatible([*(name for name in sorted(TRICKS) if name not in MOST), *MOST])
 ON_A_MODULE = [
     (module, tuple(trick for trick in sorted(names) if (trick, module) not in REFUSED))
     for module in MODULES
-    for names in (MOST, REST)
+    for names in compatible_sets()
 ]
 
 

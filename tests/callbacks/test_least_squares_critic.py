@@ -103,6 +103,23 @@ def test_responses_may_become_longer_and_a_resumed_run_knows_the_shorter_ones():
         np.testing.assert_allclose(experience.values.numpy(), solved, rtol=1e-3, atol=1e-4)
 
 
+def test_an_update_that_is_not_finite_leaves_no_trace():
+    """Its optimizer steps are skipped; the values of the next update are as if it had not been."""
+    random, solved = torch.Generator().manual_seed(0), []
+    fields = {"response_mask": torch.ones(8, 3, dtype=torch.bool), "group": torch.arange(8)}
+    numbers = [torch.randn(8, 3, generator=random) for _ in range(4)]
+    for broken in (False, True):
+        critic = LeastSquaresCritic(ridge=1.0)
+        module: Any = SimpleNamespace(critic_states=lambda experience, n_states: experience.values[..., None])
+        for i in range(3 if broken else 2):
+            values, rewards = numbers[:2] if i == 0 else numbers[2:]
+            rewards = rewards.where(rewards < 0, torch.nan) if broken and i == 1 else rewards
+            experience = SimpleNamespace(values=values, rewards=rewards, **fields)
+            critic.on_rewards(None, module, experience)  # type: ignore[arg-type]
+        solved.append(experience.values)
+    assert torch.equal(*solved)
+
+
 def test_the_critic_is_not_trained():
     module = run_updates(LeastSquaresCritic(), 3)
     assert all(torch.equal(weight, module.critics[0]) for weight in module.critics)

@@ -33,6 +33,7 @@ EXCLUSIVE = (
     ("CounterfactualActions", "RejectionSampling"),
     ("CounterfactualActions", "RewardWhitening"),
     ("LeastSquaresCritic", "CriticWarmup"),
+    ("LeastSquaresCritic", "RewardWhitening"),
     ("LeastSquaresCritic", "ValueClipping"),
     ("LeastSquaresCritic", "ValueNormalization"),
     ("DynamicSampling", "RejectionSampling"),
