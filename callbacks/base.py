@@ -100,6 +100,8 @@ class PPOModule(Protocol):
     samples_per_prompt: int
     actor_frozen: bool
     critic_frozen: bool
+    n_critic_states: int
+    n_actions: int
     checkpoint_reference: bool
     actor: Any
     critic: Any
@@ -117,18 +119,6 @@ class PPOModule(Protocol):
 
     def exact_kl(self, minibatch: Any) -> Tensor:
         """(B, T) KL over the vocabulary, differentiable."""
-        ...
-
-    def critic_states(self, experience: Any, n_states: int) -> Tensor:
-        """(B, T, D) hidden states of the critic before each response token, D of them at most ``n_states``."""
-        ...
-
-    def sample_actions(self, experience: Any, n: int, n_states: int) -> dict[str, Tensor]:
-        """Other tokens at each place: ``ids``, ``ends``, ``logprobs``, ``ref_logprobs``, ``values`` and ``states``."""
-        ...
-
-    def action_logprobs(self, minibatch: Any, actions: Tensor) -> Tensor:
-        """(B, T, n) log-probs of other tokens, differentiable."""
         ...
 
     def backward_on_text(self, batch: Any, coef: float) -> tuple[float, float]:

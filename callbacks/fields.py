@@ -105,6 +105,25 @@ def present(rows: Any, name: str) -> Tensor:
     return value
 
 
+def extra(callback: object, experience: Any, name: str) -> Any:
+    """What a training rollout leaves in ``extras`` where a callback has asked for it.
+
+    Args:
+        callback: The one that has asked.
+        experience: All rows.
+        name: Of the entry.
+
+    Raises:
+        TypeError: It is not there.
+    """
+    if name not in experience.extras:
+        raise TypeError(
+            f"{type(callback).__name__} needs experience.extras[{name!r}], which training rollouts (stream=None) of "
+            "LitPPO leave there; roll out after training has started, or remove the callback"
+        )
+    return experience.extras[name]
+
+
 def _malformed(rows: Any, name: str) -> str | None:
     """What a field is instead of what it should be; None if it is right, missing or None."""
     value, mask = getattr(rows, name, None), getattr(rows, "response_mask", None)

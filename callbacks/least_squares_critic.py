@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_behind, refuse_beside, require, require_model
 from lit_ppo.callbacks.critic_warmup import CriticWarmup
-from lit_ppo.callbacks.fields import present
+from lit_ppo.callbacks.fields import extra, present
 from lit_ppo.callbacks.reward_whitening import RewardWhitening
 from lit_ppo.callbacks.value_clipping import ValueClipping
 from lit_ppo.callbacks.value_normalization import ValueNormalization
@@ -34,7 +34,8 @@ class LeastSquaresCritic(PPOCallback):
     values allow a small ``lam``, as ``GAE(lam=0.3)``: less noise in the advantages, for hardly any bias. Put it after
     callbacks that change rewards.
 
-    Costs one more forward of the critic, and saves its backward, gradients and optimizer state.
+    Costs little: the rollout's forward of the critic gives its hidden states, too. Saves the critic's training: forward,
+    backward, gradients and optimizer state.
 
     The features of a prefix are the critic's value, the mean of its values since the prompt and the value of the
     prompt, each with a coefficient for each position, and its hidden states. The regression weighs all updates so far,
@@ -45,9 +46,8 @@ class LeastSquaresCritic(PPOCallback):
         ridge: Penalty of their weights, as so many tokens that say 0. Larger is safer with few responses.
         decay: Weight of the earlier updates at each update; 0.98 remembers about 50.
 
-    Reads ``experience.rewards``, ``values`` and ``group``; writes ``experience.values``. Sets
-    ``pl_module.critic_frozen``; needs ``critic_states`` on the module. ``value/explained_variance`` is that of the
-    solved values.
+    Reads ``experience.rewards``, ``values``, ``group`` and ``extras["critic_states"]``; writes ``experience.values``.
+    Sets ``pl_module.critic_frozen`` and ``n_critic_states``. ``value/explained_variance`` is that of the solved values.
     Source: this project, measured in ``docs/explanation/learning.md``; Hoerl and Kennard 1970,
     https://doi.org/10.1080/00401706.1970.10488634 (ridge regression); Chernozhukov et al. 2018, arXiv:1608.00060
     (predictions of a part from fits to the other parts).
@@ -67,7 +67,7 @@ class LeastSquaresCritic(PPOCallback):
         self._weights: list[Tensor] = []
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        require(self, pl_module, "critic_frozen", "critic_states")
+        require(self, pl_module, "critic_frozen", "n_critic_states")
         others = (LeastSquaresCritic, CriticWarmup, ValueClipping, ValueNormalization)
         refuse_beside(self, trainer, *others, why="the critic is not trained, and its values are solved for")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -76,12 +76,15 @@ class LeastSquaresCritic(PPOCallback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         require_model(self, pl_module, "critic")
-        pl_module.critic_frozen = True
+        pl_module.critic_frozen, pl_module.n_critic_states = True, self.n_states
 
     @torch.no_grad()
     def on_rewards(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
         values, mask = present(experience, "values"), experience.response_mask
-        states = pl_module.critic_states(experience, self.n_states)
+        states = extra(self, experience, "critic_states")
+        if states is None:
+            return  # a second update of the same responses keeps the values of the first
+        experience.extras["critic_states"] = None  # of no more use, and large
         gamma = getattr(getattr(pl_module, "advantages", None), "gamma", 1.0)
         returns = gae(experience.rewards, torch.zeros_like(values), mask, gamma, lam=1.0)[1]
         self._raw, self._folds, self._weights = values, [], []

@@ -1170,6 +1170,66 @@ def _marked(ids: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.bool(), ids, -1)
 
 
+def add_product(total: Tensor | None, x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum of products of matrices, in place; the first is not added to zeros, which takes as long as the product.
+
+    Args:
+        total: The sum so far; None before the first.
+        x: Left factor.
+        y: Right factor.
+        dtype: Of the sum.
+
+    Shapes:
+        (M, N), (N, K) -> (M, K).
+
+    >>> first = add_product(None, torch.ones(1, 2), torch.ones(2, 1), torch.float64)
+    >>> add_product(first, torch.ones(1, 3), torch.ones(3, 1), torch.float64)
+    tensor([[5.]], dtype=torch.float64)
+    """
+    if total is None:
+        return (x @ y).to(dtype)
+    return total.addmm_(x, y) if dtype == x.dtype else total.add_(x @ y)
+
+
+def dot_of_rows(x: Tensor, y: Tensor) -> Tensor:
+    r"""Row by row :math:`\sum_i x_i y_i`, without the product as a tensor.
+
+    Shapes:
+        (N, V), (N, V) -> (N,).
+
+    >>> dot_of_rows(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
+    tensor([11.])
+    """
+    return torch.bmm(x.unsqueeze(1), y.unsqueeze(2)).flatten()
+
+
+def side_by_side(x: Tensor, taken: Tensor, rows: int, longest: int) -> Tensor:
+    """What each token has in attention, of packed rows: the rows side by side, padded.
+
+    Args:
+        x: Of the N tokens, one row after another.
+        taken: The number of each token in the flattened (rows, longest).
+        rows: Number of rows.
+        longest: Tokens of the longest row.
+
+    Shapes:
+        (1, heads, N, d) -> (rows, heads, longest, d), 0 at padding.
+    """
+    _, heads, n, d = x.shape
+    tokens = x.transpose(1, 2).reshape(n, heads * d)
+    padded = tokens.new_zeros(rows * longest, heads * d).index_copy(0, taken, tokens)
+    return padded.view(rows, longest, heads, d).transpose(1, 2)
+
+
+def end_to_end(x: Tensor, taken: Tensor) -> Tensor:
+    """Padded rows packed again, see :func:`side_by_side`.
+
+    Shapes:
+        (rows, longest, heads, d) -> (1, N, heads, d).
+    """
+    return x.flatten(0, 1).index_select(0, taken).unsqueeze(0)
+
+
 def select_rows(value: Any, index: Tensor, listed: Sequence[int], n: int) -> Any:
     """The chosen rows of a value with ``n`` rows, or of a dict of values; any other value stays as it is.
 

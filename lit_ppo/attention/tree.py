@@ -1,76 +1,190 @@
-"""Rows with other tokens behind them: one forward reads what follows from each."""
+"""Other tokens behind packed rows: one forward reads what follows from each."""
 
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
+from lit_ppo.attention.autocast import attends_in_float32
+from lit_ppo.functional import end_to_end, side_by_side
+
+NAME = "lit_ppo_tree"
 TOLERANCE = 0.05  # of the norm of a state: bfloat16 rounds to under 0.01, other tokens or positions give about 1
 
 
-def tree(input_ids: Tensor, attention_mask: Tensor, actions: Tensor, *, added: bool) -> dict[str, Tensor]:
-    """Inputs of a model that reads other tokens in place of the last ones, each behind the same tokens before it.
+@dataclass(frozen=True)
+class Tree:
+    """Where the N tokens of some rows, packed one row after another, and the M other tokens behind them lie.
 
-    Behind each row come its other tokens. Each attends to the tokens before the one that it replaces, and to itself,
-    and has its position.
-
-    Args:
-        input_ids: Token ids.
-        attention_mask: True at real tokens; positions are counted over these.
-        actions: n other tokens for each of the last T tokens.
-        added: The model adds its mask to the scores; otherwise True is where it attends.
-
-    Shapes:
-        (B, L), (B, L), (B, T, n) -> input_ids and position_ids (B, L + T n), attention_mask (B, 1, L + T n, L + T n).
-
-    >>> ids, ones = torch.tensor([[4, 5, 6]]), torch.ones(1, 3)
-    >>> inputs = tree(ids, ones, torch.tensor([[[7], [8]]]), added=False)
-    >>> inputs["input_ids"].tolist(), inputs["position_ids"].tolist()
-    ([[4, 5, 6, 7, 8]], [[0, 1, 2, 1, 2]])
-    >>> inputs["attention_mask"][0, 0, 3:].int()  # of 7, in place of 5, and of 8, in place of 6
-    tensor([[1, 0, 0, 1, 0],
-            [1, 1, 0, 0, 1]], dtype=torch.int32)
+    Each token attends to the tokens of its row that are before its position, and to itself.
     """
-    (length, (t, n)), device = (input_ids.shape[1], actions.shape[1:]), input_ids.device
-    real, before = attention_mask.bool().to(device, non_blocking=True), length - t
-    places = torch.arange(t, device=device).repeat_interleave(n)
-    branches = torch.arange(length, device=device) < before + places[:, None]
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    mask = torch.cat([causal, branches])[None] & real[:, None]
-    mask = torch.nn.functional.pad(mask, (0, t * n)) | torch.eye(length + t * n, dtype=torch.bool, device=device)
-    positions = (real.long().cumsum(1) - 1).clamp(min=0)
-    scores = torch.zeros(mask.shape, device=device).masked_fill(~mask, torch.finfo(torch.float32).min)
-    return {
-        "input_ids": torch.cat([input_ids, actions.flatten(1)], dim=1),
-        "position_ids": torch.cat([positions, positions[:, before:].repeat_interleave(n, 1)], dim=1),
-        "attention_mask": (scores if added else mask)[:, None],
-    }
+
+    keys: tuple[Tensor, int, int]  # of the N, see :func:`side_by_side`
+    queries: tuple[Tensor, int, int]  # of all: behind each row come its other tokens
+    positions: Tensor  # (rows, widest) of the queries
+
+    @classmethod
+    def of(
+        cls, taken: Tensor, positions: Tensor, n_rows: int, longest: int, rows: Tensor, other_positions: Tensor
+    ) -> "Tree":
+        """The tree of some rows.
+
+        Args:
+            taken: The number of each of the N tokens in the flattened (n_rows, longest).
+            positions: Of the N tokens.
+            n_rows: Number of rows.
+            longest: Tokens of the longest row.
+            rows: Of the M other tokens, in order.
+            other_positions: Of the M other tokens.
+        """
+        counts = torch.bincount(rows, minlength=n_rows)
+        widest = longest + int(counts.max())
+        place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+        queries = torch.cat([taken // longest * widest + taken % longest, rows * widest + longest + place])
+        all_positions = positions.new_zeros(n_rows * widest)
+        all_positions = all_positions.index_copy(0, queries, torch.cat([positions, other_positions]))
+        return cls((taken, n_rows, longest), (queries, n_rows, widest), all_positions.view(n_rows, widest))
 
 
-def check_branch(model: Any, input_ids: Tensor, attention_mask: Tensor, actions: Tensor, states: Tensor) -> None:
-    """Check one state that was read from a tree: the first row's, behind its last real token but one.
+def others(actions: Tensor, wanted: Tensor, positions: Tensor, number: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The M different tokens among the wanted ones at each place, row by row.
 
     Args:
-        model: Returns ``last_hidden_state``.
-        input_ids: Those of the tree.
-        attention_mask: Those of the tree.
-        actions: Those of the tree.
-        states: What the model made of the tree.
+        actions: n other tokens in place of each of the last T tokens of a row.
+        wanted: Which of them to read, K in all.
+        positions: Of the real tokens.
+        number: Each real token's number.
+
+    Returns:
+        Their ids, positions and rows, and for each of the wanted ones which it is.
 
     Shapes:
-        (B, L), (B, L), (B, T, n), (B, T, n, H).
+        (B, T, n), (B, T, n), (N,), (B, L) -> (M,), (M,), (M,), (K,).
+
+    >>> actions, both = torch.tensor([[[7, 7], [8, 9]]]), torch.ones(1, 2, 2, dtype=torch.bool)
+    >>> others(actions, both, torch.arange(3), torch.arange(3)[None])
+    (tensor([7, 8, 9]), tensor([1, 2, 2]), tensor([0, 0, 0]), tensor([0, 0, 1, 2]))
+    """
+    device, t = actions.device, actions.shape[1]
+    places = torch.arange(wanted[..., 0].numel(), device=device).view(*wanted.shape[:2], 1).expand(wanted.shape)
+    codes = (places * 2**32 + actions)[wanted.to(device)]
+    codes, back = codes.unique(return_inverse=True)
+    places, ids = codes // 2**32, codes % 2**32
+    replaced = number[:, -t:].to(device).flatten()[places]
+    return ids, positions[replaced], places // t, back
+
+
+def no_mask(device: torch.device) -> Tensor:
+    """Four dimensions say that the mask is ready: transformers then makes none of all pairs of packed tokens."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    tree: Tree,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a tree: of each token with its row and with itself. Two other tokens never meet.
+
+    Args:
+        module: The layer.
+        query: As in transformers.
+        key: As in transformers.
+        value: As in transformers.
+        attention_mask: Not used.
+        tree: Where the tokens lie.
+        scaling: Of the scores.
+        sliding_window: Tokens that a token sees; None: all before it.
+        softcap: Limit of the scores.
+        s_aux: Scores of sinks, one a head.
+        **kwargs: Further arguments of attention in transformers.
+
+    Shapes:
+        query (1, heads, N + M, d), key and value (1, kv_heads, N + M, d) -> (1, N + M, heads, d).
+    """
+    dtype, n, longest = query.dtype, len(tree.keys[0]), tree.keys[2]
+    in_float32 = attends_in_float32(query.device)
+    with torch.autocast("cpu", enabled=False) if in_float32 else nullcontext():
+        if in_float32:
+            query, key, value = query.float(), key.float(), value.float()
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
+        query, own_key, own_value = (side_by_side(x, *tree.queries) for x in (query, key, value))
+        key, value = (side_by_side(x[:, :, :n], *tree.keys) for x in (key, value))
+        own = (query * own_key).sum(-1, keepdim=True)
+        scores = torch.cat([query @ key.mT, own], dim=-1).float() * (scaling or query.shape[-1] ** -0.5)
+        scores = scores if softcap is None else (scores / softcap).tanh() * softcap
+        places, positions = torch.arange(longest, device=scores.device), tree.positions[..., None]
+        seen = places < positions
+        if sliding_window is not None:
+            seen &= places > positions - sliding_window
+        scores = scores.masked_fill(~pad(seen, (0, 1), value=True)[:, None], -torch.inf)
+        if s_aux is not None:
+            scores = torch.cat([scores, s_aux.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+        weights = scores.softmax(-1).to(value.dtype)
+        read = weights[..., :longest] @ value + weights[..., longest : longest + 1] * own_value
+    return end_to_end(read.transpose(1, 2), tree.queries[0]).to(dtype), None
+
+
+AttentionInterface.register(NAME, tree_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def read(backbone: Any, inputs: dict[str, Any]) -> Tensor:
+    """Hidden states of all tokens of a tree, (N + M, H).
+
+    Raises:
+        ValueError: The model takes no tree.
+    """
+    before = backbone.config._attn_implementation
+    backbone.config._attn_implementation = NAME
+    try:
+        states: Tensor = backbone(**inputs, use_cache=False).last_hidden_state[0]
+    except TypeError as error:  # a family that hands nothing on to its attention
+        raise _unreadable(backbone, str(error)) from error
+    finally:
+        backbone.config._attn_implementation = before
+    return states
+
+
+def check(backbone: Any, inputs: dict[str, Any], n: int, states: Tensor) -> None:
+    """Check the last state that was read from a tree.
+
+    Args:
+        backbone: Attends as it does to plain rows.
+        inputs: What it made the states of.
+        n: Tokens that are not other tokens.
+        states: The states, (N + M, H).
 
     Raises:
         ValueError: The model does not read a tree as it reads plain rows.
     """
-    real, t = attention_mask[0].bool(), actions.shape[1]
-    place = max(0, int(real[-t:].sum()) - 1)
-    before = input_ids[0, : len(real) - t + place][real[: len(real) - t + place].to(input_ids.device)]
-    plain = model(input_ids=torch.cat([before, actions[0, place, :1]])[None], use_cache=False).last_hidden_state[0, -1]
-    error = (states[0, place, 0] - plain).float().norm() / plain.float().norm()
+    tree, ids = inputs["tree"], inputs["input_ids"][0]
+    row = int(tree.queries[0][-1]) // tree.queries[2]
+    position = int(inputs["position_ids"][0, -1])
+    of_row = ids[:n][tree.keys[0] // tree.keys[2] == row]
+    plain = backbone(input_ids=torch.cat([of_row[:position], ids[-1:]])[None], use_cache=False).last_hidden_state[0, -1]
+    error = (states[-1] - plain).float().norm() / plain.float().norm()
     if not error <= TOLERANCE:
-        raise ValueError(
-            f"CounterfactualActions: {type(model).__name__} does not read other tokens behind a row as in their place "
-            f"(error {float(error):.2g}): it takes no attention mask of four dimensions, or no positions; "
-            "remove the callback, or use another critic"
-        )
+        raise _unreadable(backbone, f"error {float(error):.2g}")
+
+
+def _unreadable(backbone: Any, problem: str) -> ValueError:
+    return ValueError(
+        f"CounterfactualActions: {type(backbone).__name__} does not read other tokens behind a row as in their place "
+        f"({problem}): its attention is not one of transformers' interface; remove the callback, or use another critic"
+    )

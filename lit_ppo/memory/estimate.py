@@ -14,7 +14,7 @@ from lit_ppo.memory.optimizers import StateSizes, check_probe, describe
 from lit_ppo.memory.sampling import RolloutTrace, distinct_prompts, resolved, trace_rollout
 from lit_ppo.memory.shapes import Part, StandIns, local_bytes, ppo_parts
 from lit_ppo.memory.trace import trace_scoring, trace_update
-from lit_ppo.models.actor_critic import halve_frozen, in_bfloat16
+from lit_ppo.models.compute import halve_frozen, in_bfloat16
 from lit_ppo.models.head import CHUNK_ELEMENTS, CUDA_CHUNK_ELEMENTS
 from lit_ppo.models.positions import token_limit
 from lit_ppo.rewards import reward_models

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from lit_ppo.attention import autocast
-from lit_ppo.models.actor_critic import use_fused_gelu
+from lit_ppo.models.compute import use_fused_gelu
 from lit_ppo.models.lora import add_adapter
 from lit_ppo.models.pretrained import SET_HERE, adapter_base
 from lit_ppo.models.stored import Unusable, hub

@@ -1,28 +1,22 @@
 """Actor, critic and frozen reference around Hugging Face models: one training forward each."""
 
-from collections.abc import Callable
-from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
-from transformers.activations import NewGELUActivation
-from transformers.cache_utils import Cache
+from transformers import GenerationConfig, PreTrainedModel
 
 from lit_ppo.device import exact_products
 from lit_ppo.experience import ModelInputs
 from lit_ppo.functional import random_projection, to_device
+from lit_ppo.generation.config import stop_ids
 from lit_ppo.generation.engine import Responses
 from lit_ppo.generation.transformers import generate
+from lit_ppo.models.compute import use_fused_gelu
 from lit_ppo.models.family import check_causal, check_head, check_sampling
-from lit_ppo.models.head import HeadInputs, sample_tokens, token_statistics
-from lit_ppo.models.packing import read_tokens, states_after, stock_attention, use_packing
-from lit_ppo.parallel.sharding import blocks, exact_parts, linear_layers
-
-GRAPHS = 32  # that a kind of block may have
+from lit_ppo.models.head import HeadInputs, read_logprobs, token_statistics
+from lit_ppo.models.packing import read_others, read_tokens, stock_attention, use_packing
 
 
 class _AlwaysEval(nn.Module):
@@ -68,6 +62,7 @@ class Actor(_AlwaysEval):
         temperature: float = 1.0,
         kl_to: HeadInputs | None = None,
         head_inputs: bool = False,
+        entropy: bool = True,
         actions: Tensor | None = None,
         draws: Tensor | None = None,
     ) -> Any:
@@ -82,28 +77,29 @@ class Actor(_AlwaysEval):
             kl_to: States and head of another model for the same target tokens, without gradients.
             head_inputs: Return the states and head of this model instead, as ``kl_to`` of another. This is done
                 inside the forward because a sharded model gathers its weights only there.
-            actions: Other tokens in place of each target token: return their log-probs, (B, T, n).
-            draws: Random numbers with which to sample such tokens: return these and their log-probs, (B, T, n) each.
+            entropy: False, without gradients: return tokens, see ``draws``, and their log-probs instead.
+            actions: Other tokens in place of each target token, (B, T, n): log-probs are (B, T, 1 + n), the target
+                token's first.
+            draws: Random numbers, (B, T, n), with which to sample ``actions``; needs ``entropy=False``.
 
         Shapes:
             input_ids, attention_mask (B, L), target_mask (B, T) -> (B, T), (B, T), 0 where masked.
         """
         head = self._head_inputs(input_ids, attention_mask, target_mask)
-        if draws is not None:
-            found = sample_tokens(head, draws[to_device(target_mask, draws.device)], temperature)
-            return tuple(spread(x, places(target_mask, x.device), target_mask.shape) for x in found)
-        if actions is not None:
-            own = actions.flatten(0, 1).index_select(0, places(target_mask, actions.device))
-            logprobs = token_statistics(head, own, temperature)[0]
-            return spread(logprobs, places(target_mask, logprobs.device), target_mask.shape)
         if head_inputs:
             # a sharded model frees its full weights when its forward ends
             keep = torch.clone if self.sharded else torch.detach
             return HeadInputs(head.states, keep(head.weight), None if head.bias is None else keep(head.bias))
-        where = places(target_mask, input_ids.device)
-        ids = input_ids[:, -target_mask.shape[1] :].flatten().index_select(0, where)
+        where, shape = places(target_mask, input_ids.device), target_mask.shape
+        ids = input_ids[:, -shape[1] :].flatten().index_select(0, where)
+        if actions is not None:
+            ids = torch.cat([ids[:, None], actions.flatten(0, 1).index_select(0, where)], dim=1)
+        if not entropy:
+            own = None if draws is None else draws[to_device(target_mask, draws.device)]
+            found = read_logprobs(head, ids.view(len(ids), -1), temperature, own)
+            return tuple(spread(x, where, shape) for x in found)
         logprobs, second = token_statistics(head, ids, temperature, kl_to, compiled=self.compiled)
-        return spread(logprobs, where, target_mask.shape), spread(second, where, target_mask.shape)
+        return spread(logprobs, where, shape), spread(second, where, shape)
 
     def generate(self, *args: Any, **kwargs: Any) -> Responses:
         """Sample responses; see :class:`lit_ppo.generation.engine.Decoder`."""
@@ -157,30 +153,40 @@ class Critic(_AlwaysEval):
         attention_mask: Tensor,
         *,
         target_mask: Tensor,
-        n_states: int | None = None,
+        n_states: int = 0,
         actions: Tensor | None = None,
-    ) -> Tensor:
-        """Values in float32.
+        wanted: Tensor | None = None,
+    ) -> Any:
+        """Values in float32; with other tokens or numbers of the hidden states, a tuple of all that is asked for.
 
         Args:
             input_ids: The actor's.
             attention_mask: The actor's.
             target_mask: The actor's.
-            n_states: Return D numbers of the hidden states instead: all, or random projections of wider states.
-            actions: Other tokens in place of each target token: return the value and the D numbers after each.
+            n_states: D, numbers of each hidden state: all of them, or random projections of wider states.
+            actions: Other tokens in place of each target token, (B, T, n).
+            wanted: Behind which of them to read.
 
         Shapes:
-            input_ids, attention_mask (B, L), target_mask (B, T) -> (B, T), 0 where masked; with ``n_states``
-            (B, T, D); with ``actions`` (B, T, n) too, (B, T, n, 1 + D), not masked.
+            input_ids, attention_mask (B, L), target_mask (B, T) -> (B, T), 0 where masked; or a tuple of these
+            values, states (B, T, D), values (B, T, n) and states (B, T, n, D) behind the other tokens.
         """
-        if actions is not None and n_states is not None:
-            states = states_after(self.backbone, input_ids, attention_mask, actions)
-            return torch.cat([self._values(states)[..., None], random_projection(states.float(), n_states)], dim=-1)
-        states = states_before(self.backbone, input_ids, attention_mask, target_mask)
-        where = places(target_mask, states.device)
-        if n_states is None:
-            return spread(self._values(states), where, target_mask.shape)
-        return spread(random_projection(states.float(), n_states), where, target_mask.shape)
+        if actions is None or wanted is None:
+            states, others = states_before(self.backbone, input_ids, attention_mask, target_mask), None
+        else:
+            states, number, others = read_others(self.backbone, input_ids, attention_mask, actions, wanted)
+            states = _before(states, number, target_mask)
+        where, shape = places(target_mask, states.device), target_mask.shape
+        values = spread(self._values(states), where, shape)
+        if others is None and not n_states:
+            return values
+        found = [values, spread(random_projection(states.float(), n_states), where, shape)]
+        if others is not None and wanted is not None:
+            where, shape = places(wanted, states.device), wanted.shape
+            found += [
+                spread(x, where, shape) for x in (self._values(others), random_projection(others.float(), n_states))
+            ]
+        return tuple(found)
 
     def _values(self, states: Tensor) -> Tensor:
         with torch.autocast(states.device.type, enabled=False):  # one number per token: exactness is cheap
@@ -219,8 +225,37 @@ def critic_forward(critic: Critic, inputs: ModelInputs, n_columns: int) -> Tenso
     return _widen(critic(ids, mask, target_mask=target_mask), n_columns)
 
 
+def read_values(
+    critic: Critic, inputs: ModelInputs, n_states: int, actions: Tensor | None, generation: GenerationConfig
+) -> dict[str, Tensor]:
+    """Values of the response tokens; what callbacks ask for besides.
+
+    Args:
+        critic: The critic.
+        inputs: Of some rows.
+        n_states: Numbers D of each hidden state.
+        actions: Other tokens at each place. Nothing can follow a stop token, nor the last token of a response.
+        generation: Says which these are.
+
+    Shapes:
+        actions (b, t, n) -> ``values`` (b, t); with ``n_states``, ``critic_states`` (b, t, D); with actions,
+        ``action_mask`` and ``action_values`` (b, t, n) and ``action_states`` (b, t, n, D).
+    """
+    (ids, mask, target_mask), wanted = inputs, None
+    if actions is not None:
+        room = torch.arange(target_mask.shape[1]) < int(generation.max_new_tokens or 0) - 1
+        stops = torch.tensor(stop_ids(generation), device=actions.device)
+        wanted = to_device((target_mask & room).unsqueeze(-1), actions.device) & ~torch.isin(actions, stops)
+    found = critic(ids, mask, target_mask=target_mask, n_states=n_states, actions=actions, wanted=wanted)
+    names = ("values", "critic_states", "action_values", "action_states")
+    named = dict(zip(names, found if isinstance(found, tuple) else (found,), strict=False))
+    if not n_states:
+        named = {name: x for name, x in named.items() if "states" not in name}
+    return named if wanted is None else named | {"action_mask": wanted}
+
+
 def _widen(x: Tensor, n_columns: int) -> Tensor:
-    return pad(x, (0, n_columns - x.shape[1]))
+    return pad(x, (0, 0) * (x.dim() - 2) + (0, n_columns - x.shape[1]))
 
 
 def states_before(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor, target_mask: Tensor) -> Tensor:
@@ -229,7 +264,11 @@ def states_before(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor
     Shapes:
         (B, L), (B, L), (B, T) -> (N, H).
     """
-    states, number = read_tokens(backbone, input_ids, attention_mask)
+    return _before(*read_tokens(backbone, input_ids, attention_mask), target_mask)
+
+
+def _before(states: Tensor, number: Tensor, target_mask: Tensor) -> Tensor:
+    """Of the states of all tokens, those before the target tokens."""
     targets = number[:, -target_mask.shape[1] :].to(target_mask.device)[target_mask]
     return states.index_select(0, to_device(targets - 1, states.device))
 
@@ -249,52 +288,3 @@ def spread(flat: Tensor, where: Tensor, shape: torch.Size) -> Tensor:
     """
     empty = flat.new_zeros(shape.numel(), *flat.shape[1:])
     return empty.index_copy(0, where, flat).view(*shape, *flat.shape[1:])
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """Compile a model's blocks for all uses but sampling; one graph serves all blocks and lengths."""
-    for block in blocks(model):
-        block.forward = partial(_forward, block.forward, torch.compile(block.forward, dynamic=True))
-    model.compiled = True  # type: ignore[assignment]
-
-
-def _forward(eager: Callable[..., Any], compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Eager beside a cache: shapes change with every token, and each layer would get compiled code of its own."""
-    if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
-        return eager(*args, **kwargs)
-    # models with and without gradients, in several dtypes, each have a graph; beyond the limit nothing is compiled
-    with torch._dynamo.config.patch(recompile_limit=GRAPHS):
-        return compiled(*args, **kwargs)
-
-
-def halve_frozen(model: nn.Module) -> None:
-    """Keep frozen linear layers in bfloat16, the dtype to which ``bf16-mixed`` casts them in every forward.
-
-    No number changes, and no weight is cast. Embeddings and norms stay as they are, and so does a head that shares the
-    embeddings' weight. Without autocast these layers compute in bfloat16 too.
-    """
-    for part in linear_layers(model):
-        if not any(p.requires_grad or p.dtype != torch.float32 for p in part.parameters()):
-            part.to(torch.bfloat16)
-            vars(part)["forward"] = MethodType(_in_bfloat16, part)  # which layers share, in compiled code too
-
-
-def in_bfloat16(model: nn.Module) -> None:
-    """Keep all weights in bfloat16 but those of parts that always compute in float32; buffers stay as they are."""
-    exact = exact_parts(model)
-    for part in model.modules():
-        for parameter in () if part in exact else part.parameters(recurse=False):
-            parameter.data = parameter.data.to(torch.bfloat16)
-
-
-def _in_bfloat16(layer: nn.Module, x: Tensor) -> Tensor:
-    output: Tensor = type(layer).forward(layer, x.to(torch.bfloat16))
-    return output if torch.is_autocast_enabled(x.device.type) else output.to(x.dtype)
-
-
-def use_fused_gelu(model: nn.Module) -> None:
-    """Replace the tanh form of GELU written in Python by torch's own: one pass over memory instead of six."""
-    for module in model.modules():
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))

@@ -1,12 +1,14 @@
-"""Checks that a model family can be used as actor or critic."""
+"""Checks that a model family can be used as actor, critic or reward model."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from lit_ppo.device import exact_products
 from lit_ppo.generation.config import neutral
 from lit_ppo.generation.transformers import sample
 from lit_ppo.models.head import HeadInputs
@@ -125,3 +127,41 @@ def check_causal(backbone: PreTrainedModel) -> int:
             "use critic='actor' or the path of a causal model"
         )
     return int(states.shape[-1])
+
+
+@torch.no_grad()
+def check_scores_alone(where: str, model: Any) -> None:
+    """Check that the score of a text is the same beside a longer one, where that can be tried.
+
+    Some encoders mix all positions of a forward, padding included (FNet, Nystromformer).
+
+    Args:
+        where: Class, argument and value, for messages.
+        model: Sequence classifier.
+
+    Raises:
+        ValueError: It is not.
+    """
+    config = model.config.get_text_config()
+    if model.dtype not in (torch.float32, torch.float64):
+        return  # rounding would differ as well
+    pad, config.pad_token_id = config.pad_token_id, config.pad_token_id or 0
+    ids = torch.tensor([i for i in range(2, 12) if i != config.pad_token_id][:8], device=model.device)
+    rows = torch.stack([ids, ids.flip(0)]) % config.vocab_size
+    rows[1, 3:] = config.pad_token_id
+    mask = torch.ones_like(rows)
+    mask[1, 3:] = 0
+    try:
+        with exact_products():
+            together = model(input_ids=rows, attention_mask=mask).logits[1]
+            alone = model(input_ids=rows[1:, :3], attention_mask=mask[1:, :3]).logits[0]
+    except Exception:  # some need tokens of their own in every text
+        return
+    finally:
+        config.pad_token_id = pad
+    difference = float((together - alone).abs().max() / alone.abs().max().clamp(min=1e-3))
+    if not difference < 1e-2:
+        raise ValueError(
+            f"{where}: a text's score depends on the texts beside it (relative difference {difference:.1e}); use "
+            "batch_size=1"
+        )

@@ -8,9 +8,19 @@ import torch
 from torch import Tensor
 
 from lit_ppo.activations import free_bytes
-from lit_ppo.functional import float32_linear, inverse_cdf, summed_in_float32, token_sums, token_sums_gradient
+from lit_ppo.functional import (
+    add_product,
+    dot_of_rows,
+    float32_linear,
+    inverse_cdf,
+    summed_in_float32,
+    token_sums,
+    token_sums_gradient,
+)
 
-CHUNK_ELEMENTS = 2**23  # logits worked on at a time: 32 MiB in float32
+CHUNK_ELEMENTS = 2**23  # logits worked on at a time, at most: 32 MiB in float32
+CACHED_ELEMENTS = 2**20  # stay in a CPU's caches, which takes a quarter off the time
+CACHED_TOKENS = 256  # but fewer tokens would read the head too often
 KEPT_ELEMENTS = 2**25  # probabilities kept for the backward, 128 MiB; beyond that, logits are computed again
 CUDA_CHUNK_ELEMENTS = 2**27  # at most; each chunk reads the head again, and more tokens keep a GPU busy
 CUDA_SHARE = 1 / 8  # of the free memory, for a chunk
@@ -60,7 +70,8 @@ def chunks_for(kind: str, free: int, vocabulary: int, dtype: torch.dtype) -> Chu
     Chunks(tokens=883, kept=134217728)
     """
     if kind != "cuda":
-        return Chunks(max(1, CHUNK_ELEMENTS // vocabulary), KEPT_ELEMENTS)
+        tokens = min(max(CACHED_TOKENS, CACHED_ELEMENTS // vocabulary), CHUNK_ELEMENTS // vocabulary)
+        return Chunks(max(1, tokens), KEPT_ELEMENTS)
     # five tensors of at least float32, and the gradient in the dtype of the products
     bytes_per_logit = 5 * max(4, dtype.itemsize) + dtype.itemsize
     fits = int(free * CUDA_SHARE) // bytes_per_logit
@@ -106,28 +117,34 @@ def token_statistics(
 
 
 @torch.no_grad()
-def sample_tokens(head: HeadInputs, draws: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """K tokens from the distribution at each state, independent of each other, and their log-probabilities.
+def read_logprobs(
+    head: HeadInputs, ids: Tensor, temperature: float = 1.0, draws: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of tokens, and of K more that are sampled; without gradients and entropies, which take time.
 
     Args:
         head: States and head.
-        draws: See :func:`lit_ppo.functional.inverse_cdf`.
+        ids: J tokens for each state.
         temperature: Divides the logits.
+        draws: See :func:`lit_ppo.functional.inverse_cdf`; None: sample none.
+
+    Returns:
+        The tokens, and those that were sampled behind them; their log-probabilities.
 
     Shapes:
-        draws (N, K) -> (N, K), (N, K).
+        ids (N, J), draws (N, K) -> (N, J + K), (N, J + K); float32 (float64 stays).
     """
-    device = head.states.device
+    device, n = head.states.device, ids.shape[1]
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else head.weight.dtype
-    ids = torch.empty(draws.shape, dtype=torch.long, device=device)
-    logprobs = torch.empty(draws.shape, device=device)
+    ids = torch.nn.functional.pad(ids, (0, 0 if draws is None else draws.shape[1]))
+    logprobs = torch.empty(ids.shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
     with torch.autocast(device.type, enabled=False):
         for_logits = _for_logits(_cast(*head, dtype))
-        sizes = chunks_for(device.type, _free_bytes(device), len(head.weight), dtype)
-        for chunk in _chunks(len(ids), sizes):
+        for chunk in _chunks(len(ids), chunks_for(device.type, _free_bytes(device), len(head.weight), dtype)):
             log_p = _log_softmax(for_logits, chunk, temperature)
-            ids[chunk] = inverse_cdf(log_p, draws[chunk])
-            logprobs[chunk] = log_p.gather(1, ids[chunk]).float()
+            if draws is not None:
+                ids[chunk, n:] = inverse_cdf(log_p, draws[chunk])
+            logprobs[chunk] = log_p.gather(1, ids[chunk])
     return ids, logprobs
 
 
@@ -167,7 +184,7 @@ class _Statistics(torch.autograd.Function):
                 log_p = _log_softmax(for_logits, chunk, temperature)
                 large = log_p.exp()
                 logprobs[chunk] = log_p.gather(1, ids[chunk].reshape(len(log_p), -1)).view_as(ids[chunk])
-                divergence[chunk] = _dot(large, _log_ratio(log_p, for_ratio, chunk, temperature))
+                divergence[chunk] = dot_of_rows(large, _log_ratio(log_p, for_ratio, chunk, temperature))
             if options.keep and chunk.stop * large.shape[1] <= sizes.kept:
                 kept.append(large)
         ctx.save_for_backward(states, weight, bias, ids, divergence.detach(), log_sums, *kept)
@@ -203,7 +220,7 @@ class _Statistics(torch.autograd.Function):
             if d_states is not None:
                 d_states[chunk] = d_logits @ head.weight
             if wants_weight:
-                d_weight = _add_product(d_weight, d_logits.T, head.states[chunk], sums)
+                d_weight = add_product(d_weight, d_logits.T, head.states[chunk], sums)
         if wants_weight and d_weight is None:  # no tokens
             d_weight = torch.zeros_like(weight)
         return d_states, None if d_weight is None else d_weight.to(weight.dtype), d_bias, None, None, None
@@ -274,26 +291,11 @@ def _logits(head: _Head, chunk: slice) -> Tensor:
 def _log_softmax(head: _Head, chunk: slice, temperature: float) -> Tensor:
     """Log-probabilities of a chunk, (n, V), at least float32."""
     logits = _logits(head, chunk)
-    return _finite(torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1))
-
-
-def _finite(log_p: Tensor) -> Tensor:
-    """Without -inf, which times 0 would be NaN: a token that cannot occur adds nothing."""
+    log_p = torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+    # -inf times 0 would be NaN: a token that cannot occur adds nothing
     return log_p.clamp_(min=torch.finfo(log_p.dtype).min)
 
 
 def _log_ratio(log_p: Tensor, reference: _Head | None, chunk: slice, temperature: float) -> Tensor:
     """``log p - log q``."""
     return log_p if reference is None else log_p - _log_softmax(reference, chunk, temperature)
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """Row by row, without the product as a tensor: (n, V), (n, V) -> (n,)."""
-    return torch.bmm(x.unsqueeze(1), y.unsqueeze(2)).flatten()
-
-
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``total + a @ b``, in place; the first one is not added to zeros, which takes as long as the product."""
-    if total is None:
-        return (a @ b).to(dtype)
-    return total.addmm_(a, b) if dtype == a.dtype else total.add_(a @ b)

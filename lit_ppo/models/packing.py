@@ -17,12 +17,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lit_ppo.attention import autocast, kernels
+from lit_ppo.attention import autocast, kernels, tree
 from lit_ppo.attention.choice import Attention, Heads, attend
 from lit_ppo.attention.kernels import PLAIN, Kernel
-from lit_ppo.attention.tree import check_branch, tree
 from lit_ppo.device import exact_products
-from lit_ppo.functional import to_device
+from lit_ppo.functional import end_to_end, side_by_side, to_device
 from lit_ppo.models.positions import UNBOUNDED, rope_bound, row_groups
 
 NAME = "lit_ppo_packed_sdpa"
@@ -37,17 +36,6 @@ class Packing:
     longest: int
     starts: Tensor | None = None  # (rows + 1,), int32, each row's first packed token; for a kernel
     kernel: Kernel | None = None
-
-    def pad(self, x: Tensor) -> Tensor:
-        """(1, heads, N, d) -> (rows, heads, longest, d), 0 at padding."""
-        _, heads, n, d = x.shape
-        tokens = x.transpose(1, 2).reshape(n, heads * d)
-        rows = tokens.new_zeros(self.rows * self.longest, heads * d).index_copy(0, self.taken, tokens)
-        return rows.view(self.rows, self.longest, heads, d).transpose(1, 2)
-
-    def unpad(self, x: Tensor) -> Tensor:
-        """(rows, longest, heads, d) -> (1, N, heads, d)."""
-        return x.flatten(0, 1).index_select(0, self.taken).unsqueeze(0)
 
 
 def packed_attention(
@@ -70,14 +58,14 @@ def packed_attention(
         output = attend(packing.kernel, module, query, key, value, rows, sliding_window, kwargs)
         if output is not None:
             return output, None
-    query, key, value = packing.pad(query), packing.pad(key), packing.pad(value)
+    query, key, value = (side_by_side(x, packing.taken, packing.rows, packing.longest) for x in (query, key, value))
     length = query.shape[2]
     near = None  # padding comes after all real tokens, which causal attention never looks at: no mask is needed
     if sliding_window is not None and sliding_window < length:
         steps = torch.arange(length, device=query.device)
         ago = steps.unsqueeze(1) - steps
         near = ((ago >= 0) & (ago < sliding_window))[None, None]
-    return packing.unpad(sdpa(module, query, key, value, near, **kwargs)[0]), None
+    return end_to_end(sdpa(module, query, key, value, near, **kwargs)[0], packing.taken), None
 
 
 AttentionInterface.register(NAME, packed_attention)
@@ -128,8 +116,7 @@ class RealTokens:
         return {
             "input_ids": self.ids.unsqueeze(0),
             "position_ids": self.positions.unsqueeze(0),
-            # four dimensions say that the mask is ready: transformers then makes none of N x N
-            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.ids.device),
+            "attention_mask": tree.no_mask(self.ids.device),
             "packing": self.packing,
         }
 
@@ -209,20 +196,40 @@ def use_packing(model: PreTrainedModel) -> None:
     model.base_model.lit_ppo_attention = Attention(asked, exact, packs, heads)  # type: ignore[assignment]
 
 
-def states_after(backbone: Any, input_ids: Tensor, attention_mask: Tensor, actions: Tensor) -> Tensor:
-    """Hidden states after each of n other tokens in place of each of the last T tokens: see :func:`tree`.
+def read_others(
+    backbone: Any, input_ids: Tensor, attention_mask: Tensor, actions: Tensor, wanted: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states of the real tokens, and those after other tokens in place of the last T, in one forward.
+
+    Args:
+        backbone: Hugging Face model that returns ``last_hidden_state``.
+        input_ids: Token ids.
+        attention_mask: True at real tokens; positions are counted over these.
+        actions: n other tokens in place of each of the last T tokens.
+        wanted: Which of them are read, M in all.
 
     Shapes:
-        (B, L), (B, L), (B, T, n) -> (B, T, n, H); anything at places that are not real.
+        (B, L), (B, L), (B, T, n), (B, T, n) -> (N, H), (B, L) with each real token's number, and (M, H).
+
+    Raises:
+        ValueError: The model does not read them as it reads plain rows.
     """
-    with stock_attention(backbone):
-        inputs = tree(input_ids, attention_mask, actions, added=backbone.config._attn_implementation == "eager")
-        states: Tensor = backbone(**inputs, use_cache=False).last_hidden_state
-        after: Tensor = states[:, input_ids.shape[1] :].unflatten(1, actions.shape[1:])
-        if not vars(backbone).get("lit_ppo_reads_trees"):
-            check_branch(backbone, input_ids, attention_mask, actions, after)
-            backbone.lit_ppo_reads_trees = True
-    return after
+    tokens = RealTokens.of(input_ids, attention_mask)
+    ids, positions, rows, back = tree.others(actions, wanted, tokens.positions, tokens.number)
+    packed = tokens.packing.taken, tokens.positions, tokens.packing.rows, tokens.packing.longest
+    inputs = {
+        "input_ids": torch.cat([tokens.ids, ids])[None],
+        "position_ids": torch.cat([tokens.positions, positions])[None],
+        "attention_mask": tree.no_mask(tokens.ids.device),
+        "tree": tree.Tree.of(*packed, rows, positions),
+    }
+    states = tree.read(backbone, inputs)
+    if not vars(backbone).get("lit_ppo_reads_trees"):
+        with stock_attention(backbone):
+            tree.check(backbone, inputs, len(tokens.ids), states)
+        backbone.lit_ppo_reads_trees = True
+    n = len(tokens.ids)
+    return states[:n], tokens.number, states[n:].index_select(0, back)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_ppo.device import has_float64
-from lit_ppo.experience import Experience, ModelInputs
+from lit_ppo.experience import Experience, ModelInputs, rows_or_stand_in
 from lit_ppo.shown import reason
 
 T = TypeVar("T")
@@ -100,17 +100,18 @@ def map_rows(
 
 
 def map_forwards(
-    function: Callable[[ModelInputs], dict[str, Tensor]],
+    function: Callable[[ModelInputs, Sequence[int]], dict[str, Tensor]],
     experience: Experience,
     lengths: list[int],
     limits: dict[str, int | None],
 ) -> dict[str, Tensor]:
-    """Run a function on the micro-batches of this rank and put the rows of all ranks together, (B, T) each.
+    """Run a function on the micro-batches of this rank and put the rows of all ranks together, (B, T, ...) each.
 
     The numbers never leave GPUs that can talk to each other.
 
     Args:
-        function: From inputs of a micro-batch to values (b, T) under the same names.
+        function: From the inputs of a micro-batch and its rows to tensors (b, t, ...) with t up to T, under the same
+            names; rows are followed by zeros.
         experience: All rows.
         lengths: Tokens of each row.
         limits: As for :func:`deal`.
@@ -124,22 +125,25 @@ def map_forwards(
 
     def run() -> None:
         for rows in plan[rank()]:
-            for name, value in function(experience.micro_batch(rows)).items():
-                empty = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
-                mine.setdefault(name, empty)[rows] = value.float()[: len(rows)]
+            for name, value in function(experience.micro_batch(rows), rows_or_stand_in(rows)).items():
+                value = value.float() if value.is_floating_point() else value
+                empty = value.new_zeros(*like.shape, *value.shape[2:])
+                mine.setdefault(name, empty)[rows, : value.shape[1]] = value[: len(rows)]
 
     gather_shares(run)  # a rank that has failed sends nothing
     if n_ranks() == 1 or not mine:
         return mine
     shares = [[row for rows in micro_batches for row in rows] for micro_batches in plan]
-    stacked = torch.stack([mine[name] for name in sorted(mine)]).to(_collective_device())
-    block = stacked.new_zeros(len(mine), max(map(len, shares)), like.shape[1])  # as many rows on every rank
-    block[:, : len(shares[rank()])] = stacked[:, shares[rank()]]
-    everyone = [torch.empty_like(block) for _ in shares]
-    dist.all_gather(everyone, block)
-    for rows, values in zip(shares, everyone, strict=True):
-        stacked[:, rows] = values[:, : len(rows)]
-    return dict(zip(sorted(mine), stacked.to(like.device), strict=True))
+    for name in sorted(mine):
+        own = mine[name].to(_collective_device())
+        block = own.new_zeros(max(map(len, shares)), *own.shape[1:])  # as many rows on every rank
+        block[: len(shares[rank()])] = own[shares[rank()]]
+        everyone = [torch.empty_like(block) for _ in shares]
+        dist.all_gather(everyone, block)
+        for rows, values in zip(shares, everyone, strict=True):
+            own[rows] = values[: len(rows)]
+        mine[name] = own.to(like.device)
+    return mine
 
 
 def my_micro_batches(lengths: Sequence[int], **limits: int | None) -> list[list[int]]:

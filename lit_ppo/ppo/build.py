@@ -15,14 +15,8 @@ from lit_ppo.advantages import check_estimator
 from lit_ppo.engines.base import Engine
 from lit_ppo.engines.sampler import EngineSampler
 from lit_ppo.generation.config import generation_config, say_stops
-from lit_ppo.models.actor_critic import (
-    Actor,
-    Critic,
-    Reference,
-    compile_blocks,
-    halve_frozen,
-    in_bfloat16,
-)
+from lit_ppo.models.actor_critic import Actor, Critic, Reference
+from lit_ppo.models.compute import compile_blocks, halve_frozen, in_bfloat16
 from lit_ppo.models.load import load_causal_lm, load_critic
 from lit_ppo.models.lora import WithoutAdapter, add_adapter
 from lit_ppo.models.positions import safe_length

@@ -176,6 +176,7 @@ class LitPPO(L.LightningModule):
         self.evaluator, self.progress, self.own_engine = evaluate.Evaluator(), Progress(), TransformersEngine()
         self.rollouts = 0  # training rollouts so far: the number of the update in every random draw
         self._built = self.actor_frozen = self.critic_frozen = self.checkpoint_reference = False  # callbacks set three
+        self.n_actions = self.n_critic_states = 0  # what callbacks ask of training rollouts
         self.sampling_difference: float | None = None
         self.loop: own_loop.OwnLoop | None = None  # after ``attach``, true while it runs
 
@@ -267,7 +268,7 @@ class LitPPO(L.LightningModule):
         self.rollouts += stream is None
         if logprobs:
             self.progress.detail = "log-probs"
-            add_logprobs(self, models, experience, sampled)
+            add_logprobs(self, models, experience, sampled, trains=stream is None)
         experience.origin = Origin(self)
         return experience
 
@@ -285,10 +286,9 @@ class LitPPO(L.LightningModule):
 
     # More methods, each a function in the file that is named: what callbacks call, then Lightning's hooks.
 
-    score, step_optimizers, action_logprobs = score_experience, optimize.step_optimizers, text_loss.action_logprobs
+    score, step_optimizers = score_experience, optimize.step_optimizers
     actor_optimizer, backward_minibatch = property(optimize.actor_optimizer), optimize.backward_minibatch
     backward_on_text, loss_on_text, exact_kl = text_loss.backward_on_text, text_loss.loss_on_text, text_loss.exact_kl
-    critic_states, sample_actions = text_loss.critic_states, text_loss.sample_actions
     save_pretrained, card, __init_subclass__ = saved.save_pretrained, saved.card, classmethod(saved.save_arguments_of)
     attach, step, on_before_batch_transfer = own_loop.attach, own_loop.step, own_loop.on_before_batch_transfer
     configure_model, configure_optimizers = build.configure_model, build.configure_optimizers

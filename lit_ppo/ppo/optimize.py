@@ -1,19 +1,21 @@
 """The forwards of training, and optimizer steps under Lightning's manual optimization: accumulate, clip, skip, step."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_ppo.callbacks.base import fire
+from lit_ppo.device import exact_device
 from lit_ppo.experience import Experience, Minibatch, ModelInputs
 from lit_ppo.functional import kl_estimate, policy_loss, value_loss
-from lit_ppo.models.actor_critic import actor_forward, critic_forward
+from lit_ppo.models.actor_critic import actor_forward, critic_forward, read_values
 from lit_ppo.optim.settings import BuiltOptimizer
 from lit_ppo.parallel.ranks import deal, map_forwards, my_micro_batches, n_ranks, sum_over_ranks
 from lit_ppo.parallel.sharding import without_gradient_sync
@@ -114,7 +116,9 @@ class Optimization:
         progress.increment_completed()
 
 
-def add_logprobs(module: Any, models: Models, experience: Experience, sampled: Tensor | None = None) -> None:
+def add_logprobs(
+    module: Any, models: Models, experience: Experience, sampled: Tensor | None = None, *, trains: bool = False
+) -> None:
     """Set log-probs of actor and reference, KL and values, with the forwards that training uses.
 
     Args:
@@ -123,11 +127,21 @@ def add_logprobs(module: Any, models: Models, experience: Experience, sampled: T
         experience: Sampled by the actor.
         sampled: Log-probs of sampling, (B, T), kept if they differ from the training pass by at most
             ``sampling_logprobs_tolerance`` on one micro-batch per rank; None: always run the training pass.
+        trains: Add what the module's ``n_actions`` and ``n_critic_states`` ask for to ``extras``.
     """
-    n_columns, temperature, limits = experience.response_ids.shape[1], module.temperature, module.limits
+    n_actions, n_states = (module.n_actions, module.n_critic_states) if trains else (0, 0)
+    options, limits = {"temperature": module.temperature, "entropy": False}, module.limits
+    shape, draws = (*experience.response_ids.shape, n_actions), None
+    if n_actions:
+        sampled = None  # the training pass samples the other tokens
+        draws = torch.from_numpy(np.random.default_rng([module.seed, module.rollouts, n_actions]).random(shape))
 
-    def train(inputs: ModelInputs) -> dict[str, Tensor]:
-        return {"logprobs": actor_forward(models.actor, inputs, n_columns, temperature)[0]}
+    def train(inputs: ModelInputs, rows: Sequence[int]) -> dict[str, Tensor]:
+        ids, mask, target_mask = inputs
+        own = None if draws is None else draws[rows, : target_mask.shape[1]].to(exact_device(ids.device))
+        tokens, logprobs = models.actor(ids, mask, target_mask=target_mask, draws=own, **options)
+        actions = {"action_ids": tokens, "action_logprobs": logprobs} if n_actions else {}
+        return {"logprobs": logprobs[..., 0]} | actions
 
     lengths = [n_prompt + n_response for n_prompt, n_response in experience.lengths]
     if sampled is not None and module.tolerance is not None:
@@ -136,17 +150,21 @@ def add_logprobs(module: Any, models: Models, experience: Experience, sampled: T
         module.sampling_difference = float((trained - sampled[first]).abs().max())
         sampled = sampled if module.sampling_difference <= module.tolerance else None
 
-    def compute(inputs: ModelInputs) -> dict[str, Tensor]:
-        computed = train(inputs) if sampled is None else {}
+    def compute(inputs: ModelInputs, rows: Sequence[int]) -> dict[str, Tensor]:
+        ids, mask, target_mask = inputs
+        computed = train(inputs, rows) if sampled is None else {}
+        others = computed["action_ids"][..., 1:] if n_actions else None
         if models.reference is not None:
-            computed["ref_logprobs"] = actor_forward(models.reference, inputs, n_columns, temperature)[0]
+            found = models.reference(ids, mask, target_mask=target_mask, actions=others, **options)[1]
+            computed |= {"ref_logprobs": found[..., 0]} | ({"action_ref_logprobs": found} if n_actions else {})
         if models.critic is not None:
-            computed["values"] = critic_forward(models.critic, inputs, n_columns)
+            computed |= read_values(models.critic, inputs, n_states, others, models.generation)
         return computed
 
     computed = map_forwards(compute, experience, lengths, limits)
-    experience.logprobs = computed["logprobs"] if sampled is None else sampled
-    experience.ref_logprobs, experience.values = computed.get("ref_logprobs"), computed.get("values")
+    experience.logprobs = computed.pop("logprobs") if sampled is None else sampled
+    experience.ref_logprobs, experience.values = computed.pop("ref_logprobs", None), computed.pop("values", None)
+    experience.extras |= computed
     if experience.ref_logprobs is None:
         experience.kl = torch.zeros_like(experience.logprobs)
     else:
@@ -189,8 +207,12 @@ def step_optimizers(module: Any, metrics: dict[str, float], experience: Experien
 
 
 def _backward_actor(module: Any, micro: Minibatch) -> None:
-    inputs, n_columns = micro.model_inputs(), micro.response_ids.shape[1]
-    micro.new_logprobs, micro.new_entropy = actor_forward(module.actor, inputs, n_columns, module.temperature)
+    inputs, n_columns, actions = micro.model_inputs(), micro.response_ids.shape[1], micro.extras.get("action_ids")
+    others = None if actions is None else actions[:, : inputs.target_mask.shape[1], 1:]
+    found, micro.new_entropy = actor_forward(module.actor, inputs, n_columns, module.temperature, actions=others)
+    micro.new_logprobs = found if actions is None else found[..., 0]
+    if actions is not None:
+        micro.extras["new_action_logprobs"] = found
     log_policy(micro, module.clip_range)
     loss = policy_loss(micro.new_logprobs, micro.logprobs, micro.advantages, module.clip_range)
     losses = {"policy": micro.mean(loss)}
@@ -198,6 +220,7 @@ def _backward_actor(module: Any, micro: Minibatch) -> None:
     _backward(module, "actor", micro, losses)
     # the critic's turn comes later: nothing may keep the actor's activations until then
     micro.new_logprobs, micro.new_entropy = micro.new_logprobs.detach(), micro.new_entropy.detach()
+    micro.extras.pop("new_action_logprobs", None)
 
 
 def _backward_critic(module: Any, micro: Minibatch) -> None:

@@ -1,20 +1,15 @@
-"""For callbacks: losses on text batches (PTX, alignment tax), the exact KL, the critic's states, other actions."""
+"""For callbacks: losses on text batches (PTX, alignment tax), and the exact KL."""
 
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from lit_ppo.device import exact_device
 from lit_ppo.experience import Experience, rows_or_stand_in
 from lit_ppo.functional import to_device
-from lit_ppo.generation.config import stop_ids
 from lit_ppo.models.actor_critic import Actor, actor_forward
 from lit_ppo.models.positions import token_limit
-from lit_ppo.parallel.ranks import map_rows, my_micro_batches, n_ranks, sum_over_ranks
+from lit_ppo.parallel.ranks import my_micro_batches, n_ranks, sum_over_ranks
 from lit_ppo.ppo.optimize import accumulate, total_norm
 
 
@@ -135,99 +130,3 @@ def exact_kl(module: Any, minibatch: Experience) -> Tensor:
         head = module.reference(ids, mask, target_mask=target_mask, head_inputs=True)
     n_columns = minibatch.response_ids.shape[1]
     return actor_forward(module.actor, inputs, n_columns, module.temperature, kl_to=head)[1]
-
-
-@torch.no_grad()
-def critic_states(module: Any, experience: Experience, n_states: int) -> Tensor:
-    """Hidden states of the critic before each response token, the same on every rank.
-
-    Args:
-        module: The LitPPO.
-        experience: All rows.
-        n_states: Numbers D of each state: all H, or D random projections of them if there are more.
-
-    Shapes:
-        -> (B, T, D), float32, 0 where masked.
-
-    Raises:
-        ValueError: There is no critic.
-    """
-    if module.critic is None:
-        raise ValueError("critic_states: there is no critic; give LitPPO one")
-
-    def compute(some: Experience, rows: list[int]) -> dict[str, Tensor]:
-        ids, mask, target_mask = some.model_inputs()
-        return {"states": module.critic(ids, mask, target_mask=target_mask, n_states=n_states)}
-
-    return _of_all_rows(module, experience, compute)["states"]
-
-
-@torch.no_grad()
-def sample_actions(module: Any, experience: Experience, n: int, n_states: int) -> dict[str, Tensor]:
-    """Other tokens that the actor could have chosen at each place, and what follows from them; on every rank.
-
-    Args:
-        module: The LitPPO.
-        experience: All rows.
-        n: Tokens for each place, independent of each other; the same one may come twice.
-        n_states: See :func:`critic_states`.
-
-    Returns:
-        ``ids``, whether they are stop tokens (``ends``), their ``logprobs`` and, with a reference, ``ref_logprobs``;
-        the critic's ``values`` and ``states`` after each of them instead of the response's token.
-
-    Shapes:
-        (B, T, n); states (B, T, n, D).
-    """
-    device = experience.response_ids.device
-    shape, stops = (*experience.response_ids.shape, n), torch.tensor(stop_ids(module.generation))
-    draws = torch.from_numpy(np.random.default_rng([module.seed, module.rollouts, n]).random(shape))
-
-    def compute(some: Experience, rows: list[int]) -> dict[str, Tensor]:
-        ids, mask, target_mask = some.model_inputs()
-        options = {"target_mask": target_mask, "temperature": module.temperature}
-        own = draws[rows, : target_mask.shape[1]].to(exact_device(device))
-        actions, logprobs = module.actor(ids, mask, draws=own, **options)
-        ends = torch.isin(actions, stops.to(actions.device))
-        found = {"ids": actions, "ends": ends, "logprobs": logprobs}
-        if module.reference is not None:
-            found["ref_logprobs"] = module.reference(ids, mask, actions=actions, **options)
-        after = module.critic(ids, mask, target_mask=target_mask, n_states=n_states, actions=actions)
-        return found | {"values": after[..., 0], "states": after[..., 1:]}
-
-    return _of_all_rows(module, experience, compute)
-
-
-def action_logprobs(module: Any, minibatch: Experience, actions: Tensor) -> Tensor:
-    """Log-probs of other tokens at the places of the response, differentiable.
-
-    Args:
-        module: The LitPPO.
-        minibatch: Rows of one micro-batch.
-        actions: Their ids.
-
-    Shapes:
-        actions (B, T, n) -> (B, T, n), 0 where masked.
-    """
-    ids, mask, target_mask = minibatch.model_inputs()
-    t, n_columns = target_mask.shape[1], actions.shape[1]
-    options = {"target_mask": target_mask, "temperature": module.temperature}
-    return pad(module.actor(ids, mask, actions=actions[:, :t], **options), (0, 0, 0, n_columns - t))
-
-
-def _of_all_rows(
-    module: Any, experience: Experience, function: Callable[[Experience, list[int]], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """Run a function on micro-batches, dealt to ranks, and put the rows together, (B, T, ...) each."""
-
-    def compute(rows: list[int]) -> dict[str, Tensor]:
-        some = list(rows_or_stand_in(rows))
-        return {name: x[: len(rows)].cpu() for name, x in function(experience.select(some), some).items()}
-
-    n_rows, n_columns = experience.response_ids.shape
-    lengths = [n_prompt + n_response for n_prompt, n_response in experience.lengths]
-    found: dict[str, Tensor] = {}
-    for rows, parts in map_rows(lengths, compute, **module.limits):
-        for name, part in parts.items():
-            found.setdefault(name, part.new_zeros(n_rows, n_columns, *part.shape[2:]))[rows, : part.shape[1]] = part
-    return {name: x.to(experience.response_ids.device) for name, x in found.items()}

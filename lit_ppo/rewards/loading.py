@@ -21,8 +21,8 @@ def load_classifier(path: str, model_kwargs: dict[str, Any], *, alone: bool = Fa
     """
     from transformers import AutoModelForSequenceClassification  # slow to import; configurations are checked without it
 
+    from lit_ppo.models.family import check_scores_alone
     from lit_ppo.models.pretrained import check_complete, load_pretrained
-    from lit_ppo.models.scoring import check_scores_alone
     from lit_ppo.models.stored import Unusable
 
     try:

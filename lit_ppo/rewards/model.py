@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lit_ppo.constructor import constructor
 from lit_ppo.data.chat import Span, checked_options
 from lit_ppo.functional import masked_mean
+from lit_ppo.models.compute import score_in_float32
 from lit_ppo.models.positions import row_groups
-from lit_ppo.models.scoring import score_in_float32
 from lit_ppo.models.stored import checked_model_kwargs
 from lit_ppo.parallel.ranks import deal
 from lit_ppo.parallel.sharding import build, shard

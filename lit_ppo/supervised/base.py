@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_ppo.data.tokenization import save_tokenizer
 from lit_ppo.generation.config import named_stops
-from lit_ppo.models.actor_critic import in_bfloat16
 from lit_ppo.models.card import Card, add_data, hub_name, write_card
+from lit_ppo.models.compute import in_bfloat16
 from lit_ppo.models.export import checked_dtype, checked_repository, list_files, push, save_model
 from lit_ppo.models.positions import rope_bound, row_groups, token_limit
 from lit_ppo.models.pretrained import starting_dtype

@@ -12,8 +12,8 @@ from torchmetrics.classification import BinaryAccuracy
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lit_ppo.constructor import constructor
+from lit_ppo.models.compute import score_in_float32
 from lit_ppo.models.pretrained import n_outputs
-from lit_ppo.models.scoring import score_in_float32
 from lit_ppo.optim.precision import MatmulPrecision
 from lit_ppo.supervised.base import SupervisedModule
 from lit_ppo.supervised.source import ModelSource

@@ -10,7 +10,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from lit_ppo.activations import checkpoint_activations
 from lit_ppo.generation.config import generation_config
 from lit_ppo.models import head
-from lit_ppo.models.actor_critic import Actor, Reference, compile_blocks, halve_frozen
+from lit_ppo.models.actor_critic import Actor, Reference
+from lit_ppo.models.compute import compile_blocks, halve_frozen
 from lit_ppo.models.load import load_causal_lm, load_critic, load_tokenizer
 from lit_ppo.parallel.sharding import blocks
 from tests.helpers.tiny import make_causal_lm, make_reward_model, make_tokenizer
