@@ -34,8 +34,8 @@ class LeastSquaresCritic(PPOCallback):
     values allow a small ``lam``, as ``GAE(lam=0.3)``: less noise in the advantages, for hardly any bias. Put it after
     callbacks that change rewards.
 
-    Costs little: the rollout's forward of the critic gives its hidden states, too. Saves the critic's training: forward,
-    backward, gradients and optimizer state.
+    Costs little: the rollout's forward of the critic gives its hidden states, too. Saves the critic's training: its
+    forward, backward, gradients and optimizer state.
 
     The features of a prefix are the critic's value, the mean of its values since the prompt and the value of the
     prompt, each with a coefficient for each position, and its hidden states. The regression weighs all updates so far,

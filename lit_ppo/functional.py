@@ -1203,6 +1203,15 @@ def dot_of_rows(x: Tensor, y: Tensor) -> Tensor:
     return torch.bmm(x.unsqueeze(1), y.unsqueeze(2)).flatten()
 
 
+def no_mask(device: torch.device) -> Tensor:
+    """A mask of four dimensions, which transformers takes as it is; it would make one of all pairs of packed tokens.
+
+    >>> no_mask(torch.device("cpu")).shape
+    torch.Size([1, 1, 1, 1])
+    """
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
 def side_by_side(x: Tensor, taken: Tensor, rows: int, longest: int) -> Tensor:
     """What each token has in attention, of packed rows: the rows side by side, padded.
 
@@ -1214,6 +1223,10 @@ def side_by_side(x: Tensor, taken: Tensor, rows: int, longest: int) -> Tensor:
 
     Shapes:
         (1, heads, N, d) -> (rows, heads, longest, d), 0 at padding.
+
+    >>> x = torch.tensor([5.0, 6.0, 7.0]).view(1, 1, 3, 1)  # a row of one token, and one of two
+    >>> side_by_side(x, torch.tensor([0, 2, 3]), rows=2, longest=2).flatten()
+    tensor([5., 0., 6., 7.])
     """
     _, heads, n, d = x.shape
     tokens = x.transpose(1, 2).reshape(n, heads * d)
@@ -1226,6 +1239,9 @@ def end_to_end(x: Tensor, taken: Tensor) -> Tensor:
 
     Shapes:
         (rows, longest, heads, d) -> (1, N, heads, d).
+
+    >>> end_to_end(torch.tensor([5.0, 0.0, 6.0, 7.0]).view(2, 2, 1, 1), torch.tensor([0, 2, 3])).flatten()
+    tensor([5., 6., 7.])
     """
     return x.flatten(0, 1).index_select(0, taken).unsqueeze(0)
 

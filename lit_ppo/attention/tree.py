@@ -79,11 +79,6 @@ def others(actions: Tensor, wanted: Tensor, positions: Tensor, number: Tensor) -
     return ids, positions[replaced], places // t, back
 
 
-def no_mask(device: torch.device) -> Tensor:
-    """Four dimensions say that the mask is ready: transformers then makes none of all pairs of packed tokens."""
-    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-
-
 def tree_attention(
     module: nn.Module,
     query: Tensor,

@@ -19,8 +19,7 @@ from lit_ppo.functional import (
 )
 
 CHUNK_ELEMENTS = 2**23  # logits worked on at a time, at most: 32 MiB in float32
-CACHED_ELEMENTS = 2**20  # stay in a CPU's caches, which takes a quarter off the time
-CACHED_TOKENS = 256  # but fewer tokens would read the head too often
+CACHED_ELEMENTS, CACHED_TOKENS = 2**20, 256  # stay in a CPU's caches; fewer tokens would read the head too often
 KEPT_ELEMENTS = 2**25  # probabilities kept for the backward, 128 MiB; beyond that, logits are computed again
 CUDA_CHUNK_ELEMENTS = 2**27  # at most; each chunk reads the head again, and more tokens keep a GPU busy
 CUDA_SHARE = 1 / 8  # of the free memory, for a chunk
@@ -108,9 +107,9 @@ def token_statistics(
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     dtype = autocast or head.weight.dtype
     reference = None if kl_to is None else _cast(*kl_to, autocast or kl_to.weight.dtype)
-    keep = torch.is_grad_enabled()
     with torch.autocast(device, enabled=False):
-        options = _Options(temperature, dtype, keep, compiled and kl_to is None and ids.dim() == 1)
+        compiled = compiled and kl_to is None and ids.dim() == 1
+        options = _Options(temperature, dtype, keep=torch.is_grad_enabled(), compiled=compiled)
         logprobs, kl = _Statistics.apply(*head, ids, reference, options)  # type: ignore[no-untyped-call]
     # the entropy is the KL to nothing, log q = 0, with its sign turned
     return logprobs, kl if kl_to is not None else -kl
@@ -221,8 +220,7 @@ class _Statistics(torch.autograd.Function):
                 d_states[chunk] = d_logits @ head.weight
             if wants_weight:
                 d_weight = add_product(d_weight, d_logits.T, head.states[chunk], sums)
-        if wants_weight and d_weight is None:  # no tokens
-            d_weight = torch.zeros_like(weight)
+        d_weight = torch.zeros_like(weight) if wants_weight and d_weight is None else d_weight  # no tokens
         return d_states, None if d_weight is None else d_weight.to(weight.dtype), d_bias, None, None, None
 
 

@@ -21,7 +21,7 @@ from lit_ppo.attention import autocast, kernels, tree
 from lit_ppo.attention.choice import Attention, Heads, attend
 from lit_ppo.attention.kernels import PLAIN, Kernel
 from lit_ppo.device import exact_products
-from lit_ppo.functional import end_to_end, side_by_side, to_device
+from lit_ppo.functional import end_to_end, no_mask, side_by_side, to_device
 from lit_ppo.models.positions import UNBOUNDED, rope_bound, row_groups
 
 NAME = "lit_ppo_packed_sdpa"
@@ -116,7 +116,7 @@ class RealTokens:
         return {
             "input_ids": self.ids.unsqueeze(0),
             "position_ids": self.positions.unsqueeze(0),
-            "attention_mask": tree.no_mask(self.ids.device),
+            "attention_mask": no_mask(self.ids.device),
             "packing": self.packing,
         }
 
@@ -220,7 +220,7 @@ def read_others(
     inputs = {
         "input_ids": torch.cat([tokens.ids, ids])[None],
         "position_ids": torch.cat([tokens.positions, positions])[None],
-        "attention_mask": tree.no_mask(tokens.ids.device),
+        "attention_mask": no_mask(tokens.ids.device),
         "tree": tree.Tree.of(*packed, rows, positions),
     }
     states = tree.read(backbone, inputs)
@@ -228,8 +228,8 @@ def read_others(
         with stock_attention(backbone):
             tree.check(backbone, inputs, len(tokens.ids), states)
         backbone.lit_ppo_reads_trees = True
-    n = len(tokens.ids)
-    return states[:n], tokens.number, states[n:].index_select(0, back)
+    own, read = states.tensor_split([len(tokens.ids)])
+    return own, tokens.number, read.index_select(0, back)
 
 
 @contextmanager

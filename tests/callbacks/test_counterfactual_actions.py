@@ -53,61 +53,93 @@ def test_the_loss_is_the_mean_over_the_tokens_that_count():
 def test_values_behind_the_response_s_own_tokens_are_those_of_the_next_place():
     random, mask = torch.Generator().manual_seed(0), torch.arange(5) < torch.arange(12)[:, None] % 5 + 1
     raw, states, rewards = (torch.randn(*shape, generator=random) for shape in ((12, 5), (12, 5, 2), (12, 5)))
-    experience = SimpleNamespace(values=raw, rewards=rewards, response_mask=mask, group=torch.arange(12))
-    critic, module = LeastSquaresCritic(ridge=1.0), SimpleNamespace(critic_states=lambda rows, n: states)
-    critic.on_rewards(None, module, experience)  # type: ignore[arg-type]
+    experience = SimpleNamespace(
+        values=raw, rewards=rewards, response_mask=mask, group=torch.arange(12), extras={"critic_states": states}
+    )
+    critic = LeastSquaresCritic(ridge=1.0)
+    critic.on_rewards(None, SimpleNamespace(), experience)  # type: ignore[arg-type]
     found = critic.values_after(raw[:, [1, 2, 3, 4, 4], None], states[:, [1, 2, 3, 4, 4], None])[..., 0]
     both = mask[:, 1:]
     torch.testing.assert_close(found[:, :-1][both], experience.values[:, 1:][both], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "attention"), [("gpt2", "sdpa"), ("llama", "sdpa"), ("llama", "eager")])
-def test_other_tokens_are_read_as_the_plain_models_read_them(tmp_path: Path, family: str, attention: str):
-    actor = make_causal_lm(tmp_path / "a", family, seed=0, scale=4.0)
-    reference = make_causal_lm(tmp_path / "r", family, seed=1, scale=4.0)
-    kwargs = {"attn_implementation": attention}
-    given = {"reference": str(reference), "temperature": 0.7, "model_kwargs": kwargs}
-    module = make_module(actor, micro_batch_size=2, **given)
-    experience = module.rollout(["the film", "a movie was", "plot"])
+CRITICS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", {}),
+    "llama": ("llama", {"num_key_value_heads": 1}),
+    "mistral with a window": ("mistral", {"sliding_window": 3}),
+    "gemma2": ("gemma2", {"sliding_window": 3, "attn_logit_softcapping": 0.5}),
+}
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("critic", CRITICS)
+def test_other_tokens_are_read_as_the_plain_models_read_them(tmp_path: Path, critic: str, precision: torch.dtype):
+    family, kwargs = CRITICS[critic]
+    paths = [
+        make_causal_lm(tmp_path / "actor", seed=0, scale=4.0),
+        make_causal_lm(tmp_path / "reference", seed=1, scale=4.0),
+        make_causal_lm(tmp_path / "critic", family, seed=2, scale=4.0, **kwargs),
+    ]
+    actor, reference, backbone = (str(path) for path in paths)
+    module = make_module(actor, reference=reference, critic=backbone, temperature=0.7, micro_batch_size=2)
+    module.n_actions, module.n_critic_states = 3, 1000
+    module.configure_model()
     torch.nn.init.normal_(module.critic.value_head.weight)
-    found = module.sample_actions(experience, 3, 1000)
-    again = make_module(actor, micro_batch_size=1, **given)
-    again.configure_model()
-    again.rollouts = module.rollouts
-    assert torch.equal(again.sample_actions(experience, 3, 4)["ids"][experience.response_mask],
-                       found["ids"][experience.response_mask])  # fmt: skip
-    models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (actor, reference)]
-    mine = module.action_logprobs(experience, found["ids"])
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        experience = module.rollout(["the film", "a movie was", "plot"])
+    found, ids = experience.extras, experience.extras["action_ids"]
+    rtol, atol = (1e-3, 1e-4) if precision == torch.float32 else (0.05, 0.1)
     weight, bias = module.critic.value_head.weight[0], module.critic.value_head.bias
+    models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in paths]
+    assert torch.equal(ids[..., 0], experience.response_ids)
+    n_last = experience.response_ids.shape[1] - 1
     for i in range(3):
-        ids = torch.cat([experience.prompt_ids[i][experience.prompt_mask[i]],
-                         experience.response_ids[i][experience.response_mask[i]]])  # fmt: skip
+        tokens = torch.cat([experience.prompt_ids[i][experience.prompt_mask[i]],
+                            experience.response_ids[i][experience.response_mask[i]]])  # fmt: skip
         first = int(experience.prompt_mask[i].sum())
-        for t in range(len(ids) - first):
-            others = found["ids"][i, t]
+        for t in range(len(tokens) - first):
+            own, others = ids[i, t], ids[i, t, 1:]
             with torch.no_grad():
-                logits = [model(ids[None, : first + t]).logits[0, -1] / 0.7 for model in models]
-                rows = torch.cat([ids[: first + t].expand(3, -1), others[:, None]], dim=1)
-                states = models[0].base_model(rows).last_hidden_state[:, -1]
-            for name, x in zip(("logprobs", "ref_logprobs"), logits, strict=True):
-                torch.testing.assert_close(found[name][i, t], x.log_softmax(-1)[others], rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(mine[i, t], found["logprobs"][i, t], rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(found["states"][i, t], states, rtol=1e-3, atol=1e-4)
-            torch.testing.assert_close(found["values"][i, t], states @ weight + bias, rtol=1e-3, atol=1e-3)
-            assert found["ends"][i, t].tolist() == [a == module.tokenizer.eos_token_id for a in others.tolist()]
+                logits = [model(tokens[None, : first + t]).logits[0, -1] / 0.7 for model in models[:2]]
+                rows = torch.cat([tokens[: first + t].expand(3, -1), others[:, None]], dim=1)
+                states = models[2].base_model(rows).last_hidden_state[:, -1]
+                before = models[2].base_model(tokens[None, : first + t]).last_hidden_state[0, -1]
+            for name, x in zip(("action_logprobs", "action_ref_logprobs"), logits, strict=True):
+                torch.testing.assert_close(found[name][i, t], x.log_softmax(-1)[own], rtol=rtol, atol=atol)
+            torch.testing.assert_close(experience.values[i, t], before @ weight + bias[0], rtol=rtol, atol=10 * atol)
+            torch.testing.assert_close(found["critic_states"][i, t], before, rtol=rtol, atol=atol)
+            read = found["action_mask"][i, t]
+            assert read.tolist() == [t < n_last and a != module.tokenizer.eos_token_id for a in others.tolist()]
+            torch.testing.assert_close(found["action_states"][i, t][read], states[read], rtol=rtol, atol=atol)
+            values = (states @ weight + bias)[read]
+            torch.testing.assert_close(found["action_values"][i, t][read], values, rtol=rtol, atol=10 * atol)
 
 
-def test_a_model_that_takes_no_such_mask_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_other_tokens_do_not_depend_on_micro_batches(tmp_path: Path):
+    actor, found = make_causal_lm(tmp_path / "a", scale=4.0), []
+    for size in (1, 3):
+        module = make_module(actor, micro_batch_size=size)
+        module.n_actions = 4
+        found.append(module.rollout(["the film", "a movie was", "plot"]).extras["action_ids"])
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("problem", ["takes no tree", "reads another"])
+def test_a_model_that_reads_no_tree_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str):
     module = make_module(make_causal_lm(tmp_path / "a", scale=4.0))
-    experience = module.rollout(["the film"])
+    module.n_actions = 2
+    module.configure_model()
     forward = module.critic.backbone.forward
 
-    def plain(attention_mask: Any = None, position_ids: Any = None, **inputs: Any) -> Any:
+    def plain(attention_mask: Any = None, position_ids: Any = None, tree: Any = None, **inputs: Any) -> Any:
+        if tree is not None and problem == "takes no tree":
+            raise TypeError("unexpected argument 'tree'")
+        module.critic.backbone.config._attn_implementation = "sdpa"
         return forward(**inputs)
 
     monkeypatch.setattr(module.critic.backbone, "forward", plain)
     with pytest.raises(ValueError, match=r"^CounterfactualActions: GPT2Model does not read other tokens behind a row"):
-        module.sample_actions(experience, 2, 4)
+        module.rollout(["the film"])
 
 
 def test_log_probs_of_several_tokens_have_the_gradient_of_a_plain_softmax(tmp_path: Path):
@@ -117,9 +149,14 @@ def test_log_probs_of_several_tokens_have_the_gradient_of_a_plain_softmax(tmp_pa
     ids = torch.cat([experience.prompt_ids, experience.response_ids], dim=1)
     n = experience.response_ids.shape[1]
     others = torch.arange(n * 4).view(1, n, 4) % 7  # some of them twice
-    weights = torch.randn(1, n, 4, generator=torch.Generator().manual_seed(0))
-    (module.action_logprobs(experience, others) * weights).sum().backward()
-    logprobs = plain(ids).logits[:, -n - 1 : -1].log_softmax(-1).gather(-1, others)
+    weights = torch.randn(1, n, 5, generator=torch.Generator().manual_seed(0))
+    inputs = experience.model_inputs()
+    found = module.actor(
+        inputs.input_ids, inputs.attention_mask, target_mask=inputs.target_mask, actions=others, temperature=1.0
+    )
+    (found[0] * weights).sum().backward()
+    all_ids = torch.cat([experience.response_ids[..., None], others], dim=-1)
+    logprobs = plain(ids).logits[:, -n - 1 : -1].log_softmax(-1).gather(-1, all_ids)
     (logprobs * weights).sum().backward()
     for (name, mine), (other, theirs) in zip(
         module.actor.model.named_parameters(), plain.named_parameters(), strict=True

@@ -90,10 +90,12 @@ def test_responses_may_become_longer_and_a_resumed_run_knows_the_shorter_ones():
         numbers = {name: torch.randn(12, n, generator=random) for name in ("values", "rewards")}
         states = torch.randn(12, n, 2, generator=random)
         mask = torch.arange(n) < lengths[:, None]
-        experiences.append(SimpleNamespace(response_mask=mask, features=states, group=torch.arange(12), **numbers))
+        experience = SimpleNamespace(response_mask=mask, features=states, group=torch.arange(12), **numbers)
+        experience.extras = {"critic_states": states}
+        experiences.append(experience)
     raw = [experience.values.numpy() for experience in experiences]
     critic = LeastSquaresCritic(ridge=3.0, decay=0.7)
-    module: Any = SimpleNamespace(critic_states=lambda experience, n_states: experience.features)
+    module: Any = SimpleNamespace()
     for number, experience in enumerate(experiences):
         if number:  # as after a resume
             saved, critic = critic.state_dict(), LeastSquaresCritic(ridge=3.0, decay=0.7)
@@ -110,14 +112,36 @@ def test_an_update_that_is_not_finite_leaves_no_trace():
     numbers = [torch.randn(8, 3, generator=random) for _ in range(4)]
     for broken in (False, True):
         critic = LeastSquaresCritic(ridge=1.0)
-        module: Any = SimpleNamespace(critic_states=lambda experience, n_states: experience.values[..., None])
+        module: Any = SimpleNamespace()
         for i in range(3 if broken else 2):
             values, rewards = numbers[:2] if i == 0 else numbers[2:]
             rewards = rewards.where(rewards < 0, torch.nan) if broken and i == 1 else rewards
-            experience = SimpleNamespace(values=values, rewards=rewards, **fields)
+            extras = {"critic_states": values[..., None]}
+            experience = SimpleNamespace(values=values, rewards=rewards, extras=extras, **fields)
             critic.on_rewards(None, module, experience)  # type: ignore[arg-type]
         solved.append(experience.values)
     assert torch.equal(*solved)
+
+
+def test_a_second_update_of_the_same_responses_keeps_the_values():
+    critic, module = LeastSquaresCritic(ridge=1.0), SimpleNamespace()
+    experience = SimpleNamespace(
+        values=torch.randn(8, 3), rewards=torch.randn(8, 3), response_mask=torch.ones(8, 3, dtype=torch.bool),
+        group=torch.arange(8), extras={"critic_states": torch.randn(8, 3, 2)},
+    )  # fmt: skip
+    raw = experience.values
+    critic.on_rewards(None, module, experience)  # type: ignore[arg-type]
+    solved, sums = experience.values, critic.state_dict()
+    assert not torch.equal(solved, raw)
+    critic.on_rewards(None, module, experience)  # type: ignore[arg-type]
+    assert torch.equal(experience.values, solved)
+    assert critic.state_dict() == sums
+
+
+def test_responses_of_another_rollout_are_refused():
+    experience = SimpleNamespace(values=torch.ones(2, 3), response_mask=torch.ones(2, 3, dtype=torch.bool), extras={})
+    with pytest.raises(TypeError, match=r"LeastSquaresCritic needs experience.extras\['critic_states'\]"):
+        LeastSquaresCritic().on_rewards(None, SimpleNamespace(), experience)  # type: ignore[arg-type]
 
 
 def test_the_critic_is_not_trained():

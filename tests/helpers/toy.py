@@ -120,6 +120,7 @@ class Toy(L.LightningModule):
         self.given_scores, self.longest, self.fires = scores, longest, fires
         self.kl_coef, self.actor_frozen, self.critic_frozen, self.checkpoint_reference = kl_coef, False, False, False
         self.clip_range, self.ppo_epochs, self.samples_per_prompt = clip_range, ppo_epochs, samples_per_prompt
+        self.n_actions = self.n_critic_states = 0
         with torch.random.fork_rng():
             torch.manual_seed(1)
             self.actor = nn.Linear(FEATURES, TOKENS)
@@ -218,6 +219,8 @@ class Toy(L.LightningModule):
             logprobs = self.actor(micro.features).log_softmax(-1)
             micro.new_entropy = -(logprobs.exp() * logprobs).sum(-1)
             micro.new_logprobs = self.logprobs(micro.features, micro.response_ids)
+            if "action_ids" in micro.extras:
+                micro.extras["new_action_logprobs"] = logprobs.gather(-1, micro.extras["action_ids"])
             log_ratio = micro.new_logprobs - micro.logprobs
             ratio = log_ratio.exp()
             clipped = ratio if self.clip_range is None else ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
@@ -245,22 +248,24 @@ class Toy(L.LightningModule):
 
     # ---- what callbacks ask for
 
-    def sample_actions(self, experience: Rows, n: int, n_states: int) -> dict[str, Tensor]:
-        shape = (*experience.response_mask.shape, n)
-        ids = torch.randint(TOKENS, shape, generator=torch.Generator().manual_seed(int(self.updates)))
-        found = {"ids": ids, "ends": ids == 0, "logprobs": self.action_logprobs(experience, ids).detach()}
-        if self.reference is not None:
-            logprobs = self.reference(experience.features).log_softmax(-1)
-            found["ref_logprobs"] = logprobs.gather(-1, ids) * experience.response_mask[..., None]
-        states = experience.features[..., None, :n_states] + ids[..., None]
-        return found | {"values": self.critic(experience.features).detach() + ids, "states": states}
-
-    def action_logprobs(self, minibatch: Rows, actions: Tensor) -> Tensor:
-        logprobs = self.actor(minibatch.features).log_softmax(-1)
-        return logprobs.gather(-1, actions) * minibatch.response_mask[..., None]
-
-    def critic_states(self, experience: Rows, n_states: int) -> Tensor:
-        return experience.features[..., :n_states]
+    def add_extras(self, rows: Rows) -> None:
+        """What callbacks ask of training rollouts: the critic gives another token a the value V + a."""
+        if self.n_critic_states:
+            rows.extras["critic_states"] = rows.features[..., : self.n_critic_states]
+        if not self.n_actions:
+            return
+        random, shape = torch.Generator().manual_seed(int(self.updates)), (*rows.response_ids.shape, self.n_actions)
+        others = torch.randint(TOKENS, shape, generator=random)
+        ids = rows.extras["action_ids"] = torch.cat([rows.response_ids[..., None], others], dim=-1)
+        for name, model in (("action_logprobs", self.actor), ("action_ref_logprobs", self.reference)):
+            if model is not None:
+                rows.extras[name] = model(rows.features).log_softmax(-1).gather(-1, ids)
+        room = rows.response_mask & (torch.arange(shape[1]) < shape[1] - 1)
+        rows.extras |= {
+            "action_mask": room[..., None] & (others != 0),
+            "action_values": self.critic(rows.features) + others,
+            "action_states": rows.features[..., None, : self.n_critic_states] + others[..., None],
+        }
 
     @torch.no_grad()
     def rollout(self, prompts: Any, **kwargs: Any) -> Rows:
@@ -279,6 +284,7 @@ class Toy(L.LightningModule):
         rows.sampling_logprobs = rows.logprobs - features[..., 0] * rows.response_mask
         rows.values = None if self.critic is None else self.critic(features).squeeze(-1) * rows.response_mask
         rows.kl = self.kl_per_response / lengths[:, None] * rows.response_mask
+        self.add_extras(rows)
         return rows
 
     def rows_of(self, features: Tensor, response_ids: Tensor, lengths: Tensor, samples: int) -> Rows:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lit_ppo import Reinforce
 from lit_ppo.functional import random_projection
 from lit_ppo.ppo.optimize import NonFiniteError
 from tests.helpers.tiny import make_causal_lm
@@ -103,8 +102,10 @@ def test_critic_states_are_those_of_the_plain_model(tmp_path, n_states):
     """All of them, or the fixed projections of them; whatever the padding and the micro-batch."""
     actor = make_causal_lm(tmp_path / "a", seed=0, scale=4.0)
     module = make_module(actor, micro_batch_size=2)
+    module.n_critic_states = n_states
     experience = module.rollout(["the film", "a movie was", "plot"])
-    states = module.critic_states(experience, n_states)
+    assert "critic_states" not in module.rollout(["plot"], stream="held out").extras
+    states = experience.extras["critic_states"]
     plain = AutoModelForCausalLM.from_pretrained(actor).eval().base_model
     for i in range(3):
         prompt = experience.prompt_ids[i][experience.prompt_mask[i]]
@@ -115,13 +116,6 @@ def test_critic_states_are_those_of_the_plain_model(tmp_path, n_states):
         assert expected.shape[-1] == min(n_states, plain.config.hidden_size)
         torch.testing.assert_close(states[i, : len(response)], expected, rtol=1e-4, atol=1e-5)
         assert states[i, len(response) :].eq(0).all()
-
-
-def test_critic_states_need_a_critic(tiny_lm):
-    module = make_module(tiny_lm, critic=None, advantages=Reinforce())
-    module.configure_model()
-    with pytest.raises(ValueError, match="critic_states: there is no critic"):
-        module.critic_states(None, 4)
 
 
 def test_exact_kl_needs_a_reference(tiny_lm):
