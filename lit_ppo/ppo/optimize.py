@@ -98,10 +98,12 @@ class Optimization:
                 )
             return
         self.skipped_steps = 0
-        for name, optimizer in optimizers_of(module).items():
-            if name in self.with_gradients:
-                # not through LightningOptimizer, which would count each step as a global step
-                module.trainer.strategy.optimizer_step(optimizer, closure=lambda: None)
+        # not in autocast: an optimizer with matrix products of its own (Shampoo, SOAP) needs all bits of them
+        with torch.autocast(module.device.type, enabled=False):
+            for name, optimizer in optimizers_of(module).items():
+                if name in self.with_gradients:
+                    # not through LightningOptimizer, which would count each step as a global step
+                    module.trainer.strategy.optimizer_step(optimizer, closure=lambda: None)
 
     def end_update(self, module: Any) -> None:
         """Step the schedules and count one global step, whether or not optimizers were stepped; free all gradients."""

@@ -123,3 +123,18 @@ def test_exact_kl_needs_a_reference(tiny_lm):
     module.configure_model()
     with pytest.raises(ValueError, match="exact_kl: there is no reference"):
         module.exact_kl(None)
+
+
+def test_optimizers_step_outside_of_autocast(tmp_path, tiny_lm):
+    """An optimizer with products of its own gets the bits of its tensors: 257 has nine, bfloat16 keeps eight."""
+    found = []
+
+    class Product(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            found.append((torch.ones(1, 257) @ torch.ones(257, 1)).item())
+            super().step(closure)
+
+    module = make_module(tiny_lm, actor_optimizer=lambda params: Product(params, lr=0.1))
+    make_trainer(tmp_path, precision="bf16-mixed").fit(module, make_data(tmp_path))
+    assert found
+    assert set(found) == {257.0}
