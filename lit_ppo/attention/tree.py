@@ -172,7 +172,9 @@ def check(backbone: Any, inputs: dict[str, Any], n: int, states: Tensor) -> None
     row = int(tree.queries[0][-1]) // tree.queries[2]
     position = int(inputs["position_ids"][0, -1])
     of_row = ids[:n][tree.keys[0] // tree.keys[2] == row]
-    plain = backbone(input_ids=torch.cat([of_row[:position], ids[-1:]])[None], use_cache=False).last_hidden_state[0, -1]
+    plain_ids = torch.cat([of_row[:position], ids[-1:]])[None]
+    output = backbone(input_ids=plain_ids, attention_mask=torch.ones_like(plain_ids), use_cache=False)
+    plain = output.last_hidden_state[0, -1]
     error = (states[-1] - plain).float().norm() / plain.float().norm()
     if not error <= TOLERANCE:
         raise _unreadable(backbone, f"error {float(error):.2g}")

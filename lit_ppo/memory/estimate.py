@@ -92,6 +92,10 @@ def estimate(module: Any, job: Job, stand_ins: StandIns | None = None) -> Estima
     if halves and by_default:
         for part in parts:
             halve_frozen(part.model)
+    for part in parts:
+        if part.name == "critic" and job.critic_frozen:  # which happens once it is built as one that learns
+            part.model.requires_grad_(False)
+            part.extra = []
     lines = [*held(module, parts, job), *checkpoint(module, parts, job)]
     for part in parts:  # from here on as they compute
         if part.name in ("actor", "critic") and job.computing is torch.bfloat16:
@@ -206,7 +210,7 @@ def score(module: Any, parts: list[Part], job: Job) -> Iterator[Line]:
 
 def update(module: Any, parts: list[Part], job: Job) -> Iterator[Line]:
     """Forward and backward of the largest micro-batch, of the actor first and then of the critic."""
-    trained = [part for part in parts if part.name in ("actor", "critic")]
+    trained = [part for part in parts if part.name in ("actor", "critic") and part.trained]
     for part, phase in zip(trained, (ACTOR, CRITIC), strict=False):
         yield from _pass(module, part, phase, job)
         for before in trained[: trained.index(part)]:
@@ -285,4 +289,6 @@ def _in_full(job: Job) -> str:
 def _lower_frozen(name: str) -> str:
     if name == "reference":
         return "reference_dtype bfloat16; LoRA (--config lora), which needs no copy"
+    if name == "critic":
+        return "strategy/fsdp2 on several processes"
     return "model_kwargs {dtype: bfloat16} of the RewardModel"

@@ -28,6 +28,7 @@ class Job:
         every_micro_batch: FSDP2 reduces gradients after each micro-batch.
         offload_frozen: FSDP2 keeps the shards of frozen models in CPU memory.
         on_gpu: The devices are GPUs.
+        critic_frozen: The critic is not trained (``LeastSquaresCritic``).
     """
 
     batch_size: int
@@ -39,6 +40,7 @@ class Job:
     every_micro_batch: bool = False
     offload_frozen: bool = False
     on_gpu: bool = False
+    critic_frozen: bool = False
 
     @property
     def n_shards(self) -> int:
@@ -125,6 +127,7 @@ def job_of(config: dict[str, Any], most_positions: int | None = None) -> tuple[J
         batch_size = int(config["model"]["init_args"].get("minibatch_size") or 32)
         notes.append(f"the data name no batch_size: assumed {batch_size} prompts in an update")
     strategy, options = _strategy(trainer.get("strategy"), n_processes)
+    names = {str(callback.get("class_path")).rpartition(".")[2] for callback in trainer.get("callbacks") or []}
     job = Job(
         batch_size=batch_size,
         prompt_tokens=int(prompt),
@@ -135,7 +138,10 @@ def job_of(config: dict[str, Any], most_positions: int | None = None) -> tuple[J
         every_micro_batch=bool(options.get("sync_every_micro_batch")),
         offload_frozen=bool(options.get("offload_frozen")),
         on_gpu=on_gpu,
+        critic_frozen="LeastSquaresCritic" in names,
     )
+    if "CounterfactualActions" in names:
+        notes.append("the other tokens of CounterfactualActions are not counted")
     return job, notes
 
 

@@ -36,6 +36,8 @@ class Resident:
         missing = 0
         for name, optimizer in zip(("actor", "critic"), optimizers if isinstance(optimizers, list) else [optimizers],
                                    strict=False):  # fmt: skip
+            if name == "critic" and module.critic_frozen:
+                continue
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             new = [_local(p) for p in parameters if not optimizer.state.get(p)]
             with suppress(RuntimeError, ValueError, TypeError, AssertionError):  # some step on GPUs only

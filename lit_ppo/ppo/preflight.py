@@ -14,7 +14,6 @@ from lit_ppo.activations import SHARE, checkpoint_activations, free_bytes, kept_
 from lit_ppo.device import is_out_of_memory
 from lit_ppo.engines.next_rollout import try_engine
 from lit_ppo.experience import Experience, Minibatch
-from lit_ppo.generation.config import end_of_turn, stop_ids
 from lit_ppo.generation.distribution import reshaping_fields
 from lit_ppo.memory.advice import explain_memory
 from lit_ppo.memory.resident import LIMITED, Resident, reserved
@@ -31,8 +30,8 @@ from lit_ppo.parallel.trainer import check_disk, check_trainer
 from lit_ppo.ppo.collect import score
 from lit_ppo.ppo.evaluate import validate_before_training
 from lit_ppo.ppo.metrics import forget_last_update
-from lit_ppo.ppo.optimize import accumulate
-from lit_ppo.ppo.prompts import check_batch
+from lit_ppo.ppo.optimize import accumulate, add_logprobs
+from lit_ppo.ppo.prompts import check_batch, check_end_of_turn
 from lit_ppo.ppo.settings import Models, check_moving_reference
 from lit_ppo.rewards import source_names
 from lit_ppo.shown import message_of
@@ -172,16 +171,6 @@ def check_loggers(loggers: list[Any], names: list[str]) -> None:
             )  # fmt: skip
 
 
-def check_end_of_turn(module: Any, prompts: Any) -> None:
-    """Warn if the chat template ends a turn with a special token that ends no response."""
-    end = end_of_turn(module.tokenizer) if "messages" in getattr(prompts, "columns", {}) else None
-    if end is not None and end not in stop_ids(module.generation):
-        rank_zero_warn(
-            f"LitPPO(generation): the chat template ends a turn with {module.tokenizer.convert_ids_to_tokens(end)!r} "
-            f"(id {end}), which ends no response; give eos_token_id: {[*stop_ids(module.generation), end]}"
-        )
-
-
 def try_prompts(module: Any, split: str, prompts: Any) -> None:
     """Sample and score one response per prompt.
 
@@ -221,6 +210,10 @@ def try_largest(module: Any, n_prompt: int, n_prompts: int | None) -> None:
             if n_prompts is not None and module.sampler is None and module.device.type in LIMITED:
                 phase = "rollout"
                 try_rollout(module, n_prompts, n_prompt)
+            if module.n_actions or module.n_critic_states:
+                phase = "scoring"
+                with torch.no_grad():
+                    add_logprobs(module, module.models, micro, trains=True)
             phase = "update"
             try_update(module, micro)
     except RuntimeError as error:
@@ -238,10 +231,15 @@ def try_update(module: Any, micro: Minibatch) -> None:
     """Forward and backward of a micro-batch; where memory is short, also beside the gradients of one before."""
     module.optimization.zero_gradients(module)
     several = module.device.type in LIMITED and len(micro) * n_ranks() < module.minibatch_size
-    for name in module.optimization.built:
+    for name in _trained(module):
         for _ in accumulate(range(1 + several), module.trainer.strategy):
             module.manual_backward(micro.mean(_forward(module, name, micro, len(micro))))
     module.optimization.zero_gradients(module)
+
+
+def _trained(module: Any) -> list[str]:
+    """The models that learn."""
+    return [name for name in module.optimization.built if not (name == "critic" and module.critic_frozen)]
 
 
 def _forward(module: Any, name: str, micro: Minibatch, n_rows: int) -> Any:
@@ -254,13 +252,13 @@ def _forward(module: Any, name: str, micro: Minibatch, n_rows: int) -> Any:
 
 
 def _keeps_too_much(module: Any, micro: Minibatch) -> bool:
-    kept = max(kept_bytes(partial(_forward, module, name, micro), len(micro)) for name in module.optimization.built)
+    kept = max(kept_bytes(partial(_forward, module, name, micro), len(micro)) for name in _trained(module))
     return kept > SHARE * (free_bytes(module.device) - Resident.of(module).missing_states)
 
 
 def _recompute(module: Any, micro: Minibatch) -> None:
     """Turn on the recomputation of activations and say so."""
-    for name in module.optimization.built:
+    for name in _trained(module):
         checkpoint_activations(getattr(module, name))
     module.model_settings.activation_checkpointing = True
     shape = f"{len(micro)} x {micro.prompt_ids.shape[1] + micro.response_ids.shape[1]} tokens"

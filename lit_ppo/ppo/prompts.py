@@ -16,6 +16,7 @@ from lit_ppo.data.batch import PromptBatch
 from lit_ppo.data.chat import Options
 from lit_ppo.data.encoding import encode_prompts
 from lit_ppo.experience import Experience, set_fields
+from lit_ppo.generation.config import end_of_turn, stop_ids
 from lit_ppo.parallel.ranks import gather_shares
 from lit_ppo.rewards import check_columns
 from lit_ppo.rewards.function import check_scores
@@ -268,3 +269,13 @@ def _hook_of_rollouts(trainer: Any) -> str | None:
 
 def _refuse_experience(module: Any, problem: str) -> NoReturn:
     raise ValueError(f"{type(module).__name__}.step(experience): {problem}")
+
+
+def check_end_of_turn(module: Any, prompts: Any) -> None:
+    """Warn if the chat template ends a turn with a special token that ends no response."""
+    end = end_of_turn(module.tokenizer) if "messages" in getattr(prompts, "columns", {}) else None
+    if end is not None and end not in stop_ids(module.generation):
+        rank_zero_warn(
+            f"LitPPO(generation): the chat template ends a turn with {module.tokenizer.convert_ids_to_tokens(end)!r} "
+            f"(id {end}), which ends no response; give eos_token_id: {[*stop_ids(module.generation), end]}"
+        )

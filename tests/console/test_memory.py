@@ -34,6 +34,14 @@ def test_what_a_configuration_leaves_open_is_said() -> None:
     ]  # fmt: skip
 
 
+def test_tricks_that_need_less_or_more_are_seen() -> None:
+    names = ("lit_ppo.callbacks.LeastSquaresCritic", "CounterfactualActions")
+    trainer = {"accelerator": "cpu", "devices": 1, "callbacks": [{"class_path": name} for name in names]}
+    job, notes = job_of(configuration(trainer, batch_size=8, max_prompt_length=8))
+    assert job.critic_frozen
+    assert notes == ["the other tokens of CounterfactualActions are not counted"]
+
+
 def test_the_quickstart_is_counted_before_its_stages_have_run(tmp_path: Path) -> None:
     """2 layers of 128 x (12 x 128 + 13), final norm, 1280 + 64 embeddings of 128."""
     done = run_command("memory", "--config", "quickstart", cwd=tmp_path)

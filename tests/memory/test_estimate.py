@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.optim import SGD, Adafactor, AdamW
 
-from lit_ppo.callbacks import PPOCallback
+from lit_ppo.callbacks import LeastSquaresCritic, PPOCallback
 from lit_ppo.engines.vllm import VLLMEngine
 from lit_ppo.memory.estimate import ACTOR, CHECKPOINT, CRITIC, FULL_GRADIENTS, HELD, HOST, ROLLOUT, Estimate, estimate
 from lit_ppo.memory.job import Job
@@ -58,6 +58,19 @@ def test_weights_gradients_and_states_are_those_of_a_run(tmp_path: Path, lora: d
         assert line(found, f"{name}: optimizer states") == n_bytes(states)
     reference = 0 if lora else n_bytes(module.reference.parameters())
     assert line(found, "reference: frozen weights") == reference
+
+
+def test_a_critic_that_is_solved_for_has_weights_alone(tmp_path: Path) -> None:
+    module = make_module(make_causal_lm(tmp_path / "actor"), critic="actor")
+    found = estimate(module, Job(batch_size=4, prompt_tokens=4, critic_frozen=True))
+    gradients = Gradients()
+    tricks = [LeastSquaresCritic(), gradients]
+    make_trainer(tmp_path, max_steps=1, callbacks=tricks).fit(module, make_data(tmp_path))
+    assert gradients.n_bytes["critic"] == 0
+    assert not module.optimizers(use_pl_optimizer=False)[1].state
+    assert line(found, "critic: frozen weights") == n_bytes(module.critic.backbone.parameters())
+    assert not [each.name for each in found.lines if each.phase == CRITIC]
+    assert not [each.name for each in found.lines if each.name.startswith("critic: ") and "frozen" not in each.name]
 
 
 @pytest.mark.filterwarnings("ignore:.*emulates them")

@@ -9,9 +9,12 @@ import torch
 
 from lit_ppo import LitPPO
 from lit_ppo.advantages import GroupRelative, LeaveOneOut, Reinforce
+from lit_ppo.callbacks import AdvantageNormalization, CounterfactualActions, LeastSquaresCritic
+from lit_ppo.models import packing
 from lit_ppo.models.actor_critic import Actor, Critic
 from lit_ppo.parallel.trainer import check_disk
-from lit_ppo.ppo.preflight import check_batch, check_end_of_turn
+from lit_ppo.ppo import preflight
+from lit_ppo.ppo.prompts import check_batch, check_end_of_turn
 from lit_ppo.rewards import RewardModel
 from lit_ppo.run.checkpoint import StepCheckpoint
 from tests.helpers.tiny import CHAT_TEMPLATE, WORDS, make_causal_lm, make_reward_model, make_tokenizer
@@ -262,3 +265,17 @@ def test_a_chat_whose_turns_end_in_no_stop_token_is_warned_about(tmp_path):
     check_end_of_turn(module, SimpleNamespace(columns={}))  # plain prompts
     module.generation.eos_token_id = [1, end]
     check_end_of_turn(module, chats)
+
+
+def test_what_callbacks_ask_of_rollouts_is_tried_and_a_frozen_critic_is_not(tmp_path, monkeypatch):
+    """A critic that reads no other tokens is refused before the first rollout."""
+    module = make_module(make_causal_lm(tmp_path / "lm", scale=4.0), critic="actor")
+    monkeypatch.setattr(preflight, "critic_forward", None)  # calling it would raise
+    tricks = [LeastSquaresCritic(), AdvantageNormalization(), CounterfactualActions(2)]
+    trainer = make_trainer(tmp_path, max_steps=1, callbacks=tricks)
+    monkeypatch.setattr(packing.tree, "TOLERANCE", -1.0)
+    with pytest.raises(ValueError, match=r"^CounterfactualActions: GPT2Model does not read other tokens"):
+        trainer.fit(module, make_data(tmp_path))
+    assert module.rollouts == 0
+    monkeypatch.undo()
+    make_trainer(tmp_path, max_steps=1, callbacks=tricks).fit(module, make_data(tmp_path))
