@@ -147,3 +147,11 @@ def test_a_saved_actor_is_measured_by_both_readings(tmp_path: Path):
     point = trl.measured(tmp_path, tmp_path, models / "sft" / "model", asked)
     assert point["kl"] == 0.0
     assert point["score"] == point["score_mean"] != point["score_last"]
+
+
+def test_arguments_of_our_run_need_one(capsys: pytest.CaptureFixture[str]):
+    words = ["folder", "--data_root", "data", "--python", "python", "--name", "x", "--config", "sentiment"]
+    assert trl.parse([*words, "--ours", "y"]).arguments == ["--config", "sentiment"]
+    with pytest.raises(SystemExit):
+        trl.parse(words)
+    assert "unrecognized arguments: --config sentiment" in capsys.readouterr().err

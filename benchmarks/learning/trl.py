@@ -4,8 +4,9 @@
 
 ``PYTHON`` is the interpreter of an environment with ``torch==2.13.0`` and ``trl==1.12.0``. Checkpoints, prompts, their
 order, episodes, updates and evaluation are those of ``benchmarks.learning.run``; its points are stored as its are, so
-``benchmarks.learning.report`` has both in one table. With ``--ours NAME``, our run with a trained critic and the same
-seed follows each of TRL's, under that name.
+``benchmarks.learning.report`` has both in one table. With ``--ours NAME``, our run with the same seed
+follows each of TRL's, under that name: with a trained critic, or with the arguments of ``lit-ppo fit --config
+sentiment`` that are given besides those below.
 """
 
 import argparse
@@ -92,11 +93,11 @@ def train(asked: argparse.Namespace, seed: int) -> dict[str, Any]:
 
 
 def ours(asked: argparse.Namespace, seed: int) -> None:
-    """``sentiment/trained_critic``, with the same seed: the critic is trained, as TRL's is."""
+    """Our run with the same seed."""
     command = [sys.executable, "-m", "benchmarks.learning.run", str(asked.folder), "--data_root", str(asked.data_root)]
     command += ["--name", asked.ours, "--seeds", str(seed), "--updates", str(asked.updates)]
     command += ["--samples", str(asked.samples), "--prompts", str(asked.prompts), "--results", str(results(asked))]
-    command += ["--config", "sentiment/trained_critic"]
+    command += asked.arguments or ["--config", "sentiment/trained_critic"]
     command += ["--model.generation.max_new_tokens", str(asked.max_new_tokens), "--trainer.precision", "bf16-mixed"]
     command += ["--model.rewards.aggregation", asked.aggregation]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
@@ -109,12 +110,14 @@ def results(asked: argparse.Namespace) -> Path:
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     """The arguments."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.learning.trl", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.learning.trl", description=__doc__, allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="Of the checkpoints.")
     parser.add_argument("--data_root", type=Path, required=True, help="Folder of the film reviews.")
     parser.add_argument("--python", type=Path, required=True, help="Interpreter of TRL's environment.")
     parser.add_argument("--name", required=True, help="Of the result.")
-    parser.add_argument("--ours", help="Of our result, with a trained critic; by default we do not run.")
+    parser.add_argument(
+        "--ours", help="Of our result; by default we do not run. Arguments that are not below are ours."
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rate", type=float, default=1e-4, help="Of actor and critic: PPOTrainer has one.")
     parser.add_argument("--schedule", default="constant")
@@ -126,7 +129,11 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=16, help="Responses per held-out prompt.")
     parser.add_argument("--prompts", type=int, default=N_PROMPTS, help="Held-out prompts.")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    return parser.parse_args(words)
+    asked, arguments = parser.parse_known_args(words)
+    if arguments and not asked.ours:
+        parser.error(f"unrecognized arguments: {' '.join(arguments)}")
+    asked.arguments = arguments
+    return asked
 
 
 def main(words: list[str] | None = None) -> None:
