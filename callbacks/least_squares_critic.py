@@ -56,7 +56,7 @@ class LeastSquaresCritic(PPOCallback):
     reads = ("values", "rewards", "response_mask", "group")
 
     @constructor
-    def __init__(self, n_states: int = 256, ridge: float = 1000.0, decay: float = 0.98) -> None:
+    def __init__(self, n_states: int = 256, ridge: float = 300.0, decay: float = 0.98) -> None:
         self.n_states = integer(self, "n_states", n_states)
         self.ridge = positive(self, "ridge", ridge)
         self.decay = fraction(self, "decay", decay)
