@@ -120,8 +120,9 @@ def tree_attention(
         key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
         query, own_key, own_value = (side_by_side(x, *tree.queries) for x in (query, key, value))
         key, value = (side_by_side(x[:, :, :n], *tree.keys) for x in (key, value))
-        own = (query * own_key).sum(-1, keepdim=True)
-        scores = torch.cat([query @ key.mT, own], dim=-1).float() * (scaling or query.shape[-1] ** -0.5)
+        precise = torch.promote_types(query.dtype, torch.float32)
+        own = (query.to(precise) * own_key).sum(-1, keepdim=True)
+        scores = torch.cat([(query @ key.mT).to(precise), own], dim=-1) * (scaling or query.shape[-1] ** -0.5)
         scores = scores if softcap is None else (scores / softcap).tanh() * softcap
         places, positions = torch.arange(longest, device=scores.device), tree.positions[..., None]
         seen = places < positions

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lit_ppo.activations import checkpoint_activations
 from lit_ppo.memory.live import Live
-from lit_ppo.models.head import HeadInputs, token_statistics
+from lit_ppo.models.head import HeadInputs, read_logprobs, token_statistics
 from lit_ppo.parallel.sharding import blocks
 
 
@@ -114,11 +114,15 @@ def trace_scoring(model: Any, rows: int, length: int, targets: int, autocast: to
         else:
             states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -targets - 1 : -1]
             if kind == "head":
-                _logprobs(model, states.flatten(0, 1))
+                states = states.flatten(0, 1)
+                read_logprobs(_head(model, states), torch.zeros(len(states), 1, dtype=torch.long))
     return live.peak
 
 
 def _logprobs(model: Any, states: Tensor) -> Tensor:
+    return token_statistics(_head(model, states), torch.zeros(len(states), dtype=torch.long))[0]
+
+
+def _head(model: Any, states: Tensor) -> HeadInputs:
     head = model.get_output_embeddings()
-    ids = torch.zeros(len(states), dtype=torch.long)
-    return token_statistics(HeadInputs(states, head.weight, head.bias), ids)[0]
+    return HeadInputs(states, head.weight, head.bias)
