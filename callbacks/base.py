@@ -100,8 +100,8 @@ class PPOModule(Protocol):
     samples_per_prompt: int
     actor_frozen: bool
     critic_frozen: bool
-    n_critic_states: int
-    n_actions: int
+    n_critic_states: int  # numbers of the critic's hidden states that training rollouts leave in ``extras``
+    n_actions: int  # other tokens at each place that training rollouts leave there, with what follows from them
     checkpoint_reference: bool
     actor: Any
     critic: Any
