@@ -112,6 +112,7 @@ def draw(
         (panels[0], "gain", "gain", "score"),
         (panels[1], "judge", "judge_gain", "judge's score"),
     ):
+        panel.set_prop_cycle(color=plt.colormaps["tab20"].colors)
         panel.plot(kls, [0.0, *(p[of_limit] for p in curve)], color="black", label="limit")
         if of_limit == "gain":
             panel.fill_between(kls, [0.0, *(p["low"] for p in curve)], [0.0, *(p["high"] for p in curve)], alpha=0.2)
@@ -125,8 +126,8 @@ def draw(
         panel.set_xlim(0, 6)
     for kl, gain, text in notes or []:
         panels[0].annotate(text, (kl, gain), xytext=(4, -4), textcoords="offset points", fontsize=6, clip_on=True)
-    panels[0].legend(fontsize=7)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 0.81, 1))  # the names are beside the panels, where they hide nothing
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="center right", fontsize=7)
     figure.savefig(file, dpi=90)
     plt.close(figure)
 
