@@ -1,5 +1,6 @@
-"""Which kernel a model attends by. Each is tried on a few tokens, forward and backward, before it is used."""
+"""How a model attends, and by which kernel. Each is tried on a few tokens, forward and backward, before it is used."""
 
+import inspect
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from lit_ppo.attention import kernels
 from lit_ppo.attention.kernels import EXTRAS, Kernel
@@ -195,3 +197,28 @@ def _output_and_gradients(
 def _numbers(n: int, heads: int, size: int, seed: int) -> Tensor:
     """Numbers that look random, without a draw: random states stay as they are."""
     return torch.arange(1, n * heads * size + 1).mul(0.731 + 0.17 * seed).sin().mul(97.0).sin().view(n, heads, size)
+
+
+def supports_sdpa(model: PreTrainedModel) -> bool:
+    """Whether SDPA computes the model's attention; it would ignore a limit of the logits."""
+    return model._supports_sdpa and getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is None
+
+
+def takes_packing(model: PreTrainedModel) -> bool:
+    """Whether a model hands arguments and positions on to its attention, and its window is known there."""
+    parameters = inspect.signature(model.base_model.forward).parameters
+    takes_arguments = "position_ids" in parameters and any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    return takes_arguments and _hands_on_its_window(model)
+
+
+def _hands_on_its_window(model: PreTrainedModel) -> bool:
+    """Whether attention is full, or tells its window; a few tokens would not show one that only the mask knows."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        slides = getattr(config, "sliding_window", None) is not None
+    else:
+        if set(kinds) - {"full_attention", "sliding_attention"}:
+            return False
+        slides = "sliding_attention" in kinds
+    return not slides or any(hasattr(module, "sliding_window") for module in model.modules())

@@ -4,7 +4,6 @@ Attention reads packed rows by a kernel for rows of any length (:mod:`lit_ppo.at
 the rows side by side.
 """
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lit_ppo.attention import autocast, kernels, tree
-from lit_ppo.attention.choice import Attention, Heads, attend
+from lit_ppo.attention.choice import Attention, Heads, attend, supports_sdpa, takes_packing
 from lit_ppo.attention.kernels import PLAIN, Kernel
 from lit_ppo.device import exact_products
 from lit_ppo.functional import end_to_end, no_mask, side_by_side, to_device
@@ -143,11 +142,17 @@ def read_tokens(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) 
     """
     if backbone in UNBOUNDED or rope_bound(backbone) is None or not len(input_ids):
         return _read(backbone, input_ids, attention_mask)
-    number = (attention_mask.flatten().cumsum(0) - 1).view(attention_mask.shape)
     groups = row_groups(backbone, attention_mask.sum(1).tolist())
-    states = torch.cat([_read(backbone, input_ids[rows], attention_mask[rows])[0] for rows in groups])
-    found = torch.cat([number[rows][attention_mask[rows].bool()] for rows in groups])
-    return states.index_select(0, to_device(found.argsort(), states.device)), number
+    parts = [_read(backbone, input_ids[rows], attention_mask[rows])[0] for rows in groups]
+    number = (attention_mask.flatten().cumsum(0) - 1).view(attention_mask.shape)
+    return _in_order(parts, attention_mask, groups), number
+
+
+def _in_order(parts: list[Tensor], mask: Tensor, groups: list[list[int]]) -> Tensor:
+    """What groups of rows gave, one entry for each True of their mask, in the order of all rows."""
+    number = (mask.flatten().cumsum(0) - 1).view(mask.shape)
+    found = torch.cat([number[rows][mask[rows].bool()] for rows in groups])
+    return torch.cat(parts).index_select(0, to_device(found.argsort(), parts[0].device))
 
 
 def _read(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,8 +187,8 @@ def use_packing(model: PreTrainedModel) -> None:
     asked = stock if stock is not None and "flash" in stock else None
     if asked is None and stock != "sdpa":
         return
-    exact = "sdpa" if asked is None or _supports_sdpa(model) else "eager"
-    packs = _takes_packing(model)
+    exact = "sdpa" if asked is None or supports_sdpa(model) else "eager"
+    packs = takes_packing(model)
     if packs:
         model.config._attn_implementation = NAME
         packs = _packs_faithfully(model, exact, None if exact == "sdpa" else PLAIN)
@@ -214,6 +219,18 @@ def read_others(
     Raises:
         ValueError: The model does not read them as it reads plain rows.
     """
+    if backbone in UNBOUNDED or rope_bound(backbone) is None or not len(input_ids):
+        return _read_others(backbone, input_ids, attention_mask, actions, wanted)
+    groups = row_groups(backbone, attention_mask.sum(1).tolist())
+    tensors = input_ids, attention_mask, actions, wanted
+    own, _, read = zip(*(_read_others(backbone, *(x[rows] for x in tensors)) for rows in groups), strict=True)
+    number = (attention_mask.flatten().cumsum(0) - 1).view(attention_mask.shape)
+    return _in_order([*own], attention_mask, groups), number, _in_order([*read], wanted, groups)
+
+
+def _read_others(
+    backbone: Any, input_ids: Tensor, attention_mask: Tensor, actions: Tensor, wanted: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     tokens = RealTokens.of(input_ids, attention_mask)
     ids, positions, rows, back = tree.others(actions, wanted, tokens.positions, tokens.number)
     packed = tokens.packing.taken, tokens.positions, tokens.packing.rows, tokens.packing.longest
@@ -223,8 +240,9 @@ def read_others(
         "attention_mask": no_mask(tokens.ids.device),
         "tree": tree.Tree.of(*packed, rows, positions),
     }
-    states = tree.read(backbone, inputs)
-    if not vars(backbone).get("lit_ppo_reads_trees"):
+    states, bound = tree.read(backbone, inputs), rope_bound(backbone)
+    comparable = bound is None or tokens.packing.longest <= bound.tokens  # a row's beginning alone has its frequencies
+    if comparable and not vars(backbone).get("lit_ppo_reads_trees"):
         with stock_attention(backbone):
             tree.check(backbone, inputs, len(tokens.ids), states)
         backbone.lit_ppo_reads_trees = True
@@ -249,30 +267,6 @@ def stock_attention(model: PreTrainedModel) -> Iterator[None]:
 
 def _in_float32(device: torch.device) -> bool:
     return torch.is_autocast_enabled(device.type) and autocast.attends_in_float32(device)
-
-
-def _supports_sdpa(model: PreTrainedModel) -> bool:
-    """Whether SDPA computes the model's attention; it would ignore a limit of the logits."""
-    return model._supports_sdpa and getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is None
-
-
-def _takes_packing(model: PreTrainedModel) -> bool:
-    parameters = inspect.signature(model.base_model.forward).parameters
-    takes_arguments = "position_ids" in parameters and any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-    return takes_arguments and _hands_on_its_window(model)
-
-
-def _hands_on_its_window(model: PreTrainedModel) -> bool:
-    """Whether attention is full, or tells its window; a few tokens would not show one that only the mask knows."""
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        slides = getattr(config, "sliding_window", None) is not None
-    else:
-        if set(kinds) - {"full_attention", "sliding_attention"}:
-            return False
-        slides = "sliding_attention" in kinds
-    return not slides or any(hasattr(module, "sliding_window") for module in model.modules())
 
 
 def _packs_faithfully(model: PreTrainedModel, exact: str, kernel: Kernel | None) -> bool:

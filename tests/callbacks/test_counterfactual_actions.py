@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lit_ppo.callbacks import AdvantageNormalization, CounterfactualActions, LeastSquaresCritic, RewardWhitening
+from lit_ppo.models.packing import read_others
 from tests.helpers.spies import Spy
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toy import Toy
@@ -113,6 +114,27 @@ def test_other_tokens_are_read_as_the_plain_models_read_them(tmp_path: Path, cri
             torch.testing.assert_close(found["action_states"][i, t][read], states[read], rtol=rtol, atol=atol)
             values = (states @ weight + bias)[read]
             torch.testing.assert_close(found["action_values"][i, t][read], values, rtol=rtol, atol=10 * atol)
+
+
+def test_rows_on_both_sides_of_a_bound_of_rope_are_read_as_each_alone(tmp_path: Path):
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 8,
+        "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 5.0, 9.0, 17.0],
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(make_causal_lm(tmp_path, "llama", scale=6.0, rope_parameters=rope))
+    backbone = model.eval().base_model
+    random = torch.Generator().manual_seed(0)
+    ids, mask = torch.randint(3, 30, (3, 11), generator=random), torch.ones(3, 11, dtype=torch.bool)
+    mask[1, :4] = False  # seven tokens, the others have eleven
+    actions = torch.randint(3, 30, (3, 4, 2), generator=random)
+    wanted = torch.rand(3, 4, 2, generator=random) < 0.7
+    with torch.no_grad():
+        states, number, after = read_others(backbone, ids, mask, actions, wanted)
+        alone = [read_others(backbone, *(x[i : i + 1] for x in (ids, mask, actions, wanted))) for i in range(3)]
+        plain = backbone(ids[1:2, 4:]).last_hidden_state[0]
+    torch.testing.assert_close(states, torch.cat([one[0] for one in alone]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after, torch.cat([one[2] for one in alone]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(states[number[1, 4:]], plain, rtol=1e-4, atol=1e-5)
 
 
 def test_other_tokens_do_not_depend_on_micro_batches(tmp_path: Path):
