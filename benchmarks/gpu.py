@@ -33,9 +33,9 @@ from benchmarks import decode
 from benchmarks.measure import matmul_peak, memory, synchronize
 from lit_ppo import LitPPO, PromptDataModule, RewardModel
 from lit_ppo.generation.config import neutral
+from lit_ppo.memory.trial import longest_micro_batch
 from lit_ppo.models import head
 from lit_ppo.models.actor_critic import Actor, actor_forward
-from lit_ppo.ppo.preflight import longest_micro_batch
 from lit_ppo.ppo.settings import Models
 
 DENSE_BF16 = {"B200": 2.25e15, "H200": 9.89e14, "H100": 9.89e14, "A100": 3.12e14, "L40S": 3.62e14, "L4": 1.21e14}

@@ -51,6 +51,9 @@ class CounterfactualActions(PPOCallback):
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         require(self, pl_module, "kl_coef", "clip_range", "n_actions")
         refuse_same_loss(self, trainer, CounterfactualActions, DualClip, RejectionSampling)
+        if (tolerance := getattr(pl_module, "tolerance", None)) is not None:
+            problem = "CounterfactualActions needs the training pass in any case; leave it out"
+            refuse(pl_module, "sampling_logprobs_tolerance", tolerance, problem)
         refuse_beside(self, trainer, RewardWhitening, why="other tokens have no whitened rewards")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, LeastSquaresCritic):
@@ -63,6 +66,9 @@ class CounterfactualActions(PPOCallback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         require_model(self, pl_module, "critic")
         pl_module.n_actions = self.n
+
+    def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        pl_module.n_actions = 0
 
     @torch.no_grad()
     def on_advantages(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:

@@ -78,6 +78,9 @@ class LeastSquaresCritic(PPOCallback):
         require_model(self, pl_module, "critic")
         pl_module.critic_frozen, pl_module.n_critic_states = True, self.n_states
 
+    def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        pl_module.critic_frozen, pl_module.n_critic_states = False, 0
+
     @torch.no_grad()
     def on_rewards(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
         values, mask = present(experience, "values"), experience.response_mask
@@ -113,7 +116,7 @@ class LeastSquaresCritic(PPOCallback):
             weights = ridge_weights(gram - own_gram, moments - own_moments, self._penalties(len(moments)))
             self._weights.append(weights)
             for some, x in features(rows):
-                solved[some] = x @ weights.to(x)
+                solved[some] = (x @ weights.to(x)).to(solved)
         self._sums |= {"gram": self.decay * gram, "moments": self.decay * moments}
         return solved
 
@@ -137,7 +140,7 @@ class LeastSquaresCritic(PPOCallback):
             for rows, weights in zip(self._folds, self._weights, strict=True):
                 for some in rows.split(max(1, TOKENS // values[0].numel())):
                     x = self._features(some, values[some], means[some], states[some], positions[some])
-                    found[some] = x @ weights.to(x)
+                    found[some] = (x @ weights.to(x)).to(found)
         return found
 
     def _features(self, rows: Tensor, values: Tensor, means: Tensor, states: Tensor, positions: Tensor) -> Tensor:
@@ -164,7 +167,7 @@ class LeastSquaresCritic(PPOCallback):
         """Sums over the tokens of some rows."""
         gram, moments = (torch.zeros_like(self._sums[name]) for name in NAMES)
         for rows, x in features:
-            x, y = x[mask[rows]], returns[rows][mask[rows]]
+            x, y = x[mask[rows]], returns[rows][mask[rows]].to(x)
             gram += (x.T @ x).cpu()
             moments += (x.T @ y).cpu()
         return gram, moments

@@ -211,14 +211,15 @@ def takes_packing(model: PreTrainedModel) -> bool:
     return takes_arguments and _hands_on_its_window(model)
 
 
+def only_attends(model: PreTrainedModel) -> bool:
+    """Whether tokens meet in attention alone, to all before or to those in a window: no convolutions, no chunks."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    return not set(kinds) - {"full_attention", "sliding_attention"}
+
+
 def _hands_on_its_window(model: PreTrainedModel) -> bool:
     """Whether attention is full, or tells its window; a few tokens would not show one that only the mask knows."""
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        slides = getattr(config, "sliding_window", None) is not None
-    else:
-        if set(kinds) - {"full_attention", "sliding_attention"}:
-            return False
-        slides = "sliding_attention" in kinds
-    return not slides or any(hasattr(module, "sliding_window") for module in model.modules())
+    slides = getattr(config, "sliding_window", None) is not None if kinds is None else "sliding_attention" in kinds
+    return only_attends(model) and (not slides or any(hasattr(module, "sliding_window") for module in model.modules()))

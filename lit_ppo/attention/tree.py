@@ -150,8 +150,8 @@ def read(backbone: Any, inputs: dict[str, Any]) -> Tensor:
     backbone.config._attn_implementation = NAME
     try:
         states: Tensor = backbone(**inputs, use_cache=False).last_hidden_state[0]
-    except TypeError as error:  # a family that hands nothing on to its attention
-        raise _unreadable(backbone, str(error)) from error
+    except (TypeError, ValueError) as error:  # a family that hands nothing on to its attention
+        raise unreadable(backbone, str(error)) from error
     finally:
         backbone.config._attn_implementation = before
     return states
@@ -172,16 +172,17 @@ def check(backbone: Any, inputs: dict[str, Any], n: int, states: Tensor) -> None
     tree, ids = inputs["tree"], inputs["input_ids"][0]
     row = int(tree.queries[0][-1]) // tree.queries[2]
     position = int(inputs["position_ids"][0, -1])
-    of_row = ids[:n][tree.keys[0] // tree.keys[2] == row]
-    plain_ids = torch.cat([of_row[:position], ids[-1:]])[None]
-    output = backbone(input_ids=plain_ids, attention_mask=torch.ones_like(plain_ids), use_cache=False)
-    plain = output.last_hidden_state[0, -1]
+    plain_ids = ids[:n][tree.keys[0] // tree.keys[2] == row].clone()
+    plain_ids[position] = ids[-1]  # what comes behind it keeps the row's length, on which RoPE may depend
+    output = backbone(input_ids=plain_ids[None], attention_mask=torch.ones_like(plain_ids)[None], use_cache=False)
+    plain = output.last_hidden_state[0, position]
     error = (states[-1] - plain).float().norm() / plain.float().norm()
     if not error <= TOLERANCE:
-        raise _unreadable(backbone, f"error {float(error):.2g}")
+        raise unreadable(backbone, f"error {float(error):.2g}")
 
 
-def _unreadable(backbone: Any, problem: str) -> ValueError:
+def unreadable(backbone: Any, problem: str) -> ValueError:
+    """The error of a model that does not read a tree, and what to do."""
     return ValueError(
         f"CounterfactualActions: {type(backbone).__name__} does not read other tokens behind a row as in their place "
         f"({problem}): its attention is not one of transformers' interface; remove the callback, or use another critic"

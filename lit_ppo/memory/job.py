@@ -127,7 +127,9 @@ def job_of(config: dict[str, Any], most_positions: int | None = None) -> tuple[J
         batch_size = int(config["model"]["init_args"].get("minibatch_size") or 32)
         notes.append(f"the data name no batch_size: assumed {batch_size} prompts in an update")
     strategy, options = _strategy(trainer.get("strategy"), n_processes)
-    names = {str(callback.get("class_path")).rpartition(".")[2] for callback in trainer.get("callbacks") or []}
+    callbacks = trainer.get("callbacks") or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    names = {str(callback.get("class_path")).rpartition(".")[2] for callback in callbacks}
     job = Job(
         batch_size=batch_size,
         prompt_tokens=int(prompt),

@@ -1,4 +1,4 @@
-"""Sample as the largest rollout will, as far as memory goes: without its many tokens."""
+"""The largest shapes of a run: a rollout, as far as memory goes without its many tokens, and a micro-batch."""
 
 from contextlib import nullcontext
 from copy import copy
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_ppo.experience import Experience, Minibatch
 from lit_ppo.generation.batch import CACHE
 from lit_ppo.generation.transformers import row_seeds
 from lit_ppo.memory.sampling import distinct_prompts
@@ -67,3 +68,33 @@ def _cache_bytes(model: Any, length: int) -> int:
     cache = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **last).get(CACHE)
     tensors = [x for layer in getattr(cache, "layers", ()) for x in vars(layer).values() if isinstance(x, Tensor)]
     return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def longest_micro_batch(
+    models: Any, n_prompt: int, minibatch_size: int, micro_batch_size: int | None, micro_batch_tokens: int | None
+) -> Minibatch:
+    """A micro-batch of zeros with as many tokens as any of this rank can have.
+
+    Args:
+        models: The actor gives the device, the generation settings the longest response.
+        n_prompt: Tokens of the longest prompt.
+        minibatch_size: Most rows.
+        micro_batch_size: Most rows in a micro-batch, or None.
+        micro_batch_tokens: Most tokens in a micro-batch, or None.
+    """
+    n_new = int(models.generation.max_new_tokens)
+    share = ceil(minibatch_size / n_ranks())
+    n_rows = micro_batch_size or share
+    if micro_batch_tokens is not None:
+        n_rows = max(1, micro_batch_tokens // (n_prompt + n_new))
+    n_rows = min(n_rows, share)
+    device = models.actor.model.device
+    prompt = torch.zeros(n_rows, n_prompt, dtype=torch.long, device=device)
+    response = torch.zeros(n_rows, n_new, dtype=torch.long, device=device)
+    numbers = torch.arange(n_rows, device=device)
+    experience = Experience(
+        prompts=[""] * n_rows, responses=[""] * n_rows, columns={}, prompt_index=numbers, group=numbers,
+        prompt_ids=prompt, prompt_mask=torch.ones_like(prompt, dtype=torch.bool),
+        response_ids=response, response_mask=torch.ones_like(response, dtype=torch.bool), ended=numbers < 0,
+    )  # fmt: skip
+    return Minibatch.of(experience, range(n_rows), "token_mean")

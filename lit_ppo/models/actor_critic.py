@@ -96,7 +96,7 @@ class Actor(_AlwaysEval):
             ids = torch.cat([ids[:, None], actions.flatten(0, 1).index_select(0, where)], dim=1)
         if not entropy:
             own = None if draws is None else draws[to_device(target_mask, draws.device)]
-            found = read_logprobs(head, ids.view(len(ids), -1), temperature, own)
+            found = read_logprobs(head, ids if ids.dim() == 2 else ids[:, None], temperature, own)
             return tuple(spread(x, where, shape) for x in found)
         logprobs, second = token_statistics(head, ids, temperature, kl_to, compiled=self.compiled)
         return spread(logprobs, where, shape), spread(second, where, shape)

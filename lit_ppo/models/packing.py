@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lit_ppo.attention import autocast, kernels, tree
-from lit_ppo.attention.choice import Attention, Heads, attend, supports_sdpa, takes_packing
+from lit_ppo.attention.choice import Attention, Heads, attend, only_attends, supports_sdpa, takes_packing
 from lit_ppo.attention.kernels import PLAIN, Kernel
 from lit_ppo.device import exact_products
 from lit_ppo.functional import end_to_end, no_mask, side_by_side, to_device
@@ -240,9 +240,11 @@ def _read_others(
         "attention_mask": no_mask(tokens.ids.device),
         "tree": tree.Tree.of(*packed, rows, positions),
     }
-    states, bound = tree.read(backbone, inputs), rope_bound(backbone)
-    comparable = bound is None or tokens.packing.longest <= bound.tokens  # a row's beginning alone has its frequencies
-    if comparable and not vars(backbone).get("lit_ppo_reads_trees"):
+    checked = vars(backbone).get("lit_ppo_reads_trees")
+    if not checked and not only_attends(backbone):
+        raise tree.unreadable(backbone, "some of its layers are of another kind")
+    states = tree.read(backbone, inputs)
+    if not checked:
         with stock_attention(backbone):
             tree.check(backbone, inputs, len(tokens.ids), states)
         backbone.lit_ppo_reads_trees = True

@@ -2,7 +2,6 @@
 
 import warnings
 from functools import partial
-from math import ceil
 from typing import Any
 
 import lightning as L
@@ -13,11 +12,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_ppo.activations import SHARE, checkpoint_activations, free_bytes, kept_bytes
 from lit_ppo.device import is_out_of_memory
 from lit_ppo.engines.next_rollout import try_engine
-from lit_ppo.experience import Experience, Minibatch
+from lit_ppo.experience import Minibatch
 from lit_ppo.generation.distribution import reshaping_fields
 from lit_ppo.memory.advice import explain_memory
 from lit_ppo.memory.resident import LIMITED, Resident, reserved
-from lit_ppo.memory.trial import try_rollout
+from lit_ppo.memory.trial import longest_micro_batch, try_rollout
 from lit_ppo.models.actor_critic import actor_forward, critic_forward
 from lit_ppo.models.positions import check_length
 from lit_ppo.optim.precision import apply_matmul_precision, use_bfloat16_weights
@@ -32,7 +31,7 @@ from lit_ppo.ppo.evaluate import validate_before_training
 from lit_ppo.ppo.metrics import forget_last_update
 from lit_ppo.ppo.optimize import accumulate, add_logprobs
 from lit_ppo.ppo.prompts import check_batch, check_end_of_turn
-from lit_ppo.ppo.settings import Models, check_moving_reference
+from lit_ppo.ppo.settings import check_moving_reference
 from lit_ppo.rewards import source_names
 from lit_ppo.shown import message_of
 from lit_ppo.validate import refuse
@@ -212,8 +211,7 @@ def try_largest(module: Any, n_prompt: int, n_prompts: int | None) -> None:
                 try_rollout(module, n_prompts, n_prompt)
             if module.n_actions or module.n_critic_states:
                 phase = "scoring"
-                with torch.no_grad():
-                    add_logprobs(module, module.models, micro, trains=True)
+                try_scoring(module, micro, n_prompts or 1)
             phase = "update"
             try_update(module, micro)
     except RuntimeError as error:
@@ -225,6 +223,25 @@ def try_largest(module: Any, n_prompt: int, n_prompts: int | None) -> None:
     module.optimization.zero_gradients(module)
     _recompute(module, micro)
     try_largest(module, n_prompt, None)
+
+
+@torch.no_grad()
+def try_scoring(module: Any, micro: Minibatch, n_prompts: int) -> None:
+    """The forwards behind a rollout, with what callbacks ask for, on each rank.
+
+    Args:
+        module: The LitPPO.
+        micro: Its largest micro-batch.
+        n_prompts: Of an update.
+    """
+    share = -(-n_prompts * module.samples_per_prompt // n_ranks())
+    n_rows = len(micro) if any(module.limits.values()) else max(len(micro), share)
+    rows = micro.select([row % len(micro) for row in range(n_rows * n_ranks())])
+    vocabulary = module.actor.model.config.get_text_config().vocab_size
+    for name in ("prompt_ids", "response_ids"):  # different tokens: equal ones would hide what a critic reads wrongly
+        ids = getattr(rows, name)
+        setattr(rows, name, torch.arange(ids.numel(), device=ids.device).view(ids.shape) % vocabulary)
+    add_logprobs(module, module.models, rows, trains=True)
 
 
 def try_update(module: Any, micro: Minibatch) -> None:
@@ -266,33 +283,3 @@ def _recompute(module: Any, micro: Minibatch) -> None:
         f"LitPPO(activation_checkpointing=None): turned on, since a micro-batch of {shape} does not fit without; steps "
         "take about a third more time, which smaller micro-batches (micro_batch_tokens) may save"
     )
-
-
-def longest_micro_batch(
-    models: Models, n_prompt: int, minibatch_size: int, micro_batch_size: int | None, micro_batch_tokens: int | None
-) -> Minibatch:
-    """A micro-batch of zeros with as many tokens as any of this rank can have.
-
-    Args:
-        models: The actor gives the device, the generation settings the longest response.
-        n_prompt: Tokens of the longest prompt.
-        minibatch_size: Most rows.
-        micro_batch_size: Most rows in a micro-batch, or None.
-        micro_batch_tokens: Most tokens in a micro-batch, or None.
-    """
-    n_new = int(models.generation.max_new_tokens)
-    share = ceil(minibatch_size / n_ranks())
-    n_rows = micro_batch_size or share
-    if micro_batch_tokens is not None:
-        n_rows = max(1, micro_batch_tokens // (n_prompt + n_new))
-    n_rows = min(n_rows, share)
-    device = models.actor.model.device
-    prompt = torch.zeros(n_rows, n_prompt, dtype=torch.long, device=device)
-    response = torch.zeros(n_rows, n_new, dtype=torch.long, device=device)
-    numbers = torch.arange(n_rows, device=device)
-    experience = Experience(
-        prompts=[""] * n_rows, responses=[""] * n_rows, columns={}, prompt_index=numbers, group=numbers,
-        prompt_ids=prompt, prompt_mask=torch.ones_like(prompt, dtype=torch.bool),
-        response_ids=response, response_mask=torch.ones_like(response, dtype=torch.bool), ended=numbers < 0,
-    )  # fmt: skip
-    return Minibatch.of(experience, range(n_rows), "token_mean")

@@ -239,6 +239,10 @@ def _complete(module: Any, experience: Experience) -> Experience:
         _refuse_experience(module, "it is of another run or another module; roll out again")
     if origin.loop is None and (hook := _hook_of_rollouts(module.trainer)):
         _refuse_experience(module, f"{hook} has not seen its rollout; roll out after attach, with the default options")
+    asked = {"critic_states": module.n_critic_states, "action_ids": module.n_actions}
+    for name in (name for name, n in asked.items() if n and experience.extras.get(name) is None):
+        problem = f"it has no {name}, which a callback asks of rollouts"
+        _refuse_experience(module, f"{problem}; roll out after attach, with the default options, and step once with it")
     if len(experience) < module.minibatch_size:
         rank_zero_warn(
             f"{type(module).__name__}.step: {len(experience)} rows make one minibatch, which is smaller than "
@@ -246,6 +250,7 @@ def _complete(module: Any, experience: Experience) -> Experience:
         )
     ready = copy.copy(experience)
     ready.extras = dict(experience.extras)
+    experience.extras |= {name: None for name in asked if name in experience.extras}  # a second step would count twice
     for name in ("scores", "raw_scores") if "raw_scores" in found else ("scores",):
         given = getattr(experience, name)
         setattr(ready, name, check_scores(given, len(experience), f"experience.{name}", experience.responses))

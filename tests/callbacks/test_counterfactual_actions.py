@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from lit_ppo.callbacks import AdvantageNormalization, CounterfactualActions, LeastSquaresCritic, RewardWhitening
 from lit_ppo.models.packing import read_others
@@ -162,6 +162,45 @@ def test_a_model_that_reads_no_tree_is_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(module.critic.backbone, "forward", plain)
     with pytest.raises(ValueError, match=r"^CounterfactualActions: GPT2Model does not read other tokens behind a row"):
         module.rollout(["the film"])
+
+
+def test_a_family_whose_layers_mix_packed_rows_is_refused():
+    """LFM2 has convolutions, which attention's arguments do not reach; of equal tokens its states would look right."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    lfm2 = AutoModel.from_config(AutoConfig.for_model("lfm2", **sizes, layer_types=["conv", "full_attention"])).eval()
+    zeros, ones = torch.zeros(1, 5, dtype=torch.long), torch.ones(1, 5, dtype=torch.bool)
+    with pytest.raises(ValueError, match="CounterfactualActions: Lfm2Model does not read other tokens"):
+        read_others(lfm2, zeros, ones, zeros[:, :3, None], ones[:, :3, None])
+
+
+def test_a_second_fit_without_it_asks_for_nothing(tmp_path: Path):
+    module = make_module(make_causal_lm(tmp_path / "a", scale=4.0))
+    tricks = [LeastSquaresCritic(), AdvantageNormalization(), CounterfactualActions(2)]
+    make_trainer(tmp_path, callbacks=tricks, max_steps=1).fit(module, make_data(tmp_path))
+    assert (module.n_actions, module.n_critic_states, module.critic_frozen) == (0, 0, False)
+
+
+def test_a_tolerance_that_would_do_nothing_is_refused(tmp_path: Path):
+    module = make_module(make_causal_lm(tmp_path / "a", scale=4.0), sampling_logprobs_tolerance=0.1)
+    trainer = make_trainer(tmp_path, callbacks=[AdvantageNormalization(), CounterfactualActions(2)])
+    with pytest.raises(ValueError, match=r"LitPPO\(sampling_logprobs_tolerance=0.1\): CounterfactualActions needs the"):
+        trainer.fit(module, make_data(tmp_path))
+
+
+def test_in_a_loop_of_one_s_own_each_rollout_teaches_once(tmp_path: Path):
+    """Least squares would count a response towards its own value; and one from before ``attach`` has no states."""
+    module = make_module(make_causal_lm(tmp_path / "a", scale=4.0), rewards=None, minibatch_size=4)
+    early = module.rollout(["the film"] * 4)
+    tricks = [LeastSquaresCritic(), AdvantageNormalization(), CounterfactualActions(2)]
+    with module.attach(make_trainer(tmp_path, callbacks=tricks)):
+        experience = module.rollout(["the film"] * 4)
+        for one in (early, experience):
+            one.scores = [0.0, 1.0, 2.0, 3.0]
+        with pytest.raises(ValueError, match="it has no critic_states, which a callback asks of rollouts"):
+            module.step(early)
+        module.step(experience)
+        with pytest.raises(ValueError, match="it has no critic_states"):
+            module.step(experience)
 
 
 def test_log_probs_of_several_tokens_have_the_gradient_of_a_plain_softmax(tmp_path: Path):

@@ -14,7 +14,7 @@ from tests.helpers.spies import Spy
 from tests.helpers.tiny import make_causal_lm
 from tests.helpers.toy import Toy
 from tests.helpers.toy_runs import run_updates
-from tests.helpers.toys import logged, make_module
+from tests.helpers.toys import logged, make_data, make_module, make_trainer
 from tests.helpers.trick import Trick
 
 TRICK = {
@@ -184,3 +184,10 @@ def test_on_lit_ppo_the_critic_and_its_schedule_rest(tmp_path: Path, gpt2: Path)
     assert rates == [0.25, 1.0]
     assert "value_loss" not in recorder.metrics[0]
     assert "value/explained_variance" in logged(trainer)[-1]
+
+
+def test_it_runs_in_float64(tmp_path: Path):
+    module = make_module(make_causal_lm(tmp_path / "a", scale=4.0))
+    trainer = make_trainer(tmp_path, precision="64-true", callbacks=[LeastSquaresCritic()], max_steps=1)
+    trainer.fit(module, make_data(tmp_path))
+    assert module.actor.model.dtype == torch.float64

@@ -40,6 +40,7 @@ def test_tricks_that_need_less_or_more_are_seen() -> None:
     job, notes = job_of(configuration(trainer, batch_size=8, max_prompt_length=8))
     assert job.critic_frozen
     assert notes == ["the other tokens of CounterfactualActions are not counted"]
+    assert job_of(configuration({**trainer, "callbacks": {"class_path": names[0]}}, batch_size=8))[0].critic_frozen
 
 
 def test_the_quickstart_is_counted_before_its_stages_have_run(tmp_path: Path) -> None:
