@@ -77,6 +77,17 @@ def values_of(module: Any, experience: Experience) -> Tensor:
     return torch.cat(parts)
 
 
+def states_of(module: Any, experience: Experience, n_states: int) -> Tensor:
+    """The critic's hidden states, as training rollouts leave them for least squares."""
+    n_columns, parts = experience.response_ids.shape[1], []
+    with torch.no_grad():
+        for rows in chunks(len(experience)):
+            ids, mask, target_mask = experience.select(rows).model_inputs()
+            states = module.critic(ids, mask, target_mask=target_mask, n_states=n_states)[1]
+            parts.append(torch.nn.functional.pad(states, (0, 0, 0, n_columns - states.shape[1])))
+    return torch.cat(parts)
+
+
 def train_critic(module: Any, experience: Experience, rate: float, passes: int) -> None:
     """Regress the scores at every token, as the critic of GAE with ``value_lam`` 1 does."""
     optimizer = torch.optim.AdamW(module.critic.parameters(), lr=rate, weight_decay=0.0)
@@ -125,6 +136,7 @@ def measure(module: Any, prompts: list[str], batch: int, lams: list[float], crit
     solver, explained, rows = LeastSquaresCritic(), {}, {}
     for experience in (first, *batches):
         experience.values = values_of(module, experience)
+        experience.extras["critic_states"] = states_of(module, experience, solver.n_states)
     explained["start"] = _explained(batches)
     for experience in (first, *batches):
         solver.on_rewards(None, module, experience)  # type: ignore[arg-type]
