@@ -185,5 +185,5 @@ def unreadable(backbone: Any, problem: str) -> ValueError:
     """The error of a model that does not read a tree, and what to do."""
     return ValueError(
         f"CounterfactualActions: {type(backbone).__name__} does not read other tokens behind a row as in their place "
-        f"({problem}): its attention is not one of transformers' interface; remove the callback, or use another critic"
+        f"({problem}); remove the callback, or use another critic, such as Llama, Qwen, Gemma or GPT-2"
     )

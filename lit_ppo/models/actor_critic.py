@@ -94,11 +94,13 @@ class Actor(_AlwaysEval):
         ids = input_ids[:, -shape[1] :].flatten().index_select(0, where)
         if actions is not None:
             ids = torch.cat([ids[:, None], actions.flatten(0, 1).index_select(0, where)], dim=1)
-        if not entropy:
+        if not entropy and not (self.compiled and ids.dim() == 1 and draws is None):
             own = None if draws is None else draws[to_device(target_mask, draws.device)]
             found = read_logprobs(head, ids if ids.dim() == 2 else ids[:, None], temperature, own)
             return tuple(spread(x, where, shape) for x in found)
         logprobs, second = token_statistics(head, ids, temperature, kl_to, compiled=self.compiled)
+        if not entropy:  # compiled code reads the logits once, entropies included
+            logprobs, second = ids.unsqueeze(1), logprobs.unsqueeze(1)
         return spread(logprobs, where, shape), spread(second, where, shape)
 
     def generate(self, *args: Any, **kwargs: Any) -> Responses:

@@ -203,20 +203,20 @@ def try_largest(module: Any, n_prompt: int, n_prompts: int | None) -> None:
     undecided = module.model_settings.activation_checkpointing is None and module.device.type in RECOMPUTE_ON
     if undecided and n_ranks() > 1 and greatest(int(_keeps_too_much(module, micro))):
         _recompute(module, micro)
-    phase, taken = "update", 0
+    phase, detail, taken = "update", "", 0
     try:
         with reserved(module) as taken:
             if n_prompts is not None and module.sampler is None and module.device.type in LIMITED:
                 phase = "rollout"
                 try_rollout(module, n_prompts, n_prompt)
             if module.n_actions or module.n_critic_states:
-                phase = "scoring"
+                phase, detail = "rollout", "log-probs"
                 try_scoring(module, micro, n_prompts or 1)
-            phase = "update"
+            phase, detail = "update", ""
             try_update(module, micro)
     except RuntimeError as error:
         if not (phase == "update" and undecided and n_ranks() == 1 and is_out_of_memory(error)):
-            explain_memory(module, error, phase, "", taken)
+            explain_memory(module, error, phase, detail, taken)
             raise
     else:
         return

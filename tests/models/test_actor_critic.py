@@ -182,6 +182,12 @@ def test_one_compiled_graph_serves_all_blocks_and_lengths_and_sampling_none(tmp_
         first, second = (actor.generate(ids, mask, config, [(0,), (1,)]) for actor in actors)
     assert first == second
     assert counters["stats"]["unique_graphs"] == 1 + 2
+    for actor in actors:  # a rollout's log-probs come from the code of the update: the first ratio is 1
+        logprobs = actor(ids, mask, target_mask=mask[:, 1:])[0]
+        with torch.no_grad():
+            tokens, again = actor(ids, mask, target_mask=mask[:, 1:], entropy=False)
+        assert torch.equal(tokens[..., 0], ids[:, 1:])
+        torch.testing.assert_close(again[..., 0], logprobs, rtol=1e-6, atol=1e-6)
 
 
 def test_states_narrower_than_hidden_size(tmp_path):
