@@ -159,17 +159,33 @@ def inverse_cdf(logits: Tensor, draws: Tensor) -> Tensor:
     >>> inverse_cdf(logits, torch.tensor([0.0, 0.25, 0.99], dtype=torch.float64))
     tensor([0, 2, 2])
     """
-    probabilities, each = torch.softmax(logits, dim=-1).to(draws.device), draws.reshape(len(logits), -1)
-    if probabilities.shape[1] <= BLOCK:
-        sums = probabilities.cumsum(-1, dtype=draws.dtype)
-        return _exceeding(sums, each * sums[:, -1:])[0].view_as(draws).to(logits.device)
-    blocks = pad(probabilities, (0, -probabilities.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    return choose(torch.softmax(logits, dim=-1), draws)
+
+
+def choose(weights: Tensor, draws: Tensor) -> Tensor:
+    r"""The token at which the cumulative weight exceeds the draw's share of the total, see :func:`inverse_cdf`.
+
+    Args:
+        weights: Of each token, not negative.
+        draws: Uniform float64 in [0, 1), on a device that computes in float64; see :func:`exact_device`.
+
+    Shapes:
+        weights (B, V), draws (B,) -> (B,), or (B, K) -> (B, K), on the device of the weights.
+
+    >>> choose(torch.tensor([[1.0, 0.0, 3.0]]), torch.tensor([[0.0, 0.25, 0.99]], dtype=torch.float64))
+    tensor([[0, 2, 2]])
+    """
+    found, each = weights.to(draws.device), draws.reshape(len(weights), -1)
+    if found.shape[1] <= BLOCK:
+        sums = found.cumsum(-1, dtype=draws.dtype)
+        return _exceeding(sums, each * sums[:, -1:])[0].view_as(draws).to(weights.device)
+    blocks = pad(found, (0, -found.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     sums = blocks.sum(-1, dtype=draws.dtype).cumsum(-1)
     block, rest = _exceeding(sums, each * sums[:, -1:])
     rows = torch.arange(len(block), device=block.device).unsqueeze(1)
     inside = blocks[rows, block].cumsum(-1, dtype=draws.dtype)
     place = _exceeding(inside.flatten(0, 1), rest.reshape(-1, 1))[0].view_as(block)
-    return (BLOCK * block + place).view_as(draws).to(logits.device)
+    return (BLOCK * block + place).view_as(draws).to(weights.device)
 
 
 def _exceeding(sums: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,6 +209,31 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     logprobs = log_softmax(_at_least_float32(logits) / temperature, dim=-1)
     # exp(-inf) * -inf is NaN: a token that cannot occur adds nothing
     return -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(-1)
+
+
+def softmax_weights(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    r"""What softmax divides, in few passes over the logits, which are overwritten.
+
+    .. math:: s_v = (z_v - \max z) / \tau, \quad w_v = e^{s_v}, \quad W = \sum_v w_v, \quad \log p_v = s_v - \log W
+
+    Args:
+        logits: ``z``, at least float32.
+        temperature: ``tau``.
+
+    Returns:
+        ``s``, in place of the logits and finite, as -inf times 0 would be NaN; ``w``; and ``W``.
+
+    Shapes:
+        (N, V) -> (N, V), (N, V), (N,).
+
+    >>> softmax_weights(torch.tensor([[5.0, 5.0, -torch.inf]]))[1:]
+    (tensor([[1., 1., 0.]]), tensor([2.]))
+    """
+    logits -= logits.amax(-1, keepdim=True)
+    if temperature != 1.0:
+        logits /= temperature
+    weights = logits.clamp_(min=torch.finfo(logits.dtype).min).exp()
+    return logits, weights, weights.sum(-1)
 
 
 def token_sums(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -1191,18 +1232,6 @@ def add_product(total: Tensor | None, x: Tensor, y: Tensor, dtype: torch.dtype) 
     return total.addmm_(x, y) if dtype == x.dtype else total.add_(x @ y)
 
 
-def dot_of_rows(x: Tensor, y: Tensor) -> Tensor:
-    r"""Row by row :math:`\sum_i x_i y_i`, without the product as a tensor.
-
-    Shapes:
-        (N, V), (N, V) -> (N,).
-
-    >>> dot_of_rows(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
-    tensor([11.])
-    """
-    return torch.bmm(x.unsqueeze(1), y.unsqueeze(2)).flatten()
-
-
 def no_mask(device: torch.device) -> Tensor:
     """A mask of four dimensions, which transformers takes as it is; it would make one of all pairs of packed tokens.
 
@@ -1212,7 +1241,7 @@ def no_mask(device: torch.device) -> Tensor:
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
-def side_by_side(x: Tensor, taken: Tensor, rows: int, longest: int) -> Tensor:
+def side_by_side(x: Tensor, taken: Tensor, rows: int, longest: int, *, ascending: bool = False) -> Tensor:
     """What each token has in attention, of packed rows: the rows side by side, padded.
 
     Args:
@@ -1220,6 +1249,7 @@ def side_by_side(x: Tensor, taken: Tensor, rows: int, longest: int) -> Tensor:
         taken: The number of each token in the flattened (rows, longest).
         rows: Number of rows.
         longest: Tokens of the longest row.
+        ascending: The numbers ascend, so that without padding there is nothing to copy.
 
     Shapes:
         (1, heads, N, d) -> (rows, heads, longest, d), 0 at padding.
@@ -1229,12 +1259,14 @@ def side_by_side(x: Tensor, taken: Tensor, rows: int, longest: int) -> Tensor:
     tensor([5., 0., 6., 7.])
     """
     _, heads, n, d = x.shape
+    if ascending and n == rows * longest:
+        return x.unflatten(2, (rows, longest))[0].transpose(0, 1)
     tokens = x.transpose(1, 2).reshape(n, heads * d)
     padded = tokens.new_zeros(rows * longest, heads * d).index_copy(0, taken, tokens)
     return padded.view(rows, longest, heads, d).transpose(1, 2)
 
 
-def end_to_end(x: Tensor, taken: Tensor) -> Tensor:
+def end_to_end(x: Tensor, taken: Tensor, *, ascending: bool = False) -> Tensor:
     """Padded rows packed again, see :func:`side_by_side`.
 
     Shapes:
@@ -1243,7 +1275,8 @@ def end_to_end(x: Tensor, taken: Tensor) -> Tensor:
     >>> end_to_end(torch.tensor([5.0, 0.0, 6.0, 7.0]).view(2, 2, 1, 1), torch.tensor([0, 2, 3])).flatten()
     tensor([5., 6., 7.])
     """
-    return x.flatten(0, 1).index_select(0, taken).unsqueeze(0)
+    tokens = x.flatten(0, 1)
+    return (tokens if ascending and len(tokens) == len(taken) else tokens.index_select(0, taken)).unsqueeze(0)
 
 
 def select_rows(value: Any, index: Tensor, listed: Sequence[int], n: int) -> Any:

@@ -117,12 +117,12 @@ def tree_attention(
         if in_float32:
             query, key, value = query.float(), key.float(), value.float()
         groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
-        query, own_key, own_value = (side_by_side(x, *tree.queries) for x in (query, key, value))
-        key, value = (side_by_side(x[:, :, :n], *tree.keys) for x in (key, value))
         precise = torch.promote_types(query.dtype, torch.float32)
-        own = (query.to(precise) * own_key).sum(-1, keepdim=True)
-        scores = torch.cat([(query @ key.mT).to(precise), own], dim=-1) * (scaling or query.shape[-1] ** -0.5)
+        own = _product_with_own(query.to(precise), key, groups).sum(-1, keepdim=True)
+        query, own = (side_by_side(x, *tree.queries) for x in (query, own))
+        keys, values = (side_by_side(x[:, :, :n], *tree.keys, ascending=True) for x in (key, value))
+        keys, values = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (keys, values))
+        scores = torch.cat([(query @ keys.mT).to(precise), own], dim=-1) * (scaling or query.shape[-1] ** -0.5)
         scores = scores if softcap is None else (scores / softcap).tanh() * softcap
         places, positions = torch.arange(longest, device=scores.device), tree.positions[..., None]
         seen = places < positions
@@ -132,8 +132,15 @@ def tree_attention(
         if s_aux is not None:
             scores = torch.cat([scores, s_aux.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
         weights = scores.softmax(-1).to(value.dtype)
-        read = weights[..., :longest] @ value + weights[..., longest : longest + 1] * own_value
-    return end_to_end(read.transpose(1, 2), tree.queries[0]).to(dtype), None
+        read, own = weights[..., :longest] @ values, weights[..., longest : longest + 1]
+        read, own = (end_to_end(x.transpose(1, 2), tree.queries[0]) for x in (read, own))
+        read = read + _product_with_own(own.transpose(1, 2), value, groups).transpose(1, 2)
+    return read.to(dtype), None
+
+
+def _product_with_own(x: Tensor, own: Tensor, groups: int) -> Tensor:
+    """What each head has times what its group of heads shares; (1, heads, N, -), (1, kv_heads, N, d)."""
+    return (x.unflatten(1, (-1, groups)) * own.unsqueeze(2)).flatten(1, 2)
 
 
 AttentionInterface.register(NAME, tree_attention)

@@ -10,9 +10,9 @@ from torch import Tensor
 from lit_ppo.activations import free_bytes
 from lit_ppo.functional import (
     add_product,
-    dot_of_rows,
+    choose,
     float32_linear,
-    inverse_cdf,
+    softmax_weights,
     summed_in_float32,
     token_sums,
     token_sums_gradient,
@@ -140,10 +140,10 @@ def read_logprobs(
     with torch.autocast(device.type, enabled=False):
         for_logits = _for_logits(_cast(*head, dtype))
         for chunk in _chunks(len(ids), chunks_for(device.type, _free_bytes(device), len(head.weight), dtype)):
-            log_p = _log_softmax(for_logits, chunk, temperature)
+            shifted, weights, totals = softmax_weights(_logits(for_logits, chunk), temperature)
             if draws is not None:
-                ids[chunk, n:] = inverse_cdf(log_p, draws[chunk])
-            logprobs[chunk] = log_p.gather(1, ids[chunk])
+                ids[chunk, n:] = choose(weights, draws[chunk])
+            logprobs[chunk] = shifted.gather(1, ids[chunk]) - totals.log().unsqueeze(1)
     return ids, logprobs
 
 
@@ -170,23 +170,24 @@ class _Statistics(torch.autograd.Function):
         head, temperature = _cast(states, weight, bias, options.dtype), options.temperature
         at_least_float32 = torch.promote_types(options.dtype, torch.float32)
         logprobs = torch.empty_like(ids, dtype=at_least_float32)
-        divergence, log_sums = torch.empty(2, len(ids), dtype=at_least_float32, device=ids.device)
-        kept: list[Tensor] = []  # probabilities; where code is compiled, logits
+        divergence, sums = torch.empty(2, len(ids), dtype=at_least_float32, device=ids.device)
+        kept: list[Tensor] = []  # weights of softmax, whose totals are `sums`; where code is compiled, logits
         sizes = chunks_for(ids.device.type, _free_bytes(ids.device), len(weight), options.dtype)
         for_logits, for_ratio = _for_logits(head), None if reference is None else _for_logits(reference)
         for chunk in _chunks(len(ids), sizes):
             if options.compiled:
                 large = _logits(for_logits, chunk)
                 found = _compiled(token_sums)(large, ids[chunk], temperature)
-                logprobs[chunk], divergence[chunk], log_sums[chunk] = found
+                logprobs[chunk], divergence[chunk], sums[chunk] = found
             else:
-                log_p = _log_softmax(for_logits, chunk, temperature)
-                large = log_p.exp()
+                log_p, large, sums[chunk] = softmax_weights(_logits(for_logits, chunk), temperature)
+                log_p -= sums[chunk].log().unsqueeze(1)
                 logprobs[chunk] = log_p.gather(1, ids[chunk].reshape(len(log_p), -1)).view_as(ids[chunk])
-                divergence[chunk] = dot_of_rows(large, _log_ratio(log_p, for_ratio, chunk, temperature))
+                log_ratio = _less_reference(log_p, for_ratio, chunk, temperature)
+                divergence[chunk] = log_ratio.mul_(large).sum(-1) / sums[chunk]
             if options.keep and chunk.stop * large.shape[1] <= sizes.kept:
                 kept.append(large)
-        ctx.save_for_backward(states, weight, bias, ids, divergence.detach(), log_sums, *kept)
+        ctx.save_for_backward(states, weight, bias, ids, divergence.detach(), sums, *kept)
         ctx.options, ctx.reference, ctx.sizes = options, for_ratio, sizes
         ctx.set_materialize_grads(False)  # nobody may ask for the entropy's gradient
         return logprobs, divergence
@@ -196,7 +197,7 @@ class _Statistics(torch.autograd.Function):
     def backward(ctx: Any, d_logprobs: Tensor | None, d_divergence: Tensor | None) -> tuple[Tensor | None, ...]:
         if d_logprobs is None and d_divergence is None:
             return (None,) * 6
-        states, weight, bias, ids, divergence, log_sums, *kept = ctx.saved_tensors
+        states, weight, bias, ids, divergence, sums, *kept = ctx.saved_tensors
         head = _cast(states, weight, bias, ctx.options.dtype)
         all_kept = len(kept) == len(_chunks(len(ids), ctx.sizes))
         for_logits: Any = None if all_kept else _for_logits(head)
@@ -204,49 +205,52 @@ class _Statistics(torch.autograd.Function):
         d_states = torch.empty_like(states) if wants_states else None
         d_weight: Tensor | None = None
         d_bias = torch.zeros_like(bias) if wants_bias else None
-        sums = torch.promote_types(weight.dtype, torch.float32)
+        summed_in = torch.promote_types(weight.dtype, torch.float32)
         for i, chunk in enumerate(_chunks(len(ids), ctx.sizes)):
             large = kept[i] if i < len(kept) else _for_backward(for_logits, chunk, ctx.options)
             if ctx.options.compiled:
                 of_tokens = [None if x is None else x[chunk] for x in (d_logprobs, d_divergence)]
-                sums_of = divergence[chunk], log_sums[chunk]
+                sums_of = divergence[chunk], sums[chunk]
                 d_logits = _compiled(token_sums_gradient)(large, ids[chunk], sums_of, *of_tokens, *ctx.options[:2])
             else:
-                d_logits = _d_logits(ctx, large, chunk, ids, divergence, d_logprobs, d_divergence)
+                d_logits = _d_logits(ctx, large, chunk, ids, (sums, divergence), d_logprobs, d_divergence)
             if d_bias is not None:
                 d_bias += d_logits.sum(0, dtype=d_bias.dtype)
             d_logits = d_logits.to(ctx.options.dtype)
             if d_states is not None:
                 d_states[chunk] = d_logits @ head.weight
             if wants_weight:
-                d_weight = add_product(d_weight, d_logits.T, head.states[chunk], sums)
+                d_weight = add_product(d_weight, d_logits.T, head.states[chunk], summed_in)
         d_weight = torch.zeros_like(weight) if wants_weight and d_weight is None else d_weight  # no tokens
         return d_states, None if d_weight is None else d_weight.to(weight.dtype), d_bias, None, None, None
 
 
 def _d_logits(
     ctx: Any,
-    p: Tensor,
+    weights: Tensor,
     chunk: slice,
     ids: Tensor,
-    divergence: Tensor,
+    of_tokens: tuple[Tensor, Tensor],
     d_logprobs: Tensor | None,
     d_divergence: Tensor | None,
 ) -> Tensor:
     """Gradient of a chunk's logits, (n, V)."""
-    each = None if d_logprobs is None else d_logprobs[chunk].reshape(len(p), -1)
+    totals, divergence = (x[chunk, None] for x in of_tokens)
+    each = None if d_logprobs is None else d_logprobs[chunk].reshape(len(weights), -1)
+    per_weight = None if each is None else each.sum(1, keepdim=True)
+    temperature = ctx.options.temperature
     if d_divergence is None:
-        assert each is not None
-        gradient: Tensor = p * (each.sum(1, keepdim=True) / -ctx.options.temperature)
+        assert per_weight is not None
+        gradient: Tensor = weights * (per_weight / (-temperature * totals))
     else:
         # a probability of 0 takes its log out of the gradient, if only that log is no infinity once weighted
-        log_ratio = _log_ratio(p.log().clamp_(min=-1e4), ctx.reference, chunk, ctx.options.temperature)
-        per_logit = (log_ratio - divergence[chunk, None]) * d_divergence[chunk, None]
-        if each is not None:
-            per_logit -= each.sum(1, keepdim=True)
-        gradient = per_logit.mul_(p).div_(ctx.options.temperature)
+        log_p = weights.log().sub_(totals.log()).clamp_(min=-1e4)
+        gradient = _less_reference(log_p, ctx.reference, chunk, temperature).sub_(divergence)
+        gradient *= d_divergence[chunk, None]
+        gradient = (gradient if per_weight is None else gradient.sub_(per_weight)).mul_(weights)
+        gradient /= temperature * totals
     if each is not None:
-        gradient.scatter_add_(1, ids[chunk].reshape(len(p), -1), each / ctx.options.temperature)
+        gradient.scatter_add_(1, ids[chunk].reshape(len(weights), -1), each / temperature)
     return gradient
 
 
@@ -277,7 +281,8 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _for_backward(head: _Head, chunk: slice, options: _Options) -> Tensor:
     """What was not kept, once more."""
-    return _logits(head, chunk) if options.compiled else _log_softmax(head, chunk, options.temperature).exp_()
+    logits = _logits(head, chunk)
+    return logits if options.compiled else softmax_weights(logits, options.temperature)[1]
 
 
 def _logits(head: _Head, chunk: slice) -> Tensor:
@@ -286,14 +291,9 @@ def _logits(head: _Head, chunk: slice) -> Tensor:
     return float32_linear(states[chunk], weight, bias, rounded=head.rounded)
 
 
-def _log_softmax(head: _Head, chunk: slice, temperature: float) -> Tensor:
-    """Log-probabilities of a chunk, (n, V), at least float32."""
-    logits = _logits(head, chunk)
-    log_p = torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
-    # -inf times 0 would be NaN: a token that cannot occur adds nothing
-    return log_p.clamp_(min=torch.finfo(log_p.dtype).min)
-
-
-def _log_ratio(log_p: Tensor, reference: _Head | None, chunk: slice, temperature: float) -> Tensor:
-    """``log p - log q``."""
-    return log_p if reference is None else log_p - _log_softmax(reference, chunk, temperature)
+def _less_reference(log_p: Tensor, reference: _Head | None, chunk: slice, temperature: float) -> Tensor:
+    """``log p - log q``, in place."""
+    if reference is None:
+        return log_p
+    log_q, _, totals = softmax_weights(_logits(reference, chunk), temperature)
+    return log_p.sub_(log_q).add_(totals.log().unsqueeze(1))

@@ -57,14 +57,15 @@ def packed_attention(
         output = attend(packing.kernel, module, query, key, value, rows, sliding_window, kwargs)
         if output is not None:
             return output, None
-    query, key, value = (side_by_side(x, packing.taken, packing.rows, packing.longest) for x in (query, key, value))
+    places = packing.taken, packing.rows, packing.longest
+    query, key, value = (side_by_side(x, *places, ascending=True) for x in (query, key, value))
     length = query.shape[2]
     near = None  # padding comes after all real tokens, which causal attention never looks at: no mask is needed
     if sliding_window is not None and sliding_window < length:
         steps = torch.arange(length, device=query.device)
         ago = steps.unsqueeze(1) - steps
         near = ((ago >= 0) & (ago < sliding_window))[None, None]
-    return end_to_end(sdpa(module, query, key, value, near, **kwargs)[0], packing.taken), None
+    return end_to_end(sdpa(module, query, key, value, near, **kwargs)[0], packing.taken, ascending=True), None
 
 
 AttentionInterface.register(NAME, packed_attention)

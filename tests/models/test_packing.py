@@ -94,7 +94,7 @@ def test_without_packing_rows_lie_side_by_side_cut_to_the_longest(tmp_path):
 
 def test_a_family_whose_packed_states_differ_goes_without(tmp_path, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(make_causal_lm(tmp_path, "gpt2", scale=4.0)).eval()
-    monkeypatch.setattr(packing, "end_to_end", lambda x, taken: x.flatten(0, 1)[taken.flip(0)].unsqueeze(0))
+    monkeypatch.setattr(packing, "end_to_end", lambda x, taken, **_: x.flatten(0, 1)[taken.flip(0)].unsqueeze(0))
     use_packing(model)
     assert model.config._attn_implementation == "sdpa"
 
