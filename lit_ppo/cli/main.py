@@ -44,7 +44,6 @@ def _work(session: Session) -> None:
         return
     _check_packages()
     _wait_without_spinning()
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks Linux for huge pages: it clears new memory faster
     session.heartbeat.say("lit-ppo: loading PyTorch, transformers and Lightning", doing="loading libraries")
     from lit_ppo.cli.command import Command
     from lit_ppo.cli.export_command import export
