@@ -179,7 +179,9 @@ def choose(weights: Tensor, draws: Tensor) -> Tensor:
     if found.shape[1] <= BLOCK:
         sums = found.cumsum(-1, dtype=draws.dtype)
         return _exceeding(sums, each * sums[:, -1:])[0].view_as(draws).to(weights.device)
-    blocks = pad(found, (0, -found.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    if rest_of_block := -found.shape[1] % BLOCK:
+        found = pad(found, (0, rest_of_block))
+    blocks = found.unflatten(1, (-1, BLOCK))
     sums = blocks.sum(-1, dtype=draws.dtype).cumsum(-1)
     block, rest = _exceeding(sums, each * sums[:, -1:])
     rows = torch.arange(len(block), device=block.device).unsqueeze(1)
