@@ -41,6 +41,17 @@ AttentionInterface.register(NAME, sdpa)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+def use(model: Any) -> Any:
+    """Let a model that attends through SDPA do so by :func:`sdpa`.
+
+    Args:
+        model: Hugging Face model; returned.
+    """
+    if model.config._attn_implementation == "sdpa":
+        model.config._attn_implementation = NAME
+    return model
+
+
 def attends_in_float32(device: torch.device) -> bool:
     """Whether autocast is on, on a device where attention in float32 can be faster all the same."""
     return is_cpu(device) and torch.is_autocast_enabled("cpu")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lit_ppo.attention import autocast
 from lit_ppo.constructor import constructor
 from lit_ppo.data.chat import Span, checked_options
 from lit_ppo.functional import masked_mean
@@ -113,8 +114,9 @@ class RewardModel(nn.Module):
         if not self._finds_last:  # the stock forward then refuses batches; 0 only has to be a valid id
             text_config.pad_token_id = 0
         self._pad_id = text_config.pad_token_id
+        text_config.use_cache = False  # nothing is sampled: keys and values would be copied for nothing
         self._limit = max_tokens(model, self.tokenizer)
-        self.model = shard(strategy, score_in_float32(model), frozen=True)
+        self.model = shard(strategy, score_in_float32(autocast.use(model)), frozen=True)
 
     def _reads_pairs(self, is_our_own: bool) -> bool:
         """Whether to score pairs; refuses them where the model was trained on one text."""

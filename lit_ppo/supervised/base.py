@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_ppo.attention import autocast
 from lit_ppo.data.tokenization import save_tokenizer
 from lit_ppo.generation.config import named_stops
 from lit_ppo.models.card import Card, add_data, hub_name, write_card
@@ -94,7 +95,7 @@ class SupervisedModule(L.LightningModule):
     def configure_model(self) -> None:
         strategy = None if self._trainer is None else self._trainer.strategy
         if self.model is None:
-            model = self.prepare(build(strategy, self.make_model))
+            model = self.prepare(autocast.use(build(strategy, self.make_model)))
             if self._bfloat16_weights:
                 in_bfloat16(model)
             self.model = shard(strategy, model)
