@@ -13,6 +13,7 @@ from lit_ppo.models.packing import NAME, RealTokens, read_tokens, use_packing
 from tests.helpers.tiny import make_causal_lm
 
 ROWS = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17, 18]]
+OF_ONE_LENGTH = [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14], [15, 16, 17, 18, 19]]
 SHAPES = {
     "gpt2": ("gpt2", {}),
     "llama": ("llama", {}),
@@ -21,11 +22,11 @@ SHAPES = {
 }
 
 
-def batch(side: str, extra: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """ROWS padded on one side, or half on each, with ``extra`` more columns of padding."""
-    width = max(map(len, ROWS)) + extra
+def batch(side: str, extra: int = 0, rows: list[list[int]] = ROWS) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows padded on one side, or half on each, with ``extra`` more columns of padding."""
+    width = max(map(len, rows)) + extra
     ids, mask = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.bool)
-    for i, row in enumerate(ROWS):
+    for i, row in enumerate(rows):
         start = {"left": width - len(row), "right": 0, "both": (width - len(row)) // 2}[side]
         ids[i, start : start + len(row)] = torch.tensor(row)
         mask[i, start : start + len(row)] = True
@@ -41,15 +42,17 @@ def model(request, tmp_path):
     return loaded
 
 
-@pytest.mark.parametrize(("side", "extra"), [("left", 3), ("right", 0), ("both", 3)])
-def test_states_and_gradients_are_those_of_each_row_alone(model, side, extra):
-    alone = [model.base_model(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state[0] for row in ROWS]
+@pytest.mark.parametrize(
+    ("side", "extra", "rows"), [("left", 3, ROWS), ("right", 0, ROWS), ("both", 3, ROWS), ("left", 1, OF_ONE_LENGTH)]
+)
+def test_states_and_gradients_are_those_of_each_row_alone(model, side, extra, rows):
+    alone = [model.base_model(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state[0] for row in rows]
     torch.cat(alone).pow(3).sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     use_packing(model)
     assert model.config._attn_implementation == NAME  # else the test would compare the stock path with itself
-    states, _ = read_tokens(model.base_model, *batch(side, extra))
+    states, _ = read_tokens(model.base_model, *batch(side, extra, rows))
     torch.testing.assert_close(states, torch.cat(alone), rtol=1e-5, atol=1e-5)
     states.pow(3).sum().backward()
     for name, parameter in model.named_parameters():
