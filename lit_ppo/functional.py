@@ -1262,7 +1262,8 @@ def side_by_side(x: Tensor, taken: Tensor, rows: int, longest: int, *, ascending
     """
     _, heads, n, d = x.shape
     if ascending and n == rows * longest:
-        return x.unflatten(2, (rows, longest))[0].transpose(0, 1)
+        unpadded: Tensor = x[0].unflatten(1, (rows, longest))
+        return unpadded.transpose(0, 1)
     tokens = x.transpose(1, 2).reshape(n, heads * d)
     padded = tokens.new_zeros(rows * longest, heads * d).index_copy(0, taken, tokens)
     return padded.view(rows, longest, heads, d).transpose(1, 2)

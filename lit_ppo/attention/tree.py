@@ -140,7 +140,8 @@ def tree_attention(
 
 def _product_with_own(x: Tensor, own: Tensor, groups: int) -> Tensor:
     """What each head has times what its group of heads shares; (1, heads, N, -), (1, kv_heads, N, d)."""
-    return (x.unflatten(1, (-1, groups)) * own.unsqueeze(2)).flatten(1, 2)
+    product: Tensor = x.unflatten(1, (-1, groups)) * own.unsqueeze(2)
+    return product.flatten(1, 2)
 
 
 AttentionInterface.register(NAME, tree_attention)

@@ -181,10 +181,11 @@ class _Statistics(torch.autograd.Function):
                 logprobs[chunk], divergence[chunk], sums[chunk] = found
             else:
                 log_p, large, sums[chunk] = softmax_weights(_logits(for_logits, chunk), temperature)
-                log_p -= sums[chunk].log().unsqueeze(1)
-                logprobs[chunk] = log_p.gather(1, ids[chunk].reshape(len(log_p), -1)).view_as(ids[chunk])
+                log_total = sums[chunk].log()  # still part of `log_p`, the same in all of a row
+                found = log_p.gather(1, ids[chunk].reshape(len(log_p), -1)) - log_total.unsqueeze(1)
+                logprobs[chunk] = found.view_as(ids[chunk])
                 log_ratio = _less_reference(log_p, for_ratio, chunk, temperature)
-                divergence[chunk] = log_ratio.mul_(large).sum(-1) / sums[chunk]
+                divergence[chunk] = log_ratio.mul_(large).sum(-1) / sums[chunk] - log_total
             if options.keep and chunk.stop * large.shape[1] <= sizes.kept:
                 kept.append(large)
         ctx.save_for_backward(states, weight, bias, ids, divergence.detach(), sums, *kept)
