@@ -9,6 +9,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lit_ppo.attention.choice import asks_for_sdpa
 from lit_ppo.device import is_cpu
 
 NAME = "lit_ppo_sdpa"
@@ -42,12 +43,12 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def use(model: Any) -> Any:
-    """Let a model that attends through SDPA do so by :func:`sdpa`.
+    """Let a model that attends through SDPA do so by :func:`sdpa`, unless its layers need the name ``sdpa``.
 
     Args:
         model: Hugging Face model; returned.
     """
-    if model.config._attn_implementation == "sdpa":
+    if model.config._attn_implementation == "sdpa" and not asks_for_sdpa(model):
         model.config._attn_implementation = NAME
     return model
 

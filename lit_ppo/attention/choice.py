@@ -1,13 +1,14 @@
 """How a model attends, and by which kernel. Each is tried on a few tokens, forward and backward, before it is used."""
 
 import inspect
+import re
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -17,6 +18,7 @@ from lit_ppo.device import autocast_dtype
 from lit_ppo.shown import reason
 
 TOLERANCE = 3e-2  # relative, of a 16-bit kernel against float32
+SDPA_BY_NAME = re.compile(r"""_attn_implementation\s*(==|!=|in|not in)[^\n]*["']sdpa["']""")
 
 
 @dataclass(frozen=True)
@@ -212,9 +214,33 @@ def takes_packing(model: PreTrainedModel) -> bool:
 
 
 def only_attends(model: PreTrainedModel) -> bool:
-    """Whether tokens meet in attention alone, to all before or to those in a window: no convolutions, no chunks."""
+    """Whether tokens meet in attention alone, to all before or to those in a window: no convolutions, no chunks.
+
+    And in one that can be replaced, see :func:`asks_for_sdpa`.
+    """
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    return not set(kinds) - {"full_attention", "sliding_attention"}
+    return not set(kinds) - {"full_attention", "sliding_attention"} and not asks_for_sdpa(model)
+
+
+def asks_for_sdpa(model: nn.Module) -> bool:
+    """Whether layers do something else when their attention is not called ``sdpa``, and so need that name.
+
+    Falcon then attends by code of its own, and models with sparse attention (DeepSeek-V3.2) drop their mask, which only
+    rows longer than the mask would show.
+    """
+    layers = {type(module) for module in model.modules() if not isinstance(module, PreTrainedModel)}
+    return any(map(_compares_with_sdpa, {own for layer in layers for own in layer.__mro__}))
+
+
+@cache
+def _compares_with_sdpa(layer: type) -> bool:
+    if layer.__module__.split(".")[0] in ("torch", "builtins"):
+        return False
+    try:
+        source = inspect.getsource(layer)
+    except (OSError, TypeError):  # not at hand: nothing is known of it
+        return True
+    return SDPA_BY_NAME.search(source) is not None
 
 
 def _hands_on_its_window(model: PreTrainedModel) -> bool:

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lit_ppo.attention import autocast, kernels, tree
-from lit_ppo.attention.choice import Attention, Heads, attend, only_attends, supports_sdpa, takes_packing
+from lit_ppo.attention.choice import Attention, Heads, asks_for_sdpa, attend, only_attends, supports_sdpa, takes_packing
 from lit_ppo.attention.kernels import PLAIN, Kernel
 from lit_ppo.device import exact_products
 from lit_ppo.functional import end_to_end, no_mask, side_by_side, to_device
@@ -186,7 +186,7 @@ def use_packing(model: PreTrainedModel) -> None:
     """
     stock = model.config._attn_implementation
     asked = stock if stock is not None and "flash" in stock else None
-    if asked is None and stock != "sdpa":
+    if asked is None and (stock != "sdpa" or asks_for_sdpa(model)):
         return
     exact = "sdpa" if asked is None or supports_sdpa(model) else "eager"
     packs = takes_packing(model)

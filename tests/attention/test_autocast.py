@@ -1,18 +1,22 @@
 """Attention under autocast in models that are trained alone, and in those that score."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional
+from transformers import AutoModel
 
 from lit_ppo.attention import autocast
+from lit_ppo.attention.choice import asks_for_sdpa
+from lit_ppo.generation.config import neutral
+from lit_ppo.models.actor_critic import Actor
+from lit_ppo.models.load import load_causal_lm
 from lit_ppo.rewards import RewardModel
 from lit_ppo.supervised.reward_model import LitRewardModel
 from lit_ppo.supervised.sft import LitSFT
 from tests.helpers.supervised import text_batch
-from tests.helpers.tiny import make_causal_lm, make_reward_model
+from tests.helpers.tiny import LLAMA, make_causal_lm, make_reward_model
 
 
 @pytest.fixture
@@ -55,8 +59,31 @@ def test_an_attention_that_was_asked_for_is_kept(tmp_path: Path) -> None:
     assert module.model.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, None])
+def test_layers_that_need_the_name_sdpa_keep_it(tmp_path: Path, dtypes: list, kind: torch.dtype | None) -> None:
+    """Falcon attends by other code where its attention has another name."""
+    path = str(make_causal_lm(tmp_path / "lm", "falcon"))
+    sft, actor = LitSFT(path), Actor(load_causal_lm("actor", path, {}))
+    sft.configure_model()
+    sft.eval()
+    dtypes.clear()
+    ids, mask = torch.tensor([[3, 4, 5, 6]]), torch.ones(1, 4, dtype=torch.bool)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=kind is not None):
+        sft.token_losses(text_batch([[3, 4, 5, 6]]))
+        actor(ids, mask, target_mask=mask[:, 1:])
+        actor.generate(ids, mask, neutral(max_new_tokens=2, pad_token_id=0), [(0,)])
+        assert dtypes == [kind or torch.float32] * sft.model.config.num_hidden_layers * (1 + 1 + 2)
+
+
+def test_sparse_attention_needs_the_name_sdpa() -> None:
+    """Under another name DeepSeek-V3.2 drops its mask, which rows shorter than the mask do not show."""
+    config = pytest.importorskip("transformers.models.deepseek_v32").DeepseekV32Config(**LLAMA)
+    with torch.device("meta"):
+        assert asks_for_sdpa(AutoModel.from_config(config))
+
+
 def test_a_saved_model_does_not_name_our_attention(tmp_path: Path) -> None:
     module = LitSFT(str(make_causal_lm(tmp_path / "lm")))
     module.configure_model()
     module.save_pretrained(tmp_path / "saved")
-    assert autocast.NAME not in json.dumps(json.loads((tmp_path / "saved" / "config.json").read_text()))
+    assert autocast.NAME not in (tmp_path / "saved" / "config.json").read_text()

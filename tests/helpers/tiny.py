@@ -36,6 +36,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "bert": {**HEADS, "intermediate_size": 32},
     "roberta": {**HEADS, "intermediate_size": 32},
     "fnet": {**HEADS, "intermediate_size": 32},
+    "falcon": HEADS,
     "distilbert": {"dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2},
 }
 FAMILIES = {family: {"model_type": family, **sizes} for family, sizes in SIZES.items()}
