@@ -226,12 +226,13 @@ def differences(many: dict[str, Any], one: dict[str, Any], start: dict[str, Tens
     """Largest relative difference of any parameter: of gradients, of changes, and of changes beyond rounding.
 
     A float32 weight near 1 moves in steps of 1.2e-7, and a change of 1e-3 in all is then known to 1e-4: beyond rounding
-    is what is over one such step in each weight, and beyond a few what is over one such step in four weights.
+    is what is over one such step in each weight. It hangs on the CPU whether a weight rounds the other way, but few do:
+    ``all_but_two`` leaves out the two weights of each parameter that differ most.
     """
     assert len(many["gradients"]) == len(one["gradients"])
     pairs = list(zip(many["gradients"], one["gradients"], strict=True))
     assert all(ours.keys() == theirs.keys() for ours, theirs in pairs)
-    found = {"gradients": 0.0, "changes": 0.0, "beyond_rounding": 0.0, "beyond_a_few": 0.0}
+    found = {"gradients": 0.0, "changes": 0.0, "beyond_rounding": 0.0, "all_but_two": 0.0}
     for name in one["gradients"][0]:
         ours, theirs = many["weights"][name], one["weights"][name]
         step = (theirs.abs().nextafter(torch.tensor(torch.inf)) - theirs.abs()).double()
@@ -241,7 +242,7 @@ def differences(many: dict[str, Any], one: dict[str, Any], start: dict[str, Tens
             "gradients": max(relative(ours[name], theirs[name]) for ours, theirs in pairs),
             "changes": float(error.norm() / change),
             "beyond_rounding": float((error - step).clamp(min=0).norm() / change),
-            "beyond_a_few": max(0.0, float((error.norm() - step.max() * 4**0.5) / change)),
+            "all_but_two": float(error.flatten().sort().values[:-2].norm() / change),
         }
         found = {key: max(value, of_this[key]) for key, value in found.items()}
     return found
