@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.jobs import Job
+from lit_ppo.environment import MEMORY
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
@@ -59,7 +60,8 @@ class Runner:
             "capture": str(capture) if capture else None,
         }
         python, module = (sys.executable, "ours") if side == "ours" else (str(self.trl_python), "trl_side")
-        return json.loads(self._call(python, module, spec, settings.get("environment", {})).splitlines()[-1])
+        environment = settings.get("environment", MEMORY if side == "ours" else {})  # ours: as the command has it
+        return json.loads(self._call(python, module, spec, environment).splitlines()[-1])
 
     @contextmanager
     def job_files(self, job: Job) -> Iterator[Path]:

@@ -4,9 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.jobs import Job
-
-# keeps glibc from returning large blocks to the system, which would have to zero their pages again
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_ARENA_MAX": "1"}
+from lit_ppo.environment import MEMORY
 
 
 def grid(side: str, job: Job) -> dict[str, list[Any]]:
@@ -18,7 +16,7 @@ def grid(side: str, job: Job) -> dict[str, list[Any]]:
     """
     row = job.longest_prompt + job.longest_response
     rows = [job.minibatch_size // part for part in (1, 2, 4) if job.minibatch_size >= part]
-    common: dict[str, list[Any]] = {"environment": [{}, KEEP_MEMORY], "attention": ["sdpa", "eager"]}
+    common: dict[str, list[Any]] = {"environment": [{}, MEMORY], "attention": ["sdpa", "eager"]}
     if side == "ours":
         return {
             "micro_batch_tokens": [4096, *(n * row for n in rows[1:])],

@@ -1282,6 +1282,15 @@ def end_to_end(x: Tensor, taken: Tensor, *, ascending: bool = False) -> Tensor:
     return (tokens if ascending and len(tokens) == len(taken) else tokens.index_select(0, taken)).unsqueeze(0)
 
 
+def with_rows(x: Tensor, n: int) -> Tensor:
+    """As many rows: zeros behind those that there are.
+
+    >>> with_rows(torch.tensor([[5], [6]]), 3).flatten()
+    tensor([5, 6, 0])
+    """
+    return x if len(x) == n else torch.nn.functional.pad(x, (0, 0) * (x.dim() - 1) + (0, n - len(x)))
+
+
 def select_rows(value: Any, index: Tensor, listed: Sequence[int], n: int) -> Any:
     """The chosen rows of a value with ``n`` rows, or of a dict of values; any other value stays as it is.
 

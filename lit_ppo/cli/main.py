@@ -8,6 +8,7 @@ import sys
 
 from lit_ppo.cli.quick import answer
 from lit_ppo.cli.session import Session, restored_process
+from lit_ppo.environment import keep_freed_memory, wait_without_spinning
 from lit_ppo.run.errors import CommandError
 from lit_ppo.validate import needs_package
 
@@ -24,6 +25,8 @@ def main(args: list[str] | None = None) -> int:
         The exit code: 0; 1 for an error in the run, 2 for one in the arguments; 130 after Ctrl-C, 143 after SIGTERM.
     """
     given = list(sys.argv[1:] if args is None else args)
+    if args is None:  # else the process is somebody else's
+        keep_freed_memory()
     session = Session([argument for argument in given if argument != "--debug"], debug="--debug" in given)
     with restored_process(imports_here=session.arguments[:1] != ["export"]):
         code = session.run(_work)
@@ -43,7 +46,7 @@ def _work(session: Session) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     _check_packages()
-    _wait_without_spinning()
+    wait_without_spinning()
     session.heartbeat.say("lit-ppo: loading PyTorch, transformers and Lightning", doing="loading libraries")
     from lit_ppo.cli.command import Command
     from lit_ppo.cli.export_command import export
@@ -73,13 +76,3 @@ def _check_packages() -> None:
         needs_package("the command", *PARSER, install="'jsonargparse[signatures]'")
     except ImportError as error:
         raise CommandError(f"{error}; scripts that import lit_ppo do without") from error
-
-
-def _wait_without_spinning() -> None:
-    """Let threads of OpenMP sleep soon while they wait for each other, unless the user says otherwise.
-
-    By default they spin for milliseconds, and where another program wants the cores, too, the work of one waits for
-    the spinning of the other. OpenMP reads this when torch is imported; stages and ranks inherit it.
-    """
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
-        os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}  # the latter is GNU's, and measured best

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_ppo.activations import free_bytes
+from lit_ppo.device import autocast_dtype, product_rows
 from lit_ppo.functional import (
     add_product,
     choose,
@@ -16,6 +17,7 @@ from lit_ppo.functional import (
     summed_in_float32,
     token_sums,
     token_sums_gradient,
+    with_rows,
 )
 
 CHUNK_ELEMENTS = 2**23  # logits worked on at a time, at most: 32 MiB in float32
@@ -81,9 +83,7 @@ def chunks_for(kind: str, free: int, vocabulary: int, dtype: torch.dtype) -> Chu
 @cache
 def _free_bytes(device: torch.device) -> int:
     """Free memory of a GPU when this is first asked: chunks of one size keep the order of sums, and so all bits."""
-    if device.type != "cuda":
-        return 0
-    return free_bytes(device)
+    return free_bytes(device) if device.type == "cuda" else 0
 
 
 def token_statistics(
@@ -91,7 +91,7 @@ def token_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each token, and the entropy of its distribution or the exact KL to another model's.
 
-    Both are differentiable, once. Under autocast the products are taken in its dtype; sums and all else are float32.
+    Both are differentiable, once. Under autocast the products are taken in its dtype; all else is float32.
 
     Args:
         head: States and head.
@@ -103,16 +103,17 @@ def token_statistics(
     Shapes:
         ids (N,) -> (N,), (N,); or (N, K) -> (N, K), (N,); float32 (float64 stays).
     """
-    device = head.states.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    dtype = autocast or head.weight.dtype
-    reference = None if kl_to is None else _cast(*kl_to, autocast or kl_to.weight.dtype)
-    with torch.autocast(device, enabled=False):
+    kind, n = ids.device.type, len(ids)
+    autocast, rows = autocast_dtype(kind), product_rows(n, ids.device)
+    head, ids = head._replace(states=with_rows(head.states, rows)), with_rows(ids, rows)
+    if kl_to is not None:
+        kl_to = _cast(with_rows(kl_to.states, rows), *kl_to[1:], autocast or kl_to.weight.dtype)
+    with torch.autocast(kind, enabled=False):
         compiled = compiled and kl_to is None and ids.dim() == 1
-        options = _Options(temperature, dtype, keep=torch.is_grad_enabled(), compiled=compiled)
-        logprobs, kl = _Statistics.apply(*head, ids, reference, options)  # type: ignore[no-untyped-call]
+        options = _Options(temperature, autocast or head.weight.dtype, torch.is_grad_enabled(), compiled)
+        logprobs, kl = _Statistics.apply(*head, ids, kl_to, options)  # type: ignore[no-untyped-call]
     # the entropy is the KL to nothing, log q = 0, with its sign turned
-    return logprobs, kl if kl_to is not None else -kl
+    return logprobs[:n], kl[:n] if kl_to is not None else -kl[:n]
 
 
 @torch.no_grad()
@@ -134,7 +135,7 @@ def read_logprobs(
         ids (N, J), draws (N, K) -> (N, J + K), (N, J + K); float32 (float64 stays).
     """
     device, n = head.states.device, ids.shape[1]
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else head.weight.dtype
+    dtype = autocast_dtype(device.type) or head.weight.dtype
     ids = torch.nn.functional.pad(ids, (0, 0 if draws is None else draws.shape[1]))
     logprobs = torch.empty(ids.shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
     with torch.autocast(device.type, enabled=False):
@@ -200,8 +201,7 @@ class _Statistics(torch.autograd.Function):
             return (None,) * 6
         states, weight, bias, ids, divergence, sums, *kept = ctx.saved_tensors
         head = _cast(states, weight, bias, ctx.options.dtype)
-        all_kept = len(kept) == len(_chunks(len(ids), ctx.sizes))
-        for_logits: Any = None if all_kept else _for_logits(head)
+        for_logits: Any = None if len(kept) == len(_chunks(len(ids), ctx.sizes)) else _for_logits(head)
         wants_states, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         d_states = torch.empty_like(states) if wants_states else None
         d_weight: Tensor | None = None

@@ -6,7 +6,6 @@ the rows side by side.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,22 +18,12 @@ from transformers.masking_utils import sdpa_mask
 from lit_ppo.attention import autocast, kernels, tree
 from lit_ppo.attention.choice import Attention, Heads, asks_for_sdpa, attend, only_attends, supports_sdpa, takes_packing
 from lit_ppo.attention.kernels import PLAIN, Kernel
+from lit_ppo.attention.tokens import Packing, RealTokens
 from lit_ppo.device import exact_products
 from lit_ppo.functional import end_to_end, no_mask, side_by_side, to_device
 from lit_ppo.models.positions import UNBOUNDED, rope_bound, row_groups
 
 NAME = "lit_ppo_packed_sdpa"
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Where the N real tokens of some rows, packed one row after another, lie among the rows padded on the right."""
-
-    taken: Tensor  # (N,), the number of each packed token in the flattened (rows, longest)
-    rows: int
-    longest: int
-    starts: Tensor | None = None  # (rows + 1,), int32, each row's first packed token; for a kernel
-    kernel: Kernel | None = None
 
 
 def packed_attention(
@@ -72,66 +61,8 @@ AttentionInterface.register(NAME, packed_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-@dataclass(frozen=True)
-class RealTokens:
-    """The N real tokens among (B, L), one row after another, wherever the padding was.
-
-    Masks on the host spare a GPU a synchronisation; what is for the models lies with the ids.
-    """
-
-    ids: Tensor  # (N,)
-    positions: Tensor  # (N,), each one's place in its row
-    number: Tensor  # (B, L), on the mask's device: each real token's number
-    packing: Packing
-
-    @classmethod
-    def of(cls, input_ids: Tensor, attention_mask: Tensor, kernel: Kernel | None = None) -> "RealTokens":
-        """Leave the padding out.
-
-        Args:
-            input_ids: Token ids.
-            attention_mask: True at real tokens.
-            kernel: Of attention.
-        """
-        device = input_ids.device
-        mask = attention_mask.flatten()
-        lengths = attention_mask.sum(1, keepdim=True)
-        longest = int(lengths.max())
-        steps = torch.arange(longest, device=mask.device)
-        real = steps < lengths
-        starts = None
-        if kernel is not None:
-            starts = to_device(torch.nn.functional.pad(lengths.flatten().cumsum(0), (1, 0)).int(), device)
-        return cls(
-            ids=input_ids.flatten().index_select(0, to_device(mask.nonzero().squeeze(1), device)),
-            positions=to_device(steps.expand(real.shape)[real], device),
-            number=(mask.cumsum(0) - 1).view(attention_mask.shape),
-            packing=Packing(
-                to_device(real.flatten().nonzero().squeeze(1), device), len(lengths), longest, starts, kernel
-            ),
-        )
-
-    def packed(self) -> dict[str, Any]:
-        """What a backbone reads, as one row of N tokens."""
-        return {
-            "input_ids": self.ids.unsqueeze(0),
-            "position_ids": self.positions.unsqueeze(0),
-            "attention_mask": no_mask(self.ids.device),
-            "packing": self.packing,
-        }
-
-    def side_by_side(self) -> dict[str, Any]:
-        """What a backbone reads whose attention takes no packing: (rows, longest), padded on the right."""
-        shape = self.packing.rows, self.packing.longest
-        empty = torch.zeros(shape[0] * shape[1], dtype=torch.long, device=self.ids.device)
-        return {
-            "input_ids": empty.index_copy(0, self.packing.taken, self.ids).view(shape),
-            "attention_mask": empty.index_fill(0, self.packing.taken, 1).view(shape),
-        }
-
-
 def read_tokens(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states of the real tokens.
+    """Hidden states of the real tokens; some of padding may be among them.
 
     Args:
         backbone: Hugging Face model that returns ``last_hidden_state``.
@@ -144,7 +75,10 @@ def read_tokens(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) 
     if backbone in UNBOUNDED or rope_bound(backbone) is None or not len(input_ids):
         return _read(backbone, input_ids, attention_mask)
     groups = row_groups(backbone, attention_mask.sum(1).tolist())
-    parts = [_read(backbone, input_ids[rows], attention_mask[rows])[0] for rows in groups]
+    parts = []
+    for rows in groups:
+        states, number = _read(backbone, input_ids[rows], attention_mask[rows])
+        parts.append(states.index_select(0, to_device(number[attention_mask[rows].bool()], states.device)))
     number = (attention_mask.flatten().cumsum(0) - 1).view(attention_mask.shape)
     return _in_order(parts, attention_mask, groups), number
 
@@ -159,11 +93,12 @@ def _in_order(parts: list[Tensor], mask: Tensor, groups: list[list[int]]) -> Ten
 def _read(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     attention: Attention | None = getattr(backbone, "lit_ppo_attention", None)
     kernel = _kernel(attention, backbone, input_ids.device)
-    tokens = RealTokens.of(input_ids, attention_mask, kernel)
     config: Any = backbone.config
     if attention is not None and attention.exact == "eager" and attention.packs:  # only a kernel reads packed rows
         config._attn_implementation = "eager" if kernel is None else NAME
-    if getattr(config, "_attn_implementation", None) == NAME:
+    packs = getattr(config, "_attn_implementation", None) == NAME
+    tokens = RealTokens.of(input_ids, attention_mask, kernel, fill=packs and kernel is None)
+    if packs:
         states: Tensor = backbone(**tokens.packed(), use_cache=False).last_hidden_state[0]
     else:
         padded: Tensor = backbone(**tokens.side_by_side(), use_cache=False).last_hidden_state

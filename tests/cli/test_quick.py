@@ -1,6 +1,5 @@
 """What the command answers without its libraries, and how short its help is."""
 
-import os
 import re
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import pytest
 import lit_ppo
 from lit_ppo.cli.command import Command
 from lit_ppo.cli.completion import completion
-from lit_ppo.cli.main import _wait_without_spinning
 from lit_ppo.cli.quick import SUBCOMMANDS
 from lit_ppo.cli.session import Session
 from tests.helpers.command import REPOSITORY, run_command
@@ -36,21 +34,6 @@ def test_these_answers_import_no_library(tmp_path: Path, argument: str) -> None:
         assert lines == [f"lit-ppo {lit_ppo.__version__}"]
     elif argument == "fitt":
         assert done.stderr == "lit-ppo: error: fitt: no such subcommand; did you mean 'fit'?\n"
-
-
-@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "5"}, {"KMP_BLOCKTIME": "9"}])
-def test_threads_wait_without_spinning_unless_the_user_says_how(
-    monkeypatch: pytest.MonkeyPatch, given: dict[str, str]
-) -> None:
-    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-    for name in names:
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    _wait_without_spinning()
-    now = {name: os.environ[name] for name in names if name in os.environ}
-    assert now == (given or {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"})
 
 
 def test_a_reader_that_has_enough_is_no_error() -> None:
