@@ -21,14 +21,15 @@ def inputs(n=11, hidden=5, vocab=7, seed=0) -> HeadInputs:
     return HeadInputs(*(t.requires_grad_() for t in tensors))
 
 
-# elements of a chunk, and of what is kept of all: 11 tokens are 77 elements, three of them 21
+# elements of a chunk, and of what is kept of all: 11 tokens are 77 elements, three of them 21; rows that are added
 @pytest.fixture(
-    params=[(10**9, 10**9), (21, 10**9), (21, 45), (21, 0)],
-    ids=["one chunk", "chunks of three", "two chunks kept", "none kept"],
+    params=[(10**9, 10**9, 0), (21, 10**9, 0), (21, 45, 0), (21, 0, 0), (21, 45, 4)],
+    ids=["one chunk", "chunks of three", "two chunks kept", "none kept", "filled up"],
 )
 def _chunks(request, monkeypatch):
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", request.param[0])
     monkeypatch.setattr(head, "KEPT_ELEMENTS", request.param[1])
+    monkeypatch.setattr(head, "product_rows", lambda n, device: n + request.param[2])
 
 
 @pytest.mark.usefixtures("_chunks")

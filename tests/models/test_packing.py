@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from lit_ppo.attention import autocast
+from lit_ppo.attention import autocast, tokens
 from lit_ppo.generation.config import neutral
 from lit_ppo.models import packing
 from lit_ppo.models.actor_critic import Actor
@@ -43,16 +43,30 @@ def model(request, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("side", "extra", "rows"), [("left", 3, ROWS), ("right", 0, ROWS), ("both", 3, ROWS), ("left", 1, OF_ONE_LENGTH)]
+    ("side", "extra", "rows", "filled"),
+    [
+        ("left", 3, ROWS, 0),
+        ("right", 0, ROWS, 0),
+        ("both", 3, ROWS, 0),
+        ("left", 1, OF_ONE_LENGTH, 0),
+        ("both", 3, ROWS, 2),
+        ("left", 3, ROWS, 9),
+        ("left", 1, OF_ONE_LENGTH, 9),
+    ],
 )
-def test_states_and_gradients_are_those_of_each_row_alone(model, side, extra, rows):
+def test_states_and_gradients_are_those_of_each_row_alone(model, side, extra, rows, filled, monkeypatch):
+    """``filled``: tokens to add to the 14 or 15 real ones; the rows of ``ROWS`` have padding for four."""
     alone = [model.base_model(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state[0] for row in rows]
     torch.cat(alone).pow(3).sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     use_packing(model)
     assert model.config._attn_implementation == NAME  # else the test would compare the stock path with itself
-    states, _ = read_tokens(model.base_model, *batch(side, extra, rows))
+    monkeypatch.setattr(tokens, "product_rows", lambda n, device: n + filled)
+    ids, mask = batch(side, extra, rows)
+    states, number = read_tokens(model.base_model, ids, mask)
+    assert len(states) == mask.sum() + (min(filled, 4) if rows is ROWS else 0)
+    states = states[number[mask]]
     torch.testing.assert_close(states, torch.cat(alone), rtol=1e-5, atol=1e-5)
     states.pow(3).sum().backward()
     for name, parameter in model.named_parameters():
@@ -63,11 +77,11 @@ def test_states_and_gradients_are_those_of_each_row_alone(model, side, extra, ro
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 def test_tokens_are_numbered_row_by_row(side):
     ids, mask = batch(side)
-    tokens = RealTokens.of(ids, mask)
-    assert tokens.ids.tolist() == [token for row in ROWS for token in row]
-    assert tokens.positions.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 0, 1, 2, 3, 4]
-    assert tokens.number[mask].tolist() == list(range(14))
-    assert tokens.side_by_side()["attention_mask"].tolist() == [[1] * 6, [1] * 3 + [0] * 3, [1] * 5 + [0]]
+    real = RealTokens.of(ids, mask)
+    assert real.ids.tolist() == [token for row in ROWS for token in row]
+    assert real.positions.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 0, 1, 2, 3, 4]
+    assert real.number[mask].tolist() == list(range(14))
+    assert real.side_by_side()["attention_mask"].tolist() == [[1] * 6, [1] * 3 + [0] * 3, [1] * 5 + [0]]
 
 
 def test_no_layer_sees_padding(tmp_path, monkeypatch):
@@ -80,6 +94,20 @@ def test_no_layer_sees_padding(tmp_path, monkeypatch):
     ids, mask = batch("left", extra=3)
     actor(ids, mask, target_mask=mask[:, -2:])
     assert seen == {14}
+
+
+def test_under_autocast_padding_makes_up_a_number_of_tokens_that_products_share(tmp_path):
+    """69 and 75 real tokens among 96 places: 96 tokens; 30 are 32. The code of their products is compiled once."""
+    actor = Actor(load_causal_lm("actor", str(make_causal_lm(tmp_path, "llama")), {}))
+    seen = []
+    actor.model.base_model.layers[0].mlp.register_forward_hook(
+        lambda module, inputs, output: seen.append(inputs[0].shape[:-1].numel())
+    )
+    for lengths in ([32, 30, 7], [32, 11, 32], [16, 10, 4]):
+        mask = torch.arange(32) >= 32 - torch.tensor(lengths).unsqueeze(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            actor(torch.ones_like(mask, dtype=torch.long), mask, target_mask=mask[:, -2:])
+    assert seen == [96, 96, 32]
 
 
 def test_without_packing_rows_lie_side_by_side_cut_to_the_longest(tmp_path):
