@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from benchmarks.learning import ablation, forks, gold, stability, variants
+from benchmarks.learning import ablation, forks, gold, quickstart, stability, variants
 from benchmarks.learning.limit import summary
 from benchmarks.learning.task import MODELS, PROMPTS, ROOT, TRAINING_PROMPTS
 from benchmarks.learning.verdicts import HELPED, HURT, SAME, UNKNOWN, verdicts
@@ -159,6 +159,31 @@ def test_tiny_gold(task: list[str], tmp_path: Path, monkeypatch: Any):
     assert [p["update"] for p in stored["points"]] == [0, 2]
     assert stored["points"][0]["kl"] == 0.0
     assert set(stored["points"][1]["told"]) == {"CollapseMonitor", "RewardHackingMonitor"}
+
+
+@in_process
+def test_quickstart_with_one_setting_changed(tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]):
+    runs = tmp_path / "runs" / "quickstart"
+    make_causal_lm(runs / "sft" / "model", "gpt2")
+    make_reward_model(runs / "reward" / "model", "gpt2")
+    (runs / "data").mkdir()
+    for name, n in (("prompts", 128), ("prompts_eval", 4)):
+        lines = [json.dumps({"prompt": " ".join(WORDS[i % 7 : i % 7 + 3])}) for i in range(n)]
+        (runs / "data" / f"{name}.jsonl").write_text("\n".join(lines))
+    words = [str(tmp_path), "--seeds", "0", "--results", str(tmp_path)]
+    run(quickstart, [*words, "--only", "lam 0.5", "ppo_epochs 1"], monkeypatch)
+    lam, epochs = json.loads((tmp_path / "quickstart.json").read_text())["runs"]
+    assert lam["arguments"] == {"advantages": {"init_args": {"lam": 0.5}}}
+    assert epochs["points"][0] | {"cpu_seconds": 0} == lam["points"][0] | {"cpu_seconds": 0}  # before the first update
+    assert epochs["points"][-1]["score"] != lam["points"][-1]["score"]
+    assert "| lam 0.5 | 1 |" in capsys.readouterr().out
+
+
+def test_rows_of_the_quickstart_by_hand():
+    """Scores 2 and 4 at 1 and 2 nats: 2 - 0.6 and 4 - 1.2, in mean 2.1, 1.4 apart."""
+    ends = [{"score": 2.0, "kl": 1.0, "cpu_seconds": 10.0}, {"score": 4.0, "kl": 2.0, "cpu_seconds": 20.0}]
+    runs = [{"name": "lam 0.8", "points": [{"score": 0.0, "kl": 0.0}, end]} for end in ends]
+    assert quickstart.rows(runs) == [["lam 0.8", "2", "3.00", "1.50", "2.10 ± 0.99", "15"]]
 
 
 def test_when_gold_has_fallen_by_hand():
