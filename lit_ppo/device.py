@@ -95,28 +95,6 @@ def bf16_values(kind: str) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-ROWS = 32
-"""Matrix units work on blocks of as many rows."""
-
-
-def product_rows(n: int, device: torch.device) -> int:
-    """Rows that a product of ``n`` rows should have.
-
-    For every new number of rows, a CPU under autocast first compiles the product, in a millisecond or two, and keeps
-    the code. Here numbers that differ by 3% to 10% become one.
-
-    >>> product_rows(205, torch.device("cpu"))
-    205
-    >>> with torch.autocast("cpu", torch.bfloat16):
-    ...     [product_rows(n, torch.device("cpu")) for n in (205, 224, 3000)]
-    [224, 224, 3008]
-    """
-    if not (is_cpu(device) and torch.is_autocast_enabled("cpu")):
-        return n
-    step = max(ROWS, 1 << max(0, n.bit_length() - 6))
-    return -(-n // step) * step
-
-
 def autocast_dtype(kind: str) -> torch.dtype | None:
     """The dtype to which autocast casts on devices of a kind; None: it is off."""
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

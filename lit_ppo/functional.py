@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, log_softmax, pad
 
-from lit_ppo.device import bf16_values, exact_device, sums_in_float32
+from lit_ppo.device import bf16_values, exact_device, is_cpu, sums_in_float32
 
 KLEstimator = Literal["k1", "k2", "k3"]
 BLOCK = 128
@@ -1280,6 +1280,24 @@ def end_to_end(x: Tensor, taken: Tensor, *, ascending: bool = False) -> Tensor:
     """
     tokens = x.flatten(0, 1)
     return (tokens if ascending and len(tokens) == len(taken) else tokens.index_select(0, taken)).unsqueeze(0)
+
+
+def product_rows(n: int, device: torch.device) -> int:
+    """Rows that a product of ``n`` rows should have.
+
+    For every new number of rows, a CPU under autocast first compiles the product, in a millisecond or two, and keeps
+    the code. Here numbers that differ by 3% to 10% become one.
+
+    >>> product_rows(205, torch.device("cpu"))
+    205
+    >>> with torch.autocast("cpu", torch.bfloat16):
+    ...     [product_rows(n, torch.device("cpu")) for n in (205, 224, 3000)]
+    [224, 224, 3008]
+    """
+    if not (torch.is_autocast_enabled("cpu") and is_cpu(device)):
+        return n
+    step = max(32, 1 << max(0, n.bit_length() - 6))  # matrix units work on blocks of 32 rows
+    return -(-n // step) * step
 
 
 def with_rows(x: Tensor, n: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lit_ppo.attention import kernels
 from lit_ppo.attention.kernels import EXTRAS, Kernel
-from lit_ppo.device import autocast_dtype
+from lit_ppo.device import autocast_dtype, exact_products
 from lit_ppo.shown import reason
 
 TOLERANCE = 3e-2  # relative, of a 16-bit kernel against float32
@@ -249,3 +250,28 @@ def _hands_on_its_window(model: PreTrainedModel) -> bool:
     kinds = getattr(config, "layer_types", None)
     slides = getattr(config, "sliding_window", None) is not None if kinds is None else "sliding_attention" in kinds
     return only_attends(model) and (not slides or any(hasattr(module, "sliding_window") for module in model.modules()))
+
+
+def packs_faithfully(model: PreTrainedModel, packed: Callable[..., dict[str, Any]], alone: str | None = None) -> bool:
+    """Compare two rows packed with each of them alone.
+
+    Args:
+        model: Attends by packed attention.
+        packed: What it reads of ids and mask.
+        alone: How it attends to the rows alone; None: as it attends now.
+    """
+    backbone, device = model.base_model, model.device
+    ids = torch.arange(6, device=device).view(2, 3) % model.config.get_text_config().vocab_size
+    mask = torch.tensor([[False, True, True], [True, True, True]], device=device)
+    with torch.no_grad(), exact_products():
+        try:
+            together = backbone(**packed(ids, mask), use_cache=False).last_hidden_state[0]
+        except (TypeError, RuntimeError):  # a family that hands nothing on to its attention
+            return False
+        if alone is not None:
+            model.config._attn_implementation = alone
+        expected = [
+            backbone(input_ids=row.unsqueeze(0), use_cache=False).last_hidden_state[0] for row in (ids[0, 1:], ids[1])
+        ]
+    tolerance = 1e-4 if together.dtype in (torch.float32, torch.float64) else 5e-2
+    return torch.allclose(together.float(), torch.cat(expected).float(), rtol=tolerance, atol=tolerance)

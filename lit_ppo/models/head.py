@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from lit_ppo.activations import free_bytes
-from lit_ppo.device import autocast_dtype, product_rows
 from lit_ppo.functional import (
     add_product,
     choose,
     float32_linear,
+    product_rows,
     softmax_weights,
     summed_in_float32,
     token_sums,
@@ -104,7 +104,8 @@ def token_statistics(
         ids (N,) -> (N,), (N,); or (N, K) -> (N, K), (N,); float32 (float64 stays).
     """
     kind, n = ids.device.type, len(ids)
-    autocast, rows = autocast_dtype(kind), product_rows(n, ids.device)
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    rows = product_rows(n, ids.device)
     head, ids = head._replace(states=with_rows(head.states, rows)), with_rows(ids, rows)
     if kl_to is not None:
         kl_to = _cast(with_rows(kl_to.states, rows), *kl_to[1:], autocast or kl_to.weight.dtype)
@@ -135,7 +136,7 @@ def read_logprobs(
         ids (N, J), draws (N, K) -> (N, J + K), (N, J + K); float32 (float64 stays).
     """
     device, n = head.states.device, ids.shape[1]
-    dtype = autocast_dtype(device.type) or head.weight.dtype
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else head.weight.dtype
     ids = torch.nn.functional.pad(ids, (0, 0 if draws is None else draws.shape[1]))
     logprobs = torch.empty(ids.shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
     with torch.autocast(device.type, enabled=False):
@@ -214,7 +215,7 @@ class _Statistics(torch.autograd.Function):
                 sums_of = divergence[chunk], sums[chunk]
                 d_logits = _compiled(token_sums_gradient)(large, ids[chunk], sums_of, *of_tokens, *ctx.options[:2])
             else:
-                d_logits = _d_logits(ctx, large, chunk, ids, (sums, divergence), d_logprobs, d_divergence)
+                d_logits = _d_logits(ctx, large, chunk, d_logprobs, d_divergence)
             if d_bias is not None:
                 d_bias += d_logits.sum(0, dtype=d_bias.dtype)
             d_logits = d_logits.to(ctx.options.dtype)
@@ -227,16 +228,11 @@ class _Statistics(torch.autograd.Function):
 
 
 def _d_logits(
-    ctx: Any,
-    weights: Tensor,
-    chunk: slice,
-    ids: Tensor,
-    of_tokens: tuple[Tensor, Tensor],
-    d_logprobs: Tensor | None,
-    d_divergence: Tensor | None,
+    ctx: Any, weights: Tensor, chunk: slice, d_logprobs: Tensor | None, d_divergence: Tensor | None
 ) -> Tensor:
     """Gradient of a chunk's logits, (n, V)."""
-    totals, divergence = (x[chunk, None] for x in of_tokens)
+    ids, divergence, totals = (x[chunk] for x in ctx.saved_tensors[3:6])
+    divergence, totals = divergence[:, None], totals[:, None]
     each = None if d_logprobs is None else d_logprobs[chunk].reshape(len(weights), -1)
     per_weight = None if each is None else each.sum(1, keepdim=True)
     temperature = ctx.options.temperature
@@ -251,7 +247,7 @@ def _d_logits(
         gradient = (gradient if per_weight is None else gradient.sub_(per_weight)).mul_(weights)
         gradient /= temperature * totals
     if each is not None:
-        gradient.scatter_add_(1, ids[chunk].reshape(len(weights), -1), each / temperature)
+        gradient.scatter_add_(1, ids.reshape(len(weights), -1), each / temperature)
     return gradient
 
 

@@ -6,6 +6,7 @@ the rows side by side.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +17,32 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lit_ppo.attention import autocast, kernels, tree
-from lit_ppo.attention.choice import Attention, Heads, asks_for_sdpa, attend, only_attends, supports_sdpa, takes_packing
+from lit_ppo.attention.choice import (
+    Attention,
+    Heads,
+    asks_for_sdpa,
+    attend,
+    only_attends,
+    packs_faithfully,
+    supports_sdpa,
+    takes_packing,
+)
 from lit_ppo.attention.kernels import PLAIN, Kernel
-from lit_ppo.attention.tokens import Packing, RealTokens
-from lit_ppo.device import exact_products
-from lit_ppo.functional import end_to_end, no_mask, side_by_side, to_device
+from lit_ppo.functional import end_to_end, no_mask, product_rows, side_by_side, to_device
 from lit_ppo.models.positions import UNBOUNDED, rope_bound, row_groups
 
 NAME = "lit_ppo_packed_sdpa"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the N packed tokens of some rows, one row after another, lie among the rows padded on the right."""
+
+    taken: Tensor  # (N,), the number of each packed token in the flattened (rows, longest)
+    rows: int
+    longest: int
+    starts: Tensor | None = None  # (rows + 1,), int32, each row's first packed token; for a kernel
+    kernel: Kernel | None = None
 
 
 def packed_attention(
@@ -59,6 +78,75 @@ def packed_attention(
 
 AttentionInterface.register(NAME, packed_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@dataclass(frozen=True)
+class RealTokens:
+    """The N real tokens among (B, L), one row after another, wherever the padding was.
+
+    If they are filled up, some padding follows the first rows, as tokens that no real token sees.
+    Masks on the host spare a GPU a synchronisation; what is for the models lies with the ids.
+    """
+
+    ids: Tensor  # (N,)
+    positions: Tensor  # (N,), each one's place in its row
+    number: Tensor  # (B, L), on the mask's device: each real token's number
+    packing: Packing
+
+    @classmethod
+    def of(
+        cls, input_ids: Tensor, attention_mask: Tensor, kernel: Kernel | None = None, *, fill: bool = False
+    ) -> "RealTokens":
+        """Leave the padding out.
+
+        Args:
+            input_ids: Token ids.
+            attention_mask: True at real tokens.
+            kernel: Of attention.
+            fill: Fill up to the number of tokens that products should have (:func:`product_rows`), as
+                far as there is padding.
+        """
+        device = input_ids.device
+        mask = attention_mask.bool().flatten()
+        lengths = attention_mask.sum(1, keepdim=True)
+        longest = int(lengths.max())
+        steps = torch.arange(longest, device=mask.device)
+        real = steps < lengths
+        where, kept, number = mask.nonzero().squeeze(1), real, mask.cumsum(0) - 1
+        wanted = product_rows(len(where), device) if fill else len(where)
+        if wanted > len(where):
+            kept = (real.flatten() | ((~real).flatten().cumsum(0) <= wanted - len(where))).view(real.shape)
+            number = number.masked_scatter(mask, (kept.flatten().cumsum(0) - 1)[real.flatten()])
+            where = where.new_zeros(real.shape).masked_scatter(real, where)[kept]
+        starts = None
+        if kernel is not None:
+            starts = to_device(torch.nn.functional.pad(lengths.flatten().cumsum(0), (1, 0)).int(), device)
+        return cls(
+            ids=input_ids.flatten().index_select(0, to_device(where, device)),
+            positions=to_device(steps.expand(real.shape)[kept], device),
+            number=number.view(attention_mask.shape),
+            packing=Packing(
+                to_device(kept.flatten().nonzero().squeeze(1), device), len(lengths), longest, starts, kernel
+            ),
+        )
+
+    def packed(self) -> dict[str, Any]:
+        """What a backbone reads, as one row of N tokens."""
+        return {
+            "input_ids": self.ids.unsqueeze(0),
+            "position_ids": self.positions.unsqueeze(0),
+            "attention_mask": no_mask(self.ids.device),
+            "packing": self.packing,
+        }
+
+    def side_by_side(self) -> dict[str, Any]:
+        """What a backbone reads whose attention takes no packing: (rows, longest), padded on the right."""
+        shape = self.packing.rows, self.packing.longest
+        empty = torch.zeros(shape[0] * shape[1], dtype=torch.long, device=self.ids.device)
+        return {
+            "input_ids": empty.index_copy(0, self.packing.taken, self.ids).view(shape),
+            "attention_mask": empty.index_fill(0, self.packing.taken, 1).view(shape),
+        }
 
 
 def read_tokens(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,7 +215,10 @@ def use_packing(model: PreTrainedModel) -> None:
     packs = takes_packing(model)
     if packs:
         model.config._attn_implementation = NAME
-        packs = _packs_faithfully(model, exact, None if exact == "sdpa" else PLAIN)
+        kernel = None if exact == "sdpa" else PLAIN
+        packs = packs_faithfully(
+            model, lambda ids, mask: RealTokens.of(ids, mask, kernel).packed(), alone=None if kernel is None else exact
+        )
     model.config._attn_implementation = NAME if packs and exact == "sdpa" else exact
     if asked is not None and not packs:
         rank_zero_info(
@@ -205,28 +296,3 @@ def stock_attention(model: PreTrainedModel) -> Iterator[None]:
 
 def _in_float32(device: torch.device) -> bool:
     return torch.is_autocast_enabled(device.type) and autocast.attends_in_float32(device)
-
-
-def _packs_faithfully(model: PreTrainedModel, exact: str, kernel: Kernel | None) -> bool:
-    """Compare two rows packed with each of them alone.
-
-    Args:
-        model: Attends by packed attention.
-        exact: How it attends to the rows alone.
-        kernel: For packed attention.
-    """
-    backbone, device = model.base_model, model.device
-    ids = torch.arange(6, device=device).view(2, 3) % model.config.get_text_config().vocab_size
-    mask = torch.tensor([[False, True, True], [True, True, True]], device=device)
-    with torch.no_grad(), exact_products():
-        try:
-            packed = backbone(**RealTokens.of(ids, mask, kernel).packed(), use_cache=False).last_hidden_state[0]
-        except (TypeError, RuntimeError):  # a family that hands nothing on to its attention
-            return False
-        if kernel is not None:
-            model.config._attn_implementation = exact
-        alone = [
-            backbone(input_ids=row.unsqueeze(0), use_cache=False).last_hidden_state[0] for row in (ids[0, 1:], ids[1])
-        ]
-    tolerance = 1e-4 if packed.dtype in (torch.float32, torch.float64) else 5e-2
-    return torch.allclose(packed.float(), torch.cat(alone).float(), rtol=tolerance, atol=tolerance)

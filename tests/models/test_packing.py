@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from lit_ppo.attention import autocast, tokens
+from lit_ppo.attention import autocast
 from lit_ppo.generation.config import neutral
 from lit_ppo.models import packing
 from lit_ppo.models.actor_critic import Actor
@@ -62,7 +62,7 @@ def test_states_and_gradients_are_those_of_each_row_alone(model, side, extra, ro
     model.zero_grad()
     use_packing(model)
     assert model.config._attn_implementation == NAME  # else the test would compare the stock path with itself
-    monkeypatch.setattr(tokens, "product_rows", lambda n, device: n + filled)
+    monkeypatch.setattr(packing, "product_rows", lambda n, device: n + filled)
     ids, mask = batch(side, extra, rows)
     states, number = read_tokens(model.base_model, ids, mask)
     assert len(states) == mask.sum() + (min(filled, 4) if rows is ROWS else 0)
