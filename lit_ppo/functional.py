@@ -1286,7 +1286,7 @@ def product_rows(n: int, device: torch.device) -> int:
     """Rows that a product of ``n`` rows should have.
 
     For every new number of rows, a CPU under autocast first compiles the product, in a millisecond or two, and keeps
-    the code. Here numbers that differ by 3% to 10% become one.
+    the code. Here numbers that differ little become one.
 
     >>> product_rows(205, torch.device("cpu"))
     205

@@ -39,13 +39,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ppo_epochs 1": {"ppo_epochs": 1},
     "ppo_epochs 4": {"ppo_epochs": 4},
     "minibatch_size 64": {"minibatch_size": 64},
-    "minibatch_size 16": {"minibatch_size": 16},
     "actor's rate 2.5e-4": {"actor_optimizer": {"init_args": {"lr": 2.5e-4}}},
     "actor's rate 1e-3": {"actor_optimizer": {"init_args": {"lr": 1e-3}}},
-    "critic's rate 5e-4": {"critic_optimizer": {"init_args": {"lr": 5e-4}}},
-    "critic's rate 2e-3": {"critic_optimizer": {"init_args": {"lr": 2e-3}}},
-    "clip_range 0.1": {"clip_range": 0.1},
-    "clip_range null": {"clip_range": None},
     "cosine": {"actor_scheduler": {"class_path": "lit_ppo.WarmupCosine", "init_args": {"warmup_steps": 1}}},
 }
 """Arguments of LitPPO, on top of the shipped configuration."""
