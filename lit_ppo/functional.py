@@ -1306,7 +1306,7 @@ def with_rows(x: Tensor, n: int) -> Tensor:
     >>> with_rows(torch.tensor([[5], [6]]), 3).flatten()
     tensor([5, 6, 0])
     """
-    return x if len(x) == n else torch.nn.functional.pad(x, (0, 0) * (x.dim() - 1) + (0, n - len(x)))
+    return x if len(x) == n else pad(x, (0, 0) * (x.dim() - 1) + (0, n - len(x)))
 
 
 def select_rows(value: Any, index: Tensor, listed: Sequence[int], n: int) -> Any:

@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="In which the quickstart has run.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", default=list(SETTINGS), help="Names of settings.")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "learning")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "quickstart")
     parser.add_argument("--page", type=Path, help="A page whose table to replace.")
     parser.add_argument("--report", action="store_true", help="Run nothing.")
     asked = parser.parse_args()
