@@ -19,9 +19,8 @@ from benchmarks.measure import Clock, matmul_peak, memory, touch, update_flops
 from benchmarks.scripted import Script, Scripted
 from lit_ppo import LitPPO, PromptDataModule, RewardModel
 from lit_ppo.callbacks import AdvantageNormalization, PPOCallback, ValueClipping
-from lit_ppo.environment import MEMORY
 
-DEFAULTS = {"micro_batch_tokens": 4096, "attention": "sdpa", "reward_batch": 32, "environment": MEMORY}  # the command's
+DEFAULTS = {"micro_batch_tokens": 4096, "attention": "sdpa", "reward_batch": 32, "environment": {}}
 LEARNING_RATE = 3e-6
 
 

@@ -50,6 +50,7 @@ class Runner:
         Returns:
             What the worker printed.
         """
+        settings = {"environment": MEMORY if side == "ours" else {}} | settings  # ours: as the command has it
         spec = {
             "folder": str(folder),
             "settings": settings,
@@ -60,8 +61,7 @@ class Runner:
             "capture": str(capture) if capture else None,
         }
         python, module = (sys.executable, "ours") if side == "ours" else (str(self.trl_python), "trl_side")
-        environment = settings.get("environment", MEMORY if side == "ours" else {})  # ours: as the command has it
-        return json.loads(self._call(python, module, spec, environment).splitlines()[-1])
+        return json.loads(self._call(python, module, spec, settings["environment"]).splitlines()[-1])
 
     @contextmanager
     def job_files(self, job: Job) -> Iterator[Path]:

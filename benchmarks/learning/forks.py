@@ -85,7 +85,7 @@ def limit_of(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_all(asked: argparse.Namespace, arguments: list[str], jobs: list[Job], file: Path) -> list[dict[str, Any]]:
-    """Run the jobs that are not stored yet, in order; returns all that is stored.
+    """Run the film-review jobs that are not stored yet, in order; returns all that is stored.
 
     Args:
         asked: Of :func:`parser`.
@@ -93,23 +93,42 @@ def run_all(asked: argparse.Namespace, arguments: list[str], jobs: list[Job], fi
         jobs: The runs.
         file: Where they are stored.
     """
+    asked.averages, asked.measure = [], asked.measure or [asked.updates]
+
+    def facts(job: Job) -> dict[str, Any]:
+        own = _without(job.config, asked.data_root, asked.folder)
+        return {"updates": asked.updates, "arguments": shlex.join([*SETTING, *arguments]), "config": own}
+
+    return run_missing(asked, jobs, file, partial(run_one, asked, arguments), facts)
+
+
+def run_missing(
+    asked: argparse.Namespace,
+    jobs: list[Job],
+    file: Path,
+    measure: Callable[[Job], list[dict[str, Any]]],
+    facts: Callable[[Job], dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Run the jobs that are not stored yet, in order; returns all that is stored.
+
+    Args:
+        asked: ``folder`` for the output; ``only`` these names; ``report``: run nothing; ``lock``, see :func:`locked`.
+        jobs: The runs.
+        file: Where they are stored.
+        measure: Returns the points of a run; called in a fork.
+        facts: What is stored of a run besides.
+    """
     stored: list[dict[str, Any]] = json.loads(file.read_text())["runs"] if file.exists() else []
     done = {(old["name"], old["seed"]) for old in stored if old["points"]}
-    asked.averages, asked.measure = [], asked.measure or [asked.updates]
-    asked.results.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     for job in jobs:
         if asked.report or (job.name, job.seed) in done or job.name not in (asked.only or [job.name]):
             continue
         with locked(asked.lock):
-            found = in_fork(partial(run_one, asked, arguments, job), log=asked.folder / f"{file.stem}.log")
-        facts = {"name": job.name, "seed": job.seed, "commit": commit(), "updates": asked.updates}
-        told = {
-            "arguments": shlex.join([*SETTING, *arguments]),
-            "config": _without(job.config, asked.data_root, asked.folder),
-        }
+            found = in_fork(partial(measure, job), log=asked.folder / f"{file.stem}.log")
         stored = [old for old in stored if (old["name"], old["seed"]) != (job.name, job.seed)]
-        stored.append(facts | told | found)
+        stored.append({"name": job.name, "seed": job.seed, "commit": commit(), **facts(job), **found})
         file.write_text(json.dumps({"runs": stored}, indent=1) + "\n")
         print(job.name, job.seed, found["error"] or found["points"][-1], flush=True)
     return stored

@@ -9,7 +9,6 @@ score of held-out prompts less ``kl_coef`` times their KL. ``quickstart.json`` o
 import argparse
 import contextlib
 import csv
-import json
 import tempfile
 import time
 from collections import defaultdict
@@ -18,20 +17,17 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
 import yaml
 
 from benchmarks.learning import report
-from benchmarks.learning.forks import in_fork
-from benchmarks.learning.run import commit
+from benchmarks.learning.forks import Job, run_missing
 from benchmarks.learning.task import ROOT
 from lit_ppo.cli.main import main as fit
 
 HEAD = ["setting", "seeds", "score", "KL", "score less 0.6 KL", "CPU s"]
 KL_COEF = 0.6  # of all runs
-SHIPPED = "as shipped"
 SETTINGS: dict[str, dict[str, Any]] = {
-    SHIPPED: {},
+    "as shipped": {},
     "lam 1.0": {"advantages": {"init_args": {"lam": 1.0}}},
     "lam 0.8": {"advantages": {"init_args": {"lam": 0.8}}},
     "lam 0.5": {"advantages": {"init_args": {"lam": 0.5}}},
@@ -51,20 +47,20 @@ def configuration(model: dict[str, Any], output: Path) -> dict[str, Any]:
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(output)}}
     return {
         "stages": [],
-        "model": {"class_path": "LitPPO", "init_args": model},
+        "model": {"class_path": "LitPPO", "init_args": {"kl_coef": KL_COEF, **model}},
         "trainer": {"logger": logger, "default_root_dir": str(output)},
         "export": {"dirpath": str(output / "model")},
     }
 
 
-def measure(folder: Path, model: dict[str, Any], seed: int) -> list[dict[str, Any]]:
-    """One run: the last validation, and its CPU time."""
+def measure(folder: Path, job: Job) -> list[dict[str, Any]]:
+    """The validations of one run; the last with its CPU time."""
     with tempfile.TemporaryDirectory() as place:
         config = Path(place) / "own.yaml"
-        config.write_text(yaml.safe_dump(configuration(model, Path(place))))
+        config.write_text(yaml.safe_dump(configuration(job.config, Path(place))))
         before = time.process_time()
         with contextlib.chdir(folder):
-            code = fit(["fit", "--config", "quickstart", "--config", str(config), "--seed_everything", str(seed)])
+            code = fit(["fit", "--config", "quickstart", "--config", str(config), "--seed_everything", str(job.seed)])
         if code:
             raise SystemExit(code)
         seconds = round(time.process_time() - before, 1)
@@ -79,7 +75,8 @@ def rows(runs: list[dict[str, Any]]) -> list[list[str]]:
     """A row for each setting."""
     groups = defaultdict(list)
     for run in runs:
-        groups[run["name"]].append(run)
+        if run["points"]:
+            groups[run["name"]].append(run)
     table = []
     for name in SETTINGS:
         if name not in groups:
@@ -98,26 +95,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="In which the quickstart has run.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", default=list(SETTINGS), help="Names of settings.")
+    parser.add_argument("--only", nargs="+", help="Names of settings.")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "quickstart")
+    parser.add_argument("--lock", type=Path, help="A file to lock for each run, for commands that share a core.")
     parser.add_argument("--page", type=Path, help="A page whose table to replace.")
     parser.add_argument("--report", action="store_true", help="Run nothing.")
     asked = parser.parse_args()
+    jobs = [Job(name, seed, changed) for seed in asked.seeds for name, changed in SETTINGS.items()]
     file = asked.results / "quickstart.json"
-    stored: list[dict[str, Any]] = json.loads(file.read_text())["runs"] if file.exists() else []
-    done = {(run["name"], run["seed"]) for run in stored}
-    torch.set_num_threads(1)
-    for seed in [] if asked.report else asked.seeds:
-        for name in asked.only:
-            if (name, seed) in done:
-                continue
-            found = in_fork(partial(measure, asked.folder, SETTINGS[name], seed), log=asked.folder / "benchmark.log")
-            if found["error"]:
-                raise SystemExit(f"{name}, seed {seed}: {found['error']}")
-            stored.append({"name": name, "seed": seed, "commit": commit(), "arguments": SETTINGS[name], **found})
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps({"runs": stored}, indent=1) + "\n")
-            print(name, seed, found["points"][-1], flush=True)
+    stored = run_missing(asked, jobs, file, partial(measure, asked.folder), lambda job: {"arguments": job.config})
     table = report.markdown(HEAD, rows(stored))
     print(table)
     if asked.page:
