@@ -3,9 +3,10 @@
 import contextlib
 import functools
 import pickle
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lightning as L
 import torch
@@ -62,7 +63,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         try:
             with atomic_path(Path(path)) as partial, partial.open("wb") as file:
-                torch.save(checkpoint, file)
+                _save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError after a failed write
             raise _unwritable(path, error) from error
 
@@ -219,6 +220,16 @@ def checked_entries(path: Any) -> Iterator[None]:
         yield
     except EntryError as error:
         raise DamagedCheckpointError(path, f"{error}: it was changed, or saved without it", GIVE_ANOTHER) from error
+
+
+def _save(checkpoint: dict[str, Any], file: IO[bytes]) -> None:
+    try:
+        torch.save(checkpoint, file)
+    except BaseException as error:
+        # torch's writer lives in these frames. It writes the end of the file when it goes, and aborts the process if
+        # the file is closed by then: after Ctrl-C, for example.
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 def _unwritable(path: Any, error: BaseException) -> CheckpointError:

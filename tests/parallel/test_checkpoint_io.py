@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -95,6 +97,33 @@ def test_bytes_are_on_the_disk_before_they_have_their_name_and_the_name_right_af
         (folder / "inner" / "weights").write_bytes(b"three")
     inside = [("sync", "inner", None), ("sync", "weights", 5), ("sync", "new", None)]
     assert disk == [*inside, ("rename", "new", "model"), ("sync", tmp_path.name, None)]
+
+
+INTERRUPTED = """
+import signal, sys, torch
+from lit_ppo.parallel.checkpoint_io import AtomicCheckpointIO
+
+def interrupt(frame, event, argument):
+    if frame.f_code.co_name == sys.argv[2] and frame.f_code.co_filename == torch.serialization.__file__:
+        sys.settrace(None)
+        signal.raise_signal(signal.SIGINT)
+
+torch.save({}, sys.argv[1] + "/loaded")
+sys.settrace(interrupt)
+try:
+    AtomicCheckpointIO().save_checkpoint({"weight": torch.zeros(99)}, sys.argv[1] + "/x.ckpt")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("function", ["__enter__", "_save", "__exit__"])
+def test_an_interrupt_while_torch_writes_does_not_abort_the_process(tmp_path: Path, function: str) -> None:
+    """As torch's writer does if it goes after its file is closed."""
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path), function]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "interrupted\n", "")
+    assert not (tmp_path / "x.ckpt").exists()
 
 
 def test_the_users_own_plugin_is_left_alone() -> None:
