@@ -19,6 +19,8 @@ from benchmarks.learning.gradients import measure, quality
 from benchmarks.learning.limit import summary
 from benchmarks.learning.reading import reading
 from benchmarks.learning.task import MODELS, PROMPTS
+from benchmarks.learning.token_advantages import agreement, correlation, scores_behind
+from benchmarks.learning.token_advantages import measure as measure_tokens
 from lit_ppo.callbacks import CollapseMonitor, ReferenceUpdate
 from tests.helpers.tiny import WORDS, make_reward_model
 from tests.helpers.toys import make_data, make_module, make_trainer
@@ -121,6 +123,48 @@ def test_gradients_of_a_tiny_job(lm: Path):
     assert len({*found["r_squared"].values()}) == 3
     for rows in found["lam"].values():
         assert rows["1.0"]["cosine"] == pytest.approx(rows[str(1.0 - 1e-9)]["cosine"], rel=1e-3)
+
+
+def test_agreement_with_a_truth_that_is_known_by_noisy_samples():
+    """Truth of variance 1, estimates of twice the truth plus noise of variance 4: correlation 2 / sqrt(8), slope 1/4.
+
+    Eight samples of deviation 2 behind each token have a mean of variance 1/2. A shift of a place changes nothing.
+    """
+    random = torch.Generator().manual_seed(0)
+    truth = torch.randn(4000, 6, generator=random)
+    samples = truth.unsqueeze(-1) + 2.0 * torch.randn(4000, 6, 8, generator=random)
+    estimates = 2.0 * truth + 2.0 * torch.randn(4000, 6, generator=random) + 9.0 * torch.rand(4000, 1)
+    found = agreement(estimates, samples)
+    assert found["correlation"] == pytest.approx(0.5**0.5, rel=0.02)
+    assert found["slope"] == pytest.approx(0.25, rel=0.03)
+    assert found["deviation"] == pytest.approx((5 / 6) ** 0.5, rel=0.02)  # less the mean of six
+    assert correlation(estimates, truth) == pytest.approx(0.5**0.5, rel=0.02)
+
+
+def letters_of_third(responses: list[str]) -> list[float]:
+    """Letters of each response's third word; 0 without one."""
+    return [float(len([*response.split(), "", "", ""][2])) for response in responses]
+
+
+def test_true_advantages_of_tokens(lm: Path):
+    """A score that the third token decides: behind it all continuations score the same."""
+    module = make_module(lm, rewards=letters_of_third)
+    prompts = [" ".join(WORDS[i : i + 3]) for i in range(12)]
+    module.n_actions = 3
+    experience = module.rollout(prompts)
+    shown = torch.cat([experience.response_ids[:, :2], experience.extras["action_ids"][:, 2, 1:]], dim=1)
+    is_word = ~torch.isin(shown, torch.tensor(module.tokenizer.all_special_ids)).any(1)
+    rows = (experience.extras["action_mask"][:, 2].all(1) & is_word).nonzero().squeeze(1).tolist()
+    assert len(rows) > 3
+    tokens = experience.extras["action_ids"][rows, 2, 1:]
+    letters = torch.tensor([[float(len(module.tokenizer.decode([token]))) for token in row] for row in tokens.tolist()])
+    scores = scores_behind(module, experience.select(rows), place=2, samples=4)
+    torch.testing.assert_close(scores, letters.unsqueeze(-1).expand(-1, -1, 4))
+    assert module.generation.max_new_tokens == 10
+    found = measure_tokens(module, prompts, prompts, n=3, samples=4)
+    assert found["critic_episodes"] == 12
+    assert 0 < found["places"] <= 12
+    assert found["actor"]["correlation"] == 0.0  # it is the reference
 
 
 class Letters:
