@@ -11,6 +11,7 @@ In this order, from the repository's root; ``FOLDER`` holds checkpoints and samp
     python -m benchmarks.learning.ablation FOLDER --data_root DIR      # each trick alone, PPO-max less each
     python -m benchmarks.learning.stability FOLDER --data_root DIR     # settings that collapse, and what saves them
     python -m benchmarks.learning.gold FOLDER --data_root DIR          # over-optimisation, by the judge
+    python -m benchmarks.learning.token_advantages FOLDER --data_root DIR --actor MODEL --name NAME
 
 A task whose reward is a rule, and which needs no data: ``python -m benchmarks.learning.arithmetic FOLDER``.
 
