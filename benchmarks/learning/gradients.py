@@ -58,9 +58,14 @@ def _pairs(a: Tensor, b: Tensor) -> float:
 def rolled_out(module: Any, prompts: list[str], stream: str) -> Experience:
     """One response to each prompt, with scores and token rewards."""
     experience: Experience = module.rollout(prompts, samples_per_prompt=1, logprobs=False, stream=stream)
+    add_rewards(module, experience)
+    return experience
+
+
+def add_rewards(module: Any, experience: Experience) -> None:
+    """Scores, and token rewards without a penalty on the KL."""
     experience.scores, mask = module.score(experience), experience.response_mask
     experience.rewards = token_rewards(experience.scores, torch.zeros(mask.shape), mask, kl_coef=0.0)
-    return experience
 
 
 def chunks(n: int) -> list[list[int]]:

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.learning.gradients import add_rewards
 from benchmarks.learning.run import commit
 from benchmarks.learning.task import MODELS, RESULTS, held_out_prompts, make_scorer, training_prompts
 from lit_ppo import LitPPO
 from lit_ppo.callbacks import LeastSquaresCritic
 from lit_ppo.data.batch import PromptBatch
 from lit_ppo.experience import Experience
-from lit_ppo.functional import token_rewards
 from lit_ppo.generation.transformers import continuations
 
 BATCH = 128  # responses of a rollout
@@ -48,8 +48,11 @@ def agreement(estimates: Tensor, samples: Tensor) -> dict[str, float]:
     noise = samples.var(2).mean() / samples.shape[2] * (1 - 1 / samples.shape[1])
     both, own = (estimated * truth).mean(), estimated.square().mean()
     variance = (truth.square().mean() - noise).clamp(min=1e-12)
-    slope, correlation = both / own.clamp(min=1e-12), both / (own * variance).sqrt().clamp(min=1e-12)
-    return {"correlation": float(correlation), "slope": float(slope), "deviation": float(variance.sqrt())}
+    return {
+        "correlation": float(both / (own * variance).sqrt().clamp(min=1e-12)),
+        "slope": float(both / own.clamp(min=1e-12)),
+        "deviation": float(variance.sqrt()),
+    }
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
@@ -72,10 +75,8 @@ def train_critic(module: Any, prompts: list[str]) -> LeastSquaresCritic:
 
 
 def solve(module: Any, solver: LeastSquaresCritic, experience: Experience) -> None:
-    """One update of the regression, without a penalty on the KL."""
-    mask = experience.response_mask
-    experience.scores = module.score(experience)
-    experience.rewards = token_rewards(experience.scores, torch.zeros(mask.shape), mask, kl_coef=0.0)
+    """One update of the regression."""
+    add_rewards(module, experience)
     solver.on_rewards(None, module, experience)  # type: ignore[arg-type]
 
 
