@@ -11,7 +11,7 @@ from tests.helpers.command import REPOSITORY
 
 NAMES = (*WAITING, *MEMORY, "KMP_BLOCKTIME", "MALLOC_TOP_PAD_")
 TENSORS = """
-import resource, sys
+import resource, statistics, sys
 from lit_ppo.environment import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
@@ -22,7 +22,7 @@ def work():
         torch.ones(10 * 2**20)  # 40 MiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
-print(-work() + work())
+print(statistics.median_low(-work() + work() for _ in range(7)))
 """
 
 
@@ -73,7 +73,7 @@ def test_memory_is_as_the_user_says(environment: dict[str, str]) -> None:
 def test_freed_memory_serves_the_next_tensors() -> None:
     """Stock glibc keeps no block of over 32 MiB: Linux clears 10,240 pages in each of four rounds.
 
-    Kept, it clears none; but it may take a huge page apart, or have none, and then clears 512 small ones.
+    Kept, it clears none, but for the 512 small ones of a huge page that it takes apart now and then.
     """
     environment = {name: value for name, value in os.environ.items() if name not in NAMES}
     faults = {}
@@ -83,7 +83,7 @@ def test_freed_memory_serves_the_next_tensors() -> None:
         faults[memory] = int(done.stdout)
     if faults["stock"] < 4 * 10_240:
         pytest.skip("another allocator, or pages of another size")
-    assert faults["kept"] < faults["stock"] / 10
+    assert faults["kept"] < 100
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is asked to keep memory")

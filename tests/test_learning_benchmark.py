@@ -133,7 +133,8 @@ def test_agreement_with_a_truth_that_is_known_by_noisy_samples():
     random = torch.Generator().manual_seed(0)
     truth = torch.randn(4000, 6, generator=random)
     samples = truth.unsqueeze(-1) + 2.0 * torch.randn(4000, 6, 8, generator=random)
-    estimates = 2.0 * truth + 2.0 * torch.randn(4000, 6, generator=random) + 9.0 * torch.rand(4000, 1)
+    shift = 9.0 * torch.rand(4000, 1, generator=random)
+    estimates = 2.0 * truth + 2.0 * torch.randn(4000, 6, generator=random) + shift
     found = agreement(estimates, samples)
     assert found["correlation"] == pytest.approx(0.5**0.5, rel=0.02)
     assert found["slope"] == pytest.approx(0.25, rel=0.03)
