@@ -77,14 +77,15 @@ def _set_precision(precision: str | None, of_cuda: str | None) -> None:
 
 
 @contextmanager
-def bf16_values(kind: str) -> Iterator[None]:
-    """Inside this, a CPU may use its bf16 units for float32 products of numbers that bfloat16 holds; sums are float32.
+def bf16_products(kind: str, on: bool = True) -> Iterator[None]:
+    """Inside this, a CPU may round float32 numbers to bfloat16 to multiply them; it sums the products in float32.
 
     Args:
         kind: Of device; nothing changes on others.
+        on: False: nothing changes.
     """
     matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
-    if kind != "cpu" or not hasattr(matmul, "fp32_precision"):
+    if not on or kind != "cpu" or not hasattr(matmul, "fp32_precision"):
         yield
         return
     before = matmul.fp32_precision
@@ -93,6 +94,28 @@ def bf16_values(kind: str) -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+UNIT_ROWS = 32
+"""Rows of a product for which :func:`rounds_to_bf16` answers, and more."""
+_UNIT_WEIGHTS = 2**13  # for smaller weights, a CPU takes other instructions
+
+
+@cache
+def rounds_to_bf16(kind: str, outputs: int, inputs: int) -> bool:
+    """Whether devices of a kind round a linear layer's numbers inside :func:`bf16_products`, as CPUs with units do.
+
+    Args:
+        kind: Of device.
+        outputs: Of the layer.
+        inputs: Of the layer.
+    """
+    if kind != "cpu" or outputs * inputs < _UNIT_WEIGHTS:
+        return False
+    outputs = -(-_UNIT_WEIGHTS // inputs)  # the smallest
+    with unset_fake_temporarily(), torch.autocast("cpu", enabled=False), bf16_products(kind):
+        x = torch.full((UNIT_ROWS, inputs), 257.0)  # bfloat16 has 256 and 258
+        return bool(torch.nn.functional.linear(x, torch.ones(outputs, inputs)).eq(256 * inputs).all())
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:

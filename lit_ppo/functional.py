@@ -6,7 +6,6 @@ entropies and KL are in nats. Masks are boolean, True where a response token is.
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import cache
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, log_softmax, pad
 
-from lit_ppo.device import bf16_values, exact_device, is_cpu, sums_in_float32
+from lit_ppo.device import UNIT_ROWS, bf16_products, exact_device, is_cpu, rounds_to_bf16, sums_in_float32
 
 KLEstimator = Literal["k1", "k2", "k3"]
 BLOCK = 128
@@ -24,44 +23,65 @@ POSITION_BINS = 96
 ClipRange = float | Sequence[float]  # of both sides, or below and above 1
 
 
-def summed_in_float32(weight: Tensor) -> bool:
-    """Whether products with a weight are summed in float32, or better, without a copy of the weight in float32.
+def for_products(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight for :func:`float32_linear`, in which no more of it is copied.
 
     Args:
-        weight: Of any shape.
+        weight: Of a linear layer.
+        dtype: To which products round it.
 
-    >>> summed_in_float32(torch.ones(2)), summed_in_float32(torch.ones(2, dtype=torch.float64))
-    (True, True)
+    Returns:
+        It in this dtype if the device sums products of such numbers in float32, or else in float32, which holds the
+        rounded numbers too. Float32 weights are returned as they are if the device rounds them to multiply them, as
+        a CPU with bf16 units does.
+
+    Shapes:
+        (V, H) -> (V, H).
+
+    >>> for_products(torch.ones(2, 3, dtype=torch.bfloat16), torch.float32).dtype
+    torch.float32
     """
-    return weight.dtype.itemsize >= 4 or sums_in_float32(weight.device.type)
+    kind = weight.device.type
+    if dtype.itemsize >= 4 or sums_in_float32(kind):
+        return weight.to(dtype)
+    if weight.dtype == torch.float32 and _rounded_by_device(weight, dtype):
+        return weight
+    return weight.to(dtype).float()
 
 
-def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, rounded: bool = False) -> Tensor:
-    """A linear layer's output, summed in float32 also where its 16-bit inputs would give 16-bit outputs.
+def _rounded_by_device(weight: Tensor, dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and rounds_to_bf16(weight.device.type, *weight.shape)
+
+
+def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A linear layer's output, summed in float32 also where products of 16-bit numbers would be in 16 bits.
 
     Outside of autocast, without gradients.
 
     Args:
         x: Inputs.
-        weight: Of the same dtype.
-        bias: Of the same dtype.
-        rounded: Float32 inputs are copies of bfloat16 ones.
+        weight: As :func:`for_products` returns it.
+        bias: Of any dtype.
+        dtype: To which products round inputs, weight and bias.
 
     Shapes:
         x (N, H), weight (V, H), bias (V,) -> (N, V), float32 (float64 stays).
 
-    >>> ones = torch.ones(1, 257, dtype=torch.bfloat16)  # bf16 has no 257
-    >>> float32_linear(ones, ones)
+    >>> ones = torch.ones(1, 257)  # bfloat16 has no 257
+    >>> float32_linear(ones, ones, None, torch.bfloat16)
     tensor([[257.]])
     """
-    kind, rounded = x.device.type, rounded or x.dtype == torch.bfloat16
-    if x.dtype.itemsize < 4 and sums_in_float32(kind):
-        output: Tensor = torch.mm(x, weight.T, out_dtype=torch.float32)
+    if bias is not None:
+        bias = bias.to(dtype).to(torch.promote_types(dtype, torch.float32))
+    if dtype.itemsize >= 4:
+        return linear(x.to(dtype), weight, bias)
+    if weight.dtype == dtype:
+        output: Tensor = torch.mm(x.to(dtype), weight.T, out_dtype=torch.float32)
         return output if bias is None else output.add_(bias)
-    if x.dtype.itemsize < 4:
-        x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
-    with bf16_values(kind) if rounded else nullcontext():
-        return linear(x, weight, bias)
+    if not _rounded_by_device(weight, dtype):
+        return linear(x.to(dtype).float(), weight, bias)
+    with bf16_products(x.device.type):
+        return linear(with_rows(x.float(), max(len(x), UNIT_ROWS)), weight, bias)[: len(x)]
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

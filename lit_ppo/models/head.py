@@ -12,9 +12,9 @@ from lit_ppo.functional import (
     add_product,
     choose,
     float32_linear,
+    for_products,
     product_rows,
     softmax_weights,
-    summed_in_float32,
     token_sums,
     token_sums_gradient,
     with_rows,
@@ -36,10 +36,10 @@ class HeadInputs(NamedTuple):
 
 
 class _Head(NamedTuple):
-    """A head whose products are summed in float32."""
+    """A head whose products are summed in float32: bf16 logits would cost 0.017 nats a token."""
 
-    inputs: HeadInputs
-    rounded: bool  # float32 copies of bfloat16 numbers
+    inputs: HeadInputs  # for products
+    dtype: torch.dtype  # to which they round
 
 
 class _Options(NamedTuple):
@@ -108,11 +108,12 @@ def token_statistics(
     rows = product_rows(n, ids.device)
     head, ids = head._replace(states=with_rows(head.states, rows)), with_rows(ids, rows)
     if kl_to is not None:
-        kl_to = _cast(with_rows(kl_to.states, rows), *kl_to[1:], autocast or kl_to.weight.dtype)
+        kl_to = kl_to._replace(states=with_rows(kl_to.states, rows))
+    reference = None if kl_to is None else _prepared(kl_to, autocast or kl_to.weight.dtype)
     with torch.autocast(kind, enabled=False):
         compiled = compiled and kl_to is None and ids.dim() == 1
         options = _Options(temperature, autocast or head.weight.dtype, torch.is_grad_enabled(), compiled)
-        logprobs, kl = _Statistics.apply(*head, ids, kl_to, options)  # type: ignore[no-untyped-call]
+        logprobs, kl = _Statistics.apply(*head, ids, reference, options)  # type: ignore[no-untyped-call]
     # the entropy is the KL to nothing, log q = 0, with its sign turned
     return logprobs[:n], kl[:n] if kl_to is not None else -kl[:n]
 
@@ -140,9 +141,9 @@ def read_logprobs(
     ids = torch.nn.functional.pad(ids, (0, 0 if draws is None else draws.shape[1]))
     logprobs = torch.empty(ids.shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
     with torch.autocast(device.type, enabled=False):
-        for_logits = _for_logits(_cast(*head, dtype))
+        prepared = _prepared(head, dtype)
         for chunk in _chunks(len(ids), chunks_for(device.type, _free_bytes(device), len(head.weight), dtype)):
-            shifted, weights, totals = softmax_weights(_logits(for_logits, chunk), temperature)
+            shifted, weights, totals = softmax_weights(_logits(prepared, chunk), temperature)
             if draws is not None:
                 ids[chunk, n:] = choose(weights, draws[chunk])
             logprobs[chunk] = shifted.gather(1, ids[chunk]) - totals.log().unsqueeze(1)
@@ -166,32 +167,31 @@ class _Statistics(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         ids: Tensor,
-        reference: HeadInputs | None,
+        reference: _Head | None,
         options: _Options,
     ) -> tuple[Tensor, Tensor]:
-        head, temperature = _cast(states, weight, bias, options.dtype), options.temperature
+        head, temperature = _prepared(HeadInputs(states, weight, bias), options.dtype), options.temperature
         at_least_float32 = torch.promote_types(options.dtype, torch.float32)
         logprobs = torch.empty_like(ids, dtype=at_least_float32)
         divergence, sums = torch.empty(2, len(ids), dtype=at_least_float32, device=ids.device)
         kept: list[Tensor] = []  # weights of softmax, whose totals are `sums`; where code is compiled, logits
         sizes = chunks_for(ids.device.type, _free_bytes(ids.device), len(weight), options.dtype)
-        for_logits, for_ratio = _for_logits(head), None if reference is None else _for_logits(reference)
         for chunk in _chunks(len(ids), sizes):
             if options.compiled:
-                large = _logits(for_logits, chunk)
+                large = _logits(head, chunk)
                 found = _compiled(token_sums)(large, ids[chunk], temperature)
                 logprobs[chunk], divergence[chunk], sums[chunk] = found
             else:
-                log_p, large, sums[chunk] = softmax_weights(_logits(for_logits, chunk), temperature)
+                log_p, large, sums[chunk] = softmax_weights(_logits(head, chunk), temperature)
                 log_total = sums[chunk].log()  # still part of `log_p`, the same in all of a row
                 found = log_p.gather(1, ids[chunk].reshape(len(log_p), -1)) - log_total.unsqueeze(1)
                 logprobs[chunk] = found.view_as(ids[chunk])
-                log_ratio = _less_reference(log_p, for_ratio, chunk, temperature)
+                log_ratio = _less_reference(log_p, reference, chunk, temperature)
                 divergence[chunk] = log_ratio.mul_(large).sum(-1) / sums[chunk] - log_total
             if options.keep and chunk.stop * large.shape[1] <= sizes.kept:
                 kept.append(large)
         ctx.save_for_backward(states, weight, bias, ids, divergence.detach(), sums, *kept)
-        ctx.options, ctx.reference, ctx.sizes = options, for_ratio, sizes
+        ctx.options, ctx.reference, ctx.sizes = options, reference, sizes
         ctx.set_materialize_grads(False)  # nobody may ask for the entropy's gradient
         return logprobs, divergence
 
@@ -201,15 +201,16 @@ class _Statistics(torch.autograd.Function):
         if d_logprobs is None and d_divergence is None:
             return (None,) * 6
         states, weight, bias, ids, divergence, sums, *kept = ctx.saved_tensors
-        head = _cast(states, weight, bias, ctx.options.dtype)
-        for_logits: Any = None if len(kept) == len(_chunks(len(ids), ctx.sizes)) else _for_logits(head)
+        all_kept = len(kept) == len(_chunks(len(ids), ctx.sizes))
+        head: Any = None if all_kept else _prepared(HeadInputs(states, weight, bias), ctx.options.dtype)
+        inputs, factor = states.to(ctx.options.dtype), weight.to(ctx.options.dtype)
         wants_states, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         d_states = torch.empty_like(states) if wants_states else None
         d_weight: Tensor | None = None
         d_bias = torch.zeros_like(bias) if wants_bias else None
         summed_in = torch.promote_types(weight.dtype, torch.float32)
         for i, chunk in enumerate(_chunks(len(ids), ctx.sizes)):
-            large = kept[i] if i < len(kept) else _for_backward(for_logits, chunk, ctx.options)
+            large = kept[i] if i < len(kept) else _for_backward(head, chunk, ctx.options)
             if ctx.options.compiled:
                 of_tokens = [None if x is None else x[chunk] for x in (d_logprobs, d_divergence)]
                 sums_of = divergence[chunk], sums[chunk]
@@ -220,9 +221,9 @@ class _Statistics(torch.autograd.Function):
                 d_bias += d_logits.sum(0, dtype=d_bias.dtype)
             d_logits = d_logits.to(ctx.options.dtype)
             if d_states is not None:
-                d_states[chunk] = d_logits @ head.weight
+                d_states[chunk] = d_logits @ factor
             if wants_weight:
-                d_weight = add_product(d_weight, d_logits.T, head.states[chunk], summed_in)
+                d_weight = add_product(d_weight, d_logits.T, inputs[chunk], summed_in)
         d_weight = torch.zeros_like(weight) if wants_weight and d_weight is None else d_weight  # no tokens
         return d_states, None if d_weight is None else d_weight.to(weight.dtype), d_bias, None, None, None
 
@@ -251,19 +252,9 @@ def _d_logits(
     return gradient
 
 
-def _cast(states: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> HeadInputs:
-    """A head in the dtype of its products."""
-    return HeadInputs(states.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-
-
-def _for_logits(head: HeadInputs) -> _Head:
-    """A head whose products are summed in float32: bf16 logits would cost 0.017 nats a token.
-
-    Where the device cannot do that with 16-bit numbers, these are copied to float32, which changes none.
-    """
-    if summed_in_float32(head.weight):
-        return _Head(head, False)
-    return _Head(_cast(*head, torch.float32), head.weight.dtype == torch.bfloat16)
+def _prepared(head: HeadInputs, dtype: torch.dtype) -> _Head:
+    weight = for_products(head.weight, dtype)
+    return _Head(HeadInputs(head.states.to(weight.dtype), weight, head.bias), dtype)
 
 
 def _chunks(n: int, sizes: Chunks) -> Sequence[slice]:
@@ -285,7 +276,7 @@ def _for_backward(head: _Head, chunk: slice, options: _Options) -> Tensor:
 def _logits(head: _Head, chunk: slice) -> Tensor:
     """Logits of a chunk, (n, V), at least float32."""
     states, weight, bias = head.inputs
-    return float32_linear(states[chunk], weight, bias, rounded=head.rounded)
+    return float32_linear(states[chunk], weight, bias, head.dtype)
 
 
 def _less_reference(log_p: Tensor, reference: _Head | None, chunk: slice, temperature: float) -> Tensor:

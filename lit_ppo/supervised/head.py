@@ -7,26 +7,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_ppo.device import autocast_dtype
-from lit_ppo.functional import float32_linear
+from lit_ppo.device import autocast_dtype, bf16_products
+from lit_ppo.functional import float32_linear, for_products
 
 
 class _Float32Linear(torch.autograd.Function):
     """A linear layer of 16-bit numbers whose output is their sums in float32; gradients as those of a plain one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return float32_linear(x, weight, bias)
+        ctx.dtype = dtype
+        return float32_linear(x, for_products(weight, dtype), bias, dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         d_bias = d_output.sum(0).to(weight.dtype) if wants_bias else None
-        d_output = d_output.to(weight.dtype)
-        return d_output @ weight if wants_x else None, d_output.T @ x if wants_weight else None, d_bias
+        factor = for_products(weight, ctx.dtype)
+        d_output = d_output.to(factor.dtype)
+        with bf16_products(x.device.type, on=ctx.dtype == torch.bfloat16):
+            d_x = (d_output @ factor).to(x.dtype) if wants_x else None
+            d_weight = (d_output.T @ x.to(factor.dtype)).to(weight.dtype) if wants_weight else None
+        return d_x, d_weight, d_bias, None
 
 
 def use_float32_logits(model: Any) -> None:
@@ -46,7 +51,7 @@ def _float32_logits(head: nn.Linear, forward: Callable[[Tensor], Tensor], states
     if dtype.itemsize >= 4:
         return forward(states)
     with torch.autocast(kind, enabled=False):
-        inputs = (None if x is None else x.to(dtype) for x in (states.flatten(0, -2), head.weight, head.bias))
+        inputs = states.flatten(0, -2), head.weight, head.bias, dtype
         logits: Tensor = _Float32Linear.apply(*inputs)  # type: ignore[no-untyped-call]
     unflattened: Tensor = logits.unflatten(0, states.shape[:-1])
     return unflattened
