@@ -56,7 +56,7 @@ def _rounded_by_device(weight: Tensor, dtype: torch.dtype) -> bool:
 def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """A linear layer's output, summed in float32 also where products of 16-bit numbers would be in 16 bits.
 
-    Outside of autocast, without gradients.
+    Without gradients.
 
     Args:
         x: Inputs.
@@ -71,17 +71,19 @@ def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.
     >>> float32_linear(ones, ones, None, torch.bfloat16)
     tensor([[257.]])
     """
+    kind = x.device.type
     if bias is not None:
         bias = bias.to(dtype).to(torch.promote_types(dtype, torch.float32))
-    if dtype.itemsize >= 4:
-        return linear(x.to(dtype), weight, bias)
-    if weight.dtype == dtype:
-        output: Tensor = torch.mm(x.to(dtype), weight.T, out_dtype=torch.float32)
-        return output if bias is None else output.add_(bias)
-    if not _rounded_by_device(weight, dtype):
-        return linear(x.to(dtype).float(), weight, bias)
-    with bf16_products(x.device.type):
-        return linear(with_rows(x.float(), max(len(x), UNIT_ROWS)), weight, bias)[: len(x)]
+    with torch.autocast(kind, enabled=False):  # a backward runs in the autocast of its caller
+        if dtype.itemsize >= 4:
+            return linear(x.to(dtype), weight, bias)
+        if weight.dtype == dtype:
+            output: Tensor = torch.mm(x.to(dtype), weight.T, out_dtype=torch.float32)
+            return output if bias is None else output.add_(bias)
+        if not _rounded_by_device(weight, dtype):
+            return linear(x.to(dtype).float(), weight, bias)
+        with bf16_products(kind):
+            return linear(with_rows(x.float(), max(len(x), UNIT_ROWS)), weight, bias)[: len(x)]
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -167,8 +167,7 @@ def float32_logits(model: Any, device: str) -> Iterator[None]:
     weight = for_products(head.weight.detach(), dtype)
 
     def forward(states: Tensor) -> Any:
-        with torch.autocast(device, enabled=False):
-            return float32_linear(states.flatten(0, -2), weight, head.bias, dtype).unflatten(0, states.shape[:-1])
+        return float32_linear(states.flatten(0, -2), weight, head.bias, dtype).unflatten(0, states.shape[:-1])
 
     before = dict(vars(head))  # a head that sums in float32 for training, too, has a forward of its own
     vars(head)["forward"] = forward

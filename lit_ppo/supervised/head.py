@@ -28,7 +28,8 @@ class _Float32Linear(torch.autograd.Function):
         d_bias = d_output.sum(0).to(weight.dtype) if wants_bias else None
         factor = for_products(weight, ctx.dtype)
         d_output = d_output.to(factor.dtype)
-        with bf16_products(x.device.type, on=ctx.dtype == torch.bfloat16):
+        kind = x.device.type
+        with torch.autocast(kind, enabled=False), bf16_products(kind, on=ctx.dtype == torch.bfloat16):
             d_x = (d_output @ factor).to(x.dtype) if wants_x else None
             d_weight = (d_output.T @ x.to(factor.dtype)).to(weight.dtype) if wants_weight else None
         return d_x, d_weight, d_bias, None

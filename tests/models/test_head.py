@@ -168,6 +168,23 @@ def test_bf16_products_are_accumulated_in_float32(monkeypatch, chunk):
         assert (a.grad - b.grad).norm() < 2e-2 * b.grad.norm()  # bf16 keeps 8 bits: 4e-3 a product, and its logits
 
 
+@pytest.mark.parametrize("with_reference", [False, True])
+@pytest.mark.parametrize("kept", [10**9, 0])
+def test_a_backward_inside_of_autocast_gives_the_same_gradients(monkeypatch, kept, with_reference):
+    """Lightning runs it there; logits that it computes again are not rounded either."""
+    monkeypatch.setattr(head, "KEPT_ELEMENTS", kept)
+    reference = HeadInputs(*(t.detach().float() for t in inputs(n=33, hidden=16, vocab=40, seed=1)))
+    gradients = []
+    for inside in (True, False):
+        ours = HeadInputs(*(t.detach().float().requires_grad_() for t in inputs(n=33, hidden=16, vocab=40)))
+        with torch.autocast("cpu", torch.bfloat16):
+            found = token_statistics(ours, torch.arange(33) % 40, kl_to=reference if with_reference else None)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            sum(found).sum().backward()
+        gradients.append([t.grad for t in ours])
+    assert all(a.equal(b) for a, b in zip(*gradients, strict=True))
+
+
 @pytest.mark.parametrize("held", ["float32", "bfloat16"])
 def test_bf16_logits_of_a_large_vocabulary_are_not_rounded(held):
     """Float64 of the same bf16 numbers; logits rounded to bf16 would be off by 1e-3 and more."""
