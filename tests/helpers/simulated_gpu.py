@@ -110,6 +110,7 @@ def move(ppo: Any, rows: Any) -> None:
         value = getattr(rows, name)
         if isinstance(value, Tensor):
             setattr(rows, name, value.to(device))
+    rows.extras = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in rows.extras.items()}
 
 
 def waits_of_steps(folder: Path, tricks: list[Any], **arguments: Any) -> list[list[str]]:
@@ -152,6 +153,8 @@ def main() -> None:
             callbacks.LearningRateAdaptation(target=0.1, minimum=1e-9),
         ]  # fmt: skip
         found = {"tricks": waits_of_steps(lms[0], tricks)}
+        others: list[Any] = [callbacks.CounterfactualActions(n=2), callbacks.LeastSquaresCritic()]
+        found["other tokens"] = waits_of_steps(lms[0], others)
         found["text"] = waits_of_steps(lms[0], [callbacks.PTXLoss(texts(Path(name)), coef=0.1)])
         with (
             patch.object(kernels, "DEVICES", (NAME,)),
