@@ -3,9 +3,12 @@
 import contextlib
 import functools
 import pickle
+import signal
+import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any
 
 import lightning as L
@@ -82,6 +85,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def save_checked(strategy: Any, checkpoint: dict[str, Any], path: Path) -> None:
     """Let a strategy write a checkpoint, and add checksums if it writes a folder. Collective.
 
+    Ctrl-C takes effect afterwards: torch may abort the process if it is interrupted. A second one is not held back.
+
     Raises:
         CheckpointError: The checkpoint cannot be written.
         RuntimeError: Another rank cannot write it.
@@ -93,10 +98,33 @@ def save_checked(strategy: Any, checkpoint: dict[str, Any], path: Path) -> None:
         except CheckpointException as error:  # not an Exception
             raise _unwritable(path, next(iter(error.failures.values()))[0]) from error
 
-    # a folder that is written again is not complete before its metadata is
-    gather_shares(lambda: _invalidate(path) if rank() == 0 else None)
-    gather_shares(save)
-    write_shared_checksums(path)
+    with _late_interrupt():
+        # a folder that is written again is not complete before its metadata is
+        gather_shares(lambda: _invalidate(path) if rank() == 0 else None)
+        gather_shares(save)
+        write_shared_checksums(path)
+
+
+@contextlib.contextmanager
+def _late_interrupt() -> Iterator[None]:
+    """Hold back the first Ctrl-C until the end; its handler is called as before then."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield  # no signal raises anything here
+        return
+    received: list[int] = []
+
+    def hold(number: int, frame: FrameType | None) -> Any:
+        received.append(number)
+        return before(number, frame) if len(received) > 1 else None
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if received:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _invalidate(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from lit_ppo.parallel.checkpoint_io import (
     CheckpointError,
     atomic_path,
     read_summary,
+    save_checked,
     use_atomic_checkpoints,
 )
 from tests.helpers.traps import Trap
@@ -168,3 +170,30 @@ def test_an_unreadable_checkpoint_is_named(
         with pytest.raises(CheckpointError, match=f"step-000001.ckpt: {words}"):
             read(path)
     assert not Path("sprung").exists()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_takes_effect_once_a_checkpoint_is_written_and_twice_at_once(tmp_path: Path, times: int) -> None:
+    """A sharded one is written by torch, which may abort the process if its writer is interrupted."""
+
+    class Strategy:
+        def save_checkpoint(self, checkpoint: dict[str, Any], path: Path) -> None:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+            path.write_text("complete")
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        save_checked(Strategy(), {}, tmp_path / "a.ckpt")
+    assert (tmp_path / "a.ckpt").exists() == (times == 1)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_failed_checkpoint_fails_as_such_after_ctrl_c(tmp_path: Path) -> None:
+    class Strategy:
+        def save_checkpoint(self, checkpoint: dict[str, Any], path: Path) -> None:
+            signal.raise_signal(signal.SIGINT)
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_checked(Strategy(), {}, tmp_path / "a.ckpt")
