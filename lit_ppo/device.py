@@ -97,25 +97,29 @@ def bf16_products(kind: str, on: bool = True) -> Iterator[None]:
 
 
 UNIT_ROWS = 32
-"""Rows of a product for which :func:`rounds_to_bf16` answers, and more."""
-_UNIT_WEIGHTS = 2**13  # for smaller weights, a CPU takes other instructions
+"""The answer of :func:`rounds_to_bf16` holds for inputs of at least so many rows."""
+_UNIT_WEIGHTS, _UNIT_OUTPUTS = 2**13, 16  # for fewer, a CPU may take other instructions
 
 
-@cache
 def rounds_to_bf16(kind: str, outputs: int, inputs: int) -> bool:
-    """Whether devices of a kind round a linear layer's numbers inside :func:`bf16_products`, as CPUs with units do.
+    """Whether devices of a kind round a linear layer's numbers inside :func:`bf16_products`, as CPUs with AMX do.
 
     Args:
         kind: Of device.
         outputs: Of the layer.
         inputs: Of the layer.
     """
-    if kind != "cpu" or outputs * inputs < _UNIT_WEIGHTS:
-        return False
-    outputs = -(-_UNIT_WEIGHTS // inputs)  # the smallest
-    with unset_fake_temporarily(), torch.autocast("cpu", enabled=False), bf16_products(kind):
-        x = torch.full((UNIT_ROWS, inputs), 257.0)  # bfloat16 has 256 and 258
-        return bool(torch.nn.functional.linear(x, torch.ones(outputs, inputs)).eq(256 * inputs).all())
+    enough = outputs >= _UNIT_OUTPUTS and outputs * inputs >= _UNIT_WEIGHTS
+    return kind == "cpu" and enough and _cpu_rounds_to_bf16(inputs)
+
+
+@cache
+def _cpu_rounds_to_bf16(inputs: int) -> bool:
+    outputs = max(_UNIT_OUTPUTS, -(-_UNIT_WEIGHTS // inputs))  # the fewest that are enough
+    options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    with unset_fake_temporarily(), torch.autocast("cpu", enabled=False), bf16_products("cpu"):
+        x = torch.full((UNIT_ROWS, inputs), 257.0, **options)  # bfloat16 has 256 and 258
+        return bool(torch.nn.functional.linear(x, torch.ones(outputs, inputs, **options)).eq(256 * inputs).all())
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:

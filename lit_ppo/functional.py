@@ -18,13 +18,15 @@ from lit_ppo.device import UNIT_ROWS, bf16_products, exact_device, is_cpu, round
 KLEstimator = Literal["k1", "k2", "k3"]
 BLOCK = 128
 """Tokens of the vocabulary that are summed together; it divides the size of most large ones."""
+FEW_ROWS = 4
+"""Of fewer, a CPU multiplies rounded numbers faster without its bf16 units."""
 POSITION_BINS = 96
 """Bins of :func:`position_bins`, enough for 16,384 tokens."""
 ClipRange = float | Sequence[float]  # of both sides, or below and above 1
 
 
 def for_products(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight for :func:`float32_linear`, in which no more of it is copied.
+    """Prepare a weight for several calls of :func:`float32_linear`, which then copy none of it.
 
     Args:
         weight: Of a linear layer.
@@ -33,7 +35,7 @@ def for_products(weight: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         It in this dtype if the device sums products of such numbers in float32, or else in float32, which holds the
         rounded numbers too. Float32 weights are returned as they are if the device rounds them to multiply them, as
-        a CPU with bf16 units does.
+        a CPU with AMX does.
 
     Shapes:
         (V, H) -> (V, H).
@@ -41,19 +43,26 @@ def for_products(weight: Tensor, dtype: torch.dtype) -> Tensor:
     >>> for_products(torch.ones(2, 3, dtype=torch.bfloat16), torch.float32).dtype
     torch.float32
     """
-    kind = weight.device.type
-    if dtype.itemsize >= 4 or sums_in_float32(kind):
-        return weight.to(dtype)
     if weight.dtype == torch.float32 and _rounded_by_device(weight, dtype):
         return weight
+    return rounded(weight, dtype)
+
+
+def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """As :func:`for_products`, but always rounded: a copy where the device would do it, for products of few rows."""
+    if dtype.itemsize >= 4 or sums_in_float32(weight.device.type):
+        return weight.to(dtype)
     return weight.to(dtype).float()
 
 
 def _rounded_by_device(weight: Tensor, dtype: torch.dtype) -> bool:
-    return dtype == torch.bfloat16 and rounds_to_bf16(weight.device.type, *weight.shape)
+    kind = weight.device.type
+    return dtype == torch.bfloat16 and not sums_in_float32(kind) and rounds_to_bf16(kind, *weight.shape)
 
 
-def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def float32_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, is_rounded: bool = False
+) -> Tensor:
     """A linear layer's output, summed in float32 also where products of 16-bit numbers would be in 16 bits.
 
     Without gradients.
@@ -63,6 +72,7 @@ def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.
         weight: As :func:`for_products` returns it.
         bias: Of any dtype.
         dtype: To which products round inputs, weight and bias.
+        is_rounded: The weight is as :func:`rounded` returns it.
 
     Shapes:
         x (N, H), weight (V, H), bias (V,) -> (N, V), float32 (float64 stays).
@@ -71,7 +81,7 @@ def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.
     >>> float32_linear(ones, ones, None, torch.bfloat16)
     tensor([[257.]])
     """
-    kind = x.device.type
+    kind, n = x.device.type, len(x)
     if bias is not None:
         bias = bias.to(dtype).to(torch.promote_types(dtype, torch.float32))
     with torch.autocast(kind, enabled=False):  # a backward runs in the autocast of its caller
@@ -80,10 +90,11 @@ def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.
         if weight.dtype == dtype:
             output: Tensor = torch.mm(x.to(dtype), weight.T, out_dtype=torch.float32)
             return output if bias is None else output.add_(bias)
-        if not _rounded_by_device(weight, dtype):
-            return linear(x.to(dtype).float(), weight, bias)
-        with bf16_products(kind):
-            return linear(with_rows(x.float(), max(len(x), UNIT_ROWS)), weight, bias)[: len(x)]
+        x = x.to(dtype).float()
+        if not is_rounded and n < UNIT_ROWS and _rounded_by_device(weight, dtype):
+            x = with_rows(x, UNIT_ROWS)
+        with bf16_products(kind, on=dtype == torch.bfloat16 and len(x) >= FEW_ROWS):
+            return linear(x, weight, bias)[:n]
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

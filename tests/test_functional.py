@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_ppo import functional as F
+from lit_ppo.device import _cpu_rounds_to_bf16, rounds_to_bf16
 
 NAN = float("nan")
 LENGTHS = [1, 3, 5, 2, 5]  # one token, full length, and between
@@ -57,6 +58,27 @@ def test_products_of_bf16_numbers_are_summed_in_float32_for_any_size(hidden, hel
             exact = torch.nn.functional.linear(*(y.bfloat16().double() for y in (x, weight, bias)))
             found = F.float32_linear(x, F.for_products(weight, torch.bfloat16), bias, torch.bfloat16)
             torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
+            weight = F.rounded(weight, torch.bfloat16)
+            found = F.float32_linear(x, weight, bias, torch.bfloat16, is_rounded=True)
+            torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
+
+
+def test_wide_layers_go_to_the_units_for_bf16_too() -> None:
+    """If the CPU has them; without, weights are copied. A layer of too few weights or outputs is copied everywhere."""
+    found = {hidden: rounds_to_bf16("cpu", 50_257, hidden) for hidden in (64, 256, 512, 1024, 2048, 5120)}
+    assert len({*found.values()}) == 1, found
+    assert not rounds_to_bf16("cpu", 8, 5120)
+    assert not rounds_to_bf16("cpu", 100, 64)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_change_what_a_cpu_rounds(default: torch.dtype) -> None:
+    before = _cpu_rounds_to_bf16.__wrapped__(256)
+    torch.set_default_dtype(default)
+    try:
+        assert _cpu_rounds_to_bf16.__wrapped__(256) == before
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_float32_products_keep_float32_and_float64_numbers():

@@ -18,7 +18,7 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 
 from lit_ppo.attention.autocast import hold_in_float32
 from lit_ppo.device import exact_device
-from lit_ppo.functional import float32_linear, for_products, inverse_cdf, token_logprobs
+from lit_ppo.functional import float32_linear, inverse_cdf, rounded, token_logprobs
 from lit_ppo.generation import static
 from lit_ppo.generation.batch import BY_LOGITS, CACHE, Batch, process_in_place
 from lit_ppo.generation.engine import Progress, Responses, Seed
@@ -164,10 +164,11 @@ def float32_logits(model: Any, device: str) -> Iterator[None]:
     if type(head) is not nn.Linear or (dtype := autocast or head.weight.dtype).itemsize >= 4:
         yield
         return
-    weight = for_products(head.weight.detach(), dtype)
+    weight = rounded(head.weight.detach(), dtype)
 
     def forward(states: Tensor) -> Any:
-        return float32_linear(states.flatten(0, -2), weight, head.bias, dtype).unflatten(0, states.shape[:-1])
+        logits = float32_linear(states.flatten(0, -2), weight, head.bias, dtype, is_rounded=True)
+        return logits.unflatten(0, states.shape[:-1])
 
     before = dict(vars(head))  # a head that sums in float32 for training, too, has a forward of its own
     vars(head)["forward"] = forward

@@ -21,6 +21,7 @@ from lit_ppo.parallel.files import CHECKSUMS, DamagedFileError, atomic_path, ver
 from lit_ppo.parallel.ranks import gather_shares, rank
 from lit_ppo.shown import first_line
 
+HELD = 4.0  # seconds for which Ctrl-C waits for a checkpoint; the command forces its exit after 8
 METADATA = "meta.pt"  # what Lightning writes last into a sharded checkpoint, which is a folder
 DELETE = "delete it, and '--ckpt_path last' finds the previous one"
 GIVE_ANOTHER = "give a checkpoint from a run's folder, or 'last'"
@@ -85,7 +86,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def save_checked(strategy: Any, checkpoint: dict[str, Any], path: Path) -> None:
     """Let a strategy write a checkpoint, and add checksums if it writes a folder. Collective.
 
-    Ctrl-C takes effect afterwards: torch may abort the process if it is interrupted. A second one is not held back.
+    Ctrl-C takes effect afterwards, or after ``HELD`` seconds: torch may abort the process if it is interrupted.
 
     Raises:
         CheckpointError: The checkpoint cannot be written.
@@ -107,21 +108,24 @@ def save_checked(strategy: Any, checkpoint: dict[str, Any], path: Path) -> None:
 
 @contextlib.contextmanager
 def _late_interrupt() -> Iterator[None]:
-    """Hold back the first Ctrl-C until the end; its handler is called as before then."""
+    """Hold back the first Ctrl-C until the end, for ``HELD`` seconds at most, then call the handler set before."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield  # no signal raises anything here
+        yield  # no handler of Python's would run here
         return
     received: list[int] = []
+    again = threading.Timer(HELD, signal.raise_signal, (signal.SIGINT,))
+    again.daemon = True
 
     def hold(number: int, frame: FrameType | None) -> Any:
         received.append(number)
-        return before(number, frame) if len(received) > 1 else None
+        return before(number, frame) if len(received) > 1 else again.start()
 
     signal.signal(signal.SIGINT, hold)
     try:
         yield
     finally:
+        again.cancel()
         signal.signal(signal.SIGINT, before)
     if received:
         signal.raise_signal(signal.SIGINT)

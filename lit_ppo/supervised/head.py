@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_ppo.device import autocast_dtype, bf16_products
+from lit_ppo.device import autocast_dtype
 from lit_ppo.functional import float32_linear, for_products
 
 
 class _Float32Linear(torch.autograd.Function):
-    """A linear layer of 16-bit numbers whose output is their sums in float32; gradients as those of a plain one."""
+    """A linear layer of numbers rounded to 16 bits, whose output is sums in float32; gradients are in 16 bits."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -26,12 +26,9 @@ class _Float32Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         d_bias = d_output.sum(0).to(weight.dtype) if wants_bias else None
-        factor = for_products(weight, ctx.dtype)
-        d_output = d_output.to(factor.dtype)
-        kind = x.device.type
-        with torch.autocast(kind, enabled=False), bf16_products(kind, on=ctx.dtype == torch.bfloat16):
-            d_x = (d_output @ factor).to(x.dtype) if wants_x else None
-            d_weight = (d_output.T @ x.to(factor.dtype)).to(weight.dtype) if wants_weight else None
+        d_output = d_output.to(ctx.dtype)
+        d_x = (d_output @ weight.to(ctx.dtype)).to(x.dtype) if wants_x else None
+        d_weight = (d_output.T @ x.to(ctx.dtype)).to(weight.dtype) if wants_weight else None
         return d_x, d_weight, d_bias, None
 
 

@@ -5,6 +5,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from lit_ppo.parallel import checkpoint_io
 from lit_ppo.parallel.checkpoint_io import (
     AtomicCheckpointIO,
     CheckpointError,
@@ -187,6 +189,20 @@ def test_ctrl_c_takes_effect_once_a_checkpoint_is_written_and_twice_at_once(tmp_
         save_checked(Strategy(), {}, tmp_path / "a.ckpt")
     assert (tmp_path / "a.ckpt").exists() == (times == 1)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_does_not_wait_long_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_io, "HELD", 0.1)
+
+    class Strategy:
+        def save_checkpoint(self, checkpoint: dict[str, Any], path: Path) -> None:
+            signal.raise_signal(signal.SIGINT)
+            threading.Event().wait(60)
+            path.write_text("complete")
+
+    with pytest.raises(KeyboardInterrupt):
+        save_checked(Strategy(), {}, tmp_path / "a.ckpt")
+    assert not (tmp_path / "a.ckpt").exists()
 
 
 def test_a_failed_checkpoint_fails_as_such_after_ctrl_c(tmp_path: Path) -> None:
