@@ -44,12 +44,10 @@ def use_float32_logits(model: Any) -> None:
 
 
 def _float32_logits(head: nn.Linear, forward: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
-    kind = states.device.type
-    dtype = autocast_dtype(kind) or head.weight.dtype
+    dtype = autocast_dtype(states.device.type) or head.weight.dtype
     if dtype.itemsize >= 4:
         return forward(states)
-    with torch.autocast(kind, enabled=False):
-        inputs = states.flatten(0, -2), head.weight, head.bias, dtype
-        logits: Tensor = _Float32Linear.apply(*inputs)  # type: ignore[no-untyped-call]
+    inputs = states.flatten(0, -2), head.weight, head.bias, dtype
+    logits: Tensor = _Float32Linear.apply(*inputs)  # type: ignore[no-untyped-call]
     unflattened: Tensor = logits.unflatten(0, states.shape[:-1])
     return unflattened
