@@ -205,10 +205,10 @@ class Minibatch(Experience):
             setattr(minibatch, name, getattr(chosen, name))
         minibatch.reduction = reduction
         minibatch.lengths = chosen.lengths if lengths is None else lengths
-        minibatch._weigh()
+        minibatch.weigh()
         return minibatch
 
-    def _weigh(self) -> None:
+    def weigh(self) -> None:
         """Set each token's share of the mean; a response without tokens has none."""
         mask = self.response_mask.float()
         self.n_tokens = mask.sum().clamp(min=1)
@@ -226,7 +226,7 @@ class Minibatch(Experience):
             plan: Rows of each micro-batch.
             ranks: Number of ranks that share the step.
         """
-        self._weigh()  # a callback may have replaced the mask
+        self.weigh()  # a callback may have replaced the mask
         self.metrics = {name: value / ranks for name, value in self.metrics.items()}  # every rank has logged them
         for rows in plan:
             micro = self.select(rows_or_stand_in(rows))

@@ -854,6 +854,39 @@ def counterfactual_advantages(
     return advantages if ref_logprobs is None else advantages - kl_coef * kl_estimate(logprobs, ref_logprobs, kind)
 
 
+def advantage_regression_loss(log_ratios: Tensor, advantages: Tensor, counts: Tensor, kl_coef: float) -> Tensor:
+    r"""How far log-ratios to the reference are from those of the policy that the advantages ask for, per place.
+
+    The policy with the highest reward less ``kl_coef`` times its KL to the reference has log-ratios that are advantages
+    over the coefficient, up to a constant at each place:
+
+    .. math:: L = \frac{\beta}{2}\, \mathrm{mean}_a \Big(\delta_a - \bar\delta - \frac{A_a - \bar A}{\beta}\Big)^2,
+        \quad \delta_a = \log \pi(a) - \log \pi_{ref}(a)
+
+    With tokens that the policy has sampled, its gradient is that of the advantages less the KL.
+
+    Args:
+        log_ratios: Of n tokens at each place, nats.
+        advantages: Of the same tokens, without their own KL.
+        counts: True at tokens that count.
+        kl_coef: Beta, above 0.
+
+    Shapes:
+        (..., n) each -> (...), in units of the advantages.
+
+    Source: Gao et al. 2024, arXiv:2404.16767 (log-ratios regressed on relative rewards, there of full responses).
+
+    >>> counts = torch.tensor([True, True])
+    >>> loss = advantage_regression_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.2, 0.0]), counts, kl_coef=0.1)
+    >>> round(float(loss), 6)  # both errors are 0.05 after centring: 0.0025 / 0.2
+    0.0125
+    """
+    n = counts.sum(-1, keepdim=True).clamp(min=1)
+    errors = (kl_coef * log_ratios - advantages).masked_fill(~counts, 0.0)
+    errors = (errors - errors.sum(-1, keepdim=True) / n).masked_fill(~counts, 0.0)
+    return errors.square().sum(-1) / (2.0 * kl_coef * n.squeeze(-1))
+
+
 def affine_map(x: Tensor, y: Tensor) -> tuple[float, float]:
     r"""Factor and shift with which :math:`y = a x + b`, where y was made from x in this way.
 
@@ -1355,3 +1388,33 @@ def select_rows(value: Any, index: Tensor, listed: Sequence[int], n: int) -> Any
     if isinstance(value, list | tuple) and len(value) == n:
         return type(value)(value[i] for i in listed)
     return value
+
+
+def join_rows(value: Any, more: Any, *, left_padded: bool = False) -> Any:
+    """The rows of two values, one after the other; tokens are padded with 0 to the longer of the two.
+
+    Args:
+        value: A tensor, a list, or a dict of values; anything else stays as it is.
+        more: Of the same kind. Of dicts only names that both have are kept.
+        left_padded: Pad the second dimension on the left.
+
+    >>> join_rows({"ids": torch.tensor([[1, 2]]), "text": ["a"]}, {"ids": torch.tensor([[3]]), "text": ["b"]})
+    {'ids': tensor([[1, 2],
+            [3, 0]]), 'text': ['a', 'b']}
+    """
+    if isinstance(value, Tensor):
+        more = more.to(value.device)
+        if value.ndim > 1:
+            width = max(value.shape[1], more.shape[1])
+            value, more = (_widened(x, width - x.shape[1], left_padded) for x in (value, more))
+        return torch.cat([value, more])
+    if isinstance(value, dict):
+        return {
+            key: join_rows(entry, more[key], left_padded=left_padded) for key, entry in value.items() if key in more
+        }
+    return [*value, *more] if isinstance(value, list) else value
+
+
+def _widened(x: Tensor, n: int, left_padded: bool) -> Tensor:
+    sides = (n, 0) if left_padded else (0, n)
+    return pad(x, (0, 0) * (x.ndim - 2) + sides)

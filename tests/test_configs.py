@@ -23,6 +23,7 @@ EXCLUSIVE = [
         "reward_normalization",
     ),
     ("dual_clip", "prioritized_sampling", "rejection_sampling", "critic_warmup", "reward_scaling"),
+    ("advantage_regression", "least_squares_critic"),
 ]
 ELSEWHERE = {  # which test runs the others
     "supervised/test_configs.py": ("sft.yaml", "reward.yaml", "sentiment"),
@@ -50,7 +51,10 @@ def test_every_trick_has_a_file():
         assert path.parent.name == ("monitors" if tricks()[name].monitor else "tricks")
 
 
-@pytest.mark.parametrize("names", [TRICKS.keys() - {*EXCLUSIVE[0]}, EXCLUSIVE[0]], ids=["most", "others"])
+MOST = TRICKS.keys() - {*EXCLUSIVE[0], *EXCLUSIVE[2]}
+
+
+@pytest.mark.parametrize("names", [MOST, EXCLUSIVE[0], EXCLUSIVE[2]], ids=["most", "others", "regression"])
 def test_tricks_are_switched_on_by_their_files(names, tmp_path, tiny_lm, tiny_reward):
     """All but one of each two that exclude each other, then those."""
     overlays = [path for name, path in TRICKS.items() if name in names]

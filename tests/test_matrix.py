@@ -29,13 +29,21 @@ MODULES: dict[str, dict[str, Any]] = {
     "LeaveOneOut": {"critic": None, "advantages": LeaveOneOut(), "samples_per_prompt": 2},
 }
 CRITIC_FREE = [name for name, arguments in MODULES.items() if "critic" in arguments]
-NEED_A_CRITIC = ("CounterfactualActions", "CriticWarmup", "LeastSquaresCritic", "ValueClipping", "ValueNormalization")
-NEED_A_REFERENCE = ("AdaptiveKL", "KLLoss", "ReferenceUpdate")
+NEED_A_CRITIC = (
+    "AdvantageRegression",
+    "CounterfactualActions",
+    "CriticWarmup",
+    "LeastSquaresCritic",
+    "ValueClipping",
+    "ValueNormalization",
+)
+NEED_A_REFERENCE = ("AdaptiveKL", "AdvantageRegression", "KLLoss", "ReferenceUpdate")
 # What is refused, and how the message names the other side; all else trains.
 REFUSED: dict[tuple[str, str], str] = {
     **{(trick, "reference=None"): "LitPPO(reference=None)" for trick in NEED_A_REFERENCE},
     **{(trick, free): "LitPPO(critic=None)" for trick in NEED_A_CRITIC for free in CRITIC_FREE},
     ("ReferenceUpdate", "lora"): "LitPPO's reference to its actor: they share",
+    ("AdvantageRegression", "GroupRelative"): "LitPPO(kl_coef=0.0)",
     ("AdaptiveKL", "GroupRelative"): "LitPPO(kl_coef=0.0)",  # the estimator itself refuses another
     ("RewardWhitening", "GroupRelative"): "LitPPO(advantages=GroupRelative)",
     ("DynamicSampling", "RejectionSampling"): "RejectionSampling",
@@ -44,6 +52,13 @@ REFUSED: dict[tuple[str, str], str] = {
     ("CurriculumSampling", "PrioritizedSampling"): "PrioritizedSampling",
     ("RewardNormalization", "RewardScaling"): "RewardScaling",
     ("CriticWarmup", "LeastSquaresCritic"): "LeastSquaresCritic",
+    ("AdvantageNormalization", "AdvantageRegression"): "AdvantageNormalization",
+    ("AdvantageRegression", "CounterfactualActions"): "CounterfactualActions",
+    ("AdvantageRegression", "DualClip"): "DualClip",
+    ("AdvantageRegression", "KLEarlyStop"): "KLEarlyStop",
+    ("AdvantageRegression", "LearningRateAdaptation"): "LearningRateAdaptation",
+    ("AdvantageRegression", "RejectionSampling"): "RejectionSampling",
+    ("AdvantageRegression", "RewardWhitening"): "RewardWhitening",
     ("CounterfactualActions", "DualClip"): "DualClip",
     ("CounterfactualActions", "RejectionSampling"): "RejectionSampling",
     ("CounterfactualActions", "RewardWhitening"): "RewardWhitening",

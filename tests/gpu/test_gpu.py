@@ -29,6 +29,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMPILES = pytest.mark.skipif(DEVICE != "cuda", reason="compiles for a GPU")
 LORA = {"r": 2, "target_modules": "all-linear"}
 EXCLUSIVE = (
+    ("AdvantageRegression", "AdvantageNormalization"),
+    ("AdvantageRegression", "CounterfactualActions"),
+    ("AdvantageRegression", "DualClip"),
+    ("AdvantageRegression", "KLEarlyStop"),
+    ("AdvantageRegression", "LearningRateAdaptation"),
+    ("AdvantageRegression", "RejectionSampling"),
+    ("AdvantageRegression", "RewardWhitening"),
     ("CounterfactualActions", "DualClip"),
     ("CounterfactualActions", "RejectionSampling"),
     ("CounterfactualActions", "RewardWhitening"),

@@ -199,6 +199,7 @@ class Toy(L.LightningModule):
         self.sums: Counter[str] = Counter()
         minibatch.tokens, minibatch.logged = int(minibatch.response_mask.sum()), {}
         self.fire("on_minibatch_start", minibatch)
+        minibatch.tokens = int(minibatch.response_mask.sum())  # a callback may have added rows
         for start in [*range(0, len(minibatch), 2), len(minibatch)]:
             self.backward_of(minibatch.select(slice(start, start + 2)))
         metrics = {name: float(value) for name, value in minibatch.logged.items()}

@@ -20,7 +20,7 @@ class Trick(NamedTuple):
         refuses: Arguments that the constructor refuses, by name.
         knobs: For each argument two sets of arguments, laid over ``acts``, that differ in it (and in what else it
             needs) and whose runs on the toy differ.
-        needs: The model without which it refuses to start.
+        needs: The model, or models, without which it refuses to start.
         twice: Whether two copies may stand side by side.
         toy: Arguments of the toy on which it acts.
         monitor: Whether it only watches: then it must leave the run as it is, to the bit, and what is logged differs.
@@ -31,11 +31,16 @@ class Trick(NamedTuple):
     acts: Arguments
     refuses: dict[str, Any]
     knobs: dict[str, tuple[dict[str, Any], dict[str, Any]]]
-    needs: str | None = None
+    needs: str | tuple[str, ...] | None = None
     twice: bool = False
     toy: dict[str, Any] = {}
     monitor: bool = False
     live: Arguments = {}
+
+    @property
+    def needed_models(self) -> tuple[str, ...]:
+        """``needs`` as a tuple."""
+        return (self.needs,) if isinstance(self.needs, str) else self.needs or ()
 
 
 @cache

@@ -1,0 +1,135 @@
+"""AdvantageRegression: the loss by loops, earlier responses in a step, and gradients that do not depend on padding."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lit_ppo.callbacks import AdvantageRegression, LeastSquaresCritic
+from lit_ppo.experience import Minibatch
+from tests.helpers.spies import Spy
+from tests.helpers.tiny import make_causal_lm
+from tests.helpers.toy import Toy
+from tests.helpers.toy_data import TOKENS
+from tests.helpers.toy_runs import run_updates
+from tests.helpers.toys import make_data, make_module, make_trainer
+from tests.helpers.trick import Trick
+
+TRICK = {
+    "AdvantageRegression": Trick(
+        acts={"n": 2, "replay": 1},
+        refuses={"n": 0, "replay": -1, "memory": 0},
+        knobs={"n": ({}, {"n": 3}), "replay": ({"replay": 0}, {}), "memory": ({}, {"memory": 1})},
+        needs=("critic", "reference"),
+    ),
+}
+
+
+def test_the_loss_compares_the_tokens_of_each_place():
+    """By loops, on the toy's first step: its critic gives another token a the value V + a, so A = a for it.
+
+    Token 0 ends a response, and behind the last place there is none.
+    """
+    seen: list[Any] = []
+    keep = Spy("on_advantages", lambda module, experience: seen.append(experience))
+    module = Toy(kl_coef=0.1)
+    before = {m: (m.weight.detach().clone(), m.bias.detach().clone()) for m in (module.actor, module.reference)}
+    run_updates([AdvantageRegression(2, replay=0), keep], module=module)
+    (experience,) = seen
+    mask = experience.response_mask
+    others = torch.randint(TOKENS, (*mask.shape, 2), generator=torch.Generator().manual_seed(0))
+    policy, reference = ((experience.features @ w.T + b).log_softmax(-1) for w, b in before.values())
+    own = experience.returns - experience.values + 0.1 * experience.kl  # which the toy spreads evenly
+    total, n_tokens = 0.0, int(mask[:4].sum())
+    for i in range(4):  # the first minibatch
+        for t in range(int(mask[i].sum())):
+            tokens = [int(experience.response_ids[i, t])]
+            advantages = [own[i, t].item()]
+            for a in others[i, t].tolist():
+                if a > 0 and t < mask.shape[1] - 1:
+                    tokens.append(a)
+                    advantages.append(float(a))
+            errors = [
+                (policy[i, t, token] - reference[i, t, token]).item() - advantage / 0.1
+                for token, advantage in zip(tokens, advantages, strict=True)
+            ]
+            mean = sum(errors) / len(errors)
+            total += 0.05 * sum((error - mean) ** 2 for error in errors) / len(errors) / n_tokens
+    assert module.losses[0]["policy"] == pytest.approx(total, rel=1e-4)
+
+
+def test_steps_have_earlier_responses_from_the_second_update_on():
+    """Six responses an update in steps of four and two: twice as many earlier ones each, as far as there are any."""
+    sizes: list[int] = []
+    count = Spy("on_minibatch_start", lambda module, minibatch: sizes.append(len(minibatch.response_mask)))
+    run_updates([AdvantageRegression(2, replay=2), count], 3, module=Toy(episodes=6, kl_coef=0.1))
+    assert sizes == [4, 2, 4 + 6, 2 + 4, 4 + 8, 2 + 4]
+    sizes.clear()
+    run_updates([AdvantageRegression(2, replay=9, memory=1), count], 3, module=Toy(episodes=6, kl_coef=0.1))
+    assert sizes == [4, 2, 4 + 6, 2 + 6, 4 + 6, 2 + 6]
+
+
+def test_earlier_responses_count_as_new_ones_of_the_same_text(tmp_path: Path):
+    """A step with half of an experience as earlier responses has the loss and gradients of one with all of it.
+
+    They have another length of prompts and responses, so both sides are padded.
+    """
+    path = str(make_causal_lm(tmp_path / "lm", scale=4.0))
+    module = make_module(path, critic="actor", micro_batch_size=2, minibatch_size=4, kl_coef=0.1)
+    found: list[tuple[float, dict[str, torch.Tensor]]] = []
+
+    def compare(module: Any, experience: Any) -> None:
+        trick = module.trainer.callbacks[0]
+        first = Minibatch.of(experience, range(4), "token_mean")
+        for extend in (False, True):
+            if extend:
+                short = experience.select([2, 3])
+                p, t = (int(x.sum(1).max()) for x in (short.prompt_mask, short.response_mask))
+                for name in ("prompt_ids", "prompt_mask"):
+                    setattr(short, name, getattr(short, name)[:, -p:])
+                for name in ("response_ids", "response_mask", "logprobs", "ref_logprobs", "values", "kl", "advantages",
+                             "returns", "rewards"):  # fmt: skip
+                    setattr(short, name, getattr(short, name)[:, :t])
+                short.extras = {k: x[:, :t] for k, x in short.extras.items() if isinstance(x, torch.Tensor)}
+                trick._buffer.add(short)
+                trick.replay = 1
+                first = Minibatch.of(experience, [0, 1], "token_mean")
+            metrics = module.backward_minibatch(first)
+            gradients = {name: p.grad.clone() for name, p in module.actor.named_parameters() if p.grad is not None}
+            found.append((metrics["policy_loss"], gradients))
+        experience.exhausted = True
+
+    trainer = make_trainer(
+        tmp_path, max_steps=1, callbacks=[AdvantageRegression(3, replay=0), Spy("on_advantages", compare)]
+    )
+    trainer.fit(module, make_data(tmp_path, seed=0))
+    (loss, gradients), (again, others) = found
+    assert again == pytest.approx(loss, rel=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_values_are_those_of_least_squares_where_it_is_there():
+    """With it, a token's target is the difference of two solved values, not of the critic's own."""
+    targets: list[torch.Tensor] = []
+    keep = Spy("on_advantages", lambda module, experience: targets.append(experience.extras["action_targets"]))
+    for tricks in ([], [LeastSquaresCritic(ridge=1.0)]):
+        run_updates([*tricks, AdvantageRegression(2, replay=0), keep], module=Toy(kl_coef=0.1))
+    assert not torch.allclose(*targets)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kl_coef": 0.0}, r"kl_coef=0\.0\): AdvantageRegression divides by it; it must be above 0"),
+        (
+            {"kl_estimator": "k3"},
+            r"kl_estimator='k3'\): AdvantageRegression fits log-ratios, which only 'k1' penalises",
+        ),
+    ],
+)
+def test_coefficients_that_do_not_fit_are_refused(tmp_path: Path, arguments: dict[str, Any], message: str):
+    module = make_module(make_causal_lm(tmp_path / "lm"), **arguments)
+    with pytest.raises(ValueError, match=rf"^LitPPO\({message}"):
+        make_trainer(tmp_path, callbacks=[AdvantageRegression()]).fit(module, make_data(tmp_path))
