@@ -54,6 +54,7 @@ class ReplayBuffer:
         return {"updates": [_packed(kept) for kept in self._kept], "draws": self._draws}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with what :meth:`state_dict` returned."""
         self._kept.clear()
         self._kept.extend(_unpacked(kept) for kept in state_dict["updates"])
         self._draws = state_dict["draws"]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lit_ppo.rewards import RewardFunction, RewardModel
     from lit_ppo.run.checkpoint import StepCheckpoint
     from lit_ppo.run.export import ExportModel
+    from lit_ppo.supervised.critic import LitCritic
     from lit_ppo.supervised.reward_model import LitRewardModel
     from lit_ppo.supervised.sft import LitSFT
 
@@ -34,6 +35,7 @@ _MODULES = {
     "GAE": "advantages",
     "GroupRelative": "advantages",
     "LeaveOneOut": "advantages",
+    "LitCritic": "supervised.critic",
     "LitPPO": "ppo.module",
     "LitRewardModel": "supervised.reward_model",
     "LitSFT": "supervised.sft",
@@ -58,6 +60,7 @@ __all__ = [
     "FSDP2Strategy",
     "GroupRelative",
     "LeaveOneOut",
+    "LitCritic",
     "LitPPO",
     "LitRewardModel",
     "LitSFT",

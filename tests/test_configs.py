@@ -100,15 +100,17 @@ def test_adapters_are_switched_on_by_their_file(tmp_path, tiny_lm, tiny_reward):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", local_files_only=True)
 
 
-def test_the_film_review_job_on_ready_models(tmp_path, tiny_lm, tiny_reward):
+@pytest.mark.parametrize("overlay", [None, "regression"])
+def test_the_film_review_job_on_ready_models(tmp_path, tiny_lm, tiny_reward, overlay):
     """Its stages are tested on their own; here PPO on what they leave, and its evaluation."""
     data = tmp_path / "data"
     data.mkdir()
     rows = [json.dumps({"prompt": f" the film {'was ' * i}", "id": str(i), "label": i % 2}) for i in range(12)]
     for split in ("train", "eval"):
         (data / f"imdb_prompts_{split}.jsonl").write_text("\n".join(rows))
+    own = ["--config", CONFIGS / f"sentiment/{overlay}.yaml", "--model.critic", tiny_reward] if overlay else []
     arguments = [
-        "--config", CONFIGS / "sentiment.yaml", "--stages=null", "--data_root", data,
+        "--config", CONFIGS / "sentiment.yaml", *own, "--stages=null", "--data_root", data,
         "--model.actor", tiny_lm, "--model.rewards.model", tiny_reward, "--model.generation.max_new_tokens=4",
         "--data.path=imdb_prompts_train.jsonl", "--data.test_path=imdb_prompts_eval.jsonl", "--data.batch_size=4",
         "--data.val_fraction=0.2", "--model.minibatch_size=4", "--trainer.limit_train_batches=2",

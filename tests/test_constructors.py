@@ -24,6 +24,7 @@ TEXTS = lit_ppo.TextDataModule([{"text": "a"}])
 MINIMAL: dict[str, dict[str, Any]] = {
     "LitPPO": {"actor": "x", "generation": GENERATION},
     **{name: {"model": "x"} for name in ("LitSFT", "LitRewardModel", "RewardModel")},
+    "LitCritic": {"model": "x", "rewards": lengths, "response_tokens": 4},
     **{name: {"path": "x"} for name in ("PromptDataModule", "TextDataModule", "PreferenceDataModule")},
     "RewardFunction": {"function": lengths},
     "VLLMEngine": {"mode": "server", "address": "http://localhost:8000"},

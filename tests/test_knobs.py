@@ -20,6 +20,7 @@ import lit_ppo
 from lit_ppo import (
     GAE,
     GroupRelative,
+    LitCritic,
     LitRewardModel,
     LitSFT,
     PreferenceDataModule,
@@ -262,6 +263,14 @@ KNOBS = {
         {"model": "reward"},
         model="reward2",
         append_eos=True,
+        **MODEL,
+    ),
+    "LitCritic": Knobs(
+        run_supervised(LitCritic, TextDataModule),
+        {"model": "reward", "rewards": by_length, "response_tokens": 2},
+        model="reward2",
+        rewards=count_good,
+        response_tokens=1,
         **MODEL,
     ),
     "PromptDataModule": Knobs(

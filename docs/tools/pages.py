@@ -14,7 +14,7 @@ CONFIGS = REPOSITORY / "configs"
 # Title and introduction of the page of each package; modules of no package are on the page "core".
 PACKAGES = {
     "ppo": ("LitPPO", "The module that trains with PPO, and the steps of one update."),
-    "supervised": ("SFT and reward models", "The modules for supervised fine-tuning and for reward models."),
+    "supervised": ("SFT, reward models and critics", "The modules that train on text, before PPO."),
     "data": ("Data", "Data modules, and how files and rows become batches."),
     "rewards": ("Rewards", "Score sources: functions, reward models and weighted sums."),
     "core": ("Equations, advantages, experience", "The data of an update and the functions that work on it."),

@@ -15,10 +15,11 @@ from lit_ppo.ppo.module import LitPPO
 from lit_ppo.run.errors import CommandError
 from lit_ppo.shown import message_of, shown
 from lit_ppo.supervised.base import SupervisedModule
+from lit_ppo.supervised.critic import LitCritic
 from lit_ppo.supervised.reward_model import LitRewardModel
 from lit_ppo.supervised.sft import LitSFT
 
-OWN: dict[str, type[L.LightningModule]] = {cls.__name__: cls for cls in (LitPPO, LitSFT, LitRewardModel)}
+OWN: dict[str, type[L.LightningModule]] = {cls.__name__: cls for cls in (LitPPO, LitSFT, LitRewardModel, LitCritic)}
 # arguments that an export has no use for; most are classes and functions
 UNUSED: dict[type, set[str]] = {
     LitPPO: {
@@ -27,6 +28,8 @@ UNUSED: dict[type, set[str]] = {
     },
     SupervisedModule: {"optimizer", "scheduler"},
 }  # fmt: skip
+# stand in for arguments that an export has no use for either, but that have no default
+STAND_INS: dict[type, dict[str, Any]] = {LitCritic: {"rewards": "lit_ppo.cli.rebuild.no_rewards"}}
 # arguments of from_pretrained with which it runs code
 RUN_CODE = {
     "trust_remote_code", "code_revision", "weights_only", "attn_implementation", "experts_implementation",
@@ -60,6 +63,8 @@ def build(
         raise CommandError(f"--trust_class {shown(name, 120)}: is no class; {_DAMAGED}")
     unused = {argument for base, names in UNUSED.items() if issubclass(cls, base) for argument in names}
     arguments = {argument: value for argument, value in arguments.items() if argument not in unused}
+    for base, stand_ins in STAND_INS.items():
+        arguments |= stand_ins if issubclass(cls, base) else {}
     if issubclass(cls, LitPPO | SupervisedModule):
         kept = {k: v for k, v in (arguments.get("model_kwargs") or {}).items() if k not in RUN_CODE}
         arguments["model_kwargs"] = {**kept, "trust_remote_code": trust_remote_code}
@@ -74,6 +79,11 @@ def build(
     if hasattr(module, "only_actor"):
         module.only_actor()
     return module
+
+
+def no_rewards(responses: Sequence[str]) -> list[float]:
+    """The reward of a critic that is only exported."""
+    raise NotImplementedError
 
 
 def _class_and_arguments(where: str, model: Any) -> tuple[str, dict[str, Any]]:

@@ -43,6 +43,30 @@ def _float32(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return forward(*map(cast, args), **{name: cast(x) for name, x in kwargs.items()})
 
 
+def token_scores(model: Any, **inputs: Any) -> tuple[Tensor, Tensor | None]:
+    """Scores of texts, and of each of their tokens where the head is applied to every token.
+
+    A hook reads the latter, so that the model's own forward runs, which sharding relies on.
+
+    Args:
+        model: Hugging Face sequence classifier.
+        **inputs: Of its forward.
+
+    Shapes:
+        input_ids (B, L) -> (B, labels), (B, L, labels).
+    """
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Module):
+        return model(**inputs).logits, None
+    outputs: list[Tensor] = []
+    handle = head.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        logits = model(**inputs).logits
+    finally:
+        handle.remove()
+    return logits, outputs[0] if outputs[0].shape[:-1] == inputs["input_ids"].shape else None
+
+
 def halve_frozen(model: nn.Module) -> None:
     """Keep frozen linear layers in bfloat16, the dtype to which ``bf16-mixed`` casts them in every forward.
 

@@ -124,7 +124,7 @@ def check_causal(backbone: PreTrainedModel) -> int:
     if not torch.allclose(states[0], states[1], rtol=1e-4, atol=1e-4):
         raise ValueError(
             f"{type(backbone).__name__} reads later tokens (its attention is not causal): it cannot be a critic; "
-            "use critic='actor' or the path of a causal model"
+            "give a causal model, such as the actor's"
         )
     return int(states.shape[-1])
 

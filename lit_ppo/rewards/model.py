@@ -11,7 +11,7 @@ from lit_ppo.attention import autocast
 from lit_ppo.constructor import constructor
 from lit_ppo.data.chat import Span, checked_options
 from lit_ppo.functional import masked_mean
-from lit_ppo.models.compute import score_in_float32
+from lit_ppo.models.compute import score_in_float32, token_scores
 from lit_ppo.models.positions import row_groups
 from lit_ppo.models.stored import checked_model_kwargs
 from lit_ppo.parallel.ranks import deal
@@ -213,7 +213,7 @@ class RewardModel(nn.Module):
         width = int(lengths.max())
         ids = torch.tensor([ids + [self._pad_id] * (width - len(ids)) for ids, _ in rows], device=device)
         attended = torch.arange(width, device=device) < lengths[:, None]
-        logits, token_logits = _logits(self.model, {"input_ids": ids, "attention_mask": attended.long()})
+        logits, token_logits = token_scores(self.model, input_ids=ids, attention_mask=attended.long())
         if self.aggregation == "last" and (token_logits is None or (self._finds_last and not self._appends_eos)):
             return logits[:, self.label_index].float()
         if token_logits is None:
@@ -230,20 +230,3 @@ def _no_token_scores(model: nn.Module) -> ValueError:
     return ValueError(
         f"RewardModel(aggregation='mean'): {type(model).__name__} gives no score per token; use aggregation='last'"
     )
-
-
-def _logits(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Logits of the texts (B, labels), and of every token (B, T, labels) where the head is applied to each token.
-
-    A hook reads the latter, so that the model's own forward runs, which sharding relies on.
-    """
-    head = getattr(model, "score", None)
-    if not isinstance(head, nn.Module):
-        return model(**inputs).logits, None
-    outputs: list[Tensor] = []
-    handle = head.register_forward_hook(lambda module, args, output: outputs.append(output))
-    try:
-        logits = model(**inputs).logits
-    finally:
-        handle.remove()
-    return logits, outputs[0] if outputs[0].shape[:-1] == inputs["input_ids"].shape else None

@@ -1,1 +1,1 @@
-"""Supervised fine-tuning and reward modelling."""
+"""Supervised fine-tuning, reward modelling and value pretraining."""

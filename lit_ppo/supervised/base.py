@@ -1,5 +1,6 @@
-"""The common base of LitSFT and LitRewardModel: one Hugging Face model and one optimizer."""
+"""The common base of LitSFT, LitRewardModel and LitCritic: one Hugging Face model and one optimizer."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,18 @@ class SupervisedModule(L.LightningModule):
             return [(slice(None), width)]
         lengths = attention_mask.sum(1).tolist()
         return [(rows, max(lengths[row] for row in rows)) for rows in row_groups(self.model, lengths)]
+
+    def read_rows(self, attention_mask: Tensor, read: Callable[[list[int] | slice, int], Tensor]) -> Tensor:
+        """What forwards give for each row of a right-padded batch, in the order of the rows.
+
+        Args:
+            attention_mask: Of the batch.
+            read: From rows that share a forward, and its width, to one entry for each of them.
+        """
+        groups = self.groups(attention_mask)
+        found = torch.cat([read(rows, width) for rows, width in groups])
+        order = torch.cat([torch.arange(len(attention_mask))[rows] for rows, _ in groups]).argsort()
+        return found[order.to(found.device)]
 
     def trained_stop(self) -> int | None:
         """A stop token that training taught and that neither tokenizer nor generation config need to name."""

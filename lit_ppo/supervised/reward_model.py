@@ -1,6 +1,5 @@
 """Train a reward model on pairs of texts or on labelled texts."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lit_ppo.constructor import constructor
 from lit_ppo.models.compute import score_in_float32
-from lit_ppo.models.pretrained import n_outputs
 from lit_ppo.optim.precision import MatmulPrecision
 from lit_ppo.supervised.base import SupervisedModule
 from lit_ppo.supervised.source import ModelSource
@@ -72,15 +70,7 @@ class LitRewardModel(SupervisedModule):
         self.val_loss = MeanMetric()
 
     def make_model(self) -> PreTrainedModel:
-        source = self.source
-        if isinstance(source.model, str) and not source.model_kwargs.get("ignore_mismatched_sizes"):
-            outputs = source.load("model", source.model, partial(n_outputs, source.model, source.model_kwargs))
-            if outputs not in (None, 1):
-                problem = (
-                    f"its head has {outputs} outputs, but a reward model has 1; to train a new head, add "
-                    "model_kwargs={'ignore_mismatched_sizes': True}"
-                )
-                refuse(source.owner, "model", source.model, problem)
+        self.source.check_one_output("a reward model")
         model = super().make_model()
         model.config.append_eos = self.append_eos
         if self.append_eos and self.tokenizer.eos_token_id in (None, model.config.pad_token_id):
@@ -93,17 +83,16 @@ class LitRewardModel(SupervisedModule):
 
     def rewards(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores of a batch of right-padded texts, of shape (B,)."""
-        assert self.model is not None
         if self.append_eos:
             input_ids, attention_mask = with_eos(input_ids, attention_mask, int(self.tokenizer.eos_token_id))
-        groups = self.groups(attention_mask)
-        found = [
-            self.model(input_ids=input_ids[rows, :width], attention_mask=attention_mask[rows, :width]).logits
-            for rows, width in groups
-        ]
-        order = torch.cat([torch.arange(len(input_ids))[rows] for rows, _ in groups]).argsort()
-        scores: Tensor = torch.cat(found)[order.to(input_ids.device)]
-        return scores.squeeze(-1).float()
+
+        def read(rows: list[int] | slice, width: int) -> Tensor:
+            assert self.model is not None
+            inputs = {"input_ids": input_ids[rows, :width], "attention_mask": attention_mask[rows, :width]}
+            logits: Tensor = self.model(**inputs).logits
+            return logits
+
+        return self.read_rows(attention_mask, read).squeeze(-1).float()
 
     def margins(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Logits and their targets: a logit should be positive if its target is 1."""

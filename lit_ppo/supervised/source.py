@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from lit_ppo.models.pretrained import (
     check_complete,
     check_not_quantized,
     load_pretrained,
+    n_outputs,
     tokenizer_path,
 )
 from lit_ppo.models.stored import checked_model_kwargs
@@ -103,6 +105,25 @@ class ModelSource:
                 problem = "comes with its own code; if you trust it, set model_kwargs: {trust_remote_code: true}"
                 raise ValueError(f"{self.owner}({argument}={path!r}): {problem}") from error
             raise ValueError(f"{self.owner}({argument}={path!r}): {first_line(error)}") from error
+
+    def check_one_output(self, kind: str) -> None:
+        """Check that the head of a classifier's checkpoint, if it has one, has one output.
+
+        Args:
+            kind: What is trained, for the message.
+
+        Raises:
+            ValueError: It has several, and ``model_kwargs`` do not ask for a new head.
+        """
+        if isinstance(self.model, dict) or self.model_kwargs.get("ignore_mismatched_sizes"):
+            return
+        outputs = self.load("model", self.model, partial(n_outputs, self.model, self.model_kwargs))
+        if outputs not in (None, 1):
+            problem = (
+                f"its head has {outputs} outputs, but {kind} has 1; to train a new head, add "
+                "model_kwargs={'ignore_mismatched_sizes': True}"
+            )
+            refuse(self.owner, "model", self.model, problem)
 
     def _from_checkpoint(self, path: str) -> PreTrainedModel:
         def load() -> tuple[PreTrainedModel, list[str]]:

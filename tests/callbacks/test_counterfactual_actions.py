@@ -162,7 +162,9 @@ def test_a_model_that_reads_no_tree_is_refused(tmp_path: Path, monkeypatch: pyte
         return forward(**inputs)
 
     monkeypatch.setattr(module.critic.backbone, "forward", plain)
-    with pytest.raises(ValueError, match=r"^CounterfactualActions: GPT2Model does not read other tokens behind a row"):
+    with pytest.raises(
+        ValueError, match=r"^CounterfactualActions or AdvantageRegression: GPT2Model does not read other"
+    ):
         module.rollout(["the film"])
 
 
@@ -171,7 +173,7 @@ def test_a_family_whose_layers_mix_packed_rows_is_refused():
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
     lfm2 = AutoModel.from_config(AutoConfig.for_model("lfm2", **sizes, layer_types=["conv", "full_attention"])).eval()
     zeros, ones = torch.zeros(1, 5, dtype=torch.long), torch.ones(1, 5, dtype=torch.bool)
-    with pytest.raises(ValueError, match="CounterfactualActions: Lfm2Model does not read other tokens"):
+    with pytest.raises(ValueError, match="AdvantageRegression: Lfm2Model does not read other tokens"):
         read_others(lfm2, zeros, ones, zeros[:, :3, None], ones[:, :3, None])
 
 

@@ -274,7 +274,9 @@ def test_what_callbacks_ask_of_rollouts_is_tried_and_a_frozen_critic_is_not(tmp_
     tricks = [LeastSquaresCritic(), AdvantageNormalization(), CounterfactualActions(2)]
     trainer = make_trainer(tmp_path, max_steps=1, callbacks=tricks)
     monkeypatch.setattr(packing.tree, "TOLERANCE", -1.0)
-    with pytest.raises(ValueError, match=r"^CounterfactualActions or AdvantageRegression: GPT2Model does not read other tokens"):
+    with pytest.raises(
+        ValueError, match=r"^CounterfactualActions or AdvantageRegression: GPT2Model does not read other tokens"
+    ):
         trainer.fit(module, make_data(tmp_path))
     assert module.rollouts == 0
     monkeypatch.undo()

@@ -59,7 +59,7 @@ def test_the_film_review_stages_in_their_order(tmp_path: Path) -> None:
         with (data / f"sst2_{part}.tsv").open("w", newline="") as file:
             csv.writer(file, delimiter="\t").writerows([text, i % 2] for i, text in enumerate(TEXTS))
     small = ["--model.init_args.model.hidden_size=16", "--data.init_args.tokenizer_vocab_size=300"]
-    for stage in ("sft", "reward", "judge"):
+    for stage in ("sft", "reward", "judge", "critic"):
         arguments = ["--data_root=data", *SHORT, *(small if stage == "sft" else [])]
         run_command("fit", "--config", CONFIGS / f"sentiment/{stage}.yaml", *arguments, cwd=tmp_path).ok()
     runs = tmp_path / "runs/sentiment"
@@ -70,4 +70,7 @@ def test_the_film_review_stages_in_their_order(tmp_path: Path) -> None:
     for stage in ("reward", "judge"):
         AutoModelForSequenceClassification.from_pretrained(runs / stage / "model")
         assert "val/accuracy" in last_values(runs / stage)
-    assert AutoTokenizer.from_pretrained(runs / "reward/model").get_vocab() == tokenizer.get_vocab()
+    for stage in ("reward", "critic"):
+        assert AutoTokenizer.from_pretrained(runs / stage / "model").get_vocab() == tokenizer.get_vocab()
+    assert {"train/loss", "train/explained_variance", "val/explained_variance"} <= set(last_values(runs / "critic"))
+    AutoModelForSequenceClassification.from_pretrained(runs / "critic/model")
