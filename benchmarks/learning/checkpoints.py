@@ -16,6 +16,7 @@ STAGES = {
     "sft": ["--trainer.max_steps", "1050"],
     "reward": ["--trainer.max_steps", "400"],
     "judge": [],
+    "critic": [],
 }
 
 

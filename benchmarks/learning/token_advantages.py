@@ -161,7 +161,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="Of the checkpoints.")
     parser.add_argument("--data_root", type=Path, required=True)
     parser.add_argument("--actor", type=Path, required=True, help="Folder of the model, as lit-ppo fit exports it.")
-    parser.add_argument("--name", required=True, help="Of the actor in the results.")
+    parser.add_argument("--name", required=True, help="In the results.")
+    parser.add_argument("--critic", default="reward", help="Folder of the critic that least squares read.")
     parser.add_argument("--max_new_tokens", type=int, default=24)
     parser.add_argument("--prompts", type=int, default=240, help="One place each.")
     parser.add_argument("--tokens", type=int, default=8, help="At each place.")
@@ -172,7 +173,7 @@ def main() -> None:
     torch.set_num_threads(1)
     module = LitPPO(
         str(asked.actor),
-        critic="reward",
+        critic=asked.critic,
         reference=str(asked.folder / MODELS / "sft" / "model"),
         rewards=make_scorer(asked.folder, "reward", "mean"),
         generation={"max_new_tokens": asked.max_new_tokens},
