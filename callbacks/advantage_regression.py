@@ -35,7 +35,8 @@ class AdvantageRegression(PPOCallback):
     forwards and backwards. Keeps and saves tokens and numbers of the last ``memory`` updates. ``clip_range`` has no
     effect. The metrics of a step, such as ``approx_kl``, are of all its responses, earlier ones included.
 
-    A stop token, and a token behind which no more fit, has no value to go by: it counts only as a response's own.
+    A stop token, and a token behind which no more fit, has no value to go by: it counts only as a response's own. A
+    place where no other token counts, such as the last one that fits, teaches nothing.
 
     Args:
         n: Other tokens at each place.

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_ppo.functional import join_rows, select_rows
+from lit_ppo.functional import join_rows, select_rows, to_device
 
 
 class ReplayBuffer:
@@ -42,7 +42,8 @@ class ReplayBuffer:
         for kept, size, start in zip(self._kept, sizes, np.cumsum([0, *sizes]).tolist(), strict=False):
             listed = [int(row) - start for row in drawn if start <= row < start + size]
             if listed:
-                rows = select_rows(kept, torch.tensor(listed), listed, size)
+                index = to_device(torch.tensor(listed), kept["response_mask"].device)
+                rows = select_rows(kept, index, listed, size)
                 for name in rows.keys() & _fields(minibatch).keys():
                     joined = join_rows(getattr(minibatch, name), rows[name], left_padded=name.startswith("prompt_"))
                     setattr(minibatch, name, joined)
@@ -83,13 +84,13 @@ def _packed(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _packed(entry) for name, entry in value.items()}
     if isinstance(value, Tensor):
-        array = value.cpu().numpy()
-        return {"tensor": array.tobytes(), "dtype": str(array.dtype), "shape": list(array.shape)}
+        data = value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return {"tensor": data, "dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
     return value
 
 
 def _unpacked(value: Any) -> Any:
     if isinstance(value, dict) and value.keys() == {"tensor", "dtype", "shape"}:
-        array = np.frombuffer(value["tensor"], dtype=value["dtype"]).reshape(value["shape"])
-        return torch.from_numpy(array.copy())
+        data = torch.frombuffer(bytearray(value["tensor"] or b"\0"), dtype=torch.uint8)[: len(value["tensor"])]
+        return data.view(getattr(torch, value["dtype"])).view(value["shape"])
     return {name: _unpacked(entry) for name, entry in value.items()} if isinstance(value, dict) else value

@@ -192,6 +192,7 @@ def check(backbone: Any, inputs: dict[str, Any], n: int, states: Tensor) -> None
 def unreadable(backbone: Any, problem: str) -> ValueError:
     """The error of a model that does not read a tree, and what to do."""
     return ValueError(
-        f"CounterfactualActions or AdvantageRegression: {type(backbone).__name__} does not read other tokens behind a row "
-        f"as in their place ({problem}); remove the callback, or use another critic, such as Llama, Qwen, Gemma or GPT-2"
+        f"CounterfactualActions or AdvantageRegression: {type(backbone).__name__} does not read other tokens behind a "
+        f"row as in their place ({problem}); remove the callback, or use another critic, such as Llama, Qwen, Gemma or "
+        "GPT-2"
     )

@@ -1,12 +1,15 @@
 """AdvantageRegression: the loss by loops, earlier responses in a step, and gradients that do not depend on padding."""
 
+from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from lit_ppo.callbacks import AdvantageRegression, LeastSquaresCritic
+from lit_ppo.callbacks.replay_buffer import ReplayBuffer
 from lit_ppo.experience import Minibatch
 from tests.helpers.spies import Spy
 from tests.helpers.tiny import make_causal_lm
@@ -117,6 +120,26 @@ def test_values_are_those_of_least_squares_where_it_is_there():
     for tricks in ([], [LeastSquaresCritic(ridge=1.0)]):
         run_updates([*tricks, AdvantageRegression(2, replay=0), keep], module=Toy(kl_coef=0.1))
     assert not torch.allclose(*targets)
+
+
+def test_earlier_rows_keep_every_dtype_through_a_checkpoint():
+    rows = SimpleNamespace(
+        response_mask=torch.tensor([[True, True], [True, False]]),
+        extras={"half": torch.tensor([[0.5], [1.5]], dtype=torch.bfloat16), "none": torch.zeros(2, 0)},
+        texts=["a", "b"],
+        exhausted=False,
+    )
+    first, second = ReplayBuffer(2), ReplayBuffer(2)
+    first.add(rows)
+    second.load_state_dict(first.state_dict())
+    for buffer in (first, second):
+        minibatch = deepcopy(rows)
+        buffer.extend(minibatch, 2, seed=0)
+        order = [minibatch.texts[2:].index(text) for text in ("a", "b")]
+        assert minibatch.extras["half"].dtype == torch.bfloat16
+        assert minibatch.extras["half"][2:][order].tolist() == [[0.5], [1.5]]
+        assert minibatch.response_mask[2:][order].tolist() == [[True, True], [True, False]]
+        assert minibatch.extras["none"].shape == (4, 0)
 
 
 @pytest.mark.parametrize(

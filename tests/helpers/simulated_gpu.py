@@ -141,6 +141,14 @@ def waits_of_steps(folder: Path, tricks: list[Any], **arguments: Any) -> list[li
     return steps
 
 
+class Again(callbacks.AdvantageRegression):
+    """Its earlier responses are those of the update itself."""
+
+    def on_advantages(self, trainer: L.Trainer, pl_module: Any, experience: Any) -> None:
+        super().on_advantages(trainer, pl_module, experience)
+        self._buffer.add(experience)
+
+
 def main() -> None:
     """Steps with many tricks and SDPA, and with a kernel for packed rows and recomputed activations."""
     _setup_privateuseone_for_python_backend(NAME, Backend())
@@ -155,6 +163,8 @@ def main() -> None:
         found = {"tricks": waits_of_steps(lms[0], tricks)}
         others: list[Any] = [callbacks.CounterfactualActions(n=2), callbacks.LeastSquaresCritic()]
         found["other tokens"] = waits_of_steps(lms[0], others)
+        others = [callbacks.LeastSquaresCritic(), Again(n=2)]
+        found["earlier responses"] = waits_of_steps(lms[0], others)
         found["text"] = waits_of_steps(lms[0], [callbacks.PTXLoss(texts(Path(name)), coef=0.1)])
         with (
             patch.object(kernels, "DEVICES", (NAME,)),
