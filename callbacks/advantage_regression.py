@@ -12,9 +12,11 @@ from lit_ppo.callbacks.checks import refuse_beside, refuse_same_loss, require, r
 from lit_ppo.callbacks.counterfactual_actions import CounterfactualActions
 from lit_ppo.callbacks.dual_clip import DualClip
 from lit_ppo.callbacks.fields import FIELDS, extra, present
+from lit_ppo.callbacks.importance_correction import ImportanceCorrection
 from lit_ppo.callbacks.kl_early_stop import KLEarlyStop
 from lit_ppo.callbacks.learning_rate_adaptation import LearningRateAdaptation
 from lit_ppo.callbacks.least_squares_critic import LeastSquaresCritic
+from lit_ppo.callbacks.reference_update import ReferenceUpdate
 from lit_ppo.callbacks.rejection_sampling import RejectionSampling
 from lit_ppo.callbacks.replay_buffer import ReplayBuffer
 from lit_ppo.callbacks.reward_whitening import RewardWhitening
@@ -70,9 +72,11 @@ class AdvantageRegression(PPOCallback):
             refuse(pl_module, "kl_estimator", kind, "AdvantageRegression fits log-ratios, which only 'k1' penalises")
         refuse_beside(self, trainer, RewardWhitening, why="other tokens have no whitened rewards")
         refuse_beside(self, trainer, AdvantageNormalization, why="a fit needs advantages in units of the reward")
+        refuse_beside(self, trainer, ImportanceCorrection, why="a fit does not depend on what sampled")
         if self.replay:
             stops = (KLEarlyStop, LearningRateAdaptation)
             refuse_beside(self, trainer, *stops, why="approx_kl counts earlier responses, too, unless replay=0")
+            refuse_beside(self, trainer, ReferenceUpdate, why="earlier responses have another reference's log-probs")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, LeastSquaresCritic):
                 self._solver = callback
