@@ -10,16 +10,20 @@ from lit_ppo.callbacks.advantage_normalization import AdvantageNormalization
 from lit_ppo.callbacks.base import ExperienceLike, MinibatchLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_beside, refuse_same_loss, require, require_model
 from lit_ppo.callbacks.counterfactual_actions import CounterfactualActions
+from lit_ppo.callbacks.critic_warmup import CriticWarmup
 from lit_ppo.callbacks.dual_clip import DualClip
 from lit_ppo.callbacks.fields import FIELDS, extra, present
 from lit_ppo.callbacks.importance_correction import ImportanceCorrection
 from lit_ppo.callbacks.kl_early_stop import KLEarlyStop
+from lit_ppo.callbacks.kl_loss import KLLoss
 from lit_ppo.callbacks.learning_rate_adaptation import LearningRateAdaptation
 from lit_ppo.callbacks.least_squares_critic import LeastSquaresCritic
 from lit_ppo.callbacks.reference_update import ReferenceUpdate
 from lit_ppo.callbacks.rejection_sampling import RejectionSampling
 from lit_ppo.callbacks.replay_buffer import ReplayBuffer
 from lit_ppo.callbacks.reward_whitening import RewardWhitening
+from lit_ppo.callbacks.value_clipping import ValueClipping
+from lit_ppo.callbacks.value_normalization import ValueNormalization
 from lit_ppo.constructor import constructor
 from lit_ppo.functional import advantage_regression_loss
 from lit_ppo.validate import integer, refuse
@@ -35,7 +39,8 @@ class AdvantageRegression(PPOCallback):
 
     Costs a forward of the critic over up to ``n`` tokens for each response token, and ``1 + replay`` times the actor's
     forwards and backwards. Keeps and saves tokens and numbers of the last ``memory`` updates. ``clip_range`` has no
-    effect. The metrics of a step, such as ``approx_kl``, are of all its responses, earlier ones included.
+    effect. The metrics of a step, such as ``approx_kl``, are of all its responses, earlier ones included. Without
+    ``LeastSquaresCritic`` the critic is trained on the returns of earlier responses, too.
 
     A stop token, and a token behind which no more fit, has no value to go by: it counts only as a response's own. A
     place where no other token counts, such as the last one that fits, teaches nothing.
@@ -51,6 +56,7 @@ class AdvantageRegression(PPOCallback):
     (log-ratios regressed on relative rewards, there of full responses).
     """
 
+    corrects_sampling = True  # what is fitted does not depend on what sampled
     reads = tuple(FIELDS)  # rows of earlier updates have them all
 
     @constructor
@@ -77,17 +83,24 @@ class AdvantageRegression(PPOCallback):
             stops = (KLEarlyStop, LearningRateAdaptation)
             refuse_beside(self, trainer, *stops, why="approx_kl counts earlier responses, too, unless replay=0")
             refuse_beside(self, trainer, ReferenceUpdate, why="earlier responses have another reference's log-probs")
+            of_critic = (CriticWarmup, ValueClipping, ValueNormalization)
+            refuse_beside(
+                self, trainer, *of_critic, why="the critic's loss has earlier responses, too, unless replay=0"
+            )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, LeastSquaresCritic):
                 self._solver = callback
+            if self.replay and isinstance(callback, KLLoss) and callback.kind != "exact":
+                problem = "AdvantageRegression adds responses that other policies sampled; use 'exact', or replay=0"
+                refuse(callback, "kind", callback.kind, problem)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         require_model(self, pl_module, "critic")
         require_model(self, pl_module, "reference")
-        pl_module.n_actions = self.n
+        pl_module.n_actions, pl_module.replay = self.n, self.replay
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        pl_module.n_actions = 0
+        pl_module.n_actions = pl_module.replay = 0
 
     @torch.no_grad()
     def on_advantages(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
@@ -122,11 +135,20 @@ class AdvantageRegression(PPOCallback):
         losses["policy"] = minibatch.mean(loss)
 
     def on_update_end(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
-        if self.replay:
+        extras = experience.extras
+        if not self.replay or "action_targets" not in extras:
+            return
+        numbers = (extras["action_targets"], extras["action_ref_logprobs"], experience.logprobs)
+        if all(bool(x.isfinite().all()) for x in numbers):  # else the steps were skipped, and later ones would be
             self._buffer.add(experience)
 
     def state_dict(self) -> dict[str, Any]:
-        return self._buffer.state_dict()
+        return {"n": self.n, **self._buffer.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["n"] != self.n:
+            problem = (
+                f"the earlier responses of the checkpoint have {state_dict['n']} other tokens at each place; keep n"
+            )
+            refuse(self, "n", self.n, problem)
         self._buffer.load_state_dict(state_dict)

@@ -35,6 +35,9 @@ class ReplayBuffer:
             minibatch: No model has read it yet.
             n: Rows to add.
             seed: Of the draw, with the number of draws before it.
+
+        Raises:
+            ValueError: The minibatch has a value for each row that earlier rows lack.
         """
         sizes = [len(kept["response_mask"]) for kept in self._kept]
         drawn = np.random.default_rng([seed, self._draws]).permutation(sum(sizes))[:n]
@@ -43,10 +46,7 @@ class ReplayBuffer:
             listed = [int(row) - start for row in drawn if start <= row < start + size]
             if listed:
                 index = to_device(torch.tensor(listed), kept["response_mask"].device)
-                rows = select_rows(kept, index, listed, size)
-                for name in rows.keys() & _fields(minibatch).keys():
-                    joined = join_rows(getattr(minibatch, name), rows[name], left_padded=name.startswith("prompt_"))
-                    setattr(minibatch, name, joined)
+                _join(minibatch, select_rows(kept, index, listed, size))
         if hasattr(minibatch, "weigh"):
             minibatch.weigh()
 
@@ -59,6 +59,24 @@ class ReplayBuffer:
         self._kept.clear()
         self._kept.extend(_unpacked(kept) for kept in state_dict["updates"])
         self._draws = state_dict["draws"]
+
+
+def _join(minibatch: Any, rows: dict[str, Any]) -> None:
+    """Add rows to all that the minibatch has for each row."""
+    fields = _fields(minibatch)
+    own = _rows(fields, len(minibatch.response_mask))
+    if hasattr(minibatch, "weigh"):
+        own.pop("weights", None)  # made anew
+    for name, value in own.items():
+        known: Any = rows.get(name, {} if isinstance(value, dict) else None)
+        lacks = [f"{name}[{key!r}]" for key in value if key not in known] if isinstance(value, dict) else []
+        if known is None or lacks:
+            raise ValueError(
+                f"AdvantageRegression adds responses of earlier updates, which lack {', '.join(lacks) or name}; set it "
+                "in every update, or use replay=0"
+            )
+        joined = join_rows(fields[name], known, left_padded=name.startswith("prompt_"))
+        setattr(minibatch, name, joined)
 
 
 def _fields(rows: Any) -> dict[str, Any]:

@@ -1395,7 +1395,7 @@ def join_rows(value: Any, more: Any, *, left_padded: bool = False) -> Any:
 
     Args:
         value: A tensor, a list, or a dict of values; anything else stays as it is.
-        more: Of the same kind. Of dicts only names that both have are kept.
+        more: Of the same kind. What a dict lacks stays as it is in the first.
         left_padded: Pad the second dimension on the left.
 
     >>> join_rows({"ids": torch.tensor([[1, 2]]), "text": ["a"]}, {"ids": torch.tensor([[3]]), "text": ["b"]})
@@ -1409,9 +1409,8 @@ def join_rows(value: Any, more: Any, *, left_padded: bool = False) -> Any:
             value, more = (_widened(x, width - x.shape[1], left_padded) for x in (value, more))
         return torch.cat([value, more])
     if isinstance(value, dict):
-        return {
-            key: join_rows(entry, more[key], left_padded=left_padded) for key, entry in value.items() if key in more
-        }
+        both = value.keys() & more.keys()
+        return value | {key: join_rows(value[key], more[key], left_padded=left_padded) for key in both}
     return [*value, *more] if isinstance(value, list) else value
 
 

@@ -142,9 +142,10 @@ def job_of(config: dict[str, Any], most_positions: int | None = None) -> tuple[J
         on_gpu=on_gpu,
         critic_frozen="LeastSquaresCritic" in names,
     )
-    for name in ("CounterfactualActions", "AdvantageRegression"):
-        if name in names:
-            notes.append(f"the other tokens of {name} are not counted")
+    if "CounterfactualActions" in names:
+        notes.append("the other tokens of CounterfactualActions are not counted")
+    if "AdvantageRegression" in names:
+        notes.append("the other tokens and earlier responses of AdvantageRegression are not counted")
     return job, notes
 
 

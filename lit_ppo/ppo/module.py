@@ -176,7 +176,7 @@ class LitPPO(L.LightningModule):
         self.evaluator, self.progress, self.own_engine = evaluate.Evaluator(), Progress(), TransformersEngine()
         self.rollouts = 0  # training rollouts so far: the number of the update in every random draw
         self._built = self.actor_frozen = self.critic_frozen = self.checkpoint_reference = False  # callbacks set three
-        self.n_actions = self.n_critic_states = 0  # what callbacks ask of training rollouts
+        self.n_actions = self.n_critic_states = self.replay = 0  # what callbacks ask of training rollouts and steps
         self.sampling_difference: float | None = None
         self.loop: own_loop.OwnLoop | None = None  # after ``attach``, true while it runs
 

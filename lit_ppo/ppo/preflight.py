@@ -188,6 +188,11 @@ def try_prompts(module: Any, split: str, prompts: Any) -> None:
         raise ValueError(f"first {split} prompt: {message_of(error, 2000)}") from error
 
 
+def rows_of_a_step(module: Any) -> int:
+    """Responses in an optimizer step, with earlier ones that a callback adds."""
+    return int(module.minibatch_size * (1 + module.replay))
+
+
 def try_largest(module: Any, n_prompt: int, n_prompts: int | None) -> None:
     """Try the largest rollout and the largest micro-batches, with the memory of optimizer states taken.
 
@@ -199,7 +204,7 @@ def try_largest(module: Any, n_prompt: int, n_prompts: int | None) -> None:
         n_prompt: Tokens of the longest prompt.
         n_prompts: Prompts of an update; None: no rollout is tried.
     """
-    micro = longest_micro_batch(module.models, n_prompt, module.minibatch_size, **module.limits)
+    micro = longest_micro_batch(module.models, n_prompt, rows_of_a_step(module), **module.limits)
     undecided = module.model_settings.activation_checkpointing is None and module.device.type in RECOMPUTE_ON
     if undecided and n_ranks() > 1 and greatest(int(_keeps_too_much(module, micro))):
         _recompute(module, micro)
@@ -247,7 +252,7 @@ def try_scoring(module: Any, micro: Minibatch, n_prompts: int) -> None:
 def try_update(module: Any, micro: Minibatch) -> None:
     """Forward and backward of a micro-batch; where memory is short, also beside the gradients of one before."""
     module.optimization.zero_gradients(module)
-    several = module.device.type in LIMITED and len(micro) * n_ranks() < module.minibatch_size
+    several = module.device.type in LIMITED and len(micro) * n_ranks() < rows_of_a_step(module)
     for name in _trained(module):
         for _ in accumulate(range(1 + several), module.trainer.strategy):
             module.manual_backward(micro.mean(_forward(module, name, micro, len(micro))))

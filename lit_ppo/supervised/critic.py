@@ -143,10 +143,9 @@ class LitCritic(SupervisedModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss, scores = self.loss(batch)
-        if len(scores):
-            self._idle = None
-        elif self._idle is not None:
-            self._idle += 1
+        if self._idle is not None:  # all ranks decide alike
+            counts: Any = self.all_gather(torch.tensor(len(scores), device=self.device))
+            self._idle = None if counts.sum() else self._idle + 1
             if self._idle == BATCHES_TRIED:
                 self._refuse_length("training")
         explained = explained_variance(loss.detach(), scores)

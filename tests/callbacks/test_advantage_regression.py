@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lit_ppo.callbacks import AdvantageRegression, LeastSquaresCritic
+from lit_ppo.callbacks import AdvantageRegression, KLLoss, LeastSquaresCritic
 from lit_ppo.callbacks.replay_buffer import ReplayBuffer
 from lit_ppo.experience import Minibatch
 from tests.helpers.spies import Spy
@@ -140,6 +140,46 @@ def test_earlier_rows_keep_every_dtype_through_a_checkpoint():
         assert minibatch.extras["half"][2:][order].tolist() == [[0.5], [1.5]]
         assert minibatch.response_mask[2:][order].tolist() == [[True, True], [True, False]]
         assert minibatch.extras["none"].shape == (4, 0)
+
+
+def test_an_update_with_numbers_that_are_not_finite_is_not_learned_from_again():
+    """Its own steps are skipped; with replay, later ones would be, too."""
+
+    def break_second(module: Any, experience: Any) -> None:
+        if int(module.updates) == 1:
+            experience.values = torch.full_like(experience.values, torch.nan)
+
+    trick = AdvantageRegression(2, replay=1)
+    run_updates([Spy("on_rollout_end", break_second), trick], 2, module=Toy(kl_coef=0.1))
+    (kept,) = trick.state_dict()["updates"]
+    targets = torch.frombuffer(bytearray(kept["extras"]["action_targets"]["tensor"]), dtype=torch.float32)
+    assert targets.isfinite().all()
+
+
+def test_what_earlier_rows_lack_is_an_error_and_what_is_not_of_rows_stays():
+    rows = SimpleNamespace(response_mask=torch.ones(2, 1) > 0, extras={"threshold": 0.5, "one": torch.zeros(2)})
+    buffer, later = ReplayBuffer(2), deepcopy(rows)
+    buffer.add(rows)
+    buffer.extend(later, 2, seed=0)
+    assert later.extras["threshold"] == 0.5
+    assert len(later.extras["one"]) == 4
+    later = deepcopy(rows)
+    later.extras["two"] = torch.zeros(2)
+    with pytest.raises(ValueError, match=r"^AdvantageRegression adds .* lack extras\['two'\]; set it in every update"):
+        buffer.extend(later, 2, seed=0)
+
+
+def test_another_n_on_resume_is_refused():
+    with pytest.raises(ValueError, match=r"^AdvantageRegression\(n=3\): the earlier responses .* have 2 other tokens"):
+        AdvantageRegression(3).load_state_dict(AdvantageRegression(2).state_dict())
+
+
+def test_a_sampled_kl_in_the_loss_is_refused_beside_earlier_responses(tmp_path: Path):
+    module = make_module(make_causal_lm(tmp_path / "lm"))
+    with pytest.raises(
+        ValueError, match=r"^KLLoss\(kind='k2'\): AdvantageRegression adds responses that other policies"
+    ):
+        make_trainer(tmp_path, callbacks=[KLLoss(0.1), AdvantageRegression()]).fit(module, make_data(tmp_path))
 
 
 @pytest.mark.parametrize(
