@@ -61,7 +61,7 @@ def test_the_help_of_a_class_is_short_and_names_every_argument(tmp_path: Path) -
     ("words", "expected"),
     [
         ("lit-ppo c", {"cp", "completion"}),
-        ("lit-ppo fit --config tricks/adv", {"tricks/advantage_normalization"}),
+        ("lit-ppo fit --config tricks/adv", {"tricks/advantage_normalization", "tricks/advantage_regression"}),
         ("lit-ppo fit --config min", {"mine.yaml"}),
         ("lit-ppo fit --trainer.max_s", {"--trainer.max_steps"}),
         ("lit-ppo cp rl", {"rloo"}),
