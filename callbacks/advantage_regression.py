@@ -12,12 +12,13 @@ from lit_ppo.callbacks.checks import refuse_beside, refuse_same_loss, require, r
 from lit_ppo.callbacks.counterfactual_actions import CounterfactualActions
 from lit_ppo.callbacks.critic_warmup import CriticWarmup
 from lit_ppo.callbacks.dual_clip import DualClip
-from lit_ppo.callbacks.fields import FIELDS, extra, present
+from lit_ppo.callbacks.fields import FIELDS, present
 from lit_ppo.callbacks.importance_correction import ImportanceCorrection
 from lit_ppo.callbacks.kl_early_stop import KLEarlyStop
 from lit_ppo.callbacks.kl_loss import KLLoss
 from lit_ppo.callbacks.learning_rate_adaptation import LearningRateAdaptation
 from lit_ppo.callbacks.least_squares_critic import LeastSquaresCritic
+from lit_ppo.callbacks.other_tokens import plain_advantages, refuse_tolerance, solver_of, values_after
 from lit_ppo.callbacks.reference_update import ReferenceUpdate
 from lit_ppo.callbacks.rejection_sampling import RejectionSampling
 from lit_ppo.callbacks.replay_buffer import ReplayBuffer
@@ -69,9 +70,7 @@ class AdvantageRegression(PPOCallback):
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         require(self, pl_module, "kl_coef", "n_actions")
         refuse_same_loss(self, trainer, AdvantageRegression, CounterfactualActions, DualClip, RejectionSampling)
-        if (tolerance := getattr(pl_module, "tolerance", None)) is not None:
-            problem = "AdvantageRegression needs the training pass in any case; leave it out"
-            refuse(pl_module, "sampling_logprobs_tolerance", tolerance, problem)
+        refuse_tolerance(self, pl_module)
         if pl_module.kl_coef <= 0:
             refuse(pl_module, "kl_coef", pl_module.kl_coef, "AdvantageRegression divides by it; it must be above 0")
         if (kind := getattr(pl_module, "kl_estimator", "k1")) != "k1":
@@ -87,9 +86,8 @@ class AdvantageRegression(PPOCallback):
             refuse_beside(
                 self, trainer, *of_critic, why="the critic's loss has earlier responses, too, unless replay=0"
             )
+        self._solver = solver_of(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, LeastSquaresCritic):
-                self._solver = callback
             if self.replay and isinstance(callback, KLLoss) and callback.kind != "exact":
                 problem = "AdvantageRegression adds responses that other policies sampled; use 'exact', or replay=0"
                 refuse(callback, "kind", callback.kind, problem)
@@ -105,14 +103,9 @@ class AdvantageRegression(PPOCallback):
     @torch.no_grad()
     def on_advantages(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
         values, extras = present(experience, "values"), experience.extras
-        after, states = extra(self, experience, "action_values"), extras.get("action_states")
-        if self._solver is not None and states is not None:
-            after = self._solver.values_after(after, states)
-        extras |= {"action_values": after, "action_states": None}  # for a second update; states are large
-        estimator: Any = getattr(pl_module, "advantages", None)
-        own = present(experience, "returns") - values if estimator is None else estimator(experience)[0]
-        own = own + pl_module.kl_coef * experience.kl  # the fit has the KL of the token itself
-        others = getattr(estimator, "gamma", 1.0) * after - values.unsqueeze(-1)
+        after = values_after(self, self._solver, experience)
+        own = plain_advantages(pl_module, experience) + pl_module.kl_coef * experience.kl  # the fit has its own KL
+        others = getattr(getattr(pl_module, "advantages", None), "gamma", 1.0) * after - values.unsqueeze(-1)
         counts = torch.cat([experience.response_mask.unsqueeze(-1), extras["action_mask"]], dim=-1)
         targets = torch.cat([own.unsqueeze(-1), others], dim=-1)
         extras |= {"action_targets": targets.masked_fill(~counts, 0.0), "action_counts": counts}

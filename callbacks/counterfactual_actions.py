@@ -12,6 +12,7 @@ from lit_ppo.callbacks.checks import refuse_behind, refuse_beside, refuse_same_l
 from lit_ppo.callbacks.dual_clip import DualClip
 from lit_ppo.callbacks.fields import extra, present
 from lit_ppo.callbacks.least_squares_critic import LeastSquaresCritic
+from lit_ppo.callbacks.other_tokens import plain_advantages, refuse_tolerance, solver_of, values_after
 from lit_ppo.callbacks.rejection_sampling import RejectionSampling
 from lit_ppo.callbacks.reward_whitening import RewardWhitening
 from lit_ppo.constructor import constructor
@@ -51,13 +52,10 @@ class CounterfactualActions(PPOCallback):
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         require(self, pl_module, "kl_coef", "clip_range", "n_actions")
         refuse_same_loss(self, trainer, CounterfactualActions, DualClip, RejectionSampling)
-        if (tolerance := getattr(pl_module, "tolerance", None)) is not None:
-            problem = "CounterfactualActions needs the training pass in any case; leave it out"
-            refuse(pl_module, "sampling_logprobs_tolerance", tolerance, problem)
+        refuse_tolerance(self, pl_module)
         refuse_beside(self, trainer, RewardWhitening, why="other tokens have no whitened rewards")
+        self._solver = solver_of(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, LeastSquaresCritic):
-                self._solver = callback
             if isinstance(callback, AdvantageNormalization):
                 refuse_behind(callback, trainer, CounterfactualActions, why="it sets the scale of other tokens, too")
                 if callback.scope != "batch":
@@ -73,18 +71,15 @@ class CounterfactualActions(PPOCallback):
     @torch.no_grad()
     def on_advantages(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
         values, mask, extras = present(experience, "values"), experience.response_mask, experience.extras
-        after, logprobs = (extra(self, experience, f"action_{name}") for name in ("values", "logprobs"))
-        states, ref_logprobs = extras.get("action_states"), extras.get("action_ref_logprobs")
-        if self._solver is not None and states is not None:
-            after = self._solver.values_after(after, states)
-        extras |= {"action_values": after, "action_states": None}  # for a second update; states are large
+        logprobs, ref_logprobs = extra(self, experience, "action_logprobs"), extras.get("action_ref_logprobs")
+        after = values_after(self, self._solver, experience)
         estimator: Any = getattr(pl_module, "advantages", None)
         advantages = counterfactual_advantages(
             values, after, logprobs[..., 1:], None if ref_logprobs is None else ref_logprobs[..., 1:],
             kl_coef=pl_module.kl_coef, kind=getattr(pl_module, "kl_estimator", "k1"),
             gamma=getattr(estimator, "gamma", 1.0),
         )  # fmt: skip
-        plain = present(experience, "returns") - values if estimator is None else estimator(experience)[0]
+        plain = plain_advantages(pl_module, experience)
         scale, shift = affine_map(plain[mask], experience.advantages[mask])
         extras["action_advantages"] = (scale * advantages + shift).masked_fill(~extras["action_mask"], 0.0)
 
