@@ -39,9 +39,9 @@ class AdvantageRegression(PPOCallback):
     again: each step has ``replay`` of them for each new one. Choose a small ``minibatch_size``, for many steps.
 
     Costs a forward of the critic over up to ``n`` tokens for each response token, and ``1 + replay`` times the actor's
-    forwards and backwards. Keeps and saves tokens and numbers of the last ``memory`` updates. ``clip_range`` has no
-    effect. The metrics of a step, such as ``approx_kl``, are of all its responses, earlier ones included. Without
-    ``LeastSquaresCritic`` the critic is trained on the returns of earlier responses, too.
+    forwards and backwards. Keeps tokens and numbers of the last ``memory`` updates in host memory, and saves them.
+    ``clip_range`` has no effect. The metrics of a step, such as ``approx_kl``, are of all its responses, earlier ones
+    included. Without ``LeastSquaresCritic`` the critic is trained on the returns of earlier responses, too.
 
     A stop token, and a token behind which no more fit, has no value to go by: it counts only as a response's own. A
     place where no other token counts, such as the last one that fits, teaches nothing.

@@ -11,7 +11,7 @@ from lit_ppo.functional import join_rows, select_rows, to_device
 
 
 class ReplayBuffer:
-    """Keeps what the last updates had for each row, and adds some of it to a minibatch.
+    """Keeps in host memory what the last updates had for each row, and adds some of it to a minibatch.
 
     Args:
         updates: How many updates it remembers.
@@ -23,7 +23,7 @@ class ReplayBuffer:
 
     def add(self, experience: Any) -> None:
         """Remember all rows of an experience."""
-        rows = _rows(_fields(experience), len(experience.response_mask))
+        rows = _on_host(_rows(_fields(experience), len(experience.response_mask)))
         if hasattr(experience, "lengths"):
             rows["lengths"] = list(experience.lengths)
         self._kept.append(rows)
@@ -45,8 +45,8 @@ class ReplayBuffer:
         for kept, size, start in zip(self._kept, sizes, np.cumsum([0, *sizes]).tolist(), strict=False):
             listed = [int(row) - start for row in drawn if start <= row < start + size]
             if listed:
-                index = to_device(torch.tensor(listed), kept["response_mask"].device)
-                _join(minibatch, select_rows(kept, index, listed, size))
+                rows = select_rows(kept, torch.tensor(listed), listed, size)
+                _join(minibatch, _on_device(rows, minibatch.response_mask.device))
         if hasattr(minibatch, "weigh"):
             minibatch.weigh()
 
@@ -98,11 +98,23 @@ def _rows(fields: dict[str, Any], n: int) -> dict[str, Any]:
     return found
 
 
+def _on_host(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _on_host(entry) for name, entry in value.items()}
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {name: _on_device(entry, device) for name, entry in value.items()}
+    return to_device(value, device) if isinstance(value, Tensor) else value
+
+
 def _packed(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _packed(entry) for name, entry in value.items()}
     if isinstance(value, Tensor):
-        data = value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        data = value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
         return {"tensor": data, "dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
     return value
 

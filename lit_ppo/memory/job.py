@@ -142,10 +142,8 @@ def job_of(config: dict[str, Any], most_positions: int | None = None) -> tuple[J
         on_gpu=on_gpu,
         critic_frozen="LeastSquaresCritic" in names,
     )
-    if "CounterfactualActions" in names:
-        notes.append("the other tokens of CounterfactualActions are not counted")
-    if "AdvantageRegression" in names:
-        notes.append("the other tokens and earlier responses of AdvantageRegression are not counted")
+    for name in sorted(names & {"AdvantageRegression", "CounterfactualActions"}):
+        notes.append(f"the other tokens of {name} are not counted")
     return job, notes
 
 

@@ -142,11 +142,12 @@ def waits_of_steps(folder: Path, tricks: list[Any], **arguments: Any) -> list[li
 
 
 class Again(callbacks.AdvantageRegression):
-    """Its earlier responses are those of the update itself."""
+    """Its earlier responses are those of the update itself, kept in host memory."""
 
     def on_advantages(self, trainer: L.Trainer, pl_module: Any, experience: Any) -> None:
         super().on_advantages(trainer, pl_module, experience)
         self._buffer.add(experience)
+        assert not any(isinstance(x, OnDevice) for x in tree_leaves(list(self._buffer._kept)))
 
 
 def main() -> None:
