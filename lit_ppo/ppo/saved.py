@@ -1,6 +1,6 @@
 """What checkpoints of LitPPO hold, and its export in Hugging Face format."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from lit_ppo.parallel.files import write_checksums
 from lit_ppo.parallel.full_state import full_weights
 from lit_ppo.parallel.ranks import rank
 from lit_ppo.ppo.settings import ModelSettings, check_moving_reference
-from lit_ppo.rewards import RewardFunction
+from lit_ppo.rewards import described
 
 FROZEN = ("rewards.", "eval_rewards.")
 
@@ -225,16 +225,3 @@ def card(module: Any) -> Card:
         "base_model": hub_name(settings.actor),
         "rows": {name: text for name, text in rows.items() if text},
     }
-
-
-def described(source: Any) -> str:
-    """A score source in words."""
-    if source is None:
-        return "scores given by the training script"
-    parts: Mapping[str, Any] = getattr(source, "sources", {})
-    if parts:
-        return ", ".join(f"{name}: {source.weights[name]:g} x {described(part)}" for name, part in parts.items())
-    plain = isinstance(source, torch.nn.Module) and type(source).__str__ is torch.nn.Module.__str__
-    if plain or not isinstance(source, torch.nn.Module | RewardFunction):
-        return f"`{getattr(source, '__qualname__', type(source).__qualname__)}`"
-    return f"`{source}`"

@@ -25,6 +25,7 @@ __all__ = [
     "WeightedSource",
     "as_source",
     "check_columns",
+    "described",
     "eval_sources",
     "place_reward_models",
     "reward_models",
@@ -159,6 +160,19 @@ def check_columns(columns: Iterable[str], source: Any) -> None:
     for part in (source, *getattr(source, "sources", {}).values()):
         if isinstance(part, RewardFunction):
             part.check_columns(columns)
+
+
+def described(source: Any) -> str:
+    """A score source in words."""
+    if source is None:
+        return "scores given by the training script"
+    parts: Mapping[str, Any] = getattr(source, "sources", {})
+    if parts:
+        return ", ".join(f"{name}: {source.weights[name]:g} x {described(part)}" for name, part in parts.items())
+    plain = isinstance(source, nn.Module) and type(source).__str__ is nn.Module.__str__
+    if plain or not isinstance(source, nn.Module | RewardFunction):
+        return f"`{getattr(source, '__qualname__', type(source).__qualname__)}`"
+    return f"`{source}`"
 
 
 def eval_sources(owner: object, rewards: Any, eval_rewards: Any) -> WeightedRewards:

@@ -10,10 +10,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lit_ppo.constructor import constructor
 from lit_ppo.device import exact_products
+from lit_ppo.models.card import Card
 from lit_ppo.models.compute import score_in_float32, token_scores
 from lit_ppo.models.family import check_causal
 from lit_ppo.optim.precision import MatmulPrecision
-from lit_ppo.rewards import Rewards, ScoreSource, as_source, check_columns
+from lit_ppo.rewards import Rewards, ScoreSource, as_source, check_columns, described
 from lit_ppo.shown import message_of
 from lit_ppo.supervised.base import SupervisedModule
 from lit_ppo.supervised.source import ModelSource
@@ -156,6 +157,11 @@ class LitCritic(SupervisedModule):
     def on_train_epoch_end(self) -> None:
         if self._idle:
             self._refuse_length("training")
+
+    def card(self) -> Card:
+        card = super().card()
+        read = f"{described(self.rewards)}, of the last {self.response_tokens} tokens"
+        return {**card, "rows": {**card["rows"], "reward": read}}
 
     def _refuse_length(self, kind: str) -> None:
         problem = f"no {kind} text is longer, which leaves no prompt; lower it, or raise the data's max_length"

@@ -230,6 +230,15 @@ def test_checkpoints_hold_the_critic_alone_and_resume(tiny_reward: Path, folder:
     assert any(not value.equal(half.state_dict()[name]) for name, value in module.state_dict().items())
 
 
+def test_the_model_card_names_the_reward(tiny_reward: Path, tmp_path: Path) -> None:
+    """A critic is of no use without it."""
+    module = built(tiny_reward, rewards={"good": {"source": count_good, "weight": 2.0}, "length": lengths})
+    module.save_pretrained(tmp_path / "model")
+    card = (tmp_path / "model/README.md").read_text()
+    good, length = "good: 2 x `RewardFunction(count_good)`", "length: 1 x `RewardFunction(lengths)`"
+    assert f"| reward | {good}, {length}, of the last 3 tokens |" in card
+
+
 def test_an_export_may_not_replace_the_reward_model(tiny_reward: Path, tmp_path: Path) -> None:
     module = critic(tmp_path, rewards={"good": count_good, "model": RewardModel(str(tiny_reward))})
     assert set(folders_of(module).values()) == {str(tmp_path), str(tiny_reward)}
