@@ -78,7 +78,9 @@ def train(asked: argparse.Namespace, seed: int) -> dict[str, Any]:
         output, spec = Path(folder) / "actor", Path(folder) / "spec.json"
         batches = prompts_of(prompts, actor, asked.updates, seed, BATCH)
         own = {name: getattr(asked, name) for name in ("rate", "schedule", "kl_coef", "lam", "aggregation")}
-        paths = {"actor": actor, "reward": str(models / "reward" / "model"), "output": str(output)}
+        starts = {"reward": "reward", "critic": asked.critic}
+        paths = {name: str(models / stage / "model") for name, stage in starts.items()}
+        paths |= {"actor": actor, "output": str(output)}
         sizes = {"minibatch": MINIBATCH, "tokens": asked.max_new_tokens}
         spec.write_text(json.dumps({**own, **paths, **sizes, "batches": batches, "seed": seed}))
         command = [str(asked.python), "-m", "benchmarks.learning.trl_worker", str(spec)]
@@ -123,6 +125,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--schedule", default="constant")
     parser.add_argument("--kl_coef", type=float, default=0.1)
     parser.add_argument("--lam", type=float, default=0.95)
+    parser.add_argument("--critic", choices=["reward", "critic"], default="reward", help="Where it starts: a stage.")
     parser.add_argument("--aggregation", choices=RESULTS, default="mean", help="Of the reward model.")
     parser.add_argument("--updates", type=int, default=32)
     parser.add_argument("--max_new_tokens", type=int, default=24)
@@ -147,6 +150,8 @@ def main(words: list[str] | None = None) -> None:
         if any(run["seed"] == seed for run in found["runs"]):
             continue
         told = f"TRL, rate {asked.rate:g}, kl_coef {asked.kl_coef:g}, lam {asked.lam:g}, {asked.schedule}"
+        if asked.critic != "reward":
+            told += f", {asked.critic} as value model"
         facts = {"seed": seed, "commit": commit(), "updates": asked.updates, "arguments": told}
         found["runs"].append(facts | {"points": [train(asked, seed)]})
         file.write_text(json.dumps(found, indent=1) + "\n")

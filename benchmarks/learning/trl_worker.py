@@ -64,11 +64,11 @@ def make_config(spec: dict[str, Any]) -> PPOConfig:
 
 
 def make_trainer(spec: dict[str, Any], times: Times) -> PPOTrainer:
-    """PPOTrainer with the spec's models; the critic starts as the reward model."""
-    actor, reward = Path(spec["actor"]), Path(spec["reward"])
+    """PPOTrainer with the spec's models."""
+    actor, classifying = Path(spec["actor"]), (Path(spec["reward"]), Path(spec["critic"]))
     tokenizer = AutoTokenizer.from_pretrained(actor, padding_side="left")
     lms = [AutoModelForCausalLM.from_pretrained(actor, dtype=torch.float32) for _ in range(2)]
-    classifiers = [AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float32) for _ in range(2)]
+    classifiers = [AutoModelForSequenceClassification.from_pretrained(x, dtype=torch.float32) for x in classifying]
     if spec["aggregation"] == "mean":
         classifiers[0].score = MeanOverResponse(classifiers[0].score)
     dataset = Dataset.from_dict({"input_ids": [ids for batch in spec["batches"] for ids in batch]})
