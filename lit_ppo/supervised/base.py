@@ -35,7 +35,7 @@ from lit_ppo.parallel.entries import check_complete, check_resumable, check_weig
 from lit_ppo.parallel.files import write_checksums
 from lit_ppo.parallel.full_state import full_weights
 from lit_ppo.parallel.loops import use_exact_loops
-from lit_ppo.parallel.ranks import rank
+from lit_ppo.parallel.ranks import n_ranks, rank
 from lit_ppo.parallel.sharding import build, check_placed, shard
 from lit_ppo.parallel.trainer import check_trainer
 from lit_ppo.supervised.source import ModelSource
@@ -171,6 +171,23 @@ class SupervisedModule(L.LightningModule):
         found = torch.cat([read(rows, width) for rows, width in groups])
         order = torch.cat([torch.arange(len(attention_mask))[rows] for rows, _ in groups]).argsort()
         return found[order.to(found.device)]
+
+    def mean_over_ranks(self, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a training step whose entries, such as tokens, count alike on all ranks. Collective.
+
+        Args:
+            total: Sum over this rank's entries.
+            count: How many they are; 0 on a rank without any.
+
+        Returns:
+            What to back-propagate: ranks average its gradients, and get those of the mean over all entries. And that
+            mean, equal on all ranks.
+        """
+        sums = torch.stack([total.detach(), count.to(total)])
+        if n_ranks() > 1:
+            sums = self.all_gather(sums).sum(0)  # type: ignore[union-attr]
+        n = sums[1].clamp(min=1)
+        return total * n_ranks() / n, sums[0] / n
 
     def trained_stop(self) -> int | None:
         """A stop token that training taught and that neither tokenizer nor generation config need to name."""

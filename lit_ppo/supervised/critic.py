@@ -133,24 +133,31 @@ class LitCritic(SupervisedModule):
 
         return self.read_rows(attention_mask, read)
 
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Mean squared error over the places of the texts that count, and these texts' scores."""
+    def squared_errors(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Sum of squared errors over the places of the texts that count, and these texts' scores."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
         lengths = mask.sum(1).tolist()
         counted = [row for row, length in enumerate(lengths) if length > self.response_tokens]
         scores = self.text_reward(self.tokenizer, [ids[row, : lengths[row]].tolist() for row in counted], self.device)
         errors = self.values(ids, mask)[counted] - scores[:, None]
-        return errors.square().sum() / max(1, errors.numel()), scores
+        return errors.square().sum(), scores
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean squared error over the places of the texts that count, and these texts' scores."""
+        total, scores = self.squared_errors(batch)
+        return total / max(1, len(scores) * self.response_tokens), scores
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss, scores = self.loss(batch)
+        total, scores = self.squared_errors(batch)
+        places = len(scores) * self.response_tokens
+        loss, mean = self.mean_over_ranks(total, torch.tensor(places))
         if self._idle is not None:  # all ranks decide alike
             counts: Any = self.all_gather(torch.tensor(len(scores), device=self.device))
             self._idle = None if counts.sum() else self._idle + 1
             if self._idle == BATCHES_TRIED:
                 self._refuse_length("training")
-        explained = explained_variance(loss.detach(), scores)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        explained = explained_variance(total.detach() / max(1, places), scores)
+        self.log("train/loss", mean, prog_bar=True, batch_size=len(batch["input_ids"]))
         self.log("train/explained_variance", explained, batch_size=len(batch["input_ids"]))
         return loss
 

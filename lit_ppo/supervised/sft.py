@@ -24,7 +24,8 @@ IGNORED = -100
 class LitSFT(SupervisedModule):
     """Trains a causal LM to predict the next token (supervised fine-tuning, or pre-training from scratch).
 
-    Gradient clipping and accumulation are the Trainer's: ``gradient_clip_val``, ``accumulate_grad_batches``.
+    Gradient clipping and accumulation are the Trainer's: ``gradient_clip_val``, ``accumulate_grad_batches``. All tokens
+    of a batch count alike, on however many ranks; accumulated batches do, whatever number of tokens they have.
 
     Args:
         model: Folder or hub name of a checkpoint, or the settings of a new model, such as
@@ -106,9 +107,8 @@ class LitSFT(SupervisedModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if self._counted < BATCHES_COUNTED:
             self._count_ends(batch["labels"])
-        total, tokens = self.token_losses(batch)
-        loss = total / tokens.clamp(min=1)  # texts of one token have no target
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        loss, mean = self.mean_over_ranks(*self.token_losses(batch))  # texts of one token have no target
+        self.log("train/loss", mean, prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

@@ -16,7 +16,7 @@ from lit_ppo.parallel.ranks import n_ranks
 from lit_ppo.run.target import folders_of
 from tests.helpers.ranks import on_ranks
 from tests.helpers.rewards import lengths
-from tests.helpers.supervised import HOW_TESTS_USE_LIGHTNING, fit, loader, make_trainer, pad
+from tests.helpers.supervised import HOW_TESTS_USE_LIGHTNING, fit, loader, make_trainer, pad, weights
 from tests.helpers.tiny import WORDS, make_causal_lm, make_reward_model, make_tokenizer, write_rows
 from tests.helpers.toys import count_good
 
@@ -282,3 +282,23 @@ def test_strategies_agree(tiny_reward: Path, folder: Path) -> None:
     assert fsdp2 == pytest.approx(ddp, rel=1e-2, abs=1e-3)
     keys = [torch.load(folder / f"{s}.ckpt", weights_only=True)["state_dict"].keys() for s in ("ddp", "fsdp2")]
     assert keys[0] == keys[1]
+
+
+def train_on(n: int, folder: Path, lm: Path) -> None:
+    data = TextDataModule(str(folder / "four.jsonl"), batch_size=4 // n)
+    module = critic(lm, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    trainer = make_trainer(folder, devices=n, strategy="ddp" if n > 1 else "auto")
+    trainer.fit(module, data)
+    found = {"loss": trainer.callback_metrics["train/loss"], "weights": weights(module)}
+    torch.save(found, folder / f"{n}-{trainer.global_rank}.pt")
+
+
+def test_two_ranks_train_as_one(tmp_path: Path) -> None:
+    """One step on four texts; one is too short to count, so one rank has two that do and the other one."""
+    make_reward_model(tmp_path / "start", "llama", initializer_range=0.3)
+    write_rows(tmp_path / "four.jsonl", [{"text": " ".join(WORDS[:n])} for n in (1, 5, 6, 9)])
+    train_on(1, tmp_path, tmp_path / "start")
+    on_ranks(2, train_on, 2, tmp_path, tmp_path / "start", folder=tmp_path / "ranks")
+    one = torch.load(tmp_path / "1-0.pt")
+    for rank in (0, 1):
+        torch.testing.assert_close(torch.load(tmp_path / f"2-{rank}.pt"), one, rtol=1e-5, atol=1e-6)

@@ -115,6 +115,27 @@ def test_two_ranks_validate_as_one(sharp_lm: Path, tmp_path: Path) -> None:
     assert two == pytest.approx(one, rel=1e-5)
 
 
+def train_on(n_ranks: int, model: Path, rows: Path) -> None:
+    data = TextDataModule(str(rows), batch_size=2 // n_ranks)
+    trainer = make_trainer(rows.parent, devices=n_ranks, strategy="ddp" if n_ranks > 1 else "auto")
+    module = LitSFT(str(model), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    trainer.fit(module, data)
+    found = {"loss": trainer.callback_metrics["train/loss"], "weights": weights(module)}
+    torch.save(found, rows.with_name(f"{n_ranks}-{trainer.global_rank}.pt"))
+
+
+def test_two_ranks_train_as_one(tmp_path: Path) -> None:
+    """One step on two texts, of 2 and 9 tokens: the mean of the ranks' means would be another loss."""
+    model = make_causal_lm(tmp_path / "lm", "llama", scale=10.0)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": " ".join(WORDS[:n])}) for n in (2, 9)))
+    train_on(1, model, rows)
+    on_ranks(2, train_on, 2, model, rows, folder=tmp_path / "ranks")
+    one = torch.load(tmp_path / "1-0.pt")
+    for rank in (0, 1):
+        torch.testing.assert_close(torch.load(tmp_path / f"2-{rank}.pt"), one, rtol=1e-5, atol=1e-6)
+
+
 def test_a_batch_without_targets_costs_nothing(sharp_lm: Path, tmp_path: Path) -> None:
     module = LitSFT(str(sharp_lm))
     trainer = fit(module, [text_batch([[3], [4]])], tmp_path)
