@@ -1,7 +1,7 @@
 """Train the models of the film-review task once: ``python -m benchmarks.learning.checkpoints FOLDER --data_root DIR``.
 
 Runs the stages of ``configs/sentiment`` in ``FOLDER``, shorter than these configurations say. Stages whose model is
-there are skipped.
+there are skipped. The critic's is for responses of ``--max_new_tokens``.
 """
 
 import argparse
@@ -10,14 +10,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.learning.task import ROOT
+from benchmarks.learning.task import NEW_TOKENS, ROOT
 
 STAGES = {
     "sft": ["--trainer.max_steps", "1050"],
     "reward": ["--trainer.max_steps", "400"],
     "judge": [],
-    "critic": [],
 }
+PROMPT, TOKENS = 8, 2048  # of a piece of text, of a batch, for the critic
+
+
+def for_critic(max_new_tokens: int) -> list[str]:
+    """The sizes of the critic's stage, as arguments: as many tokens a batch for each length."""
+    length = PROMPT + max_new_tokens
+    sizes = {"model.response_tokens": max_new_tokens, "data.max_length": length, "data.batch_size": TOKENS // length}
+    return [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
 
 
 def main() -> None:
@@ -25,10 +32,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.learning.checkpoints", description=__doc__)
     parser.add_argument("folder", type=Path, help="Where the models go.")
     parser.add_argument("--data_root", type=Path, required=True, help="Folder of the film reviews.")
+    parser.add_argument("--max_new_tokens", type=int, default=NEW_TOKENS)
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    for stage, sizes in STAGES.items():
+    for stage, sizes in (*STAGES.items(), ("critic", for_critic(asked.max_new_tokens))):
         if (asked.folder / "runs" / "sentiment" / stage / "model").is_dir():
             continue
         data = ["--data_root", str(asked.data_root.resolve())]
