@@ -53,7 +53,7 @@ class AdvantageRegression(PPOCallback):
 
     Reads ``experience.values``, ``kl``, ``rewards`` and what ``pl_module.n_actions``, which it sets, leaves in
     ``extras``. Writes ``losses["policy"]``. Needs a critic, a reference, ``kl_estimator="k1"`` and ``kl_coef`` above 0.
-    Source: this project, measured in ``docs/explanation/other_models.md``; Gao et al. 2024, arXiv:2404.16767
+    Source: this project, measured in ``docs/explanation/regression.md``; Gao et al. 2024, arXiv:2404.16767
     (log-ratios regressed on relative rewards, there of full responses).
     """
 

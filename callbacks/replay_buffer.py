@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_ppo.functional import join_rows, select_rows, to_device
+from lit_ppo.functional import join_rows, select_rows
 
 
 class ReplayBuffer:
@@ -45,8 +45,7 @@ class ReplayBuffer:
         for kept, size, start in zip(self._kept, sizes, np.cumsum([0, *sizes]).tolist(), strict=False):
             listed = [int(row) - start for row in drawn if start <= row < start + size]
             if listed:
-                rows = select_rows(kept, torch.tensor(listed), listed, size)
-                _join(minibatch, _on_device(rows, minibatch.response_mask.device))
+                _join(minibatch, select_rows(kept, torch.tensor(listed), listed, size))
         if hasattr(minibatch, "weigh"):
             minibatch.weigh()
 
@@ -102,12 +101,6 @@ def _on_host(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _on_host(entry) for name, entry in value.items()}
     return value.cpu() if isinstance(value, Tensor) else value
-
-
-def _on_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, dict):
-        return {name: _on_device(entry, device) for name, entry in value.items()}
-    return to_device(value, device) if isinstance(value, Tensor) else value
 
 
 def _packed(value: Any) -> Any:

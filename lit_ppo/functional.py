@@ -1403,7 +1403,7 @@ def join_rows(value: Any, more: Any, *, left_padded: bool = False) -> Any:
             [3, 0]]), 'text': ['a', 'b']}
     """
     if isinstance(value, Tensor):
-        more = more.to(value.device)
+        more = to_device(more, value.device)
         if value.ndim > 1:
             width = max(value.shape[1], more.shape[1])
             value, more = (_widened(x, width - x.shape[1], left_padded) for x in (value, more))

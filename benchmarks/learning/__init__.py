@@ -2,7 +2,7 @@
 
 In this order, from the repository's root; ``FOLDER`` holds checkpoints and samples, outside of git::
 
-    python -m benchmarks.learning.checkpoints FOLDER --data_root DIR   # SFT, reward model, judge
+    python -m benchmarks.learning.checkpoints FOLDER --data_root DIR   # SFT, reward model, judge, critic
     python -m benchmarks.learning.limit FOLDER --data_root DIR         # what any policy could gain
     python -m benchmarks.learning.reading FOLDER --data_root DIR       # what the score depends on
     python -m benchmarks.learning.run FOLDER --data_root DIR --name lam05 --seeds 0 1 2 --model.advantages.lam 0.5

@@ -125,7 +125,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--schedule", default="constant")
     parser.add_argument("--kl_coef", type=float, default=0.1)
     parser.add_argument("--lam", type=float, default=0.95)
-    parser.add_argument("--critic", choices=["reward", "critic"], default="reward", help="Where it starts: a stage.")
+    parser.add_argument(
+        "--critic", choices=["reward", "critic"], default="reward", help="The stage that the value model starts from."
+    )
     parser.add_argument("--aggregation", choices=RESULTS, default="mean", help="Of the reward model.")
     parser.add_argument("--updates", type=int, default=32)
     parser.add_argument("--max_new_tokens", type=int, default=24)

@@ -29,6 +29,7 @@ class Job:
         offload_frozen: FSDP2 keeps the shards of frozen models in CPU memory.
         on_gpu: The devices are GPUs.
         critic_frozen: The critic is not trained (``LeastSquaresCritic``).
+        replay: Earlier responses for each new one in an optimizer step (``AdvantageRegression``).
     """
 
     batch_size: int
@@ -41,6 +42,7 @@ class Job:
     offload_frozen: bool = False
     on_gpu: bool = False
     critic_frozen: bool = False
+    replay: int = 0
 
     @property
     def n_shards(self) -> int:
@@ -74,7 +76,7 @@ class MicroBatch:
         new = int(module.model_settings.generation["max_new_tokens"])
         length = job.prompt_tokens + new
         size, tokens = module.limits["micro_batch_size"], module.limits["micro_batch_tokens"]
-        minibatch = min(module.minibatch_size, job.batch_size * module.samples_per_prompt)
+        minibatch = min(module.minibatch_size, job.batch_size * module.samples_per_prompt) * (1 + job.replay)
         share = -(-minibatch // job.n_processes)
         most = share if size is None else size
         rows = max(1, min(share, most if tokens is None else tokens // length))
@@ -129,7 +131,8 @@ def job_of(config: dict[str, Any], most_positions: int | None = None) -> tuple[J
     strategy, options = _strategy(trainer.get("strategy"), n_processes)
     callbacks = trainer.get("callbacks") or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-    names = {str(callback.get("class_path")).rpartition(".")[2] for callback in callbacks}
+    given = {str(one.get("class_path")).rpartition(".")[2]: one.get("init_args") or {} for one in callbacks}
+    regression = given.get("AdvantageRegression")
     job = Job(
         batch_size=batch_size,
         prompt_tokens=int(prompt),
@@ -140,10 +143,13 @@ def job_of(config: dict[str, Any], most_positions: int | None = None) -> tuple[J
         every_micro_batch=bool(options.get("sync_every_micro_batch")),
         offload_frozen=bool(options.get("offload_frozen")),
         on_gpu=on_gpu,
-        critic_frozen="LeastSquaresCritic" in names,
+        critic_frozen="LeastSquaresCritic" in given,
+        replay=0 if regression is None else int(regression.get("replay", 3)),
     )
-    for name in sorted(names & {"AdvantageRegression", "CounterfactualActions"}):
+    for name in sorted({"AdvantageRegression", "CounterfactualActions"} & given.keys()):
         notes.append(f"the other tokens of {name} are not counted")
+    if job.replay:
+        notes.append("the earlier responses of AdvantageRegression, in host memory, are not counted")
     return job, notes
 
 

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -151,6 +151,12 @@ def _make_critic(settings: ModelSettings, rewards: Any) -> Critic:
             )
         path, label = rewards.path, int(rewards.label_index)
     critic = load_critic(f"{settings.owner}(critic", path, settings.model_kwargs, label)
+    trained, most = getattr(critic.backbone.config, "response_tokens", None), settings.generation["max_new_tokens"]
+    if trained not in (None, most):
+        rank_zero_warn(
+            f"{settings.owner}(critic={path!r}): LitCritic trained it for responses of {trained} tokens, but "
+            f"max_new_tokens is {most}, so its values are those of another length; train it with response_tokens={most}"
+        )
     _make_trainable(settings, "critic", path, critic.backbone, settings.critic_lora)
     return critic
 

@@ -180,8 +180,8 @@ class SupervisedModule(L.LightningModule):
             count: How many they are; 0 on a rank without any.
 
         Returns:
-            What to back-propagate: ranks average its gradients, and get those of the mean over all entries. And that
-            mean, equal on all ranks.
+            The loss to back-propagate: averaged over ranks, its gradients are those of the mean over all entries. And
+            that mean, which is equal on all ranks.
         """
         sums = torch.stack([total.detach(), count.to(total)])
         if n_ranks() > 1:

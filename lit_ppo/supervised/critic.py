@@ -49,9 +49,10 @@ class LitCritic(SupervisedModule):
         float32_matmul_precision: ``"highest"``, ``"high"`` (TF32) or ``"medium"``. None: on CUDA ``"high"``.
 
     Reads batches of ``input_ids`` and ``attention_mask``, padded on the right. Logs ``train/loss`` and ``val/loss``;
-    ``train/explained_variance`` and ``val/explained_variance``: 1 minus the loss over the variance of the scores, of a
-    batch and of all validation texts.
-    Source: this project, measured in docs/explanation/other_models.md; Yuan et al. 2025, arXiv:2503.01491 (value
+    ``train/explained_variance`` and ``val/explained_variance``: 1 minus the loss over the variance of the scores, of
+    the first rank's batch and of all validation texts. The exported config has ``response_tokens``; ``LitPPO`` warns if
+    its responses have another length.
+    Source: this project, measured in docs/explanation/regression.md; Yuan et al. 2025, arXiv:2503.01491 (value
     pretraining).
 
     Raises:
@@ -106,6 +107,7 @@ class LitCritic(SupervisedModule):
                 problem = f"{type(model).__name__} does not score every token; give a model whose head does"
                 refuse(self, "model", self.source.model, problem)
         model.train()
+        model.config.response_tokens = self.response_tokens
         return model  # type: ignore[no-any-return]
 
     def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -150,7 +152,7 @@ class LitCritic(SupervisedModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         total, scores = self.squared_errors(batch)
         places = len(scores) * self.response_tokens
-        loss, mean = self.mean_over_ranks(total, torch.tensor(places))
+        loss, mean = self.mean_over_ranks(total, total.new_full((), places))
         if self._idle is not None:  # all ranks decide alike
             counts: Any = self.all_gather(torch.tensor(len(scores), device=self.device))
             self._idle = None if counts.sum() else self._idle + 1

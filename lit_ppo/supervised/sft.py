@@ -25,7 +25,7 @@ class LitSFT(SupervisedModule):
     """Trains a causal LM to predict the next token (supervised fine-tuning, or pre-training from scratch).
 
     Gradient clipping and accumulation are the Trainer's: ``gradient_clip_val``, ``accumulate_grad_batches``. All tokens
-    of a batch count alike, on however many ranks; accumulated batches do, whatever number of tokens they have.
+    of a batch count alike, on however many ranks. Accumulated batches count alike, too, however many tokens each has.
 
     Args:
         model: Folder or hub name of a checkpoint, or the settings of a new model, such as

@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from lit_ppo.memory.job import Job, job_of
+from lit_ppo.memory.job import Job, MicroBatch, job_of
 from tests.helpers.command import run_command
+from tests.helpers.tiny import make_causal_lm
+from tests.helpers.toys import make_module
 
 
 def configuration(trainer: dict[str, Any], **data: Any) -> dict[str, Any]:
@@ -41,6 +44,18 @@ def test_tricks_that_need_less_or_more_are_seen() -> None:
     assert job.critic_frozen
     assert notes == ["the other tokens of CounterfactualActions are not counted"]
     assert job_of(configuration({**trainer, "callbacks": {"class_path": names[0]}}, batch_size=8))[0].critic_frozen
+
+
+@pytest.mark.parametrize(("given", "replay"), [({}, 3), ({"replay": 1}, 1), ({"replay": 0}, 0)])
+def test_earlier_responses_are_rows_of_a_micro_batch(given: dict[str, Any], replay: int, tmp_path: Path) -> None:
+    """Minibatches of 8: with three earlier responses for each new one, 32 rows in micro-batches of up to 64."""
+    callbacks = [{"class_path": "AdvantageRegression", "init_args": given}]
+    trainer = {"accelerator": "cpu", "devices": 1, "callbacks": callbacks}
+    job, notes = job_of(configuration(trainer, batch_size=16, max_prompt_length=8))
+    module = make_module(make_causal_lm(tmp_path), minibatch_size=8, micro_batch_size=64)
+    assert MicroBatch.of(module, job).rows == 8 * (1 + replay)
+    said = "the earlier responses of AdvantageRegression, in host memory, are not counted"
+    assert (said in notes) == (replay > 0)
 
 
 def test_the_quickstart_is_counted_before_its_stages_have_run(tmp_path: Path) -> None:

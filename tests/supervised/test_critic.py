@@ -100,6 +100,13 @@ def test_values_are_those_of_ppos_critic_from_the_exported_folder(tmp_path: Path
     assert all(not after[name].equal(before[name]) for name in after)  # head and body
 
 
+def test_a_run_with_responses_of_another_length_is_warned_about(tiny_lm: Path, tiny_reward: Path, folder: Path) -> None:
+    built(tiny_reward).save_pretrained(folder / "model")
+    ppo = LitPPO(str(tiny_lm), critic=str(folder / "model"), rewards=count_good, generation={"max_new_tokens": 4})
+    with pytest.warns(UserWarning, match=r"trained it for responses of 3 tokens, but max_new_tokens is 4"):
+        ppo.configure_model()
+
+
 def test_texts_that_are_too_short_do_not_count(tiny_reward: Path) -> None:
     module = built(tiny_reward, rewards=by_first_word)
     loss, scores = module.loss(pad(ROWS, 0))
