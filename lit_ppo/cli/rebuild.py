@@ -29,7 +29,7 @@ UNUSED: dict[type, set[str]] = {
     SupervisedModule: {"optimizer", "scheduler"},
 }  # fmt: skip
 # stand in for arguments that an export has no use for either, but that have no default
-STAND_INS: dict[type, dict[str, Any]] = {LitCritic: {"rewards": "lit_ppo.cli.rebuild.no_rewards"}}
+STAND_INS: dict[type, dict[str, Any]] = {LitCritic: {"rewards": "lit_ppo.cli.rebuild.unknown_reward"}}
 # arguments of from_pretrained with which it runs code
 RUN_CODE = {
     "trust_remote_code", "code_revision", "weights_only", "attn_implementation", "experts_implementation",
@@ -81,7 +81,7 @@ def build(
     return module
 
 
-def no_rewards(responses: Sequence[str]) -> list[float]:
+def unknown_reward(responses: Sequence[str]) -> list[float]:
     """The reward of a critic that is only exported."""
     raise NotImplementedError
 
