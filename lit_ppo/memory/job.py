@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lit_ppo.callbacks.advantage_regression import AdvantageRegression
 from lit_ppo.parallel.sharding import blocks, linear_layers
 
 PROMPT = 512  # tokens of a prompt where the data have no limit
@@ -144,7 +145,7 @@ def job_of(config: dict[str, Any], most_positions: int | None = None) -> tuple[J
         offload_frozen=bool(options.get("offload_frozen")),
         on_gpu=on_gpu,
         critic_frozen="LeastSquaresCritic" in given,
-        replay=0 if regression is None else int(regression.get("replay", 3)),
+        replay=0 if regression is None else AdvantageRegression(**regression).replay,
     )
     for name in sorted({"AdvantageRegression", "CounterfactualActions"} & given.keys()):
         notes.append(f"the other tokens of {name} are not counted")
