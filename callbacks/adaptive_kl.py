@@ -1,5 +1,6 @@
 """Keep the KL to the reference near a target by adapting its coefficient."""
 
+from math import isfinite
 from typing import Any, Literal
 
 import lightning as L
@@ -20,7 +21,7 @@ class AdaptiveKL(PPOCallback):
 
     Args:
         target: Target KL, nats per response (or per token). 6 suits responses of about 24 tokens.
-        horizon: Episodes in which the coefficient can at most change by its own size; larger is slower.
+        horizon: Episodes in which the coefficient changes by at most about a fifth of its size; larger is slower.
         per: Unit of ``target``: per ``"response"``, the sum over its tokens, or per ``"token"``, the mean over all
             response tokens, which does not grow with the length of responses.
         final_target: Target at the end of a linear schedule from ``target``, for example a lower one that pulls the
@@ -86,6 +87,8 @@ class AdaptiveKL(PPOCallback):
             kl = masked_mean(experience.kl, experience.response_mask).item()
         else:
             kl = experience.kl.sum(dim=1).mean().item()  # 0 where masked
+        if not isfinite(kl):
+            return  # the steps of this update were skipped, and no later coefficient would be finite
         self._kl_coef = pl_module.kl_coef = adaptive_kl_coef(
             pl_module.kl_coef, kl, target, self.horizon, n_steps=len(experience.kl)
         )

@@ -22,6 +22,8 @@ from lit_ppo.callbacks.other_tokens import plain_advantages, refuse_tolerance, s
 from lit_ppo.callbacks.reference_update import ReferenceUpdate
 from lit_ppo.callbacks.rejection_sampling import RejectionSampling
 from lit_ppo.callbacks.replay_buffer import ReplayBuffer
+from lit_ppo.callbacks.reward_normalization import RewardNormalization
+from lit_ppo.callbacks.reward_scaling import RewardScaling
 from lit_ppo.callbacks.reward_whitening import RewardWhitening
 from lit_ppo.callbacks.value_clipping import ValueClipping
 from lit_ppo.callbacks.value_normalization import ValueNormalization
@@ -41,7 +43,8 @@ class AdvantageRegression(PPOCallback):
     Costs a forward of the critic over up to ``n`` tokens for each response token, and ``1 + replay`` times the actor's
     forwards and backwards. Keeps tokens and numbers of the last ``memory`` updates in host memory, and saves them.
     ``clip_range`` has no effect. The metrics of a step, such as ``approx_kl``, are of all its responses, earlier ones
-    included. Without ``LeastSquaresCritic`` the critic is trained on the returns of earlier responses, too.
+    included. Without ``LeastSquaresCritic`` the critic is trained on the returns of earlier responses, too. Their
+    advantages have the KL of later tokens with the ``kl_coef`` of their update, which ``AdaptiveKL`` may have changed.
 
     A stop token, and a token behind which no more fit, has no value to go by: it counts only as a response's own. A
     place where no other token counts, such as the last one that fits, teaches nothing.
@@ -91,13 +94,20 @@ class AdvantageRegression(PPOCallback):
             if self.replay and isinstance(callback, KLLoss) and callback.kind != "exact":
                 problem = "AdvantageRegression adds responses that other policies sampled; use 'exact', or replay=0"
                 refuse(callback, "kind", callback.kind, problem)
+            scales = isinstance(callback, (RewardNormalization, RewardScaling))
+            if self.replay and scales and callback.statistics != "given":
+                problem = (
+                    "AdvantageRegression adds earlier responses, with scores in other units; use "
+                    "RewardNormalization(statistics='given'), or replay=0"
+                )
+                refuse(callback, "statistics", callback.statistics, problem)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         require_model(self, pl_module, "critic")
         require_model(self, pl_module, "reference")
         pl_module.n_actions, pl_module.replay = self.n, self.replay
 
-    def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+    def restore(self, pl_module: Any) -> None:
         pl_module.n_actions = pl_module.replay = 0
 
     @torch.no_grad()

@@ -165,6 +165,21 @@ class PPOCallback(L.Callback):
         """The hooks without which the callback does not work; by default all that it overrides."""
         return {hook for hook in HOOKS if getattr(type(self), hook) is not getattr(PPOCallback, hook)}
 
+    def restore(self, pl_module: Any) -> None:
+        """Undo what the callback has set on the module, and forget an unfinished update.
+
+        It is called when a fit has ended or failed, since a later one may be without the callback. It may be called
+        twice, or before the callback has set anything.
+        """
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Restore the module."""
+        self.restore(pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Restore the module, since Lightning then calls no ``teardown``."""
+        self.restore(pl_module)
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -16,7 +16,7 @@ from lit_ppo.callbacks.other_tokens import plain_advantages, refuse_tolerance, s
 from lit_ppo.callbacks.rejection_sampling import RejectionSampling
 from lit_ppo.callbacks.reward_whitening import RewardWhitening
 from lit_ppo.constructor import constructor
-from lit_ppo.functional import affine_map, counterfactual_advantages, policy_loss
+from lit_ppo.functional import affine_map, counterfactual_advantages, policy_loss, whiten
 from lit_ppo.validate import integer, refuse
 
 
@@ -48,24 +48,26 @@ class CounterfactualActions(PPOCallback):
     def __init__(self, n: int = 8) -> None:
         self.n = integer(self, "n", n)
         self._solver: LeastSquaresCritic | None = None  # of values, if there is one
+        self._normalization: AdvantageNormalization | None = None  # of advantages
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         require(self, pl_module, "kl_coef", "clip_range", "n_actions")
         refuse_same_loss(self, trainer, CounterfactualActions, DualClip, RejectionSampling)
         refuse_tolerance(self, pl_module)
         refuse_beside(self, trainer, RewardWhitening, why="other tokens have no whitened rewards")
-        self._solver = solver_of(trainer)
+        self._solver, self._normalization = solver_of(trainer), None
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, AdvantageNormalization):
                 refuse_behind(callback, trainer, CounterfactualActions, why="it sets the scale of other tokens, too")
                 if callback.scope != "batch":
                     refuse(callback, "scope", callback.scope, "CounterfactualActions needs one scale for the batch")
+                self._normalization = callback
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         require_model(self, pl_module, "critic")
         pl_module.n_actions = self.n
 
-    def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+    def restore(self, pl_module: Any) -> None:
         pl_module.n_actions = 0
 
     @torch.no_grad()
@@ -79,9 +81,14 @@ class CounterfactualActions(PPOCallback):
             kl_coef=pl_module.kl_coef, kind=getattr(pl_module, "kl_estimator", "k1"),
             gamma=getattr(estimator, "gamma", 1.0),
         )  # fmt: skip
-        plain = plain_advantages(pl_module, experience)
-        scale, shift = affine_map(plain[mask], experience.advantages[mask])
-        extras["action_advantages"] = (scale * advantages + shift).masked_fill(~extras["action_mask"], 0.0)
+        plain, changed = plain_advantages(pl_module, experience), experience.advantages
+        clip = None if self._normalization is None else self._normalization.clip
+        if self._normalization is not None and clip is not None:
+            changed = whiten(plain, mask, self._normalization.unbiased)  # the scale before clipping
+        scale, shift = affine_map(plain[mask], changed[mask])
+        advantages = scale * advantages + shift
+        advantages = advantages if clip is None else advantages.clamp(-clip, clip)
+        extras["action_advantages"] = advantages.masked_fill(~extras["action_mask"], 0.0)
 
     def on_actor_loss(
         self, trainer: L.Trainer, pl_module: PPOModule, minibatch: MinibatchLike, losses: dict[str, Tensor]

@@ -33,7 +33,7 @@ class CriticWarmup(PPOCallback):
 
     Reads ``metrics["value_loss"]``, ``experience.values``, ``experience.returns``. Writes ``pl_module.actor_frozen``
     before each update until the warm-up is over, and never afterwards; sets ``pl_module.ppo_epochs`` for each update
-    of the warm-up and restores it afterwards.
+    of the warm-up and restores it afterwards. A fit that ends during the warm-up leaves the actor unfrozen.
     Source: Zheng et al. 2023, arXiv:2307.04964, section 5.3 (the critic is trained before the policy).
     """
 
@@ -92,9 +92,18 @@ class CriticWarmup(PPOCallback):
         if self._length is None and self._is_over(experience):
             self._length = self._done
         self._value_losses = []
+        self._restore_epochs(pl_module)
+        self._set_frozen(pl_module)  # already here, since callbacks earlier in the list may read it
+
+    def restore(self, pl_module: Any) -> None:
+        self._value_losses = []
+        self._restore_epochs(pl_module)
+        if self._length is None and hasattr(pl_module, "actor_frozen"):
+            pl_module.actor_frozen = False
+
+    def _restore_epochs(self, pl_module: Any) -> None:
         if self._own_ppo_epochs is not None:
             pl_module.ppo_epochs, self._own_ppo_epochs = self._own_ppo_epochs, None
-        self._set_frozen(pl_module)  # already here, since callbacks earlier in the list may read it
 
     def _set_frozen(self, pl_module: PPOModule) -> None:
         if self._length is None or self._done == self._length:  # later, another callback may set it

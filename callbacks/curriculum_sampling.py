@@ -38,6 +38,7 @@ class CurriculumSampling(PPOCallback):
         self.start = fraction(self, "start", start)
         self._done = 0
         self._easy_first: list[int] = []
+        self._has_set_weights = False  # in this fit
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         refuse_beside(self, trainer, CurriculumSampling, why="both would set the sampling weights")
@@ -53,6 +54,11 @@ class CurriculumSampling(PPOCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._set_weights(trainer)
+
+    def restore(self, pl_module: Any) -> None:
+        if self._has_set_weights:
+            pl_module.trainer.datamodule.set_weights(None)
+        self._has_set_weights = False
 
     def on_update_end(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
         pl_module.log("data/drawable_fraction", self._share())
@@ -71,6 +77,7 @@ class CurriculumSampling(PPOCallback):
             n_drawable = int(len(weights) * self._share() + 1.0 - 1e-6)  # rounded up, except for rounding errors
             weights[self._easy_first[:n_drawable]] = 1.0
         trainer.datamodule.set_weights(weights)
+        self._has_set_weights = True
 
     def state_dict(self) -> dict[str, Any]:
         return {"done": self._done}

@@ -1,5 +1,6 @@
 """Reward the policy for high entropy."""
 
+from math import isfinite
 from typing import Any
 
 import lightning as L
@@ -51,7 +52,7 @@ class EntropyBonus(PPOCallback):
     ) -> None:
         if self.target is not None:
             entropy = metric(self, pl_module, metrics, "entropy")
-            self._entropy = self._entropy if entropy is None else entropy
+            self._entropy = self._entropy if entropy is None or not isfinite(entropy) else entropy
 
     def state_dict(self) -> dict[str, Any]:
         return {"entropy": self._entropy}

@@ -61,6 +61,9 @@ class LearningRateAdaptation(PPOCallback):
                     f"rate in {name} is {float(group['lr'])}; start between them, or change them"
                 )
 
+    def restore(self, pl_module: Any) -> None:
+        self._kls = []
+
     def on_minibatch_end(
         self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike, metrics: dict[str, float]
     ) -> None:

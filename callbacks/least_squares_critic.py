@@ -13,17 +13,25 @@ from lit_ppo.callbacks.base import ExperienceLike, PPOCallback, PPOModule
 from lit_ppo.callbacks.checks import refuse_behind, refuse_beside, require, require_model
 from lit_ppo.callbacks.critic_warmup import CriticWarmup
 from lit_ppo.callbacks.fields import extra, present
+from lit_ppo.callbacks.rejection_sampling import RejectionSampling
 from lit_ppo.callbacks.reward_whitening import RewardWhitening
 from lit_ppo.callbacks.value_clipping import ValueClipping
 from lit_ppo.callbacks.value_normalization import ValueNormalization
 from lit_ppo.constructor import constructor
-from lit_ppo.functional import gae, means_so_far, position_bins, prefix_features, ridge_weights
+from lit_ppo.functional import (
+    gae,
+    longer_prefix_features,
+    means_so_far,
+    position_bins,
+    prefix_features,
+    ridge_weights,
+)
 from lit_ppo.validate import fraction, integer, positive
 
 FOLDS = 4  # a response's values come from the weights of earlier updates and of the other folds
 TOKENS = 16_384  # of which features exist at a time
 NAMES = ("gram", "moments")  # X^T X and X^T y of the regression
-LEAST_DEVIATION = 1e-6  # of a state that never changes
+LEAST_DEVIATION = 1e-6  # below it, a state does not change
 
 
 class LeastSquaresCritic(PPOCallback):
@@ -70,6 +78,7 @@ class LeastSquaresCritic(PPOCallback):
         require(self, pl_module, "critic_frozen", "n_critic_states")
         others = (LeastSquaresCritic, CriticWarmup, ValueClipping, ValueNormalization)
         refuse_beside(self, trainer, *others, why="the critic is not trained, and its values are solved for")
+        refuse_beside(self, trainer, RejectionSampling, why="values solved from the returns of winners are too high")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RewardWhitening):
                 refuse_behind(callback, trainer, LeastSquaresCritic, why="values are solved from the rewards so far")
@@ -78,7 +87,7 @@ class LeastSquaresCritic(PPOCallback):
         require_model(self, pl_module, "critic")
         pl_module.critic_frozen, pl_module.n_critic_states = True, self.n_states
 
-    def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+    def restore(self, pl_module: Any) -> None:
         pl_module.critic_frozen, pl_module.n_critic_states = False, 0
 
     @torch.no_grad()
@@ -151,15 +160,19 @@ class LeastSquaresCritic(PPOCallback):
 
     def _begin(self, states: Tensor, n: int) -> None:
         """Standardise states by the first update's, from then on; make room for longer responses."""
-        self._longest = max(self._longest, n)
+        before, self._longest = self._longest, max(self._longest, n)
         if not self._sums:
-            deviation = states.std(0, correction=0).clamp(min=LEAST_DEVIATION)
+            deviation = states.std(0, correction=0)
+            deviation = torch.where(deviation > LEAST_DEVIATION, deviation, 1.0)
             self._sums = {"mean": states.mean(0).cpu().double(), "deviation": deviation.cpu().double()}
             self._sums |= {"gram": torch.zeros(0, 0).double(), "moments": torch.zeros(0).double()}
         n_features = 2 * states.shape[1] + 4 * (int(position_bins(self._longest)[-1]) + 1)
         more = n_features - len(self._sums["moments"])
-        self._sums["gram"] = pad(self._sums["gram"], (0, more, 0, more))
-        self._sums["moments"] = pad(self._sums["moments"], (0, more))
+        gram, moments = pad(self._sums["gram"], (0, more, 0, more)), pad(self._sums["moments"], (0, more))
+        if self._longest > before:  # features count from the end of the longest response
+            change = longer_prefix_features(n_features, states.shape[1], before, self._longest).double()
+            gram, moments = change @ gram @ change.T, change @ moments
+        self._sums |= {"gram": gram, "moments": moments}
 
     def _sums_of(
         self, features: Iterator[tuple[Tensor, Tensor]], returns: Tensor, mask: Tensor

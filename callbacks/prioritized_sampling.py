@@ -46,6 +46,7 @@ class PrioritizedSampling(PPOCallback):
         self.scale = None if scale is None else ascending(self, "scale", scale)
         self.floor = fraction(self, "floor", floor)
         self._successes = self._responses = torch.zeros(0, dtype=torch.float64)  # per row of the data
+        self._has_set_weights = False  # in this fit
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         why = "both would set the sampling weights"
@@ -57,6 +58,11 @@ class PrioritizedSampling(PPOCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._set_weights(trainer)
+
+    def restore(self, pl_module: Any) -> None:
+        if self._has_set_weights:
+            pl_module.trainer.datamodule.set_weights(None)
+        self._has_set_weights = False
 
     def on_scores(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
         success = self._success(experience.raw_scores).cpu().double()
@@ -77,6 +83,7 @@ class PrioritizedSampling(PPOCallback):
 
     def _set_weights(self, trainer: Any) -> None:
         trainer.datamodule.set_weights(sampling_priorities(self._successes, self._responses, self.floor))
+        self._has_set_weights = True
 
     def state_dict(self) -> dict[str, Any]:
         return {"successes": self._successes.tolist(), "responses": self._responses.tolist()}

@@ -47,7 +47,7 @@ class RejectionSampling(PPOCallback):
         self.k = samples(self, "k", k, at_least=2)
         self.every = integer(self, "every", every)
         self._updates = 0
-        self._rejects = False  # in this update
+        self._rejects = False  # in this rollout, then in the update from it
         self._samples_per_prompt: int | None = None  # the module's value, while it is replaced
 
     def waits_for(self, pl_module: Any) -> set[str]:
@@ -73,10 +73,15 @@ class RejectionSampling(PPOCallback):
             pl_module.samples_per_prompt = self.k
 
     def on_rollout_end(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
+        getattr(experience, "extras", {})["rejects"] = self._rejects  # another rollout may come before its update
+        self.restore(pl_module)
+
+    def restore(self, pl_module: Any) -> None:
         if self._samples_per_prompt is not None:
             pl_module.samples_per_prompt, self._samples_per_prompt = self._samples_per_prompt, None
 
     def on_scores(self, trainer: L.Trainer, pl_module: PPOModule, experience: ExperienceLike) -> None:
+        self._rejects = getattr(experience, "extras", {}).get("rejects", self._rejects)
         if self._rejects:
             mean, best = experience.scores.mean(), best_of_groups(experience.scores, experience.group)
             if len(best) == len(experience.scores):

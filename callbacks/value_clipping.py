@@ -46,5 +46,6 @@ class ValueClipping(PPOCallback):
         values, returns = present(minibatch, "values"), present(minibatch, "returns")
         loss = clipped_value_loss(minibatch.new_values, values, returns, self.clip_range)
         losses["value"] = minibatch.mean(loss)
-        is_clipped = loss > value_loss(minibatch.new_values, returns)
+        has_moved = (minibatch.new_values - values).abs() > self.clip_range  # rounding alone changes losses, too
+        is_clipped = has_moved & (loss > value_loss(minibatch.new_values, returns))
         minibatch.log("value/clip_fraction", is_clipped.to(loss.dtype))

@@ -820,6 +820,30 @@ def prefix_features(
     return torch.cat([states * left, states, placed.flatten(-2)], dim=-1)
 
 
+def longer_prefix_features(n_features: int, n_states: int, longest: int, new_longest: int) -> Tensor:
+    r"""The matrix that turns :func:`prefix_features` of responses of up to L tokens into those of up to L'.
+
+    .. math:: \Big(1 - \frac{t}{L'}\Big) h = \frac{L}{L'} \Big(1 - \frac{t}{L}\Big) h + \Big(1 - \frac{L}{L'}\Big) h
+
+    Args:
+        n_features: For L', with its new bins.
+        n_states: D, hidden states.
+        longest: L.
+        new_longest: L'.
+
+    Shapes:
+        -> (n_features, n_features).
+
+    >>> change = longer_prefix_features(3, n_states=1, longest=4, new_longest=8)  # one state, and another feature
+    >>> change @ torch.tensor([0.5 * 6.0, 6.0, 1.0])  # a state of 6 after 2 tokens of 4, which are 2 of 8
+    tensor([4.5000, 6.0000, 1.0000])
+    """
+    change, states = torch.eye(n_features), torch.arange(n_states)
+    change[states, states] = longest / new_longest
+    change[states, n_states + states] = 1.0 - longest / new_longest
+    return change
+
+
 def counterfactual_advantages(
     values: Tensor,
     values_after: Tensor,

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from lit_ppo.data.chat import Options, Span, check_template, continued, each_chat, render
@@ -52,15 +53,29 @@ def _render(
     """The chat with the response as its last turn, or as the end of it where the assistant has begun it."""
     chat = continued(messages, [{"role": "assistant", "content": response}])
     text = render(tokenizer, chat, where, options, "closed")
-    start = text.rfind(response.strip()) if response.strip() else -1  # templates may strip a turn
-    if start >= 0:
-        return text, (start, start + len(response.strip()))
+    words = response.strip()  # templates may strip a turn
+    other = next(digit for digit in "012" if digit not in (words[:1], words[-1:]))
+    chat_of_other = continued(messages, [{"role": "assistant", "content": other}])
+    first, last = _difference(text, render(tokenizer, chat_of_other, where, options, "closed"))
+    found = text[first:last]
+    if found.strip() == words:
+        first += len(found) - len(found.lstrip()) if words else 0
+        return text, (first, first + len(words))
     prompt = render(tokenizer, messages, where, options, "ask" if len(chat) > len(messages) else "open")
-    if not response.strip() and text.startswith(prompt):
-        return text, (len(prompt), len(prompt))
     # the template changed the response: everything after the prompt counts as the response
     differ = (i for i, (ours, theirs) in enumerate(zip(prompt, text, strict=False)) if ours != theirs)
     return text, (next(differ, min(len(prompt), len(text))), len(text))
+
+
+def _difference(text: str, other: str) -> Span:
+    """Where a text differs from another one, between what both begin and end with."""
+    first = _n_equal(text, other)
+    return first, len(text) - _n_equal(text[first:][::-1], other[first:][::-1])
+
+
+def _n_equal(text: str, other: str) -> int:
+    """How many characters are equal from the start on."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False)))
 
 
 def questions_and_answers(experience: Any) -> list[tuple[str, str]]:

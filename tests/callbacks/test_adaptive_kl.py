@@ -1,9 +1,11 @@
 """AdaptiveKL against coefficients worked by hand."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lit_ppo.callbacks import AdaptiveKL, CriticWarmup
 from tests.helpers.toy import Toy
@@ -74,6 +76,14 @@ def test_resume_before_the_first_update_keeps_the_modules_coefficient():
     module = Toy(kl_coef=0.3)
     trick.on_train_start(None, module)
     assert module.kl_coef == 0.3
+
+
+def test_an_update_that_is_not_finite_leaves_the_coefficient():
+    trick, module = AdaptiveKL(target=1.0, horizon=8), Toy(kl_coef=0.3)
+    experience = SimpleNamespace(kl=torch.tensor([[1.0, float("nan")]]), response_mask=torch.ones(1, 2).bool())
+    trick.on_update_end(None, module, experience)
+    assert module.kl_coef == 0.3
+    assert trick.state_dict() == AdaptiveKL().state_dict()
 
 
 def test_coefficient_of_zero_is_refused():

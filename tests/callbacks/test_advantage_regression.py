@@ -1,5 +1,6 @@
 """AdvantageRegression: the loss by loops, earlier responses in a step, and gradients that do not depend on padding."""
 
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lit_ppo.callbacks import AdvantageRegression, KLLoss, LeastSquaresCritic
+from lit_ppo.callbacks import AdvantageRegression, KLLoss, LeastSquaresCritic, RewardNormalization, RewardScaling
 from lit_ppo.callbacks.replay_buffer import ReplayBuffer
 from lit_ppo.experience import Minibatch
 from tests.helpers.spies import Spy
@@ -180,6 +181,18 @@ def test_a_sampled_kl_in_the_loss_is_refused_beside_earlier_responses(tmp_path: 
         ValueError, match=r"^KLLoss\(kind='k2'\): AdvantageRegression adds responses that other policies"
     ):
         make_trainer(tmp_path, callbacks=[KLLoss(0.1), AdvantageRegression()]).fit(module, make_data(tmp_path))
+
+
+def test_scores_in_changing_units_are_refused_beside_earlier_responses(tmp_path: Path):
+    given = RewardNormalization(statistics="given", mean=0.0, std=2.0)
+    for tricks, message in (
+        ([RewardScaling(), AdvantageRegression()], r"^RewardScaling\(statistics='running'\): AdvantageRegression adds"),
+        ([RewardScaling(), AdvantageRegression(replay=0)], None),
+        ([given, AdvantageRegression()], None),
+    ):
+        module = make_module(make_causal_lm(tmp_path / "lm"), critic="actor")
+        with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, callbacks=tricks, max_steps=1).fit(module, make_data(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ TRICK = {
 }
 
 
-def test_the_loss_is_the_mean_over_the_tokens_that_count():
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_the_loss_is_the_mean_over_the_tokens_that_count(clip: float | None):
     """By loops, on the toy's first step, where ratios are 1: its critic gives another token a the value V + a.
 
     Token 0 ends a response, and behind the last place there is none.
@@ -32,7 +33,7 @@ def test_the_loss_is_the_mean_over_the_tokens_that_count():
     keep = Spy("on_advantages", lambda module, experience: seen.append(experience))
     module = Toy(kl_coef=0.1)
     before = {m: (m.weight.detach().clone(), m.bias.detach().clone()) for m in (module.actor, module.reference)}
-    run_updates([AdvantageNormalization(), CounterfactualActions(2), keep], module=module)
+    run_updates([AdvantageNormalization(clip=clip), CounterfactualActions(2), keep], module=module)
     (experience,) = seen
     mask, ids = experience.response_mask, torch.randint(
         TOKENS, (*experience.response_mask.shape, 2), generator=torch.Generator().manual_seed(0)
@@ -46,7 +47,8 @@ def test_the_loss_is_the_mean_over_the_tokens_that_count():
             for a in ids[i, t].tolist():
                 if a > 0 and t < mask.shape[1] - 1:
                     one = a - 0.1 * (policy[i, t, a] - reference[i, t, a]).item()
-                    advantages.append((one - plain.mean().item()) / plain.std().item())
+                    normalised = (one - plain.mean().item()) / plain.std().item()
+                    advantages.append(normalised if clip is None else min(max(normalised, -clip), clip))
             total -= sum(advantages) / len(advantages) / n_tokens
     assert module.losses[0]["policy"] == pytest.approx(total, rel=1e-4)
 

@@ -1,6 +1,7 @@
 """CriticWarmup: N freezes exactly N; a level that is reached ends it sooner; passes are put back."""
 
 import itertools
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,24 @@ def test_two_updates_of_one_rollout_count_as_two_and_both_have_more_passes():
     assert moves(module, START) == [False, False, False, True]
     assert len(module.steps) == 3 * 6 + 2
     assert module.ppo_epochs == 1
+
+
+def test_a_fit_that_ends_or_fails_meanwhile_leaves_nothing_set():
+    """A second one without the callback trains the actor, with the module's own passes."""
+
+    def fail(module: Toy, experience: Any) -> None:
+        raise RuntimeError("no more")
+
+    for spies in ([], [Spy("on_rewards", fail)]):
+        module, tricks = Toy(), [CriticWarmup(5, ppo_epochs=3), *spies]
+        with pytest.raises(RuntimeError, match="no more") if spies else nullcontext():
+            run_updates(tricks, 2, module=module)
+        assert not any(moves(module, START))
+        module.updates.zero_()
+        n_steps = len(module.steps)
+        run_updates([], 1, module=module)
+        assert moves(module, START)[-1]
+        assert len(module.steps) - n_steps == 2
 
 
 def test_leaves_the_switch_alone_afterwards():

@@ -1,6 +1,7 @@
 """CurriculumSampling against rows counted by hand."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,13 +10,13 @@ import numpy as np
 import pytest
 
 from lit_ppo import PromptDataModule
-from lit_ppo.callbacks import CurriculumSampling
+from lit_ppo.callbacks import CurriculumSampling, PrioritizedSampling
 from tests.helpers.draws import draws
 from tests.helpers.spies import Spy
 from tests.helpers.tiny import WORDS
 from tests.helpers.toy import Toy
 from tests.helpers.toy_data import ToyData
-from tests.helpers.toy_runs import run_updates
+from tests.helpers.toy_runs import run_updates, trainer_of
 from tests.helpers.toys import logged, make_module, make_trainer
 from tests.helpers.trick import Trick
 
@@ -73,6 +74,18 @@ def test_a_share_is_rounded_up_to_rows(start: float, updates: int, sizes: list[i
 )
 def test_weights_of_the_easier_half(levels: list[Any], weights: list[float]):
     assert set_up(levels)[1].datamodule.weights.tolist() == weights
+
+
+@pytest.mark.parametrize(
+    "trick", [CurriculumSampling("level", updates=9, start=0.5), PrioritizedSampling(threshold=5.0)]
+)
+def test_a_later_fit_without_the_callback_draws_every_row(trick: Any):
+    for fails in (False, True):
+        data, spies = ToyData(8), [Spy("on_update_end", lambda module, experience: 1 / 0)] if fails else []
+        with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+            trainer_of([trick, *spies], 2).fit(Toy(), datamodule=data)
+        assert trick._has_set_weights is False
+        assert data.weights is None
 
 
 def test_weights_that_are_set_after_the_curriculum_stay():

@@ -39,6 +39,7 @@ def test_off_above_the_target_by_the_entropy_of_the_step_before(entropy: float, 
     trick.on_minibatch_end(None, None, None, {"entropy": entropy})
     frozen = SimpleNamespace(actor_frozen=True)
     trick.on_minibatch_end(None, frozen, None, {"value_loss": 1.0})  # of a step without the actor, which says nothing
+    trick.on_minibatch_end(None, None, None, {"entropy": float("nan")})  # of a step that is skipped
     losses: dict[str, torch.Tensor] = {}
     micro = make_micro_batch(torch.ones(1, 3, dtype=torch.bool), new_entropy=torch.zeros(1, 3))
     trick.on_actor_loss(None, None, micro, losses)

@@ -49,14 +49,13 @@ def by_definition(experiences: list[Any], raw: list[np.ndarray], ridge: float, d
     rows, targets, weights, owners = [], [], [], []
     for age, (experience, values) in enumerate(zip(reversed(experiences), reversed(raw), strict=True)):
         lengths = experience.response_mask.sum(1).tolist()
-        longest = max(widths[: len(widths) - age])
         for i, length in enumerate(lengths):
             for t in range(length):
                 x = np.zeros((n_bins, 4))
                 so_far = values[i, 1 : t + 1]
                 x[t] = [1.0, values[i, t], so_far.mean() if t else 0.0, values[i, 0]]
                 h = (experience.features[i, t].numpy() - mean) / deviation
-                rows.append(np.concatenate([x.ravel(), (1 - t / longest) * h, h]))
+                rows.append(np.concatenate([x.ravel(), (1 - t / n_bins) * h, h]))
                 targets.append(experience.rewards[i, t:length].sum().item())
                 weights.append(decay**age)
                 owners.append((age, i, t, int(experience.group[i]) % 4))

@@ -135,6 +135,37 @@ def test_a_module_that_never_freezes_its_actor_need_not_say_so():
     assert module.samples_per_prompt == 2
 
 
+def test_an_update_goes_by_its_own_rollout_whatever_was_sampled_since():
+    """Two rollouts, then their updates: the first is plain, the second is of the winners."""
+    trick, module = RejectionSampling(2, every=2), Toy(episodes=2, scores=lambda update: [1.0, 3.0, 2.0, 2.0])
+    module.log = lambda *args: None
+    rollouts = []
+    for update, n in enumerate((2, 4)):
+        trick.on_rollout_start(None, module, [])
+        rollouts.append(module.rollout(update))
+        assert len(rollouts[-1]) == n
+        trick.on_rollout_end(None, module, rollouts[-1])
+    for experience, losses in zip(rollouts, ({"policy"}, {"sft"}), strict=True):
+        experience.scores = experience.raw_scores = torch.arange(float(len(experience)))
+        trick.on_scores(None, module, experience)
+        assert len(experience) == 2
+        experience.tokens, experience.new_logprobs = 1, experience.logprobs
+        experience.advantages = experience.logprobs
+        found = {"policy": torch.tensor(1.0)}
+        trick.on_actor_loss(None, module, experience, found)
+        assert found.keys() == losses
+
+
+def test_a_rollout_that_fails_leaves_the_modules_number_of_samples():
+    def fail(module: Toy, prompts: Any) -> None:
+        raise RuntimeError("no more")
+
+    module = Toy()
+    with pytest.raises(RuntimeError, match="no more"):
+        run_updates([RejectionSampling(2, every=1), Spy("on_rollout_start", fail)], module=module)
+    assert module.samples_per_prompt == 1
+
+
 # ---- on LitPPO
 
 

@@ -46,6 +46,16 @@ def test_loss_is_the_larger_of_the_two_and_clipped_tokens_get_no_gradient():
     assert new.grad[:, 0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
+def test_rounding_is_no_clipping():
+    """Values moved by less than the range: a clipped value differs from the new one in its last bit, if at all."""
+    new = 0.03 * torch.randn(1000, 1, generator=torch.Generator().manual_seed(0))
+    old = new + 0.01 * torch.randn(1000, 1, generator=torch.Generator().manual_seed(1))
+    micro = make_micro_batch(torch.ones(1000, 1, dtype=torch.bool), new_values=new, values=old, returns=old + 0.05)
+    assert (old + (new - old) != new).any()
+    ValueClipping(clip_range=0.2).on_critic_loss(None, None, micro, {})
+    assert micro.logged == {"value/clip_fraction": 0.0}
+
+
 def test_in_the_first_step_of_an_update_nothing_is_clipped():
     """Values are then those of the rollout."""
     fractions = [step["value/clip_fraction"] for step in run_updates(ValueClipping(1e-3)).steps]

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -54,8 +55,57 @@ def test_a_linear_critic_means_what_a_plain_one_means(toy: Any, decay: float | N
         torch.testing.assert_close(*values, rtol=1e-4, atol=1e-4)  # in score units, also of a rollout used twice
         losses = [module.losses[2 * update]["value"] for module in (ours, plain)]
         assert losses[0] == pytest.approx(losses[1] / std**2, rel=1e-4)
-    assert std * ours.critic.bias.item() + mean == pytest.approx(plain.critic.bias.item(), rel=1e-4)
+    for name in ("weight", "bias"):  # after the fit in score units
+        torch.testing.assert_close(getattr(ours.critic, name), getattr(plain.critic, name), rtol=1e-4, atol=1e-4)
+    assert mean > 2.0
     assert std > 2.0
+
+
+@pytest.mark.parametrize("second", ["the same", "a new one", "none"])
+def test_a_second_fit_starts_with_a_critic_in_score_units(second: str):
+    """Its values at the rollout are what a plain critic has, whether the callback is there again or not."""
+    trick = ValueNormalization()
+    ours, plain = run_updates(trick, 3), run_updates([], 3)
+    tricks = {"the same": [trick], "a new one": [ValueNormalization()], "none": []}[second]
+    for module, callbacks in ((ours, tricks), (plain, [])):
+        module.updates.zero_()
+        run_updates(callbacks, 1, module=module)
+    torch.testing.assert_close(ours.experiences[3].values, plain.experiences[3].values, rtol=1e-4, atol=1e-4)
+    assert plain.experiences[3].values.abs().max() > 1.0
+
+
+def test_a_fit_that_fails_leaves_a_critic_in_score_units():
+    def fail(module: Toy, experience: Any) -> None:
+        if len(module.experiences) == 3:
+            raise RuntimeError("no more")
+
+    ours, plain = Toy(), run_updates([], 4)
+    with pytest.raises(RuntimeError, match="no more"):
+        run_updates([ValueNormalization(), Spy("on_update_end", fail)], 4, module=ours)
+    torch.testing.assert_close(ours.critic.weight, plain.critic.weight, rtol=1e-4, atol=1e-4)
+
+
+def test_values_behind_other_tokens_are_in_score_units():
+    """Four returns of mean 10 and deviation 2: a prediction of 3 means 16."""
+    trick = ValueNormalization()
+    trick.load_state_dict({"moments": (4.0, 10.0, 16.0), "is_restored": False})
+    mask = torch.tensor([[True, True]])
+    experience = SimpleNamespace(values=torch.tensor([[1.0, -1.0]]), response_mask=mask)
+    counts = torch.tensor([[[True, False], [True, True]]])
+    experience.extras = {"action_values": torch.full((1, 2, 2), 3.0), "action_mask": counts}
+    trick.on_rollout_end(None, None, experience)  # type: ignore[arg-type]
+    assert experience.values.tolist() == [[12.0, 8.0]]
+    assert experience.extras["action_values"].tolist() == [[[16.0, 0.0], [16.0, 16.0]]]
+
+
+def test_an_update_that_is_not_finite_leaves_no_trace():
+    trick, module = ValueNormalization(), Toy()
+    experience = module.rollout(0)
+    experience.returns = torch.where(experience.response_mask, torch.nan, 0.0)
+    before = module.critic.weight.clone()
+    trick.on_advantages(None, module, experience)
+    assert trick.state_dict() == ValueNormalization().state_dict()
+    assert torch.equal(module.critic.weight, before)
 
 
 def test_the_critics_losses_compare_in_deviations_and_masked_tokens_are_zero():

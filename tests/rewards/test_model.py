@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_ppo.rewards import RewardModel, scores_of
+from lit_ppo.rewards.inputs import conversations
 from tests.helpers.rewards import experience as rows_of
 from tests.helpers.tiny import WORDS, make_reward_model, make_tokenizer
 
@@ -215,6 +216,23 @@ def test_mean_over_a_chat_response_that_repeats_the_prompt(tmp_path: Path):
     score = RewardModel(str(path), aggregation="mean")(experience([""], ["good"], messages=[turns[:1]]))
     ids = tokenizer.apply_chat_template(turns, return_dict=False)
     assert score.item() == pytest.approx(token_scores(path, ids)[-2], rel=1e-5)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("response", ["end", "n", "t", "im_end", " end", "what? end"])
+@pytest.mark.parametrize("prompt", [[], [{"role": "assistant", "content": "the"}]])
+def test_a_chat_response_with_words_of_the_template(prompt: list[Any], response: str, ended: bool):
+    """They also stand in what opens and closes a turn; this template knows no generation prompt."""
+    tokenizer = make_tokenizer(chat=True)
+    turn = "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    tokenizer.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
+    messages = [{"role": "user", "content": "what? end"}, *prompt]
+    rows = experience([""], [response], messages=[messages])
+    (text,), (span,) = conversations(tokenizer, "", rows, [ended], {})
+    opened = "<|im_start|>user\nwhat? end<|im_end|>\n<|im_start|>assistant\n" + ("the" if prompt else "")
+    assert text == opened + response + ("<|im_end|>\n" if ended else "")
+    assert text[slice(*span)] == response.strip()
+    assert span[1] == len(opened + response)
 
 
 def test_chat_without_a_template_is_refused(tiny_reward: Path):
