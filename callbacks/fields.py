@@ -72,8 +72,15 @@ def missing_field(where: str, argument: str, rows: Any, error: AttributeError, h
     )
 
 
-def check_fields(where: str, argument: str, rows: Any, names: Iterable[str]) -> None:
+def check_fields(where: str, argument: str, rows: Any, names: Iterable[str], *, verb: str = "reads") -> None:
     """Check shape and kind of the fields that are there.
+
+    Args:
+        where: Callback and hook.
+        argument: ``experience`` or ``minibatch``.
+        rows: What the hook was given.
+        names: Of the fields.
+        verb: What the callback does with them, ``reads`` or ``writes``.
 
     Raises:
         TypeError: Names the callback, the hook, the field, its shape and what was given.
@@ -81,7 +88,7 @@ def check_fields(where: str, argument: str, rows: Any, names: Iterable[str]) -> 
     for name in names:
         found = _malformed(rows, name) if name in FIELDS else None
         if found is not None:
-            raise TypeError(f"{where} reads {argument}.{name}: {described(name)}; {type(rows).__name__} has {found}")
+            raise TypeError(f"{where} {verb} {argument}.{name}: {described(name)}; {type(rows).__name__} has {found}")
 
 
 def first_malformed(where: str, argument: str, rows: Any) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from lit_ppo.callbacks.fields import check_fields, first_malformed, missing_field
+from lit_ppo.callbacks.fields import FIELDS, check_fields, first_malformed, missing_field
 
 HOOKS: dict[str, str] = {
     "on_rollout_start": "prompts",
@@ -77,7 +77,7 @@ def fire(pl_module: L.LightningModule, hook: str, *args: Any) -> None:
             with trainer.profiler.profile(f"[Callback]{name}.{hook}"):
                 _call(callback, hook, function, (trainer, pl_module, *args))
             if losses is not None:
-                _check_losses(name, losses, args[1], setters)
+                _check_losses(f"{name}.{hook}", losses, args[1], setters)
             if args and hook != "on_update_end" and getattr(args[0], "exhausted", False) is True:
                 fired.exhausted_by = fired.exhausted_by or name
     if hook == "on_update_end":
@@ -124,6 +124,7 @@ def _call(callback: Any, hook: str, function: Any, args: tuple[Any, ...]) -> Non
     argument = HOOKS.get(hook, "experience").split(", ")[0]
     if getattr(function, "__module__", None) != "lit_ppo.callbacks.base":  # which does nothing with them
         check_fields(where, argument, rows, getattr(type(callback), "reads", ()))
+    before = {field: getattr(rows, field, None) for field in FIELDS}
     try:
         function(*args)
     except AttributeError as error:
@@ -140,6 +141,9 @@ def _call(callback: Any, hook: str, function: Any, args: tuple[Any, ...]) -> Non
         if problem is None:
             raise
         raise TypeError(problem) from error
+    written = [field for field in FIELDS if getattr(rows, field, None) is not before[field]]
+    check_fields(where, argument, rows, written, verb="writes")
+    _check_rows(where, before["response_mask"], getattr(rows, "response_mask", None))
 
 
 def waited_for(callback: Any, pl_module: Any) -> set[str]:
@@ -194,11 +198,21 @@ def refuse_ignored_end(pl_module: Any) -> None:
         )
 
 
-def _check_losses(name: str, before: dict[str, Tensor], losses: dict[str, Tensor], setters: dict[str, str]) -> None:
+def _check_rows(where: str, before: Any, after: Any) -> None:
+    """Refuse a callback that has removed all rows."""
+    if isinstance(before, Tensor) and isinstance(after, Tensor) and len(before) and not len(after):
+        raise ValueError(f"{where} keeps no response; set experience.exhausted = True to end the update instead")
+
+
+def _check_losses(where: str, before: dict[str, Tensor], losses: dict[str, Tensor], setters: dict[str, str]) -> None:
     """Refuse a callback that replaces a loss term that another one has set; it may compute its own from that one."""
+    name = where.partition(".")[0]
     for key, loss in losses.items():
         if key in before and loss is before[key]:
             continue
+        if not isinstance(loss, Tensor) or loss.ndim:
+            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            raise TypeError(f"{where} sets losses[{key!r}] to {found}; set a scalar tensor, such as minibatch.mean(x)")
         if key in before and key in setters and not _uses(loss, before[key]):
             raise ValueError(
                 f"{setters[key]} and {name}: both replace the same loss term, losses[{key!r}], and only the second "

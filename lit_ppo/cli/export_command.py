@@ -14,11 +14,12 @@ from lit_ppo.models.lora import check_has_adapter
 from lit_ppo.models.stored import Dtype
 from lit_ppo.parallel.checkpoint_io import load_merged, read_summary
 from lit_ppo.parallel.files import VERIFY
+from lit_ppo.rewards.folders import folders_in
 from lit_ppo.run.checkpoint import RUN
 from lit_ppo.run.continuation import check_given
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.export import CARD, card_of, write_model
-from lit_ppo.run.target import check_target, folders_in
+from lit_ppo.run.target import check_target
 
 
 def export(arguments: list[str]) -> None:

@@ -31,6 +31,7 @@ from lit_ppo.parallel.full_state import full_weights
 from lit_ppo.parallel.ranks import rank
 from lit_ppo.ppo.settings import ModelSettings, check_moving_reference
 from lit_ppo.rewards import described
+from lit_ppo.rewards.folders import check_not_read, folders_of
 
 FROZEN = ("rewards.", "eval_rewards.")
 
@@ -168,11 +169,13 @@ def save_pretrained(
         push_to_hub: Then push the folder to this repository, such as ``me/my-model``.
 
     Raises:
-        ValueError: There is no adapter, it is not a dtype, or not the name of a repository.
+        ValueError: There is no adapter; the folder is a file, or the module reads it; or it is not a dtype, or not the
+            name of a repository.
         RuntimeError: The folder is written, but cannot be pushed.
     """
     check_has_adapter(f"save_pretrained(adapter={adapter})", module, adapter)
     given, repository = checked_dtype("save_pretrained", dtype), checked_repository("save_pretrained", push_to_hub)
+    check_not_read(f"save_pretrained({str(dirpath)!r})", dirpath, folders_of(module))
     settings, models = module.model_settings, module.models
     has_adapter = settings.actor_lora is not None
     weights = full_weights(models.actor, "model.", trained=has_adapter)

@@ -18,8 +18,9 @@ from lit_ppo.models.stored import Dtype
 from lit_ppo.parallel.files import atomic_path
 from lit_ppo.parallel.ranks import gather_shares, rank
 from lit_ppo.parallel.sharding import is_sharded
+from lit_ppo.rewards.folders import folders_of
 from lit_ppo.run.figures import Figures
-from lit_ppo.run.target import check_target, folders_of
+from lit_ppo.run.target import check_target
 from lit_ppo.shown import first_line
 from lit_ppo.validate import boolean, path_or_none
 

@@ -3,13 +3,11 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from lit_ppo.models.export import MODEL_FILE, file_digest, file_names
 from lit_ppo.parallel.files import FILES, OLD, is_temporary
-from lit_ppo.rewards import reward_models
+from lit_ppo.rewards.folders import check_not_read
 
 CONFIGS = ("config.json", "adapter_config.json")
 SHOWN = 8  # names of files in the way
@@ -28,11 +26,7 @@ def check_target(where: str, folder: Path, used: dict[str, str] | None = None) -
     """
     if folder.is_symlink() and not folder.exists():
         raise ValueError(f"{where}: is a link to {os.readlink(folder)}, which does not exist; name a folder")
-    for setting, path in (used or {}).items():
-        if folder.exists() and os.path.samefile(folder, path):
-            raise ValueError(f"{where}: the run reads this folder ({setting}); name another one")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{where}: is a file; name a folder")
+    check_not_read(where, folder, used or {})
     if found := in_the_way(folder) if folder.is_dir() else []:
         more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise ValueError(
@@ -61,29 +55,6 @@ def _written(folder: Path) -> dict[str, str]:
     is_taken_apart = any(name in ours and not (folder / name).exists() for name in CONFIGS)
     was_killed = any(is_temporary(path) and (path / OLD).exists() for path in folder.iterdir())
     return {} if is_taken_apart and not was_killed else ours
-
-
-def folders_in(settings: Any, name: str = "model") -> dict[str, str]:
-    """Folders that a configuration names, by the name of the setting."""
-    return dict(_folders(settings, name))
-
-
-def folders_of(module: Any) -> dict[str, str]:
-    """Folders that a module reads its models from, by the name of the argument."""
-    parts = [getattr(module, name, None) for name in ("model_settings", "source")]
-    parts += reward_models(getattr(module, "rewards", None)) + reward_models(getattr(module, "eval_rewards", None))
-    return folders_in([vars(part) for part in parts if part is not None], type(module).__name__)
-
-
-def _folders(value: Any, name: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, str) and value and os.path.isdir(value):
-        yield name, value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _folders(item, name if key == "init_args" else f"{name}.{key}")
-    elif isinstance(value, list):
-        for item in value:
-            yield from _folders(item, name)
 
 
 def _check_writable(where: str, folder: Path) -> None:

@@ -38,6 +38,7 @@ from lit_ppo.parallel.loops import use_exact_loops
 from lit_ppo.parallel.ranks import n_ranks, rank
 from lit_ppo.parallel.sharding import build, check_placed, shard
 from lit_ppo.parallel.trainer import check_trainer
+from lit_ppo.rewards.folders import check_not_read, folders_of
 from lit_ppo.supervised.source import ModelSource
 
 
@@ -207,10 +208,12 @@ class SupervisedModule(L.LightningModule):
             push_to_hub: Then push the folder to this repository, such as ``me/my-model``.
 
         Raises:
-            ValueError: It is not a dtype, or not the name of a repository.
+            ValueError: The folder is a file, or the module reads it; or it is not a dtype, or not the name of a
+                repository.
             RuntimeError: The folder is written, but cannot be pushed.
         """
         given, repository = checked_dtype("save_pretrained", dtype), checked_repository("save_pretrained", push_to_hub)
+        check_not_read(f"save_pretrained({str(dirpath)!r})", dirpath, folders_of(self))
         self.configure_model()
         assert self.model is not None
         weights = full_weights(self.model)

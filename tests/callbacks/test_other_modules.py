@@ -144,12 +144,41 @@ BAD: dict[str, tuple[str, Any, str]] = {
 def test_a_field_that_is_wrong_is_named_with_its_shape(name: str) -> None:
     field, change, words = BAD[name]
 
-    def spoil(module: Toy, rows: Any) -> None:
-        delattr(rows, field) if change is None else setattr(rows, field, change(getattr(rows, field)))
+    class Own(Toy):
+        def fire(self, hook: str, *args: Any) -> None:
+            if hook == ("on_advantages" if words is MASK else "on_scores"):
+                rows = args[0]
+                delattr(rows, field) if change is None else setattr(rows, field, change(getattr(rows, field)))
+            super().fire(hook, *args)
 
-    spoiler = Spy("on_advantages" if words is MASK else "on_scores", spoil)
     with pytest.raises(TypeError, match=rf"^{name}.*{re.escape(words)}"):
-        run_updates([spoiler, make_trick(name)])
+        run_updates(make_trick(name), module=Own())
+
+
+@pytest.mark.parametrize("name", ["AdvantageNormalization", "RewardClipping", "PrioritizedSampling"])
+def test_a_callback_that_writes_a_wrong_field_is_named_before_others_read_it(name: str) -> None:
+    field, change, words = BAD[name]
+    hook, written = words.split()[0], words.replace("reads", "writes")
+    spy = Spy(hook, lambda module, rows: setattr(rows, field, change(getattr(rows, field))))
+    with pytest.raises(TypeError, match=rf"^Spy\.{re.escape(written)}"):
+        run_updates([spy, make_trick(name)])
+
+
+def test_a_callback_that_leaves_no_response_is_named() -> None:
+    for nothing in ([], torch.zeros(8, dtype=torch.bool)):
+        spy = Spy("on_scores", lambda module, rows, nothing=nothing: rows.keep(nothing))
+        with pytest.raises(ValueError, match=r"^Spy.on_scores keeps no response; set experience.exhausted = True"):
+            run_updates(spy)
+
+
+@pytest.mark.parametrize(("loss", "shown"), [
+    (0.5, "0.5"), (None, "None"), (torch.ones(2, 4), "a tensor of shape (2, 4)"),
+])  # fmt: skip
+def test_a_loss_that_is_no_scalar_is_named(loss: Any, shown: str) -> None:
+    spy = Spy("on_actor_loss", lambda module, rows, losses: losses.update(mine=loss))
+    message = f"Spy.on_actor_loss sets losses['mine'] to {shown}; set a scalar tensor, such as minibatch.mean(x)"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        run_updates(spy)
 
 
 @pytest.mark.parametrize(("trick", "words"), [

@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lit_ppo import ExportModel, LitRewardModel, LitSFT, StepCheckpoint
+from lit_ppo import ExportModel, LitRewardModel, LitSFT, RewardModel, StepCheckpoint
 from lit_ppo.callbacks import AdaptiveKL
 from lit_ppo.models.card import write_card
 from lit_ppo.models.export import save_model
@@ -58,6 +58,24 @@ def test_settings_of_generation_are_those_of_the_start_but_for_the_stops(tmp_pat
     if "alone" not in name:
         config = json.loads((start / "config.json").read_text())
         assert json.loads((tmp_path / "end/config.json").read_text()) == config
+
+
+def test_a_folder_that_the_module_reads_is_never_written(tmp_path: Path, tiny_lm: Path, tiny_reward: Path) -> None:
+    """By another name, too; neither actor nor reference, critic or reward; nor that of a supervised module."""
+    (tmp_path / "link").symlink_to(tiny_reward)
+    ppo = make_module(tiny_lm, critic=str(tiny_reward), rewards=RewardModel(str(tiny_reward)))
+    for module, folder, setting in (
+        (ppo, tiny_lm, "LitPPO.actor"),
+        (ppo, tmp_path / "link", "LitPPO.critic"),
+        (LitSFT(str(tiny_lm)), tiny_lm, "LitSFT.model"),
+    ):
+        before = {path: path.read_bytes() for path in Path(folder).iterdir()}
+        with pytest.raises(ValueError, match=rf"^save_pretrained\(.*\): the run reads this folder \({setting}\); name"):
+            module.save_pretrained(folder)
+        assert {path: path.read_bytes() for path in Path(folder).iterdir()} == before
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"^save_pretrained\(.*file'\): is a file; name a folder"):
+        ppo.save_pretrained(tmp_path / "file")
 
 
 def test_stops_are_those_of_training(tmp_path: Path, tiny_lm: Path) -> None:

@@ -13,7 +13,7 @@ from lit_ppo import LitCritic, LitPPO, RewardFunction, RewardModel, TextDataModu
 from lit_ppo.cli.rebuild import build
 from lit_ppo.models.actor_critic import critic_forward
 from lit_ppo.parallel.ranks import n_ranks
-from lit_ppo.run.target import folders_of
+from lit_ppo.rewards.folders import folders_of
 from tests.helpers.ranks import on_ranks
 from tests.helpers.rewards import lengths
 from tests.helpers.supervised import HOW_TESTS_USE_LIGHTNING, fit, loader, make_trainer, pad, weights
