@@ -42,9 +42,6 @@ def rollout_with_hooks(module: Any, prompts: Any, rollout: Callable[[Any], Exper
         module: The LitPPO.
         prompts: What ``rollout`` takes.
         rollout: Samples, silently.
-
-    Raises:
-        ValueError: The callbacks have removed all rows.
     """
     module.progress.start("rollout")
     if module.rollouts == 0 or not isinstance(prompts, PromptBatch):
@@ -53,8 +50,6 @@ def rollout_with_hooks(module: Any, prompts: Any, rollout: Callable[[Any], Exper
     check_estimator(module, module.advantages, module.samples_per_prompt, module.kl_coef)
     experience = rollout(prompts)
     fire(module, "on_rollout_end", experience)
-    if not experience.responses:
-        raise ValueError("collect: callbacks removed all rows; on_rollout_end must leave at least one")
     if module.rollout_ahead:
         start_ahead(module)
     module.progress.start("score")

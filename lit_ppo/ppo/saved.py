@@ -79,7 +79,9 @@ def state_dict(module: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
 def load_state_dict(module: Any, *args: Any, **kwargs: Any) -> Any:
     """Load weights; the models are built before, for those that come back from ranks of ``ddp_spawn``, too."""
     module.configure_model()
-    return L.LightningModule.load_state_dict(module, *args, **kwargs)
+    found, saved = L.LightningModule.load_state_dict(module, *args, **kwargs), _is_saved(module)
+    found.missing_keys[:] = filter(saved, found.missing_keys)  # no checkpoint has the others, so none is missing
+    return found
 
 
 def on_save_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ def test_rows_that_a_callback_keeps_are_all_that_is_trained_on(tmp_path, lm):
     assert len(recorder.experiences[0]) == 3
     assert [len(rows) for rows in recorder.minibatches] == [3, 3]  # fewer than minibatch_size make one
     drop = Spy("on_rollout_end", lambda module, experience: experience.keep([]))
-    with pytest.raises(ValueError, match="callbacks removed all rows"):
+    with pytest.raises(ValueError, match=r"^Spy.on_rollout_end keeps no response"):
         record(tmp_path, lm, drop)
 
 
@@ -136,7 +136,6 @@ def test_hyperparameters_with_lists_load_from_a_checkpoint(tmp_path, lm):
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.fit(module, make_data(tmp_path))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.warns(UserWarning, match="Found keys that are in the model state dict but not in the checkpoint"):
-        loaded = LitPPO.load_from_checkpoint(tmp_path / "a.ckpt", rewards=count_good, weights_only=False)
+    loaded = LitPPO.load_from_checkpoint(tmp_path / "a.ckpt", rewards=count_good, weights_only=False)
     assert loaded.hparams["generation"] == {"max_new_tokens": 6, "eos_token_id": [1, 2]}
     assert all(v.equal(loaded.state_dict()[k]) for k, v in module.state_dict().items())
