@@ -2,9 +2,11 @@
 
 from collections import deque
 from dataclasses import FrozenInstanceError, dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_ppo.callbacks.fields import FIELDS, check_fields, first_malformed, missing_field
@@ -87,6 +89,8 @@ def fire(pl_module: L.LightningModule, hook: str, *args: Any) -> None:
 
 def _before(trainer: Any, pl_module: Any, hook: str, args: tuple[Any, ...]) -> Fired:
     """Note a hook that is about to be fired."""
+    if not hasattr(pl_module, "_fired"):
+        warn_of_misspelt(trainer.callbacks)
     fired: Fired = getattr(pl_module, "_fired", None) or Fired()
     pl_module._fired = fired
     step = getattr(trainer, "global_step", 0)
@@ -144,6 +148,16 @@ def _call(callback: Any, hook: str, function: Any, args: tuple[Any, ...]) -> Non
     written = [field for field in FIELDS if getattr(rows, field, None) is not before[field]]
     check_fields(where, argument, rows, written, verb="writes")
     _check_rows(where, before["response_mask"], getattr(rows, "response_mask", None))
+
+
+def warn_of_misspelt(callbacks: list[Any]) -> None:
+    """Warn of methods of plain Lightning callbacks whose names are nearly those of hooks; nothing calls them."""
+    for callback in callbacks:
+        own = [name for name in dir(type(callback)) if name.startswith("on_") and not hasattr(L.Callback, name)]
+        for name in own:
+            meant = get_close_matches(name, HOOKS, n=1, cutoff=0.8)
+            if meant and name not in HOOKS:
+                rank_zero_warn(f"{type(callback).__name__}.{name}: nothing calls it; did you mean {meant[0]}?")
 
 
 def waited_for(callback: Any, pl_module: Any) -> set[str]:

@@ -63,6 +63,22 @@ def test_misspelt_hook_is_refused():
         type("Mine", (PPOCallback,), {"on_score": lambda self, trainer, pl_module, experience: None})
 
 
+def test_misspelt_hook_of_a_plain_callback_is_warned_of():
+    class Plain(L.Callback):
+        def on_score(self, *_: Any) -> None: ...
+
+        def on_rollouts_end(self, *_: Any) -> None: ...
+
+        def on_tuesdays(self) -> None: ...  # of its own use
+
+    with pytest.warns(UserWarning, match="nothing calls it") as warned:
+        run_updates(Plain(), 2)
+    assert sorted(message for message in (str(w.message) for w in warned) if "Plain" in message) == [
+        "Plain.on_rollouts_end: nothing calls it; did you mean on_rollout_end?",
+        "Plain.on_score: nothing calls it; did you mean on_scores?",
+    ]
+
+
 def test_module_that_never_fires_is_refused():
     with pytest.raises(TypeError, match=r"PPOCallback waits for hooks that BoringModel never fires; call .*fire"):
         run_updates(PPOCallback(), module=BoringModel())
