@@ -2,6 +2,8 @@
 
 import importlib
 import itertools
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
@@ -15,6 +17,7 @@ Data = str | Iterable[Any]
 """A file, a folder or a hub name; or rows: a data set, a list, a mapping of columns, a stream."""
 
 ROWS_AT_ONCE = 16  # of a Parquet file, whose values may be long
+FILE_NAME = re.compile(r"\S+\.((jsonl|json|csv|tsv)(\.gz)?|parquet)", re.IGNORECASE)
 SAVED = ("state.json", "dataset_dict.json")  # in a folder that save_to_disk has written
 
 
@@ -41,7 +44,12 @@ def shown(value: Any) -> str:
 
 
 def table_of(
-    where: str, data: Any, column: str | None = None, max_rows: int | None = None, max_row_mb: float = ROW_MB
+    where: str,
+    data: Any,
+    column: str | None = None,
+    max_rows: int | None = None,
+    max_row_mb: float = ROW_MB,
+    data_root: str | None = None,
 ) -> Table:
     """A table of the rows that an object holds.
 
@@ -52,9 +60,10 @@ def table_of(
         column: Name of the column of rows that are strings or lists; None: each row must be a mapping.
         max_rows: Take at most this many rows; required where the data have no length.
         max_row_mb: MiB of the longest row, see :class:`lit_ppo.data.table.Intake`.
+        data_root: Folder of relative paths, to tell names of files from text.
 
     Raises:
-        ValueError: It is something else, has no rows, has no length, or a row is too large.
+        ValueError: It is something else, has no rows, has no length, lists files, or a row is too large.
     """
     data = _split(where, data, None)
     source = shown(data)
@@ -73,6 +82,10 @@ def table_of(
     intake = Intake(where, source, max_row_mb)
     rows = []
     for number, item in enumerate(itertools.islice(items, max_rows), start=1):
+        if isinstance(item, str | PathLike) and _is_file_name(str(item), number == 1, data_root):
+            problem = f"row {number} is {short(str(item))}, the name of a file; give one file: join the files, or read "
+            text = f"; where it is a text, write it as {{{column!r}: ...}}" if column else ""
+            raise ValueError(f"{where}: {problem}them in Python and give their rows{text}")
         rows.append(_row(where, number, item, column))
         intake.row(number, rows[-1])
     return Table(rows, list(range(1, len(rows) + 1)), source, "row", where)
@@ -85,6 +98,14 @@ def _length(data: Any) -> int | None:
     except TypeError:
         first: Any = getattr(data, "_ex_iterable", None)  # of datasets.IterableDataset
         return int(first.n) if type(first).__name__ == "TakeExamplesIterable" else None
+
+
+def _is_file_name(text: str, look: bool, data_root: str | None) -> bool:
+    """Whether a row is the name of a file or data set: it ends as one, or there is one and we ``look``."""
+    if FILE_NAME.fullmatch(text):
+        return True
+    path = os.path.join(data_root or "", os.path.expanduser(text)) if look and len(text) < 1000 else ""
+    return os.path.isfile(path) or (os.path.isdir(path) and is_saved(Path(path)))
 
 
 def _row(where: str, number: int, row: Any, column: str | None) -> Row:

@@ -152,6 +152,35 @@ def test_other_objects_are_refused(held: Any, message: str) -> None:
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("argument", ["path", "val_path"])
+@pytest.mark.parametrize("kind", [PromptDataModule, TextDataModule, PreferenceDataModule])
+def test_a_list_of_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, argument: str) -> None:
+    """As the datasets package takes one: the names would be the prompts."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": "a", "text": "the film", "chosen": "good", "rejected": "bad"}]
+    write_rows(tmp_path / "a.jsonl", rows)
+    (tmp_path / "there").mkdir()
+    write_rows(tmp_path / "there" / "my notes", rows)
+    for names in (["a.jsonl", "b.jsonl"], ["b.CSV.gz", "a film"], ("my notes", "b"), [Path("a.jsonl")]):
+        data = kind(**{"path": rows, argument: names}, data_root="there", tokenizer=make_tokenizer())
+        with pytest.raises(
+            ValueError, match=rf"\({argument}=<.* of .>\): row . is '.*', the name of a file; give one file"
+        ) as e:
+            data.setup("fit")
+        assert ("write it as" in str(e.value)) == (kind is not PreferenceDataModule)
+
+
+def test_texts_that_are_no_files_are_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So are those that only speak of files, and names in a column."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plot").mkdir()
+    with pytest.raises(ValueError, match=r"row 2 is 'b.tsv', the name of a file"):
+        read_table("w", ["a film", "b.tsv"], column="prompt")
+    texts = ["plot", "read a.jsonl", "a.jsonl is a film", "\0", "x" * 5000]
+    assert read_table("w", texts, column="prompt").rows == [{"prompt": text} for text in texts]
+    assert read_table("w", [{"prompt": "a.jsonl"}]).rows == [{"prompt": "a.jsonl"}]
+
+
 def test_a_missing_split_is_named(tmp_path: Path) -> None:
     path = HELD["save_to_disk with splits"](tmp_path).replace(":test", ":dev")
     with pytest.raises(ValueError, match=r"has the splits train, test, but no 'dev'"):
