@@ -228,11 +228,13 @@ def check_identity(data: TableDataModule, saved: dict[str, Any], now: dict[str, 
             problem = f"cannot resume from the checkpoint: its state of the data lacks {name}"
             raise ValueError(f"{data.where('path')}: {problem}; give another checkpoint, or start a new run")
         if saved[name] != value:
-            reason = f"the training {what} differ" if name == "fingerprint" else f"{name} was {saved[name]}"
+            reason = f"{name} was {saved[name]} when it was written, now it is {value}; restore it"
+            if name == "fingerprint":
+                reason = f"the training {what} differ from those that it was written with; restore them"
             argument = name if name in ("seed", "batch_size") else "path"
             raise ValueError(
-                f"{data.where(argument)}: cannot resume from the checkpoint: {reason} when it was written "
-                f"(now: {value}); restore it, or start a new run from the exported model"
+                f"{data.where(argument)}: cannot resume from the checkpoint: {reason}, or start a new run from the "
+                "exported model"
             )
 
 

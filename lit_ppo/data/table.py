@@ -1,6 +1,5 @@
 """A table of rows that knows where each row stands, so that every error names file and line."""
 
-import hashlib
 import json
 import reprlib
 import time
@@ -9,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from lightning.pytorch.utilities import rank_zero_info
+
+from lit_ppo.digest import unit_hash
 
 Row = dict[str, Any]
 Message = dict[str, Any]
@@ -281,17 +282,6 @@ def listed(names: Sequence[str], at_most: int = 20) -> str:
     """Names of columns, for messages."""
     shown = [name if len(name) <= 80 else f"{name[:77]}..." for name in names[:at_most]]
     return f"{shown}{f' and {len(names) - at_most} more' if len(names) > at_most else ''}"
-
-
-def unit_hash(key: Sequence[Any]) -> float:
-    """A number in [0, 1) that depends only on the values, the same in every process and on every machine.
-
-    >>> unit_hash(["train/pos/5235"]) == unit_hash(["train/pos/5235"]) != unit_hash(["train/pos/5236"])
-    True
-    """
-    texts = [value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str) for value in key]
-    digest = hashlib.sha256("\x1f".join(texts).encode()).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def _is_message(value: Any) -> bool:

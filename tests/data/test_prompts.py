@@ -11,7 +11,7 @@ from tokenizers import processors
 from lit_ppo.data.batch import PromptOrder
 from lit_ppo.data.encoding import encode_prompts, padding_id
 from lit_ppo.data.prompts import PromptDataModule
-from lit_ppo.data.table import unit_hash
+from lit_ppo.digest import unit_hash
 from tests.helpers.tiny import make_tokenizer, write_rows
 
 TURNS = [("user", "the plot"), ("assistant", "dull"), ("user", "but")]
