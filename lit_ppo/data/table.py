@@ -1,6 +1,7 @@
 """A table of rows that knows where each row stands, so that every error names file and line."""
 
 import json
+import re
 import reprlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,11 @@ ROW_COSTS = 512  # bytes in memory that a row takes beside its values
 DEPTH = 100  # of nested values; later steps copy, compare and save them by recursion
 HUGE = 10**4300  # Python writes no integer with more digits
 SECONDS_BETWEEN_LOGS = 3.0
+CHAT = '[{"role": "user", "content": "..."}, ...]'
+WRITTEN_CHAT = re.compile(  # messages as text, in JSON or Python, as CSV files have them
+    r"""\s*((array\()?[\[(]\s*\{|\{(?=\s*["'](role|content)["']))"""
+    r"""(?=.*["'](role|from)["']\s*:)(?=.*["'](content|value)["']\s*:).*[]})]\s*""", re.DOTALL
+)  # fmt: skip
 
 
 @dataclass
@@ -101,10 +107,13 @@ class Table:
         """
         value = self.cell(index, column)
         if not isinstance(value, str):
-            problem = f"column {column!r} holds {type(value).__name__} {short(value)}, not text; write it as a string"
-            self.refuse(index, problem)
+            advice = "write it as a string" if isinstance(value, int | float) else f"give text, or a chat as {CHAT}"
+            self.refuse(index, f"column {column!r} holds {type(value).__name__} {short(value)}, not text; {advice}")
         if not value.strip():
             self.refuse(index, f"empty {column!r}; fill it in or delete the row")
+        if WRITTEN_CHAT.fullmatch(value):
+            problem = f"column {column!r} holds chat messages written as text: {short(value)}; give lists of messages, "
+            self.refuse(index, problem + "as in a JSON lines or Parquet file, or parse the text first")
         return value
 
     def is_chat(self, index: int, column: str) -> bool:
@@ -119,8 +128,7 @@ class Table:
         """
         messages: list[Message] = self.cell(index, column)
         if not messages or not all(map(_is_message, messages)):
-            problem = f"{column!r} is {short(messages)}, not chat messages of text; "
-            self.refuse(index, problem + 'write [{"role": "user", "content": "..."}, ...]')
+            self.refuse(index, f"{column!r} is {short(messages)}, not chat messages of text; write {CHAT}")
         if not messages[-1]["content"].strip():  # a system message may be empty, the one to answer may not
             self.refuse(index, f"the last message of {column!r} is empty; fill it in")
         return messages
