@@ -9,7 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lit_ppo.data.table import FILE_ROWS, ROW_MB, Intake, Row, Table, short
+import numpy as np
+
+from lit_ppo.data.table import DEPTH, FILE_ROWS, ROW_MB, Intake, Row, Table, short
 from lit_ppo.shown import message_of, written
 from lit_ppo.validate import path, refuse
 
@@ -110,11 +112,36 @@ def _is_file_name(text: str, look: bool, data_root: str | None) -> bool:
 
 def _row(where: str, number: int, row: Any, column: str | None) -> Row:
     if isinstance(row, Mapping):
-        return dict(row)
+        return {name: messages_as_lists(value) for name, value in row.items()}
+    row = messages_as_lists(row)
     if column is not None and isinstance(row, str | list):
         return {column: row}
     refuse_row = f"{where}: row {number} is {type(row).__name__} {short(row)}, not a mapping of named columns; "
     raise ValueError(refuse_row + 'write every row as {"column": value, ...}')
+
+
+def messages_as_lists(value: Any) -> Any:
+    """Messages, tools and other mappings in a tuple or an array as a list of dicts, and any other value as it is.
+
+    Parquet files read by pandas and data sets in the format "numpy" have arrays.
+
+    >>> messages_as_lists(({"role": "user", "content": "a film"},)), messages_as_lists((1, 2))
+    ([{'role': 'user', 'content': 'a film'}], (1, 2))
+    """
+    if not isinstance(value, list | tuple | np.ndarray) or getattr(value, "ndim", 1) != 1:
+        return value
+    return _simple(value) if len(value) and all(isinstance(part, Mapping) for part in value) else value
+
+
+def _simple(value: Any, depth: int = 0) -> Any:
+    """Of the types of JSON; deeper than allowed, as it is."""
+    if depth > DEPTH:
+        return value
+    if isinstance(value, Mapping):
+        return {name: _simple(part, depth + 1) for name, part in value.items()}
+    if isinstance(value, list | tuple | np.ndarray) and getattr(value, "ndim", 1):
+        return [_simple(part, depth + 1) for part in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _rows_of_columns(where: str, columns: Mapping[str, Any]) -> list[Row]:
@@ -187,7 +214,7 @@ def read_with_datasets(
     rows: list[Row] = []
     try:
         for row in itertools.islice(loaded(), max_rows):
-            rows.append(dict(row))
+            rows.append(_row(where, len(rows) + 1, row, None))
             intake.row(len(rows), rows[-1])
     except Exception as error:  # of the reader, the hub or the network
         if type(error) is ValueError and str(error).startswith(f"{where}: "):  # ours

@@ -15,6 +15,7 @@ from lit_ppo.callbacks.base import PPOCallback
 from lit_ppo.data.batch import PromptBatch
 from lit_ppo.data.chat import Options
 from lit_ppo.data.encoding import encode_prompts
+from lit_ppo.data.objects import messages_as_lists
 from lit_ppo.data.table import WRITTEN_CHAT
 from lit_ppo.experience import Experience, set_fields
 from lit_ppo.generation.config import end_of_turn, stop_ids
@@ -119,8 +120,9 @@ def _listed(values: Any) -> list[Any]:
 def _encoded(
     prompts: list[Any], columns: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, options: Options | None
 ) -> PromptBatch:
+    prompts = list(map(messages_as_lists, prompts))
     for number, prompt in enumerate(prompts):
-        messages = isinstance(prompt, list | tuple) and prompt and all(_is_message(message) for message in prompt)
+        messages = isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt)
         if not isinstance(prompt, str) and not messages:
             _refuse(repr(prompt), f"prompt {number} is neither text nor a list of messages with 'role' and 'content'")
         if isinstance(prompt, str) and WRITTEN_CHAT.fullmatch(prompt):

@@ -1,9 +1,12 @@
 """Rows of Python objects: whatever holds them, the batches are those of the same rows in a file."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ from lit_ppo.data.files import read_table
 from lit_ppo.data.preferences import PreferenceDataModule
 from lit_ppo.data.prompts import PromptDataModule
 from lit_ppo.data.text import TextDataModule
+from lit_ppo.ppo.prompts import as_batch
 from lit_ppo.rewards import RewardModel, as_source
 from lit_ppo.supervised.sft import LitSFT
 from tests.helpers.tiny import make_causal_lm, make_reward_model, make_tokenizer, write_rows
@@ -113,6 +117,51 @@ def test_rows_without_names(rows: Any) -> None:
     batch = prompts.peek("train", len(rows))
     assert batch is not None
     assert (batch.columns.get("messages") or batch.prompts) == rows
+
+
+def array(*values: Any) -> Any:
+    """Of one dimension, whatever the values hold."""
+    made = np.empty(len(values), dtype=object)
+    made[:] = values
+    return made
+
+
+TOOL_CALL = {"role": "assistant", "content": "a", "tool_calls": [{"name": "n", "arguments": {"ids": [1, 2]}}]}
+IN_ARRAYS = TOOL_CALL | {"tool_calls": array({"name": np.str_("n"), "arguments": {"ids": np.array([1, 2])}})}
+
+
+@pytest.mark.parametrize("hold", [array, lambda *turns: turns], ids=["array", "tuple"])
+def test_messages_in_arrays_and_tuples_are_lists(hold: Any) -> None:
+    """As in a Parquet file that pandas has read; other columns are as they were."""
+    tokenizer = make_tokenizer(chat=True)
+    chat, expected = hold(MappingProxyType(CHAT[0]), IN_ARRAYS, CHAT[0]), [*CHAT, TOOL_CALL, *CHAT]
+    row = {"prompt": chat, "tools": hold({"name": "n"}), "ids": np.array([1, 2]), "pair": (1, "a")}
+    prompts = PromptDataModule([row], tokenizer=tokenizer, seed=0)
+    with pytest.warns(UserWarning, match="does not get the column 'tools'"):
+        prompts.setup("fit")
+    assert json.dumps([prompts.columns["messages"], prompts.columns["tools"]]) == json.dumps(
+        [[expected], [[{"name": "n"}]]]
+    )
+    assert prompts.columns["ids"][0] is row["ids"]
+    assert prompts.columns["pair"] == [(1, "a")]
+    for held in ([chat], {"prompt": [chat]}, [{"prompt": chat}]):
+        assert as_batch(held, tokenizer).columns["messages"] == [expected]
+    text = TextDataModule([{"messages": hold(*CHAT, TOOL_CALL)}], tokenizer=tokenizer, seed=0)
+    pairs = [{"prompt": hold(*CHAT), "chosen": hold(TOOL_CALL), "rejected": hold(TOOL_CALL)}]
+    for data in (text, PreferenceDataModule(pairs, tokenizer=tokenizer, seed=0)):
+        data.setup("fit")
+        ids = data.train_rows[0][0]
+        assert tokenizer.decode(list(ids)) == "user a film [EOS] assistant a [EOS]"
+
+
+def test_data_sets_in_numpys_format(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    chats = datasets.Dataset.from_list([{"prompt": CHAT}] * 2).with_format("numpy")
+    chats.save_to_disk(str(tmp_path / "saved"))
+    for held in (chats, str(tmp_path / "saved")):
+        data = PromptDataModule(held, tokenizer=make_tokenizer(chat=True), seed=0)
+        data.setup("fit")
+        assert data.columns["messages"] == [CHAT] * 2
 
 
 def test_text_and_preferences(tmp_path: Path) -> None:
