@@ -20,6 +20,7 @@ from lit_ppo.data.encoding import checked_tokenizer, resolve_tokenizer
 from lit_ppo.data.files import read_table
 from lit_ppo.data.objects import Data, checked_data, has_splits, shown
 from lit_ppo.data.table import Table
+from lit_ppo.data.tokenization import gives_the_same_ids
 from lit_ppo.validate import (
     boolean,
     checked_names,
@@ -137,8 +138,22 @@ class TableDataModule(L.LightningDataModule):
         return self.cased(table.text(index, column))
 
     def load_tokenizer(self) -> Any:
-        """The tokenizer of the argument, or of the module being trained."""
-        return resolve_tokenizer(type(self).__name__, self.tokenizer_source, self.trainer)
+        """The tokenizer of the argument, or of the module being trained.
+
+        Raises:
+            ValueError: There is none, or that of the argument gives other ids than that of the module.
+        """
+        tokenizer = resolve_tokenizer(type(self).__name__, self.tokenizer_source, self.trainer)
+        module = getattr(self.trainer, "lightning_module", None)
+        own = getattr(module, "tokenizer", None)
+        if isinstance(own, PreTrainedTokenizerBase) and not gives_the_same_ids(tokenizer, own):
+            argument = "tokenizer_path" if getattr(self, "tokenizer_path", None) else "tokenizer"
+            raise ValueError(
+                f"{type(self).__name__}({argument}={shown(self.tokenizer_source)}): gives other ids than the tokenizer "
+                f"of {type(module).__name__} ({own.name_or_path!r}), which the model reads; leave it out, or give both "
+                "the same"
+            )
+        return tokenizer
 
     def setup(self, stage: str) -> None:
         """Silence three warnings of Lightning.
