@@ -180,7 +180,7 @@ class RowDataModule(TableDataModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self.__dict__.pop("_fingerprint", None)
+        self.__dict__.pop("_fingerprints", None)
 
     def collate(self, rows: list[Any]) -> dict[str, Any]:
         """Make a batch."""
@@ -192,14 +192,16 @@ class RowDataModule(TableDataModule):
         dealt = self.trainer if getattr(self.trainer, "datamodule", None) is self else None
         world_size = dealt.world_size if dealt else 1
         identity = {"rows": len(self.train_rows), "batch_size": self.batch_size * world_size, "seed": self.seed}
-        return {**identity, "fingerprint": self._fingerprint}
+        return {**identity, "fingerprint": self._fingerprints[0], "validation": self._fingerprints[1]}
 
     @cached_property
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for row in self.train_rows:
-            digest.update(_as_bytes(row))
-        return digest.hexdigest()
+    def _fingerprints(self) -> list[str]:
+        """Of the training and the validation rows."""
+        digests = hashlib.sha256(), hashlib.sha256()
+        for digest, rows in zip(digests, (self.train_rows, self.val_rows), strict=True):
+            for row in rows:
+                digest.update(_as_bytes(row))
+        return [digest.hexdigest() for digest in digests]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Compare the data with those of the checkpoint.
@@ -244,9 +246,12 @@ def check_identity(data: TableDataModule, saved: dict[str, Any], now: dict[str, 
             raise ValueError(f"{data.where('path')}: {problem}; give another checkpoint, or start a new run")
         if saved[name] != value:
             reason = f"{name} was {saved[name]} when it was written, now it is {value}; restore it"
-            if name == "fingerprint":
-                reason = f"the training {what} differ from those that it was written with; restore them"
+            if name in ("fingerprint", "validation"):
+                kind = "training" if name == "fingerprint" else name
+                reason = f"the {kind} {what} differ from those that it was written with; restore them"
             argument = name if name in ("seed", "batch_size") else "path"
+            if name == "validation" and not data.val_fraction:
+                argument = "val_path"
             raise ValueError(
                 f"{data.where(argument)}: cannot resume from the checkpoint: {reason}, or start a new run from the "
                 "exported model"

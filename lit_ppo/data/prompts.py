@@ -245,11 +245,10 @@ class PromptDataModule(TableDataModule):
         training.position = position
         self._weights = training.order.weights = None if weights is None else weights.numpy()
 
-    @staticmethod
-    def _identity(training: TrainingPrompts) -> dict[str, Any]:
-        order = training.order
-        fingerprint = training.table.fingerprint
-        return {"rows": order.n_rows, "batch_size": order.batch_size, "seed": order.seed, "fingerprint": fingerprint}
+    def _identity(self, training: TrainingPrompts) -> dict[str, Any]:
+        order, val = training.order, self._tables.get("val")
+        fingerprints = {"fingerprint": training.table.fingerprint, "validation": val and val.fingerprint}
+        return {"rows": order.n_rows, "batch_size": order.batch_size, "seed": order.seed, **fingerprints}
 
     def _batches_trained(self) -> int | None:
         """Batches that the trainer has finished over all epochs; None without a trainer."""
