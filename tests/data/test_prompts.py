@@ -234,7 +234,7 @@ def test_held_out_files_come_in_order_and_are_named_where_they_lack_or_are_wrong
             ready(paths["a"], stage, **{f"{split}_path": bad})
         if stage != "fit":
             with pytest.raises(ValueError, match=rf"PromptDataModule\({split}_path=None\): there are no prompts"):
-                ready(paths["a"], stage)
+                getattr(ready(paths["a"], stage), f"{split}_dataloader")()
     assert ready(paths["a"]).val_dataloader() == []
     with pytest.raises(FileNotFoundError, match=r"^PromptDataModule\(val_path='no.jsonl'\): .*no.jsonl does not exist"):
         ready(paths["a"], val_path="no.jsonl")

@@ -230,6 +230,19 @@ def test_resume_notices_changed_columns_but_may_test_on_other_prompts(tmp_path: 
         module.evaluated.clear()
 
 
+def test_a_loader_is_used_after_a_fit_with_a_data_module(tmp_path: Path, file: Path) -> None:
+    """Lightning keeps the data module of the fit, which has no prompts of these stages."""
+    trainer, module = make_trainer(tmp_path / "run", max_steps=1, limit_val_batches=1.0), Recorder()
+    trainer.fit(module, prompts(file))
+    for run in (trainer.validate, trainer.test, trainer.predict):
+        run(module, torch.utils.data.DataLoader(["the", "film"], batch_size=2))
+        assert module.evaluated == [["the", "film"]]
+        module.evaluated.clear()
+        with pytest.raises(ValueError, match=r"PromptDataModule\((val|test|predict)_path=None\): there are no prompts"):
+            run(module, datamodule=prompts(file))
+        assert not module.evaluated
+
+
 class WeightsAfter(L.Callback):
     """Sets sampling weights at the end of one batch."""
 
