@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 
 from lit_ppo.data.table import DEPTH, FILE_ROWS, ROW_MB, Intake, Row, Table, short
 from lit_ppo.shown import message_of, written
@@ -188,7 +189,7 @@ def read_with_datasets(
     Raises:
         ValueError: datasets is not installed, or cannot load it, or a row is too large.
     """
-    missing = "" if file.exists() else f"there is no file {file.resolve()}"
+    missing = "" if file.exists() else f"there is no file or folder {file.resolve()}"
     reason = f" ({missing})" if missing else ""
     try:
         datasets: Any = importlib.import_module("datasets")
@@ -208,6 +209,7 @@ def read_with_datasets(
             options = {"data_files": str(file), "split": "train", "streaming": True, "batch_size": ROWS_AT_ONCE}
             yield from datasets.load_dataset("parquet", **options)  # without a copy of all rows on the disk
         else:
+            rank_zero_info(f"{where}: {missing}, so it is looked up on the Hugging Face hub")
             repository, config = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
             yield from datasets.load_dataset(repository, config or None, split=split or "train")
 

@@ -107,6 +107,8 @@ class PreferenceDataModule(RowDataModule):
         prompts = self._prompt_columns(train, *([] if val is None else [val]))
         self.train_rows = self._rows(train, prompts)
         self.val_rows = self._rows(val, prompts) if val is not None else []
+        if self.text_columns and len(train) > 1 and len(labels := {label for _, label in self.train_rows}) == 1:
+            rank_zero_warn(f"{train.where}: all labels are {labels.pop():g}, so there is nothing to tell apart")
 
     def _prompt_columns(self, *tables: Table) -> list[str]:
         """The column of the prompt, which is not part of the answers; none if the texts include it."""
@@ -136,7 +138,13 @@ class PreferenceDataModule(RowDataModule):
         if any(chats) != all(chats):
             table.refuse(chats.index(not chats[0]) % len(table), "chat messages and plain text are mixed; use one kind")
         ids = self._encode(table, answers, chats=chats[0])
-        return list(zip(ids[: len(table)], ids[len(table) :], strict=True))
+        pairs = list(zip(ids[: len(table)], ids[len(table) :], strict=True))
+        if n_equal := sum(chosen == rejected for chosen, rejected in pairs):
+            rank_zero_warn(
+                f"{table.where}: in {n_equal} of {len(pairs)} pairs chosen and rejected have the same tokens (cut to "
+                f"max_length={self.max_length}), so they teach nothing; check the columns, or raise max_length"
+            )
+        return pairs
 
     def _warn_of_prompts(self, table: Table, texts: list[str]) -> None:
         """Warn of a column of prompts that labelled texts do not include."""

@@ -163,9 +163,11 @@ class Table:
             sides[value < bound].append(index)
         for name, side in zip(("training", "validation"), sides, strict=True):
             if not side:
+                advice = "give another fraction, or a separate file (val_path)"
+                if len(self) > 1 and len(set(hashes)) == 1:
+                    advice = f"all have the same {' and '.join(columns)}, and copies stay together; give a val_path"
                 raise ValueError(
-                    f"{self.where}: val_fraction={fraction} leaves no {name} rows of {len(self)}; "
-                    "give another fraction, or a separate file (val_path)"
+                    f"{self.where}: val_fraction={fraction} leaves no {name} rows of {len(self)}; {advice}"
                 )
         return self.select(sides[0]), self.select(sides[1])
 

@@ -147,7 +147,7 @@ def test_messages_in_arrays_and_tuples_are_lists(hold: Any) -> None:
     for held in ([chat], {"prompt": [chat]}, [{"prompt": chat}]):
         assert as_batch(held, tokenizer).columns["messages"] == [expected]
     text = TextDataModule([{"messages": hold(*CHAT, TOOL_CALL)}], tokenizer=tokenizer, seed=0)
-    pairs = [{"prompt": hold(*CHAT), "chosen": hold(TOOL_CALL), "rejected": hold(TOOL_CALL)}]
+    pairs = [{"prompt": hold(*CHAT), "chosen": hold(TOOL_CALL), "rejected": hold(TOOL_CALL | {"content": "film"})}]
     for data in (text, PreferenceDataModule(pairs, tokenizer=tokenizer, seed=0)):
         data.setup("fit")
         ids = data.train_rows[0][0]

@@ -122,7 +122,7 @@ def test_validation_rows(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\(path=<list of 2>\): <list of 2> has no column 'prompt'"):
         ready(ALONE, val_path=PAIRS)  # type: ignore[arg-type]
     assert ready(path).val_dataloader() == []
-    rows: list[Any] = [{"head": " ".join(["the"] * (i % 20 + 1)), "tail": "film", "label": 1} for i in range(80)]
+    rows: list[Any] = [{"head": " ".join(["the"] * (i % 20 + 1)), "tail": "film", "label": i % 2} for i in range(80)]
     split = ready(write_rows(tmp_path / "t.jsonl", rows), val_fraction=0.5, **EDGES)
     train, val = ({len(ids) for ids, _ in side} - {1} for side in (split.train_rows, split.val_rows))
     assert not train & val  # copies of a row are never on both sides
@@ -211,8 +211,23 @@ def test_prompts_inside_of_complete_texts_are_refused_unless_named(answers: list
 
 
 def test_labelled_texts_without_their_prompts_are_warned_of() -> None:
-    rows: Any = [{"prompt": "the film", "text": text, "label": 1} for text in ("the film was good", "was good")]
+    texts = ["the film was good", "was good"]
+    rows: Any = [{"prompt": "the film", "text": text, "label": i} for i, text in enumerate(texts)]
     options: dict[str, Any] = {"text_column": "text", "label_column": "label"}
     with pytest.warns(UserWarning, match="the column 'prompt' is left out, since a labelled text must include"):
         ready(rows, **options)
     ready(rows[:1], **options)  # no warning, which would be an error
+
+
+def test_rows_that_teach_nothing_are_warned_of() -> None:
+    rows: Any = [PAIRS[0], PAIRS[1] | {"rejected": PAIRS[1]["chosen"]}]
+    with pytest.warns(UserWarning, match="in 1 of 2 pairs chosen and rejected have the same tokens"):
+        ready(rows)
+    cut: Any = [{"prompt": "the", "chosen": "good film story", "rejected": "bad film story"}]
+    with (
+        pytest.warns(UserWarning, match="2 of 2 texts are longer"),
+        pytest.warns(UserWarning, match=r"in 1 of 1 pairs .* same tokens \(cut to max_length=2\)"),
+    ):
+        ready(cut, max_length=2)
+    with pytest.warns(UserWarning, match="all labels are 1, so there is nothing to tell apart"):
+        ready([row | {"label": 1} for row in LABELLED], **EDGES)  # type: ignore[arg-type]

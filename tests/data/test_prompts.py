@@ -316,6 +316,10 @@ def test_a_split_that_cannot_be_made(tmp_path: Path) -> None:
     assert ready(path, val_fraction=1e-9).n_rows == 2  # at least one prompt is held out
     with pytest.raises(ValueError, match=r"val_fraction=1e-09 leaves no validation rows of 1"):
         ready(write_rows(tmp_path / "one.jsonl", ROWS[:1]), val_fraction=1e-9)
+    with pytest.raises(
+        ValueError, match=r"no validation rows of 9; all have the same prompt, and copies stay together"
+    ):
+        ready(write_rows(tmp_path / "same.jsonl", ROWS[:1] * 9), val_fraction=0.2)
     with pytest.raises(ValueError, match=r"val_fraction=0.999999 leaves no training rows of 3"):
         ready(path, val_fraction=0.999999)
     with pytest.raises(ValueError, match=r"p.jsonl has no column 'author', only \['prompt', 'id', 'label'\]"):
