@@ -140,9 +140,9 @@ def _simple(value: Any, depth: int = 0) -> Any:
         return value
     if isinstance(value, Mapping):
         return {name: _simple(part, depth + 1) for name, part in value.items()}
-    if isinstance(value, list | tuple | np.ndarray) and getattr(value, "ndim", 1):
+    if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim):
         return [_simple(part, depth + 1) for part in value]
-    return value.item() if isinstance(value, np.generic) else value
+    return value.item() if isinstance(value, np.generic | np.ndarray) else value
 
 
 def _rows_of_columns(where: str, columns: Mapping[str, Any]) -> list[Row]:
