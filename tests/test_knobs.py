@@ -72,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [
         {
             "prompt": text, "text": text, "other": f"{text} {WORDS[-i - 1]}", "chosen": f"good {text}",
-            "rejected": f"bad {text}", "prefix": "The", "label": i % 2, "label2": 1 - i % 2, "part": i // 2,
+            "rejected": f"bad {WORDS[i]}", "prefix": "The", "label": i % 2, "label2": 1 - i % 2, "part": i // 2,
         }
         for i, text in enumerate(words)
     ]  # fmt: skip
@@ -303,7 +303,7 @@ KNOBS = {
         READ_BASE | {"max_length": 16},
         **READ,
         chosen_column="other",
-        rejected_column="other",
+        rejected_column="prefix",
         prompt_column="other",
         text_column=Both("text", "other", {"label_column": "label"}),
         label_column=Both("label", "label2", {"text_column": "text"}),

@@ -37,7 +37,7 @@ DATA: dict[str, Callable[[str], Any]] = {
 
 @pytest.mark.parametrize("read", DATA.values(), ids=DATA)
 def test_data(tmp_path: Path, read: Callable[[str], Any]) -> None:
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"a": RENDERED, "b": RENDERED, "label": 1}))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"a": RENDERED, "b": RENDERED + "bad", "label": 1}))
     assert RENDERED.startswith("[BOS]")
     assert read(str(tmp_path / "rows.jsonl")) == IDS
 

@@ -1,7 +1,6 @@
 """The order of rows, which depends only on the seed and the position in training, and batches of prompts."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from lit_ppo.digest import as_json
 
 
 class PromptOrder:
@@ -188,7 +189,7 @@ class PromptTable:
         digest = hashlib.sha256()
         for i, prompt in enumerate(self.prompts):
             row = [prompt, {name: values[i] for name, values in self.columns.items()}]
-            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+            digest.update(as_json(row).encode())
         return digest.hexdigest()
 
 

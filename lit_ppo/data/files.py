@@ -58,7 +58,7 @@ def read_table(
     elif column_names is not None:
         raise ValueError(f"{where}: {ONLY_FOR_FILES}")
     else:
-        table = table_of(where, path, column, max_rows, max_row_mb)
+        table = table_of(where, path, column, max_rows, max_row_mb, data_root)
     if not table.rows and not may_be_empty:
         raise ValueError(f"{where}: {table.source} has no rows; give at least one")
     return table

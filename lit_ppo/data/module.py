@@ -20,6 +20,7 @@ from lit_ppo.data.encoding import checked_tokenizer, resolve_tokenizer
 from lit_ppo.data.files import read_table
 from lit_ppo.data.objects import Data, checked_data, has_splits, shown
 from lit_ppo.data.table import Table
+from lit_ppo.data.tokenization import gives_the_same_ids
 from lit_ppo.validate import (
     boolean,
     checked_names,
@@ -137,8 +138,22 @@ class TableDataModule(L.LightningDataModule):
         return self.cased(table.text(index, column))
 
     def load_tokenizer(self) -> Any:
-        """The tokenizer of the argument, or of the module being trained."""
-        return resolve_tokenizer(type(self).__name__, self.tokenizer_source, self.trainer)
+        """The tokenizer of the argument, or of the module being trained.
+
+        Raises:
+            ValueError: There is none, or that of the argument gives other ids than that of the module.
+        """
+        tokenizer = resolve_tokenizer(type(self).__name__, self.tokenizer_source, self.trainer)
+        module = getattr(self.trainer, "lightning_module", None)
+        own = getattr(module, "tokenizer", None)
+        if isinstance(own, PreTrainedTokenizerBase) and not gives_the_same_ids(tokenizer, own):
+            argument = "tokenizer_path" if getattr(self, "tokenizer_path", None) else "tokenizer"
+            raise ValueError(
+                f"{type(self).__name__}({argument}={shown(self.tokenizer_source)}): gives other ids than the tokenizer "
+                f"of {type(module).__name__} ({own.name_or_path!r}), which the model reads; leave it out, or give both "
+                "the same"
+            )
+        return tokenizer
 
     def setup(self, stage: str) -> None:
         """Silence three warnings of Lightning.
@@ -165,7 +180,7 @@ class RowDataModule(TableDataModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self.__dict__.pop("_fingerprint", None)
+        self.__dict__.pop("_fingerprints", None)
 
     def collate(self, rows: list[Any]) -> dict[str, Any]:
         """Make a batch."""
@@ -177,14 +192,16 @@ class RowDataModule(TableDataModule):
         dealt = self.trainer if getattr(self.trainer, "datamodule", None) is self else None
         world_size = dealt.world_size if dealt else 1
         identity = {"rows": len(self.train_rows), "batch_size": self.batch_size * world_size, "seed": self.seed}
-        return {**identity, "fingerprint": self._fingerprint}
+        return {**identity, "fingerprint": self._fingerprints[0], "validation": self._fingerprints[1]}
 
     @cached_property
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for row in self.train_rows:
-            digest.update(_as_bytes(row))
-        return digest.hexdigest()
+    def _fingerprints(self) -> list[str]:
+        """Of the training and the validation rows."""
+        digests = hashlib.sha256(), hashlib.sha256()
+        for digest, rows in zip(digests, (self.train_rows, self.val_rows), strict=True):
+            for row in rows:
+                digest.update(_as_bytes(row))
+        return [digest.hexdigest() for digest in digests]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Compare the data with those of the checkpoint.
@@ -228,11 +245,16 @@ def check_identity(data: TableDataModule, saved: dict[str, Any], now: dict[str, 
             problem = f"cannot resume from the checkpoint: its state of the data lacks {name}"
             raise ValueError(f"{data.where('path')}: {problem}; give another checkpoint, or start a new run")
         if saved[name] != value:
-            reason = f"the training {what} differ" if name == "fingerprint" else f"{name} was {saved[name]}"
+            reason = f"{name} was {saved[name]} when it was written, now it is {value}; restore it"
+            if name in ("fingerprint", "validation"):
+                kind = "training" if name == "fingerprint" else name
+                reason = f"the {kind} {what} differ from those that it was written with; restore them"
             argument = name if name in ("seed", "batch_size") else "path"
+            if name == "validation" and not data.val_fraction:
+                argument = "val_path"
             raise ValueError(
-                f"{data.where(argument)}: cannot resume from the checkpoint: {reason} when it was written "
-                f"(now: {value}); restore it, or start a new run from the exported model"
+                f"{data.where(argument)}: cannot resume from the checkpoint: {reason}, or start a new run from the "
+                "exported model"
             )
 
 

@@ -2,12 +2,17 @@
 
 import importlib
 import itertools
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lit_ppo.data.table import FILE_ROWS, ROW_MB, Intake, Row, Table, short
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_ppo.data.table import DEPTH, FILE_ROWS, ROW_MB, Intake, Row, Table, short
 from lit_ppo.shown import message_of, written
 from lit_ppo.validate import path, refuse
 
@@ -15,6 +20,7 @@ Data = str | Iterable[Any]
 """A file, a folder or a hub name; or rows: a data set, a list, a mapping of columns, a stream."""
 
 ROWS_AT_ONCE = 16  # of a Parquet file, whose values may be long
+FILE_NAME = re.compile(r"\S+\.((jsonl|json|csv|tsv)(\.gz)?|parquet)", re.IGNORECASE)
 SAVED = ("state.json", "dataset_dict.json")  # in a folder that save_to_disk has written
 
 
@@ -41,7 +47,12 @@ def shown(value: Any) -> str:
 
 
 def table_of(
-    where: str, data: Any, column: str | None = None, max_rows: int | None = None, max_row_mb: float = ROW_MB
+    where: str,
+    data: Any,
+    column: str | None = None,
+    max_rows: int | None = None,
+    max_row_mb: float = ROW_MB,
+    data_root: str | None = None,
 ) -> Table:
     """A table of the rows that an object holds.
 
@@ -52,9 +63,10 @@ def table_of(
         column: Name of the column of rows that are strings or lists; None: each row must be a mapping.
         max_rows: Take at most this many rows; required where the data have no length.
         max_row_mb: MiB of the longest row, see :class:`lit_ppo.data.table.Intake`.
+        data_root: Folder of relative paths, to tell names of files from text.
 
     Raises:
-        ValueError: It is something else, has no rows, has no length, or a row is too large.
+        ValueError: It is something else, has no rows, has no length, lists files, or a row is too large.
     """
     data = _split(where, data, None)
     source = shown(data)
@@ -73,6 +85,10 @@ def table_of(
     intake = Intake(where, source, max_row_mb)
     rows = []
     for number, item in enumerate(itertools.islice(items, max_rows), start=1):
+        if isinstance(item, str | PathLike) and _is_file_name(str(item), number == 1, data_root):
+            problem = f"row {number} is {short(str(item))}, the name of a file; give one file: join the files, or read "
+            text = f"; where it is a text, write it as {{{column!r}: ...}}" if column else ""
+            raise ValueError(f"{where}: {problem}them in Python and give their rows{text}")
         rows.append(_row(where, number, item, column))
         intake.row(number, rows[-1])
     return Table(rows, list(range(1, len(rows) + 1)), source, "row", where)
@@ -87,13 +103,46 @@ def _length(data: Any) -> int | None:
         return int(first.n) if type(first).__name__ == "TakeExamplesIterable" else None
 
 
+def _is_file_name(text: str, look: bool, data_root: str | None) -> bool:
+    """Whether a row is the name of a file or data set: it ends as one, or there is one and we ``look``."""
+    if FILE_NAME.fullmatch(text):
+        return True
+    path = os.path.join(data_root or "", os.path.expanduser(text)) if look and len(text) < 1000 else ""
+    return os.path.isfile(path) or (os.path.isdir(path) and is_saved(Path(path)))
+
+
 def _row(where: str, number: int, row: Any, column: str | None) -> Row:
     if isinstance(row, Mapping):
-        return dict(row)
+        return {name: messages_as_lists(value) for name, value in row.items()}
+    row = messages_as_lists(row)
     if column is not None and isinstance(row, str | list):
         return {column: row}
     refuse_row = f"{where}: row {number} is {type(row).__name__} {short(row)}, not a mapping of named columns; "
     raise ValueError(refuse_row + 'write every row as {"column": value, ...}')
+
+
+def messages_as_lists(value: Any) -> Any:
+    """Messages, tools and other mappings in a tuple or an array as a list of dicts, and any other value as it is.
+
+    Parquet files read by pandas and data sets in the format "numpy" have arrays.
+
+    >>> messages_as_lists(({"role": "user", "content": "a film"},)), messages_as_lists((1, 2))
+    ([{'role': 'user', 'content': 'a film'}], (1, 2))
+    """
+    if not isinstance(value, list | tuple | np.ndarray) or getattr(value, "ndim", 1) != 1:
+        return value
+    return _simple(value) if len(value) and all(isinstance(part, Mapping) for part in value) else value
+
+
+def _simple(value: Any, depth: int = 0) -> Any:
+    """Of the types of JSON; deeper than allowed, as it is."""
+    if depth > DEPTH:
+        return value
+    if isinstance(value, Mapping):
+        return {name: _simple(part, depth + 1) for name, part in value.items()}
+    if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim):
+        return [_simple(part, depth + 1) for part in value]
+    return value.item() if isinstance(value, np.generic | np.ndarray) else value
 
 
 def _rows_of_columns(where: str, columns: Mapping[str, Any]) -> list[Row]:
@@ -140,7 +189,7 @@ def read_with_datasets(
     Raises:
         ValueError: datasets is not installed, or cannot load it, or a row is too large.
     """
-    missing = "" if file.exists() else f"there is no file {file.resolve()}"
+    missing = "" if file.exists() else f"there is no file or folder {file.resolve()}"
     reason = f" ({missing})" if missing else ""
     try:
         datasets: Any = importlib.import_module("datasets")
@@ -160,13 +209,14 @@ def read_with_datasets(
             options = {"data_files": str(file), "split": "train", "streaming": True, "batch_size": ROWS_AT_ONCE}
             yield from datasets.load_dataset("parquet", **options)  # without a copy of all rows on the disk
         else:
+            rank_zero_info(f"{where}: {missing}, so it is looked up on the Hugging Face hub")
             repository, config = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
             yield from datasets.load_dataset(repository, config or None, split=split or "train")
 
     rows: list[Row] = []
     try:
         for row in itertools.islice(loaded(), max_rows):
-            rows.append(dict(row))
+            rows.append(_row(where, len(rows) + 1, row, None))
             intake.row(len(rows), rows[-1])
     except Exception as error:  # of the reader, the hub or the network
         if type(error) is ValueError and str(error).startswith(f"{where}: "):  # ours

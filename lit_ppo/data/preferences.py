@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lit_ppo.constructor import constructor
@@ -12,6 +13,9 @@ from lit_ppo.data.module import RowDataModule
 from lit_ppo.data.objects import Data
 from lit_ppo.data.table import ROW_MB, Table
 from lit_ppo.validate import all_or_none, checked_names, integer, refuse, text, text_or_none
+
+PROMPT = "prompt"
+"""Column of the prompt where no other is named."""
 
 
 class PreferenceDataModule(RowDataModule):
@@ -27,10 +31,10 @@ class PreferenceDataModule(RowDataModule):
             ``datasets.Dataset``, a list of rows, a mapping of columns, a ``DataFrame``, a stream.
         chosen_column: Column with the better text, or its chat messages.
         rejected_column: Column with the worse one.
-        prompt_column: Column with the prompt of both, text or chat messages; None: both texts include it. Plain prompt
-            and answer are joined without a separator; after a chat prompt, a plain answer becomes the assistant's
-            message. Answers that repeat the prompt (a conversation that begins with its turns, or plain answers that
-            all begin with it) are taken as they are.
+        prompt_column: Column with the prompt of both, text or chat messages; None: ``prompt`` if the data have this
+            column, else both texts include it. Plain prompt and answer are joined without a separator; after a chat
+            prompt, a plain answer becomes the assistant's message. Answers that repeat the prompt (a conversation that
+            begins with its turns, or plain answers that all begin with it) are taken as they are.
         text_column: Column with a labelled text; with several columns, each is a separate example.
         label_column: Column with the label.
         val_path: Validation file or rows.
@@ -98,31 +102,59 @@ class PreferenceDataModule(RowDataModule):
         super().setup(stage)
         self._tokenizer = self.load_tokenizer()
         self._pad_id = padding_id(type(self).__name__, self._tokenizer)
-        columns = self.text_columns or [self.chosen_column, self.rejected_column]
-        train, val = self.read_split(lambda table: [*([self.prompt_column] if self.prompt_column else []), *columns])
-        self.train_rows = self._rows(train)
-        self.val_rows = self._rows(val) if val is not None else []
+        answers = self.text_columns or [self.chosen_column, self.rejected_column]
+        train, val = self.read_split(lambda table: [*self._prompt_columns(table), *answers])
+        prompts = self._prompt_columns(train, *([] if val is None else [val]))
+        self.train_rows = self._rows(train, prompts)
+        self.val_rows = self._rows(val, prompts) if val is not None else []
+        if self.text_columns and len(train) > 1 and len(labels := {label for _, label in self.train_rows}) == 1:
+            rank_zero_warn(f"{train.where}: all labels are {labels.pop():g}, so there is nothing to tell apart")
 
-    def _rows(self, table: Table) -> list[Any]:
+    def _prompt_columns(self, *tables: Table) -> list[str]:
+        """The column of the prompt, which is not part of the answers; none if the texts include it."""
+        if self.prompt_column is not None:
+            return [self.prompt_column]
+        taken = self.text_columns or PROMPT in (self.chosen_column, self.rejected_column)
+        return [PROMPT] if not taken and any(PROMPT in table.columns for table in tables) else []
+
+    def _rows(self, table: Table, prompt_columns: list[str]) -> list[Any]:
         indices = range(len(table))
         if self.label_column is not None:
             label_column = self.label_column
             texts = [self.cased(table.text(i, column)) for i in indices for column in self.text_columns]
             labels = [_label(table, i, label_column) for i in indices for _ in self.text_columns]
+            self._warn_of_prompts(table, texts)
             return list(zip(self._encode(table, texts, chats=False), labels, strict=True))
         columns = (self.chosen_column, self.rejected_column)
         answers = [self.text_or_chat(table, i, column) for column in columns for i in indices]
-        if self.prompt_column is not None:
-            prompts = [self.text_or_chat(table, i, self.prompt_column) for i in indices] * 2
-            full = _are_full_texts(table, prompts, answers)
-            if not full:
+        for prompt_column in prompt_columns:
+            prompts = [self.text_or_chat(table, i, prompt_column) for i in indices] * 2
+            if not _are_full_texts(table, prompts, answers):
+                if self.prompt_column is None:
+                    _check_answers_alone(table, prompts, answers)
                 both = enumerate(zip(prompts, answers, strict=True))
                 answers = [conversation(table, i % len(table), prompt, answer)[0] for i, (prompt, answer) in both]
         chats = [not isinstance(answer, str) for answer in answers]
         if any(chats) != all(chats):
             table.refuse(chats.index(not chats[0]) % len(table), "chat messages and plain text are mixed; use one kind")
         ids = self._encode(table, answers, chats=chats[0])
-        return list(zip(ids[: len(table)], ids[len(table) :], strict=True))
+        pairs = list(zip(ids[: len(table)], ids[len(table) :], strict=True))
+        if n_equal := sum(chosen == rejected for chosen, rejected in pairs):
+            rank_zero_warn(
+                f"{table.where}: in {n_equal} of {len(pairs)} pairs chosen and rejected have the same tokens (cut to "
+                f"max_length={self.max_length}), so they teach nothing; check the columns, or raise max_length"
+            )
+        return pairs
+
+    def _warn_of_prompts(self, table: Table, texts: list[str]) -> None:
+        """Warn of a column of prompts that labelled texts do not include."""
+        if PROMPT in table.columns and PROMPT not in self.text_columns:
+            prompts = [self.cased(str(row.get(PROMPT) or "")) for row in table.rows for _ in self.text_columns]
+            if any(prompt not in text for prompt, text in zip(prompts, texts, strict=True)):
+                rank_zero_warn(
+                    f"{table.where}: the column {PROMPT!r} is left out, since a labelled text must include its prompt; "
+                    "put it into the text, or rename the column if it is no part of the text"
+                )
 
     def _encode(self, table: Table, texts: list[Any], chats: bool) -> list[list[int]]:
         tokenizer = self._tokenizer
@@ -153,6 +185,21 @@ def _are_full_texts(table: Table, prompts: list[Any], answers: list[Any]) -> boo
         problem = f"the answer does not begin with the prompt, but {len(pairs) - len(others)} of {len(pairs)} do; "
         table.refuse(others[0] % len(table), problem + "give answers alone, or full texts without prompt_column")
     return len(pairs) == len(answers) and not others
+
+
+def _check_answers_alone(table: Table, prompts: list[Any], answers: list[Any]) -> None:
+    """Check that plain answers do not hold their prompts somewhere inside.
+
+    Raises:
+        ValueError: Most do.
+    """
+    pairs = [(x, y) for x, y in zip(prompts, answers, strict=True) if isinstance(x, str) and isinstance(y, str)]
+    n_full = sum(prompt.strip() in answer for prompt, answer in pairs)
+    if n_full > len(pairs) / 2:
+        raise ValueError(
+            f"{table.where}: {n_full} of {len(pairs)} texts hold the prompt, but not all begin with it; rename the "
+            f"column {PROMPT!r} if the texts are complete, or give prompt_column={PROMPT!r} to put it before them"
+        )
 
 
 def _label(table: Table, index: int, column: str) -> float:

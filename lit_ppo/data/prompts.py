@@ -91,25 +91,29 @@ class PromptDataModule(TableDataModule):
         self.predict_path = None if predict_path is None else checked_data(self, "predict_path", predict_path)
         self.max_prompt_length = integer_or_none(self, "max_prompt_length", max_prompt_length, at_least=2)
         self._tables: dict[str, PromptTable] = {}
+        self._validates = False  # rather than fits
         self._weights: np.ndarray | None = None
         self._training: TrainingPrompts | None = None
 
     def setup(self, stage: str) -> None:
-        """Read and tokenise the prompts of the stage.
+        """Read and tokenise the prompts of the stage, if there are any.
+
+        After a ``fit`` Lightning also calls this where a loader of the user's own is tested or predicted on.
 
         Raises:
-            ValueError: There are no prompts to validate, test or predict on, or a file is wrong.
+            ValueError: A file is wrong.
         """
         super().setup(stage)
         stage = str(getattr(stage, "value", stage))  # Lightning passes an enum
+        self._validates = stage == "validate"
         if stage in ("fit", "validate"):
             self._setup_split(stage)
-        else:
-            self._tables[stage] = self._encode(self.read(self._given(f"{stage}_path")))
+        elif getattr(self, f"{stage}_path") is not None:
+            self._tables[stage] = self._encode(self.read(f"{stage}_path"))
 
     def _setup_split(self, stage: str) -> None:
-        if stage == "validate" and not self.val_fraction:
-            self._given("val_path")
+        if stage == "validate" and not self.val_fraction and self.val_path is None:
+            return
         train, val = self.read_split(lambda table: [self.prompt_column])
         if val is not None:
             self._tables["val"] = self._encode(val)
@@ -119,11 +123,6 @@ class PromptDataModule(TableDataModule):
             if self._weights is not None:  # set before this call of fit
                 order.weights = checked_weights(f"{type(self).__name__}.set_weights", self._weights, len(table))
             self._training = TrainingPrompts(table, order, self._batches_trained() or 0)
-
-    def _given(self, argument: str) -> str:
-        if getattr(self, argument) is None:
-            refuse(self, argument, None, "there are no prompts; give a file")
-        return argument
 
     def _encode(self, table: Table) -> PromptTable:
         column = self.prompt_column
@@ -199,18 +198,32 @@ class PromptDataModule(TableDataModule):
         return self._loader(training)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """The validation prompts, if there are any."""
-        return self._held_out("val") if "val" in self._tables else []
+        """The validation prompts; without any, ``fit`` does not validate.
+
+        Raises:
+            ValueError: There are none, and ``trainer.validate`` asks for them.
+        """
+        return self._held_out("val") if "val" in self._tables or self._validates else []
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """The prompts of ``test_path``."""
+        """The prompts of ``test_path``.
+
+        Raises:
+            ValueError: There are none.
+        """
         return self._held_out("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """The prompts of ``predict_path``."""
+        """The prompts of ``predict_path``.
+
+        Raises:
+            ValueError: There are none.
+        """
         return self._held_out("predict")
 
     def _held_out(self, split: str) -> DataLoader[Any]:
+        if split not in self._tables:
+            refuse(self, f"{split}_path", None, "there are no prompts; give a file")
         return self._loader(HeldOutPrompts(self._tables[split], self.batch_size))
 
     @staticmethod
@@ -245,11 +258,10 @@ class PromptDataModule(TableDataModule):
         training.position = position
         self._weights = training.order.weights = None if weights is None else weights.numpy()
 
-    @staticmethod
-    def _identity(training: TrainingPrompts) -> dict[str, Any]:
-        order = training.order
-        fingerprint = training.table.fingerprint
-        return {"rows": order.n_rows, "batch_size": order.batch_size, "seed": order.seed, "fingerprint": fingerprint}
+    def _identity(self, training: TrainingPrompts) -> dict[str, Any]:
+        order, val = training.order, self._tables.get("val")
+        fingerprints = {"fingerprint": training.table.fingerprint, "validation": val and val.fingerprint}
+        return {"rows": order.n_rows, "batch_size": order.batch_size, "seed": order.seed, **fingerprints}
 
     def _batches_trained(self) -> int | None:
         """Batches that the trainer has finished over all epochs; None without a trainer."""

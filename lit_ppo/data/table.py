@@ -1,7 +1,7 @@
 """A table of rows that knows where each row stands, so that every error names file and line."""
 
-import hashlib
 import json
+import re
 import reprlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from lightning.pytorch.utilities import rank_zero_info
+
+from lit_ppo.digest import unit_hash
 
 Row = dict[str, Any]
 Message = dict[str, Any]
@@ -23,6 +25,11 @@ ROW_COSTS = 512  # bytes in memory that a row takes beside its values
 DEPTH = 100  # of nested values; later steps copy, compare and save them by recursion
 HUGE = 10**4300  # Python writes no integer with more digits
 SECONDS_BETWEEN_LOGS = 3.0
+CHAT = '[{"role": "user", "content": "..."}, ...]'
+WRITTEN_CHAT = re.compile(  # messages as text, in JSON or Python, as CSV files have them
+    r"""\s*((array\()?[\[(]\s*\{|\{(?=\s*["'](role|content)["']))"""
+    r"""(?=.*["'](role|from)["']\s*:)(?=.*["'](content|value)["']\s*:).*[]})]\s*""", re.DOTALL
+)  # fmt: skip
 
 
 @dataclass
@@ -100,10 +107,13 @@ class Table:
         """
         value = self.cell(index, column)
         if not isinstance(value, str):
-            problem = f"column {column!r} holds {type(value).__name__} {short(value)}, not text; write it as a string"
-            self.refuse(index, problem)
+            advice = "write it as a string" if isinstance(value, int | float) else f"give text, or a chat as {CHAT}"
+            self.refuse(index, f"column {column!r} holds {type(value).__name__} {short(value)}, not text; {advice}")
         if not value.strip():
             self.refuse(index, f"empty {column!r}; fill it in or delete the row")
+        if WRITTEN_CHAT.fullmatch(value):
+            problem = f"column {column!r} holds chat messages written as text: {short(value)}; give lists of messages, "
+            self.refuse(index, problem + "as in a JSON lines or Parquet file, or parse the text first")
         return value
 
     def is_chat(self, index: int, column: str) -> bool:
@@ -118,8 +128,7 @@ class Table:
         """
         messages: list[Message] = self.cell(index, column)
         if not messages or not all(map(_is_message, messages)):
-            problem = f"{column!r} is {short(messages)}, not chat messages of text; "
-            self.refuse(index, problem + 'write [{"role": "user", "content": "..."}, ...]')
+            self.refuse(index, f"{column!r} is {short(messages)}, not chat messages of text; write {CHAT}")
         if not messages[-1]["content"].strip():  # a system message may be empty, the one to answer may not
             self.refuse(index, f"the last message of {column!r} is empty; fill it in")
         return messages
@@ -154,9 +163,11 @@ class Table:
             sides[value < bound].append(index)
         for name, side in zip(("training", "validation"), sides, strict=True):
             if not side:
+                advice = "give another fraction, or a separate file (val_path)"
+                if len(self) > 1 and len(set(hashes)) == 1:
+                    advice = f"all have the same {' and '.join(columns)}, and copies stay together; give a val_path"
                 raise ValueError(
-                    f"{self.where}: val_fraction={fraction} leaves no {name} rows of {len(self)}; "
-                    "give another fraction, or a separate file (val_path)"
+                    f"{self.where}: val_fraction={fraction} leaves no {name} rows of {len(self)}; {advice}"
                 )
         return self.select(sides[0]), self.select(sides[1])
 
@@ -281,17 +292,6 @@ def listed(names: Sequence[str], at_most: int = 20) -> str:
     """Names of columns, for messages."""
     shown = [name if len(name) <= 80 else f"{name[:77]}..." for name in names[:at_most]]
     return f"{shown}{f' and {len(names) - at_most} more' if len(names) > at_most else ''}"
-
-
-def unit_hash(key: Sequence[Any]) -> float:
-    """A number in [0, 1) that depends only on the values, the same in every process and on every machine.
-
-    >>> unit_hash(["train/pos/5235"]) == unit_hash(["train/pos/5235"]) != unit_hash(["train/pos/5236"])
-    True
-    """
-    texts = [value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str) for value in key]
-    digest = hashlib.sha256("\x1f".join(texts).encode()).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def _is_message(value: Any) -> bool:

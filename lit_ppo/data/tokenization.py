@@ -125,15 +125,33 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str | Path, *, keep
     tokenizer.pad_token = pad
 
 
+def gives_the_same_ids(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers have the same tokens, tokens to pad with aside, and split text alike."""
+    if tokenizer is other:
+        return True
+    pads = {tokenizer.pad_token, other.pad_token}
+    first, second = (
+        {token: i for token, i in each.get_vocab().items() if token not in pads} for each in (tokenizer, other)
+    )
+    probe = _probe(tokenizer)
+    ids = [each(probe, add_special_tokens=False, verbose=False)["input_ids"] for each in (tokenizer, other)]
+    return first == second and bool(ids[0] == ids[1])
+
+
+def _probe(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A text with many of the tokens that are not special."""
+    step = max(len(tokenizer) // 200, 1)
+    words = tokenizer.batch_decode([[i] for i in range(0, len(tokenizer), step)], skip_special_tokens=True)
+    return "The film's plot, naïve at 2,000 words:\n" + " ".join(word.strip() for word in words)
+
+
 def loads_the_same(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> bool:
     """Whether a tokenizer that is saved beside a model of this config loads unchanged.
 
     For a few model types (such as Qwen2) transformers loads the family's own tokenizer class instead of the saved one:
     the vocabulary is the same, but text is split in another way.
     """
-    step = max(len(tokenizer) // 200, 1)
-    words = tokenizer.batch_decode([[i] for i in range(0, len(tokenizer), step)])
-    probe = "The film's plot, naïve at 2,000 words:\n" + " ".join(word.strip() for word in words)
+    probe = _probe(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         config.save_pretrained(folder)

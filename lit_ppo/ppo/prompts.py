@@ -15,6 +15,8 @@ from lit_ppo.callbacks.base import PPOCallback
 from lit_ppo.data.batch import PromptBatch
 from lit_ppo.data.chat import Options
 from lit_ppo.data.encoding import encode_prompts
+from lit_ppo.data.objects import messages_as_lists
+from lit_ppo.data.table import WRITTEN_CHAT
 from lit_ppo.experience import Experience, set_fields
 from lit_ppo.generation.config import end_of_turn, stop_ids
 from lit_ppo.parallel.ranks import gather_shares
@@ -118,10 +120,13 @@ def _listed(values: Any) -> list[Any]:
 def _encoded(
     prompts: list[Any], columns: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, options: Options | None
 ) -> PromptBatch:
+    prompts = list(map(messages_as_lists, prompts))
     for number, prompt in enumerate(prompts):
-        messages = isinstance(prompt, list | tuple) and prompt and all(_is_message(message) for message in prompt)
+        messages = isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt)
         if not isinstance(prompt, str) and not messages:
             _refuse(repr(prompt), f"prompt {number} is neither text nor a list of messages with 'role' and 'content'")
+        if isinstance(prompt, str) and WRITTEN_CHAT.fullmatch(prompt):
+            _refuse(prompt, f"prompt {number} is chat messages written as text; parse it first")
     chat = bool(prompts) and not isinstance(prompts[0], str)
     if chat and "messages" in columns:
         _refuse("a mapping with 'prompt', 'messages'", "chat prompts go to the reward as 'messages'; rename the column")

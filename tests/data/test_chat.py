@@ -1,5 +1,6 @@
 """Chats: what of them has a loss in SFT, options of the template, chats that a template refuses."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from lit_ppo.data.preferences import PreferenceDataModule
 from lit_ppo.data.prompts import PromptDataModule
 from lit_ppo.data.text import TextDataModule
+from lit_ppo.ppo.prompts import as_batch
 from tests.helpers.tiny import write_rows
 
 HEAD = "{% for m in messages %}<|start|>{{ m.role }}\n"
@@ -230,3 +232,45 @@ def test_append_eos_and_templates_that_end_otherwise() -> None:
     with pytest.warns(UserWarning, match="the model will not learn to stop"):
         trained(plain, {"messages": [QUESTION, turn("a", "good")]}, append_eos=False)
     assert trained(plain, {"prompt": "a", "completion": " b"}, append_eos=False) == "a[[ b]]"
+
+
+WRITTEN = [
+    json.dumps([QUESTION, ANSWER]),
+    json.dumps([QUESTION], indent=1) + "\n",
+    repr([QUESTION, ANSWER]),
+    repr((QUESTION,)),
+    f"[{QUESTION}\n {ANSWER}]",  # as numpy writes an array of messages, and pandas into a CSV file
+    f"array([{QUESTION}], dtype=object)",
+    json.dumps([{"tools": [], "content": "a", "role": "user"}]),
+    json.dumps([{"from": "human", "value": "a"}]),
+    json.dumps(QUESTION),
+]
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_chats_written_as_text_are_refused(text: str) -> None:
+    """They would be trained on as they stand there, brackets and all."""
+    used = tokenizer(CHATML)
+    rows = [{"prompt": "a", "text": "a", "completion": "a", "chosen": "ab", "rejected": "ac", "label": 1}] * 2
+    for kind, column, options in (
+        (PromptDataModule, "prompt", {}),
+        (TextDataModule, "text", {}),
+        (TextDataModule, "prompt", {"completion_column": "completion"}),
+        (TextDataModule, "completion", {"completion_column": "completion"}),
+        (PreferenceDataModule, "prompt", {}),
+        (PreferenceDataModule, "rejected", {}),
+        (PreferenceDataModule, "text", {"text_column": "text", "label_column": "label"}),
+    ):
+        data: Any = kind([rows[0], rows[1] | {column: text}], tokenizer=used, **options)  # type: ignore[arg-type]
+        message = rf"row 2: column '{column}' holds chat messages written as text: .*; give lists of messages"
+        with pytest.raises(ValueError, match=message):
+            data.setup("fit")
+    with pytest.raises(ValueError, match="prompt 1 is chat messages written as text; parse it first"):
+        as_batch(["a", text], used)
+
+
+def test_texts_about_chats_are_texts() -> None:
+    texts = ["[user] {role: content}", "[{'role': 'a'}]", '[{"role": "a", "content": "b"}] is a chat', "{'n': 1}", "[{"]
+    data = PromptDataModule(texts, tokenizer=tokenizer(CHATML), seed=0)
+    data.setup("fit")
+    assert data.peek("train", 9).prompts == texts  # type: ignore[union-attr]

@@ -179,15 +179,31 @@ def test_hub_data_sets(load_dataset: Mock, path: str, args: tuple[Any, ...], spl
     assert table.place(0) == f"{path}, row 1"
 
 
+def test_a_name_is_looked_up_after_it_was_said_that_there_is_no_such_file(
+    load_dataset: Mock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a network, the hub is asked for minutes."""
+    load_dataset.side_effect = lambda *args, **kwargs: pytest.fail("not said") if not caplog.messages else [{"a": 1}]
+    with caplog.at_level("INFO"):
+        read_table(WHERE, "no/such")
+    assert caplog.messages == [
+        f"{WHERE}: there is no file or folder {Path('no/such').resolve()}, so it is looked up on the Hugging Face hub"
+    ]
+
+
 def test_hub_failures_say_what_was_looked_for(
     load_dataset: Mock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     load_dataset.side_effect = RuntimeError("not found\non the hub")
-    with pytest.raises(ValueError, match=r"there is no file .*no/such, and datasets .*'not found on the hub'"):
+    with pytest.raises(
+        ValueError, match=r"there is no file or folder .*no/such, and datasets .*'not found on the hub'"
+    ):
         read_table(WHERE, "no/such")
     monkeypatch.setitem(sys.modules, "datasets", None)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"there is no file .*owner/name\); pip install 'lit-ppo\[datasets\]'"):
+    with pytest.raises(
+        ValueError, match=r"there is no file or folder .*owner/name\); pip install 'lit-ppo\[datasets\]'"
+    ):
         read_table(WHERE, "owner/name")
     with pytest.raises(ValueError, match=r"not installed; pip install 'lit-ppo\[datasets\]'"):
         read_table(WHERE, write(tmp_path / "a.parquet", "PAR1"))

@@ -1,9 +1,12 @@
 """Rows of Python objects: whatever holds them, the batches are those of the same rows in a file."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ from lit_ppo.data.files import read_table
 from lit_ppo.data.preferences import PreferenceDataModule
 from lit_ppo.data.prompts import PromptDataModule
 from lit_ppo.data.text import TextDataModule
+from lit_ppo.ppo.prompts import as_batch
 from lit_ppo.rewards import RewardModel, as_source
 from lit_ppo.supervised.sft import LitSFT
 from tests.helpers.tiny import make_causal_lm, make_reward_model, make_tokenizer, write_rows
@@ -115,6 +119,51 @@ def test_rows_without_names(rows: Any) -> None:
     assert (batch.columns.get("messages") or batch.prompts) == rows
 
 
+def array(*values: Any) -> Any:
+    """Of one dimension, whatever the values hold."""
+    made = np.empty(len(values), dtype=object)
+    made[:] = values
+    return made
+
+
+TOOL_CALL = {"role": "assistant", "content": "a", "tool_calls": [{"name": "n", "arguments": {"ids": [1, 2]}}]}
+IN_ARRAYS = TOOL_CALL | {"tool_calls": array({"name": np.str_("n"), "arguments": {"ids": np.array([1, 2])}})}
+
+
+@pytest.mark.parametrize("hold", [array, lambda *turns: turns], ids=["array", "tuple"])
+def test_messages_in_arrays_and_tuples_are_lists(hold: Any) -> None:
+    """As in a Parquet file that pandas has read; other columns are as they were."""
+    tokenizer = make_tokenizer(chat=True)
+    chat, expected = hold(MappingProxyType(CHAT[0]), IN_ARRAYS, CHAT[0]), [*CHAT, TOOL_CALL, *CHAT]
+    row = {"prompt": chat, "tools": hold({"name": "n"}), "ids": np.array([1, 2]), "pair": (1, "a")}
+    prompts = PromptDataModule([row], tokenizer=tokenizer, seed=0)
+    with pytest.warns(UserWarning, match="does not get the column 'tools'"):
+        prompts.setup("fit")
+    assert json.dumps([prompts.columns["messages"], prompts.columns["tools"]]) == json.dumps(
+        [[expected], [[{"name": "n"}]]]
+    )
+    assert prompts.columns["ids"][0] is row["ids"]
+    assert prompts.columns["pair"] == [(1, "a")]
+    for held in ([chat], {"prompt": [chat]}, [{"prompt": chat}]):
+        assert as_batch(held, tokenizer).columns["messages"] == [expected]
+    text = TextDataModule([{"messages": hold(*CHAT, TOOL_CALL)}], tokenizer=tokenizer, seed=0)
+    pairs = [{"prompt": hold(*CHAT), "chosen": hold(TOOL_CALL), "rejected": hold(TOOL_CALL | {"content": "film"})}]
+    for data in (text, PreferenceDataModule(pairs, tokenizer=tokenizer, seed=0)):
+        data.setup("fit")
+        ids = data.train_rows[0][0]
+        assert tokenizer.decode(list(ids)) == "user a film [EOS] assistant a [EOS]"
+
+
+def test_data_sets_in_numpys_format(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    chats = datasets.Dataset.from_list([{"prompt": CHAT}] * 2).with_format("numpy")
+    chats.save_to_disk(str(tmp_path / "saved"))
+    for held in (chats, str(tmp_path / "saved")):
+        data = PromptDataModule(held, tokenizer=make_tokenizer(chat=True), seed=0)
+        data.setup("fit")
+        assert data.columns["messages"] == [CHAT] * 2
+
+
 def test_text_and_preferences(tmp_path: Path) -> None:
     options: dict[str, Any] = {"tokenizer": make_tokenizer(), "batch_size": 4, "seed": 0}
     texts = [row["prompt"] for row in ROWS]
@@ -150,6 +199,35 @@ def test_other_objects_are_refused(held: Any, message: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011
         read_table("w", held)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("argument", ["path", "val_path"])
+@pytest.mark.parametrize("kind", [PromptDataModule, TextDataModule, PreferenceDataModule])
+def test_a_list_of_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, argument: str) -> None:
+    """As the datasets package takes one: the names would be the prompts."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": "a", "text": "the film", "chosen": "good", "rejected": "bad"}]
+    write_rows(tmp_path / "a.jsonl", rows)
+    (tmp_path / "there").mkdir()
+    write_rows(tmp_path / "there" / "my notes", rows)
+    for names in (["a.jsonl", "b.jsonl"], ["b.CSV.gz", "a film"], ("my notes", "b"), [Path("a.jsonl")]):
+        data = kind(**{"path": rows, argument: names}, data_root="there", tokenizer=make_tokenizer())
+        with pytest.raises(
+            ValueError, match=rf"\({argument}=<.* of .>\): row . is '.*', the name of a file; give one file"
+        ) as e:
+            data.setup("fit")
+        assert ("write it as" in str(e.value)) == (kind is not PreferenceDataModule)
+
+
+def test_texts_that_are_no_files_are_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So are those that only speak of files, and names in a column."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plot").mkdir()
+    with pytest.raises(ValueError, match=r"row 2 is 'b.tsv', the name of a file"):
+        read_table("w", ["a film", "b.tsv"], column="prompt")
+    texts = ["plot", "read a.jsonl", "a.jsonl is a film", "\0", "x" * 5000]
+    assert read_table("w", texts, column="prompt").rows == [{"prompt": text} for text in texts]
+    assert read_table("w", [{"prompt": "a.jsonl"}]).rows == [{"prompt": "a.jsonl"}]
 
 
 def test_a_missing_split_is_named(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ LABELLED = [
     {"head": "good", "tail": "we loved it", "label": 1, "id": "a"},
     {"head": "it was dull", "tail": "bad", "label": 0, "id": "b"},
 ]
+ALONE = [{name: value for name, value in row.items() if name != "prompt"} for row in PAIRS]
 EDGES: dict[str, Any] = {"text_column": ["head", "tail"], "label_column": "label"}
 Rows = set[tuple[Any, ...]]
 
@@ -48,19 +49,20 @@ def examples(loader: Any, tokenizer: Any = None) -> Rows:
 
 def test_pairs_and_their_columns(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "p.jsonl", PAIRS)
-    [batch] = ready(path).train_dataloader()
+    [batch] = ready(write_rows(tmp_path / "full.jsonl", ALONE)).train_dataloader()
     assert {side: part["input_ids"].shape for side, part in batch.items()} == {"chosen": (2, 3), "rejected": (2, 4)}
     assert examples([batch]) == {("was really good", "was bad"), ("happy", "not happy but sad")}
     short = texts_of(batch["chosen"]).index("happy")
     assert batch["chosen"]["attention_mask"][short].tolist() == [1, 0, 0]  # padded on the right
     assert batch["chosen"]["input_ids"][short, 1:].tolist() == [0, 0]
     swapped = ready(path, chosen_column="rejected", rejected_column="chosen")
-    assert examples(swapped.train_dataloader()) == {("was bad", "was really good"), ("not happy but sad", "happy")}
-    prompted = ready(path, prompt_column="prompt")
-    assert examples(prompted.train_dataloader()) == {
-        ("the film was really good", "the film was bad"),
-        ("a plot happy", "a plot not happy but sad"),
+    assert examples(swapped.train_dataloader()) == {
+        ("the film was bad", "the film was really good"),
+        ("a plot not happy but sad", "a plot happy"),
     }
+    joined = {("the film was really good", "the film was bad"), ("a plot happy", "a plot not happy but sad")}
+    for data in (ready(path, prompt_column="prompt"), ready(path), ready(PAIRS)):
+        assert examples(data.train_dataloader()) == joined
 
 
 @pytest.mark.parametrize("label", [0.0, False, "0"])
@@ -76,7 +78,7 @@ def test_labelled_texts(tmp_path: Path, label: Any) -> None:
 
 
 def test_long_texts_keep_their_end(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "p.jsonl", PAIRS)
+    path = write_rows(tmp_path / "p.jsonl", ALONE)
     with pytest.warns(UserWarning, match=r"PreferenceDataModule\(max_length=2\): 2 of 4 texts .* longest has 4"):
         data = ready(path, max_length=2)
     assert examples(data.train_dataloader()) == {("really good", "was bad"), ("happy", "but sad")}
@@ -113,9 +115,14 @@ def test_chats(tmp_path: Path, row: dict[str, Any], prompt_column: str | None, b
 def test_validation_rows(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "p.jsonl", PAIRS)
     data = ready(path, val_path=write_rows(tmp_path / "v.jsonl", PAIRS[::-1]), batch_size=1)
-    assert [texts_of(batch["chosen"]) for batch in data.val_dataloader()] == [["happy"], ["was really good"]]
+    held_out = [["a plot happy"], ["the film was really good"]]
+    assert [texts_of(batch["chosen"]) for batch in data.val_dataloader()] == held_out
+    with pytest.raises(ValueError, match=r"\(val_path=<list of 2>\): <list of 2> has no column 'prompt'"):
+        ready(path, val_path=ALONE)
+    with pytest.raises(ValueError, match=r"\(path=<list of 2>\): <list of 2> has no column 'prompt'"):
+        ready(ALONE, val_path=PAIRS)  # type: ignore[arg-type]
     assert ready(path).val_dataloader() == []
-    rows: list[Any] = [{"head": " ".join(["the"] * (i % 20 + 1)), "tail": "film", "label": 1} for i in range(80)]
+    rows: list[Any] = [{"head": " ".join(["the"] * (i % 20 + 1)), "tail": "film", "label": i % 2} for i in range(80)]
     split = ready(write_rows(tmp_path / "t.jsonl", rows), val_fraction=0.5, **EDGES)
     train, val = ({len(ids) for ids, _ in side} - {1} for side in (split.train_rows, split.val_rows))
     assert not train & val  # copies of a row are never on both sides
@@ -137,7 +144,7 @@ def test_validation_rows(tmp_path: Path) -> None:
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, row: dict[str, Any], options: dict[str, Any], message: str) -> None:
-    path = write_rows(tmp_path / "p.jsonl", [LABELLED[0] if options else PAIRS[0], row])
+    path = write_rows(tmp_path / "p.jsonl", [LABELLED[0] if options else ALONE[0], row])
     with pytest.raises(ValueError, match=r"^PreferenceDataModule\(path='.*p.jsonl'\): .*p.jsonl, " + message):
         ready(path, tokenizer=make_tokenizer(chat=True), **options)
 
@@ -188,3 +195,39 @@ def test_an_answer_that_begins_with_another_user_turn_is_refused(tmp_path: Path)
         ValueError, match=r"p.jsonl, line 1: the answer begins with a user turn that is not the prompt's"
     ):
         ready(path, prompt_column="prompt", tokenizer=make_tokenizer(chat=True))
+
+
+@pytest.mark.parametrize(
+    "answers", [["Human: it Assistant: good", "Human: it Assistant: bad"], ["say it so", "say it"]]
+)
+def test_prompts_inside_of_complete_texts_are_refused_unless_named(answers: list[str]) -> None:
+    """A prompt in front would stand there twice."""
+    rows: Any = [{"prompt": "it ", "chosen": answers[0], "rejected": answers[1]}]
+    with pytest.raises(ValueError, match=r"2 of 2 texts hold the prompt, but not all begin with it; rename the column"):
+        ready(rows)
+    tokenizer = make_tokenizer(words=["it", *" ".join(answers).split()])
+    named = ready(rows, prompt_column="prompt", tokenizer=tokenizer)
+    assert examples(named.train_dataloader(), tokenizer) == {tuple(f"it {answer}" for answer in answers)}
+
+
+def test_labelled_texts_without_their_prompts_are_warned_of() -> None:
+    texts = ["the film was good", "was good"]
+    rows: Any = [{"prompt": "the film", "text": text, "label": i} for i, text in enumerate(texts)]
+    options: dict[str, Any] = {"text_column": "text", "label_column": "label"}
+    with pytest.warns(UserWarning, match="the column 'prompt' is left out, since a labelled text must include"):
+        ready(rows, **options)
+    ready(rows[:1], **options)  # no warning, which would be an error
+
+
+def test_rows_that_teach_nothing_are_warned_of() -> None:
+    rows: Any = [PAIRS[0], PAIRS[1] | {"rejected": PAIRS[1]["chosen"]}]
+    with pytest.warns(UserWarning, match="in 1 of 2 pairs chosen and rejected have the same tokens"):
+        ready(rows)
+    cut: Any = [{"prompt": "the", "chosen": "good film story", "rejected": "bad film story"}]
+    with (
+        pytest.warns(UserWarning, match="2 of 2 texts are longer"),
+        pytest.warns(UserWarning, match=r"in 1 of 1 pairs .* same tokens \(cut to max_length=2\)"),
+    ):
+        ready(cut, max_length=2)
+    with pytest.warns(UserWarning, match="all labels are 1, so there is nothing to tell apart"):
+        ready([row | {"label": 1} for row in LABELLED], **EDGES)  # type: ignore[arg-type]

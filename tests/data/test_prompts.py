@@ -11,7 +11,7 @@ from tokenizers import processors
 from lit_ppo.data.batch import PromptOrder
 from lit_ppo.data.encoding import encode_prompts, padding_id
 from lit_ppo.data.prompts import PromptDataModule
-from lit_ppo.data.table import unit_hash
+from lit_ppo.digest import unit_hash
 from tests.helpers.tiny import make_tokenizer, write_rows
 
 TURNS = [("user", "the plot"), ("assistant", "dull"), ("user", "but")]
@@ -234,7 +234,7 @@ def test_held_out_files_come_in_order_and_are_named_where_they_lack_or_are_wrong
             ready(paths["a"], stage, **{f"{split}_path": bad})
         if stage != "fit":
             with pytest.raises(ValueError, match=rf"PromptDataModule\({split}_path=None\): there are no prompts"):
-                ready(paths["a"], stage)
+                getattr(ready(paths["a"], stage), f"{split}_dataloader")()
     assert ready(paths["a"]).val_dataloader() == []
     with pytest.raises(FileNotFoundError, match=r"^PromptDataModule\(val_path='no.jsonl'\): .*no.jsonl does not exist"):
         ready(paths["a"], val_path="no.jsonl")
@@ -316,6 +316,10 @@ def test_a_split_that_cannot_be_made(tmp_path: Path) -> None:
     assert ready(path, val_fraction=1e-9).n_rows == 2  # at least one prompt is held out
     with pytest.raises(ValueError, match=r"val_fraction=1e-09 leaves no validation rows of 1"):
         ready(write_rows(tmp_path / "one.jsonl", ROWS[:1]), val_fraction=1e-9)
+    with pytest.raises(
+        ValueError, match=r"no validation rows of 9; all have the same prompt, and copies stay together"
+    ):
+        ready(write_rows(tmp_path / "same.jsonl", ROWS[:1] * 9), val_fraction=0.2)
     with pytest.raises(ValueError, match=r"val_fraction=0.999999 leaves no training rows of 3"):
         ready(path, val_fraction=0.999999)
     with pytest.raises(ValueError, match=r"p.jsonl has no column 'author', only \['prompt', 'id', 'label'\]"):

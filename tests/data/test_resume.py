@@ -198,6 +198,23 @@ def test_resume_on_other_data_is_refused(
         fit(tmp_path / "other", kind(str(file), **READ | change), ckpt_path=tmp_path / "run" / "step=1.ckpt")
 
 
+@pytest.mark.parametrize("kind", [PromptDataModule, *ROWS_OF_TEXT])
+def test_resume_on_other_held_out_rows_is_refused(tmp_path: Path, file: Path, kind: Any) -> None:
+    """Their scores would go on in one curve."""
+    held_out = write(tmp_path / "held_out.jsonl", 3)
+    fit(tmp_path / "run", kind(str(file), val_path=str(held_out), **READ), max_steps=1)
+    checkpoint = tmp_path / "run" / "step=1.ckpt"
+    copied = write(tmp_path / "copied.jsonl", 3)
+    resumed = fit(tmp_path / "same", kind(str(file), val_path=str(copied), **READ), ckpt_path=checkpoint, max_steps=2)
+    assert len(resumed.seen) == 1
+    write(held_out, 2)
+    message = r"\(val_path=.*\): cannot resume from the checkpoint: the validation (prompts|rows) differ from those"
+    for val_path in (str(held_out), None):
+        data = kind(str(file), val_path=val_path, **READ)
+        with pytest.raises(ValueError, match=kind.__name__ + message):
+            fit(tmp_path / "other", data, ckpt_path=checkpoint, max_steps=2)
+
+
 def test_resume_notices_changed_columns_but_may_test_on_other_prompts(tmp_path: Path, file: Path) -> None:
     """The reward reads the columns."""
     fit(tmp_path / "run", prompts(file), max_steps=1)
@@ -211,6 +228,19 @@ def test_resume_notices_changed_columns_but_may_test_on_other_prompts(tmp_path: 
         run(module, datamodule=data, ckpt_path=tmp_path / "run" / "step=1.ckpt")
         assert [rows_of(batch) for batch in module.evaluated] == [[0, 1, 2], [3, 4]]  # the order of the file
         module.evaluated.clear()
+
+
+def test_a_loader_is_used_after_a_fit_with_a_data_module(tmp_path: Path, file: Path) -> None:
+    """Lightning keeps the data module of the fit, which has no prompts of these stages."""
+    trainer, module = make_trainer(tmp_path / "run", max_steps=1, limit_val_batches=1.0), Recorder()
+    trainer.fit(module, prompts(file))
+    for run in (trainer.validate, trainer.test, trainer.predict):
+        run(module, torch.utils.data.DataLoader(["the", "film"], batch_size=2))
+        assert module.evaluated == [["the", "film"]]
+        module.evaluated.clear()
+        with pytest.raises(ValueError, match=r"PromptDataModule\((val|test|predict)_path=None\): there are no prompts"):
+            run(module, datamodule=prompts(file))
+        assert not module.evaluated
 
 
 class WeightsAfter(L.Callback):

@@ -2,12 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
-from lit_ppo.data.tokenization import loads_the_same, save_tokenizer, train_tokenizer
-from tests.helpers.tiny import FAMILIES, make_config
+from lit_ppo.data.preferences import PreferenceDataModule
+from lit_ppo.data.prompts import PromptDataModule
+from lit_ppo.data.text import TextDataModule
+from lit_ppo.data.tokenization import gives_the_same_ids, loads_the_same, save_tokenizer, train_tokenizer
+from lit_ppo.supervised.reward_model import LitRewardModel
+from lit_ppo.supervised.sft import LitSFT
+from tests.helpers.tiny import FAMILIES, WORDS, make_causal_lm, make_config, make_reward_model, make_tokenizer
+from tests.helpers.toys import make_module, make_trainer
 
 TEXTS = ["the film was good", " the film was really bad", "the plot, the cast : naïve \u2014 and 2,000 good films"] * 3
 
@@ -68,6 +76,42 @@ def test_saved_alike_however_it_was_loaded(tmp_path: Path) -> None:
     one, other = ((tmp_path / name / "tokenizer_config.json").read_text() for name in ("hub", "offline"))
     assert one == other
     assert json.loads(one).keys() & {"pad_token", "is_local", "local_files_only"} == {"pad_token"}
+
+
+def test_tokenizers_are_compared_by_their_ids(tmp_path: Path) -> None:
+    """Folders, tokens to pad with and a first token that is added may differ."""
+    own = make_tokenizer(tmp_path / "own")
+    padded = make_tokenizer()
+    padded.add_special_tokens({"pad_token": "[other]"})
+    closing = make_tokenizer()
+    closing.pad_token = closing.eos_token
+    for same in (own, AutoTokenizer.from_pretrained(tmp_path / "own"), padded, closing, make_tokenizer(chat=True)):
+        assert gives_the_same_ids(same, own)
+        assert gives_the_same_ids(own, same)
+    merged = train_tokenizer(TEXTS, 300, tmp_path / "trained")
+    split = AutoTokenizer.from_pretrained(tmp_path / "trained")
+    split.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    larger = make_tokenizer()
+    larger.add_tokens(["<think>"])
+    for one, other in ((make_tokenizer(words=WORDS[::-1]), own), (merged, own), (larger, own), (split, merged)):
+        assert not gives_the_same_ids(one, other)
+        assert not gives_the_same_ids(other, one)
+
+
+@pytest.mark.parametrize("kind", [PromptDataModule, TextDataModule, PreferenceDataModule])
+def test_data_in_other_ids_than_the_models_are_refused(tmp_path: Path, kind: Any) -> None:
+    """By words that the model has, too: nothing else would notice."""
+    make_tokenizer(tmp_path / "other", words=[*WORDS[::-1], "user", "assistant"])
+    rows = [{"prompt": "the film", "text": "the film was", "chosen": "good", "rejected": "bad"}] * 4
+    module: Any = {
+        PromptDataModule: lambda: make_module(make_causal_lm(tmp_path / "model"), minibatch_size=4),
+        TextDataModule: lambda: LitSFT(str(make_causal_lm(tmp_path / "model"))),
+        PreferenceDataModule: lambda: LitRewardModel(str(make_reward_model(tmp_path / "model"))),
+    }[kind]()
+    given = kind(rows, tokenizer=str(tmp_path / "other"), batch_size=4)
+    message = rf"^{kind.__name__}\(tokenizer='.*other'\): gives other ids than the tokenizer of {type(module).__name__}"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, max_steps=1).fit(module, given)
 
 
 @pytest.mark.parametrize(
