@@ -6,7 +6,7 @@ Lightning alone restores those of the checkpoint.
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -228,7 +228,11 @@ def _made(where: str, make: Callable[[Any], Any], argument: Any, kind: Any) -> A
 
 
 def restore_settings(
-    trainer: L.Trainer, built: dict[str, BuiltOptimizer], saved: dict[str, Any], states: list[Any], steps: int
+    trainer: L.Trainer,
+    built: dict[str, BuiltOptimizer],
+    saved: dict[str, Any],
+    states: list[Any],
+    steps: Mapping[str, int],
 ) -> None:
     """Apply the current optimizers and schedules after a resume.
 
@@ -237,7 +241,7 @@ def restore_settings(
         built: The current optimizers by name.
         saved: The checkpoint's settings by name.
         states: The checkpoint's schedule states, in the order of ``saved``.
-        steps: Steps done, for a schedule that the saved run did not have.
+        steps: Steps done of each by name, for a schedule that the saved run did not have.
     """
     remaining = iter(states)
     by_name = {name: next(remaining, None) for name, settings in saved.items() if settings["schedule"]}
@@ -247,7 +251,8 @@ def restore_settings(
             # Lightning matches by position, which shifts if a schedule is added or removed
             optimizer.schedule.load_state_dict(state)
         if name in saved:
-            optimizer.take_effect(trainer, saved[name], steps if state is None else int(state["last_epoch"]))
+            done = steps[name] if state is None else int(state.get("last_epoch", steps[name]))
+            optimizer.take_effect(trainer, saved[name], done)
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:

@@ -140,7 +140,7 @@ class LitPPO(L.LightningModule):
         generation = checked_generation(self, generation)
         saved.save_arguments(self, generation=generation)
         self.automatic_optimization = False
-        self.strict_loading = False  # frozen weights stay out of checkpoints; on_load_checkpoint checks the rest
+        saved.leave_out_frozen(self)
         self.seed = settings.checked_seed(self, seed)
         self.temperature = number(self, "temperature", temperature, at_least=1e-3, at_most=1e3)
         self.chat_template_kwargs = checked_options(self, chat_template_kwargs)

@@ -44,6 +44,7 @@ class Optimization:
         self.max_skipped_steps = integer(owner, "max_skipped_steps", max_skipped_steps, at_least=0)
         self.skipped_steps = 0  # in a row
         self.trained = {"actor", "critic"}  # in the current update
+        self.updates = {"actor": 0, "critic": 0}  # in which each was trained: the steps of their schedules
         self.with_gradients: set[str] = set()  # in the current step
         self.built: dict[str, BuiltOptimizer] = {}
         self.resumed: tuple[dict[str, Any], list[Any]] | None = None  # settings and states, until training starts
@@ -108,6 +109,7 @@ class Optimization:
     def end_update(self, module: Any) -> None:
         """Step the schedules and count one global step, whether or not optimizers were stepped; free all gradients."""
         self.zero_gradients(module)  # rollout and scoring need the memory
+        self.updates |= {name: self.updates[name] + 1 for name in self.trained}
         schedulers = module.lr_schedulers() or []
         resting = [optimizer for name, optimizer in optimizers_of(module).items() if name not in self.trained]
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:

@@ -139,7 +139,7 @@ def on_train_start(module: Any) -> None:
         refuse("Trainer.fit", "train_dataloaders", kind, f"Lightning reads it as several loaders; {problem}")
     if optimization.resumed is not None:
         settings, states = optimization.resumed
-        restore_settings(trainer, optimization.built, settings, states, trainer.global_step)
+        restore_settings(trainer, optimization.built, settings, states, optimization.updates)
         optimization.resumed = None
     validate_before_training(trainer)
 

@@ -1,5 +1,6 @@
 """What checkpoints of LitPPO hold, and its export in Hugging Face format."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from lit_ppo.rewards import described
 from lit_ppo.rewards.folders import check_not_read, folders_of
 
 FROZEN = ("rewards.", "eval_rewards.")
+OWN_NAME = re.compile(r"(?<![^.])(actor|critic|reference|rewards|eval_rewards)\..*")  # of a weight, without a prefix
 
 
 def save_arguments(module: Any, **checked: Any) -> None:
@@ -67,21 +69,34 @@ def _is_plain(value: Any, depth: int = 20) -> bool:
     return value is None or isinstance(value, str | int | float | bool)
 
 
-def state_dict(module: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+def state_dict(module: Any, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
     """Weights without the frozen ones: the reference is loaded from its own path, unless a callback moves it."""
     if module.checkpoint_reference:
         check_moving_reference(module.model_settings, module.reference)
     saved = _is_saved(module)
-    weights = L.LightningModule.state_dict(module, *args, **kwargs)
-    return {name: value for name, value in weights.items() if saved(name)}
+    weights: dict[str, Any] = L.LightningModule.state_dict(module, *args, prefix=prefix, **kwargs)
+    for name in [name for name in weights if name.startswith(prefix) and not saved(name.removeprefix(prefix))]:
+        del weights[name]
+    return weights
 
 
 def load_state_dict(module: Any, *args: Any, **kwargs: Any) -> Any:
     """Load weights; the models are built before, for those that come back from ranks of ``ddp_spawn``, too."""
     module.configure_model()
-    found, saved = L.LightningModule.load_state_dict(module, *args, **kwargs), _is_saved(module)
-    found.missing_keys[:] = filter(saved, found.missing_keys)  # no checkpoint has the others, so none is missing
-    return found
+    return L.LightningModule.load_state_dict(module, *args, **kwargs)
+
+
+def leave_out_frozen(module: Any) -> None:
+    """Let no frozen weight be missing where weights are loaded: ``state_dict`` has none of them."""
+    module.strict_loading = False  # on_load_checkpoint checks the rest
+    module.register_load_state_dict_post_hook(_forget_frozen)
+
+
+def _forget_frozen(module: Any, found: Any) -> None:
+    """Take frozen weights off the missing and unexpected names, also where the LitPPO is part of another module."""
+    saved = _is_saved(module)
+    for names in found:
+        names[:] = [name for name in names if (own := OWN_NAME.search(name)) is None or saved(own[0])]
 
 
 def on_save_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
@@ -90,6 +105,7 @@ def on_save_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
     checkpoint["lit_ppo"] = {
         "rollouts": module.rollouts,
         "skipped_steps": optimization.skipped_steps,
+        "updates": dict(optimization.updates),
         "optimizers": {name: built.settings for name, built in optimization.built.items()},
     }
     if module.rollout_ahead:
@@ -119,10 +135,12 @@ def on_load_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
     state = checkpoint["lit_ppo"]
     with checked_entries(getattr(trainer, "ckpt_path", None)):
         check_weights(checkpoint, expected)
-        check_complete(checkpoint, [f"lit_ppo.{name}" for name in ("rollouts", "skipped_steps", "optimizers")])
+        names_of_state = ("rollouts", "skipped_steps", "updates", "optimizers")
+        check_complete(checkpoint, [f"lit_ppo.{name}" for name in names_of_state])
         if trainer is not None and trainer.state.fn == "fit":
             check_resumable(trainer, checkpoint, state["optimizers"])
     module.rollouts, module.optimization.skipped_steps = state["rollouts"], state["skipped_steps"]
+    module.optimization.updates = dict(state["updates"])
     module.optimization.resumed = state["optimizers"], checkpoint.get("lr_schedulers", [])
     if module.rollout_ahead:
         module.sampler.ahead.load(state.get("ahead", []))

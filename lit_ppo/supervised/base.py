@@ -140,7 +140,7 @@ class SupervisedModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         if self._resumed is not None:
-            restore_settings(self.trainer, self._built, *self._resumed, steps=self.trainer.global_step)
+            restore_settings(self.trainer, self._built, *self._resumed, steps={"model": self.trainer.global_step})
             self._resumed = None
 
     def groups(self, attention_mask: Tensor) -> list[tuple[list[int] | slice, int]]:

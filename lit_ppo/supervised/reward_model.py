@@ -84,7 +84,9 @@ class LitRewardModel(SupervisedModule):
     def rewards(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores of a batch of right-padded texts, of shape (B,)."""
         if self.append_eos:
-            input_ids, attention_mask = with_eos(input_ids, attention_mask, int(self.tokenizer.eos_token_id))
+            assert self.model is not None
+            eos, pad = int(self.tokenizer.eos_token_id), int(self.model.config.pad_token_id)
+            input_ids, attention_mask = with_eos(input_ids, attention_mask, eos, pad)
 
         def read(rows: list[int] | slice, width: int) -> Tensor:
             assert self.model is not None
@@ -135,14 +137,16 @@ class LitRewardModel(SupervisedModule):
         self.log("val/accuracy", self.val_accuracy, prog_bar=True)
 
 
-def with_eos(input_ids: Tensor, attention_mask: Tensor, eos: int) -> tuple[Tensor, Tensor]:
+def with_eos(input_ids: Tensor, attention_mask: Tensor, eos: int, pad: int) -> tuple[Tensor, Tensor]:
     """Right-padded texts with the end-of-sequence token appended where it is not the last token.
 
-    >>> ids, mask = with_eos(torch.tensor([[5, 6], [7, 0]]), torch.tensor([[1, 1], [1, 0]]), eos=2)
+    The rest is padding, since a model scores the last token that is none.
+
+    >>> ids, mask = with_eos(torch.tensor([[5, 6], [7, 3]]), torch.tensor([[1, 1], [1, 0]]), eos=2, pad=3)
     >>> ids.tolist(), mask.tolist()
-    ([[5, 6, 2], [7, 2, 0]], [[1, 1, 1], [1, 1, 0]])
+    ([[5, 6, 2], [7, 2, 3]], [[1, 1, 1], [1, 1, 0]])
     """
-    ids, mask = F.pad(input_ids, (0, 1)), F.pad(attention_mask, (0, 1))
+    ids, mask = F.pad(input_ids, (0, 1), value=pad), F.pad(attention_mask, (0, 1))
     length = attention_mask.sum(1, keepdim=True)
     lacks = ids.gather(1, (length - 1).clamp(min=0)) != eos
     ids = ids.scatter(1, length, torch.where(lacks, eos, ids.gather(1, length)))

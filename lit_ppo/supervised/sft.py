@@ -1,6 +1,7 @@
 """Supervised fine-tuning (SFT): train a causal LM on text."""
 
 from collections import Counter
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -86,13 +87,19 @@ class LitSFT(SupervisedModule):
         return token if 2 * count > self._ends.total() else None
 
     def _count_ends(self, labels: Tensor) -> None:
-        """Which special token is the last of each text; a template may put a line break behind it."""
+        """Which special token is the last of each text with a loss; a template may put a line break behind it.
+
+        A text that fills its row may have been cut off there, as packed ones are: it counts only with such a token.
+        """
         tokenizer = self.tokenizer
         special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         special -= {tokenizer.unk_token_id, tokenizer.bos_token_id}
         for row in labels.tolist():
-            last = [token for token in row if token != IGNORED][-3:]
-            self._ends[next((token for token in reversed(last) if token in special), None)] += 1
+            texts = [list(text) for has_loss, text in groupby(row, IGNORED.__ne__) if has_loss]
+            for number, text in enumerate(texts, start=1):
+                stop = next((token for token in reversed(text[-3:]) if token in special), None)
+                if stop is not None or number < len(texts) or row[-1] == IGNORED:
+                    self._ends[stop] += 1
         self._counted += 1
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
