@@ -123,7 +123,7 @@ def _encoded(
         if not isinstance(prompt, str) and not messages:
             _refuse(repr(prompt), f"prompt {number} is neither text nor a list of messages with 'role' and 'content'")
     chat = bool(prompts) and not isinstance(prompts[0], str)
-    if chat and "messages" in columns:
+    if "messages" in columns:
         _refuse("a mapping with 'prompt', 'messages'", "chat prompts go to the reward as 'messages'; rename the column")
     texts, ids = encode_prompts(tokenizer, prompts, where="rollout(prompts)", options=options)
     columns = {**columns, "messages": prompts} if chat else columns
