@@ -88,12 +88,13 @@ def parsing_error(error: ArgumentError, options: Sequence[str], arguments: Seque
     siblings = alternatives(causes[-1]) if causes else [reason]
     name, text = _explain(reason, siblings, [] if entries else keys, cls, options)
     path = f"{path.lstrip('.')}: " if path else ""
-    if module := _read_as_text(str(reason), arguments):
-        name, text = "", _no_attribute(module, "py")
-    file = next((each.file for each in (reason, *causes) if hasattr(each, "file")), None)
+    if module := _read_as_file(causes) or _read_as_text(str(reason), arguments):
+        name, text = (entries or keys or [""])[-1], _no_attribute(module, "py")
+    files = [each.file for each in (reason, *causes) if hasattr(each, "file")]
+    file = next((file for file in files if not (module and file.endswith(".py"))), None)
     name = name or ".".join(entries) or (keys or [""])[-1]
     if file is not None:
-        return f"{_place(name, file, reason) or f'{file}: '}{path}{text}"
+        return f"{_place(name, file, reason if not module else None) or f'{file}: '}{path}{text}"
     return f"{_where(name, arguments)}{path}{_refused_text(name, arguments) or text}"
 
 
@@ -174,6 +175,12 @@ def _no_attribute(module: str, name: str) -> str:
     if name == "py":
         return f"{module}.py is a file; give the import path of a class or function in it, such as {module}.name"
     return f"module {module!r} has no {name!r}; {nearest(name, dir(import_module(module)))}"
+
+
+def _read_as_file(causes: Sequence[BaseException]) -> str:
+    """The name of a Python file that the parser has read as a configuration; else empty."""
+    found = (re.match(r"Invalid content in sub-config file (.*)\.py: ", str(cause)) for cause in causes)
+    return next((Path(match[1]).name for match in found if match), "")
 
 
 def _read_as_text(reason: str, arguments: Sequence[str]) -> str:

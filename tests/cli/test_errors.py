@@ -343,6 +343,11 @@ REWARDS = {  # what stands below rewards, and the whole message
         "{a: {source: mine.Strict, weight: 1.0}}",
         "model (LitPPO).rewards.a.source (Strict): words is missing; give it under init_args in a configuration",
     ),
+    "file that is no YAML": (
+        "script.py",
+        "model (LitPPO).rewards: script.py is a file; give the import path of a class or function in it, such as "
+        "script.name",
+    ),
 }
 
 
@@ -354,6 +359,7 @@ def test_of_the_types_of_an_argument_only_the_error_of_the_meant_one_is_shown(
     if argument == "eval_rewards" and not value.startswith("{a:"):
         value, message = f"{{a: {value}}}", message.replace("rewards", "rewards.a")
     (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "script.py").write_text("def polite(responses: list[str]) -> list[float]:\n    return []\n")
     (tmp_path / "broken.py").write_text("polite = undefined\n")
     (tmp_path / "lacking.py").write_text("import nowhere\n")
     (tmp_path / "my.yaml").write_text(f"model: {{init_args: {{{argument}: {value}}}}}\n")
