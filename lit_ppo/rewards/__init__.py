@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_ppo.rewards.function import RewardFunction, scores_of, source_names
 from lit_ppo.rewards.model import RewardModel
-from lit_ppo.rewards.signature import takes_experience
+from lit_ppo.rewards.signature import check_plain, takes_experience
 from lit_ppo.shown import shortened, written
 from lit_ppo.validate import class_name, mapping, number, refuse
 
@@ -136,6 +136,7 @@ def as_source(rewards: Any, owner: object = "LitPPO", argument: str = "rewards")
     if isinstance(rewards, nn.Module):
         return rewards
     if callable(rewards) and not isinstance(rewards, type) and takes_experience(rewards):
+        check_plain(f"{class_name(owner)}({argument}={written(rewards)})", rewards)
         return rewards  # type: ignore[no-any-return]
     if isinstance(rewards, str) or callable(rewards):
         return RewardFunction(rewards)

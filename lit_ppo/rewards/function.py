@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lit_ppo.constructor import constructor
-from lit_ppo.rewards.arrays import ONE_EACH, as_array, dense, of_array
+from lit_ppo.rewards.arrays import ONE_EACH, as_array, dense, no_sequence, of_array
 from lit_ppo.rewards.signature import FUNCTION, TEXTS, check_plain, hidden_column, imported, parameters, texts_of
 from lit_ppo.shown import reason, shown, written
 from lit_ppo.validate import mapping
@@ -269,8 +269,7 @@ def check_scores(scores: Any, count: int, source: str, responses: Sequence[str] 
 
 def _as_tensor(scores: Any, count: int, source: str) -> Tensor:
     if isinstance(scores, (str, bytes, bytearray, Mapping, Set)) or not isinstance(scores, Iterable):
-        order = ", which has no order" if isinstance(scores, Set) else ""
-        raise TypeError(f"{source}: returned {type(scores).__name__} {shown(scores)}{order}; {ONE_EACH}")
+        raise no_sequence(scores, source)
     values: Any = scores
     if hasattr(scores, "__array__"):
         values = call_foreign(source, lambda: as_array(scores))

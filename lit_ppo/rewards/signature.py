@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
+from lit_ppo.rewards.arrays import NOT_ASYNC
 from lit_ppo.shown import written
 
 FUNCTION = "expected is a function (prompts, responses, **columns) that returns one number a response"
@@ -57,10 +58,13 @@ def check_plain(where: str, function: Any) -> None:
         function: What was given or found.
 
     Raises:
-        TypeError: It is not.
+        TypeError: It is not, or returns something to await.
     """
     if not callable(function) or isinstance(function, type):
         raise TypeError(f"{where}: {'is a class' if callable(function) else 'is not callable'}; {FUNCTION}")
+    parts = function, type(function).__call__  # of an instance
+    if any(inspect.iscoroutinefunction(part) or inspect.isasyncgenfunction(part) for part in parts):
+        raise TypeError(f"{where}: is async, and {NOT_ASYNC}")
 
 
 def texts_of(names: Sequence[str], *, takes_all: bool) -> list[str]:

@@ -262,6 +262,33 @@ def test_column_that_is_not_there():
         scores_of(RewardFunction(my_reward), experience(**TWO, year=[1, 2]))
 
 
+async def awaited(responses):
+    return [0.0] * len(responses)
+
+
+async def yielded(responses):
+    for _ in responses:
+        yield 0.0
+
+
+class Awaited:
+    async def __call__(self, responses):
+        return await awaited(responses)
+
+
+@pytest.mark.parametrize("function", [awaited, yielded, Awaited(), Awaited().__call__, partial(awaited)])
+def test_async_functions_are_refused_at_once(function: Any):
+    with pytest.raises(TypeError, match=r"^RewardFunction\(function=.*\): is async, .* returns asyncio.run"):
+        RewardFunction(function)
+
+
+@pytest.mark.parametrize("function", [awaited, yielded])
+def test_what_an_async_function_returned_is_no_scores(function: Any):
+    """Without a warning of Python that it was never awaited."""
+    with pytest.raises(TypeError, match=r"lambda.*\): returned (coroutine|async_generator) .* returns asyncio.run"):
+        scores_of(RewardFunction(lambda responses: function(responses)), experience(**TWO))
+
+
 COLUMN = "the data have a column '{}', but for a reward this name means the run's own {}; rename the column".format
 
 

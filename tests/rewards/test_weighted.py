@@ -92,6 +92,12 @@ def test_as_source_tells_sources_from_functions():
     assert as_source(source) is source
     assert isinstance(as_source(ones), RewardFunction)
     assert scores_of(as_source("tests.rewards.test_weighted.ones"), experience(**TWO)).tolist() == [1.0, 1.0]
+
+    async def awaited(experience):
+        return [0.0]
+
+    with pytest.raises(TypeError, match=r"^LitPPO\(rewards=.*\): is async, .* returns asyncio.run"):
+        as_source(awaited)
     for nonsense in (None, 3, [ones]):
         with pytest.raises(TypeError, match="is neither a score source nor a function"):
             as_source(nonsense)
