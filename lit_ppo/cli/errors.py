@@ -31,6 +31,7 @@ GROUP = re.compile(r'Parser key "[^"]+": Unable to load config "(.*)"', re.DOTAL
 CLASS_EXPECTED = re.compile(r"(?:Not a valid subclass of|Expected an import path)\b.*?[Gg]ot (?:value: )?(.*)")
 ENTRIES = re.compile(r"(Missing required|Unexpected) keys: \{(.*?)\}\. Got value", re.DOTALL)
 STARTS = re.compile(r"\W*(unrecognized arguments|Expected a dot import path string|.* arguments are required): (.*)")
+NO_KEYS = ("help", "config", "print_config", "print_shtab")  # options that no configuration has
 # packages whose classes a configuration may name without the package
 PACKAGES = (
     "lit_ppo",
@@ -42,8 +43,13 @@ PACKAGES = (
 )
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], listed: Iterable[str] | None = None) -> str:
     """A remedy that names what is nearest to ``name``.
+
+    Args:
+        name: What was given.
+        known: What could be meant.
+        listed: What to list if nothing is near; by default all.
 
     >>> nearest("max_stepz", ["max_steps", "devices"])
     "did you mean 'max_steps'?"
@@ -53,6 +59,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, known, n=1) or [last[key] for key in get_close_matches(_last(name), last, n=1)]
     if close:
         return f"did you mean {close[0]!r}?"
+    known = known if listed is None else sorted(listed)
     return f"known: {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}" if known else "remove it"
 
 
@@ -112,7 +119,10 @@ def _explain(
     if isinstance(reason, KeyError) and (option := OPTION.search(message)):
         name = option[1]
         if not cls:
-            return name, f"{name}: no such key; {nearest(name, [option.lstrip('-') for option in options])}"
+            known = {option[2:].rstrip("+") for option in options if option.startswith("--")}
+            known = {key for key in known if key not in NO_KEYS and not name.startswith(f"{key}.")}
+            beside = [key for key in known if key.rpartition(".")[0] == name.rpartition(".")[0]]
+            return name, f"{name}: no such key; {nearest(name, known, beside)}"
         if name == "class_path":
             return name, "only class_path and init_args may stand here; put the other keys under init_args"
         return name, f"no argument {name!r}; {nearest(name, [*_arguments_of(cls), 'class_path'])}"
@@ -123,6 +133,8 @@ def _explain(
         return "", "expected the path of a configuration file, or keys and values as YAML; correct --config"
     if start.startswith("unrecognized"):
         flag = re.split(r"[= ]", value)[0]
+        if not flag.startswith("-"):
+            return "", f"{flag}: belongs to no option; write --config {flag} for a job, and quote values with spaces"
         return "", f"{flag}: no such option; {nearest(flag, options)}"
     if start.startswith("Expected"):
         names = [name for package in PACKAGES for name in dir(import_module(package)) if name[0].isupper()]

@@ -23,6 +23,10 @@ from tests.helpers.ppo_command import ppo_arguments
 OVERLAYS = {
     "mistyped key": ("trainer:\n  max_stepz: 3\n", ["over.yaml:2", "trainer.max_stepz", "'trainer.max_steps'"]),
     "broken yaml": ("trainer: {max_steps: 3\nmodel: [\n", ["over.yaml:2", "not valid YAML"]),
+    "unknown key": (
+        "foo: 3\n",
+        ["over.yaml:1: foo: no such key; known: checkpoint, ckpt_path, data, data_root, export"],
+    ),
     "callback": ("trainer:\n  callbacks:\n  - class_path: AdaptivKL\n", ["over.yaml:3", "AdaptivKL", "'AdaptiveKL'"]),
     "callback's argument": (
         "trainer:\n  callbacks+:\n  - class_path: AdaptiveKL\n    init_args: {targt: 3}\n",
@@ -64,6 +68,7 @@ ARGUMENTS = {
     "trainer's value": ("--trainer.log_every_n_steps=-1", ["Trainer(log_every_n_steps=-1)", "at least 0"]),
     "lightning's own check": ("--trainer.accelerator=gpuu", ["Trainer(accelerator): ", "'gpuu'", "correct it"]),
     "lightning's check of data": ("--trainer.val_check_interval=99", ["Trainer(val_check_interval): ", "99"]),
+    "job without an option": ("over.yaml", ["over.yaml: belongs to no option; write --config over.yaml for a job"]),
     "seed": ("--seed_everything=-1", ["--seed_everything -1", "from 0 to 4294967295"]),
     "no data root": ("--data_root=", ["--data_root ''", "leave it out"]),
     "data root": ("--data=tests.helpers.cli_toys.RootlessData --data_root=here", ["--data_root here", "leave it out"]),
