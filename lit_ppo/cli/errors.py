@@ -15,7 +15,6 @@ from typing import Any
 import yaml
 
 from lit_ppo.cli.layers import RefusedText, compose, layers, line_of
-from lit_ppo.rewards.signature import WHERE_MODULES_ARE
 from lit_ppo.run.errors import alternatives, module_of, running_error
 from lit_ppo.shown import on_one_line, shown
 
@@ -148,6 +147,8 @@ def _explain(
             return "", f"{', '.join(names)} is missing; known keys: {', '.join(known)}"
         return names[0], f"no key {names[0]!r}; {nearest(names[0], known)}"
     if isinstance(reason, ModuleNotFoundError) and module_of(reason).startswith("jsonargparse"):
+        from lit_ppo.rewards.signature import WHERE_MODULES_ARE  # imports PyTorch, which other answers do without
+
         return "", f"no module named {reason.name!r}; {WHERE_MODULES_ARE}"
     if match := re.match(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         return match[2], _no_attribute(match[1], match[2])

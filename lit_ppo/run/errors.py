@@ -95,7 +95,8 @@ def _raised(error: BaseException) -> BaseException:
     """What the code of a class raised, if the parser has wrapped it; else the error itself."""
     if not module_of(error).startswith("jsonargparse"):
         return error
-    found = (_raised(each) for each in alternatives(error))
+    causes = alternatives(error) or [each for each in [error.__context__] if each is not None]
+    found = (_raised(each) for each in causes)
     return next((each for each in found if not module_of(each).startswith("jsonargparse")), error)
 
 
@@ -107,8 +108,7 @@ def alternatives(error: BaseException) -> list[BaseException]:
     *_, variables = [{}, *(frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__))]
     errors: list[BaseException] = variables.get("exceptions") or []
     if not errors:
-        cause = error.__cause__ or error.__context__
-        return [] if cause is None else [cause]
+        return [] if error.__cause__ is None else [error.__cause__]
     return _meant(list(zip(variables.get("subtypes", []), errors, strict=False)), variables.get("val")) or errors
 
 
