@@ -1,6 +1,5 @@
-"""Errors as one line: place, value and remedy, for arguments, configurations and everything that is built or run."""
+"""What is wrong with arguments and configurations, as one line: place, value and remedy."""
 
-import inspect
 import os
 import re
 import traceback
@@ -16,8 +15,8 @@ from typing import Any
 import yaml
 
 from lit_ppo.cli.layers import RefusedText, compose, layers, line_of
-from lit_ppo.run.errors import of_the_disk, restoring
-from lit_ppo.shown import message_of, on_one_line, shown
+from lit_ppo.run.errors import alternatives, module_of, running_error
+from lit_ppo.shown import on_one_line, shown
 
 # jsonargparse raises a chain of exceptions, from the key at the top down to the reason. Its exceptions have no
 # attributes: key, class, type and value are only in the first lines of their texts, in these forms. Where a form
@@ -29,7 +28,9 @@ EXPECTED = re.compile(r"Expected an? (?:<class ')?(?:typing\.)?(.+?)(?:'>)?\. Go
 NOT_A_NAME = re.compile(r"(?:Key must be a string, got|Empty nested key|Spaces not allowed in keys): (.*?)\.?$")
 GROUP = re.compile(r'Parser key "[^"]+": Unable to load config "(.*)"', re.DOTALL)
 CLASS_EXPECTED = re.compile(r"(?:Not a valid subclass of|Expected an import path)\b.*?[Gg]ot (?:value: )?(.*)")
+ENTRIES = re.compile(r"(Missing required|Unexpected) keys: \{(.*?)\}\. Got value", re.DOTALL)
 STARTS = re.compile(r"\W*(unrecognized arguments|Expected a dot import path string|.* arguments are required): (.*)")
+NO_KEYS = ("help", "config", "print_config", "print_shtab")  # options that no configuration has
 # packages whose classes a configuration may name without the package
 PACKAGES = (
     "lit_ppo",
@@ -41,8 +42,13 @@ PACKAGES = (
 )
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], listed: Iterable[str] | None = None) -> str:
     """A remedy that names what is nearest to ``name``.
+
+    Args:
+        name: What was given.
+        known: What could be meant.
+        listed: What to list if nothing is near; by default all.
 
     >>> nearest("max_stepz", ["max_steps", "devices"])
     "did you mean 'max_steps'?"
@@ -52,6 +58,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, known, n=1) or [last[key] for key in get_close_matches(_last(name), last, n=1)]
     if close:
         return f"did you mean {close[0]!r}?"
+    known = known if listed is None else sorted(listed)
     return f"known: {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}" if known else "remove it"
 
 
@@ -69,24 +76,31 @@ def parsing_error(error: ArgumentError, options: Sequence[str], arguments: Seque
     """
     *causes, reason = _deepest(error)
     keys: list[str] = []
+    entries: list[str] = []  # of mappings below the last key
     cls = path = ""
-    for message in (str(cause) for cause in (*causes, reason) if not isinstance(cause, ArgumentError)):
+    for cause in (*causes, reason):
+        message = str(cause)
+        if isinstance(cause, ArgumentError):
+            continue
+        inner = _entries(cause)
+        entries, path = [*entries, *inner], ".".join([path, *inner])
         if key := KEY.match(message):
             if key[1] not in keys[-1:]:
                 keys.append(key[1])
-                path += f".{key[1]}"
+                entries, path = [], f"{path}.{key[1]}"
         elif (found := CLASS.search(message.partition("\n")[0])) and found[1] != cls:
             cls = found[1]
             path += f" ({_last(cls)})"
-    siblings = _alternatives(causes[-1]) if causes else [reason]
-    name, text = _explain(reason, siblings, keys, cls, options)
+    siblings = alternatives(causes[-1]) if causes else [reason]
+    name, text = _explain(reason, siblings, [] if entries else keys, cls, options)
     path = f"{path.lstrip('.')}: " if path else ""
-    if module := _read_as_text(str(reason), arguments):
-        name, text = "", _no_attribute(module, "py")
-    file = next((each.file for each in (reason, *causes) if hasattr(each, "file")), None)
-    name = name or (keys or [""])[-1]
+    if module := _read_as_file(causes) or _read_as_text(str(reason), arguments):
+        name, text = (entries or keys or [""])[-1], _no_attribute(module, "py")
+    files = [each.file for each in (reason, *causes) if hasattr(each, "file")]
+    file = next((file for file in files if not (module and file.endswith(".py"))), None)
+    name = name or ".".join(entries) or (keys or [""])[-1]
     if file is not None:
-        return f"{_place(name, file, reason) or f'{file}: '}{path}{text}"
+        return f"{_place(name, file, reason if not module else None) or f'{file}: '}{path}{text}"
     return f"{_where(name, arguments)}{path}{_refused_text(name, arguments) or text}"
 
 
@@ -104,7 +118,10 @@ def _explain(
     if isinstance(reason, KeyError) and (option := OPTION.search(message)):
         name = option[1]
         if not cls:
-            return name, f"{name}: no such key; {nearest(name, [option.lstrip('-') for option in options])}"
+            known = {option[2:].rstrip("+") for option in options if option.startswith("--")}
+            known = {key for key in known if key not in NO_KEYS and not name.startswith(f"{key}.")}
+            beside = [key for key in known if key.rpartition(".")[0] == name.rpartition(".")[0]]
+            return name, f"{name}: no such key; {nearest(name, known, beside)}"
         if name == "class_path":
             return name, "only class_path and init_args may stand here; put the other keys under init_args"
         return name, f"no argument {name!r}; {nearest(name, [*_arguments_of(cls), 'class_path'])}"
@@ -115,12 +132,24 @@ def _explain(
         return "", "expected the path of a configuration file, or keys and values as YAML; correct --config"
     if start.startswith("unrecognized"):
         flag = re.split(r"[= ]", value)[0]
+        if not flag.startswith("-"):
+            return "", f"{flag}: belongs to no option; write --config {flag} for a job, and quote values with spaces"
         return "", f"{flag}: no such option; {nearest(flag, options)}"
     if start.startswith("Expected"):
         names = [name for package in PACKAGES for name in dir(import_module(package)) if name[0].isupper()]
         if value in names:
             return value, f"class {value} does not fit here"
         return value, f"no class named {value!r}; {nearest(value, names)}"
+    if match := ENTRIES.match(message):
+        names = re.findall(r"'([^']*)'", match[2])
+        known = next(scope["dict_annotations"] for scope in _scopes(reason) if "dict_annotations" in scope)
+        if match[1] == "Missing required":
+            return "", f"{', '.join(names)} is missing; known keys: {', '.join(known)}"
+        return names[0], f"no key {names[0]!r}; {nearest(names[0], known)}"
+    if isinstance(reason, ModuleNotFoundError) and module_of(reason).startswith("jsonargparse"):
+        from lit_ppo.rewards.signature import WHERE_MODULES_ARE  # imports PyTorch, which other answers do without
+
+        return "", f"no module named {reason.name!r}; {WHERE_MODULES_ARE}"
     if match := re.match(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         return match[2], _no_attribute(match[1], match[2])
     if start:
@@ -128,6 +157,8 @@ def _explain(
             return "", "model is missing; name a job first, such as --config quickstart ('lit-ppo ls' lists them)"
         missing = [re.sub(r"^(fit|validate|test|predict)\.", "", name) for name in value.split(", ")]
         flags = " ".join(f"--{'.'.join([*keys, name])}" for name in missing)
+        if cls and not keys:  # no option reaches the entries of a mapping
+            return "", f"{', '.join(missing)} is missing; give it under init_args in a configuration"
         return "", f"{', '.join(missing)} is missing; set it with {flags} or in a configuration"
     if given := EXPECTED.match(message):
         found = [match[1] for sibling in siblings if (match := EXPECTED.match(str(sibling)))]
@@ -137,13 +168,32 @@ def _explain(
         return "", f"expected a mapping, got {shown(given[1], 200)}; give its keys below it, or leave it out"
     if given := CLASS_EXPECTED.match(message):
         return "", f"expected a class, got {shown(given[1], 200)}; give class_path and init_args, or leave it out"
+    if module_of(reason).partition(".")[0] not in ("", "argparse", "jsonargparse", "lit_ppo"):
+        return "", running_error(reason)  # of a module that is imported for a class in it
     return "", on_one_line(message.partition("\nSubclass types expect")[0])
+
+
+def _scopes(error: BaseException) -> list[dict[str, Any]]:
+    """Variables of the parser's function that checks a value by its type, from the outermost call down."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return [frame.f_locals for frame in frames if frame.f_code.co_name == "adapt_typehints"]
+
+
+def _entries(error: BaseException) -> list[str]:
+    """The keys of mappings that lead to the value at fault."""
+    return [str(scope["k"]) for scope in _scopes(error)[:-1] if "k" in scope]
 
 
 def _no_attribute(module: str, name: str) -> str:
     if name == "py":
         return f"{module}.py is a file; give the import path of a class or function in it, such as {module}.name"
     return f"module {module!r} has no {name!r}; {nearest(name, dir(import_module(module)))}"
+
+
+def _read_as_file(causes: Sequence[BaseException]) -> str:
+    """The name of a Python file that the parser has read as a configuration; else empty."""
+    found = (re.match(r"Invalid content in sub-config file (.*)\.py: ", str(cause)) for cause in causes)
+    return next((Path(match[1]).name for match in found if match), "")
 
 
 def _read_as_text(reason: str, arguments: Sequence[str]) -> str:
@@ -164,17 +214,7 @@ def _deepest(error: BaseException) -> list[BaseException]:
         texts = [str(cause).partition("\n")[0] for cause in chain]
         return sum(bool(KEY.match(text) or CLASS.search(text)) for text in texts), -texts[-1].count(".")
 
-    return [error, *max((_deepest(cause) for cause in _alternatives(error)), key=depth, default=[])]
-
-
-def _alternatives(error: BaseException) -> list[BaseException]:
-    """What an error came from; for a union, the error of each type.
-
-    jsonargparse links only the error of the first type. The others are variables of the frame that raised.
-    """
-    *_, variables = [{}, *(frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__))]
-    causes: list[BaseException] = variables.get("exceptions") or [e for e in [error.__cause__] if e is not None]
-    return causes
+    return [error, *max((_deepest(cause) for cause in alternatives(error)), key=depth, default=[])]
 
 
 def _arguments_of(class_path: str) -> list[str]:
@@ -250,51 +290,3 @@ def _names(node: Any, path: str = "") -> Iterator[tuple[str, int]]:
             yield from _names(item, path)
     elif node is not None:
         yield f".{node.value}", node.start_mark.line + 1
-
-
-def running_error(error: BaseException) -> str:
-    """An exception raised while building or running, as one line.
-
-    Errors that this package raises on purpose are complete; of others, type and place are named as well.
-    """
-    causes = [error]  # the parser wraps errors of the classes that it builds
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and len(causes) < 100:
-        causes.append(cause)  # other people's may come back to themselves
-    error = next((each for each in causes if not _module_of(each).startswith("jsonargparse")), error)
-    module, text = _module_of(error), message_of(error, length=2000)
-    message = "" if text == type(error).__name__ else on_one_line(text)
-    unintended = (LookupError, AttributeError, NameError, AssertionError, ImportError)
-    if message and module.partition(".")[0] == "lit_ppo" and not isinstance(error, unintended):
-        return message
-    if argument := _trainer_argument(error, module, message):
-        return f"Trainer({argument}): {message.rstrip('.;')}; correct it or leave it out"
-    if problem := restoring(error, message) or of_the_disk(error):
-        return problem
-    frames = [(frame.f_globals.get("__name__"), number) for frame, number in traceback.walk_tb(error.__traceback__)]
-    line = next((number for name, number in reversed(frames) if name == module), 0)
-    place = f" in {module}, line {line}" if module else ""
-    if isinstance(error, SystemExit):
-        message = f"it called exit({message}) before the run had ended; raise an error there instead"
-    return f"{type(error).__name__}{place}: {message or 'no message'}; run again with --debug for the traceback"
-
-
-def is_meant(stop: SystemExit) -> bool:
-    """Whether the parser, Lightning or this package ends the process, and not some other code that they have called."""
-    return _module_of(stop).partition(".")[0] in ("argparse", "jsonargparse", "lightning", "lit_ppo")
-
-
-def _trainer_argument(error: BaseException, module: str, message: str) -> str:
-    """The argument of the Trainer that Lightning refuses on purpose; empty if that is not what the error is."""
-    if not module.startswith("lightning.") or isinstance(error, LookupError | AttributeError | ArithmeticError):
-        return ""
-    from lightning import Trainer
-
-    names = inspect.signature(Trainer.__init__).parameters.keys() - {"self"}
-    quoted = re.findall(r"`(?:Trainer\()?(\w+)|for (\w+),", message)
-    return next((word for match in quoted for word in match if word in names), "")
-
-
-def _module_of(error: BaseException) -> str:
-    """Name of the module that raised it."""
-    names = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return next((name for name in reversed(names) if name != "_sitebuiltins"), "")  # where exit() is

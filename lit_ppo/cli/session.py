@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lit_ppo.cli.errors import is_meant, running_error
 from lit_ppo.console.heartbeat import Heartbeat
-from lit_ppo.run.errors import CommandError
+from lit_ppo.run.errors import CommandError, is_meant, running_error
 from lit_ppo.run.stop import Interrupts, is_first_process
 from lit_ppo.shown import escaped
 

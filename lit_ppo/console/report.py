@@ -17,13 +17,13 @@ class RunReport(L.Callback):
 
     Args:
         prompts: Prompts to sample; the mean score and KL are over these. 0 turns the report off.
-        samples: How many of them to print.
+        samples: How many of them to print; by default 3, or all if they are fewer.
     """
 
-    def __init__(self, prompts: int = 32, samples: int = 3) -> None:
+    def __init__(self, prompts: int = 32, samples: int | None = None) -> None:
         self.prompts = integer(self, "prompts", prompts, at_least=0)
-        self.samples = integer(self, "samples", samples, at_least=0)
-        if prompts and samples > prompts:
+        self.samples = 3 if samples is None else integer(self, "samples", samples, at_least=0)
+        if prompts and samples is not None and samples > prompts:
             refuse(self, "samples", samples, f"must be at most prompts={prompts}")
         self._before: dict[str, Any] | None = None
 

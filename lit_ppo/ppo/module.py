@@ -28,7 +28,7 @@ from lit_ppo.ppo.metrics import Progress, current_coefficients, log_update
 from lit_ppo.ppo.optimize import add_logprobs
 from lit_ppo.ppo.prompts import Origin, as_batch
 from lit_ppo.ppo.settings import Models, ModelSettings, ReferenceDtype
-from lit_ppo.rewards import Rewards, ScoreSource, as_source, eval_sources, source_names
+from lit_ppo.rewards import Rewards, ScoreSource, WeightedSource, as_source, eval_sources, source_names
 from lit_ppo.validate import integer, non_negative_or_none, number, one_of, samples, seconds_or_none
 
 
@@ -103,7 +103,7 @@ class LitPPO(L.LightningModule):
         actor_lora: dict[str, Any] | None = None,
         critic_lora: dict[str, Any] | None = None,
         rewards: Rewards | None = None,
-        eval_rewards: dict[str, ScoreSource] | None = None,
+        eval_rewards: dict[str, WeightedSource | ScoreSource] | None = None,
         advantages: AdvantageEstimator = GAE(),  # noqa: B008  # stateless
         generation: dict[str, Any],
         engine: Engine | None = None,

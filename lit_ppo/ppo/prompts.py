@@ -128,7 +128,7 @@ def _encoded(
         if isinstance(prompt, str) and WRITTEN_CHAT.fullmatch(prompt):
             _refuse(prompt, f"prompt {number} is chat messages written as text; parse it first")
     chat = bool(prompts) and not isinstance(prompts[0], str)
-    if chat and "messages" in columns:
+    if "messages" in columns:
         _refuse("a mapping with 'prompt', 'messages'", "chat prompts go to the reward as 'messages'; rename the column")
     texts, ids = encode_prompts(tokenizer, prompts, where="rollout(prompts)", options=options)
     columns = {**columns, "messages": prompts} if chat else columns

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_ppo.rewards.function import RewardFunction, scores_of, source_names
 from lit_ppo.rewards.model import RewardModel
-from lit_ppo.rewards.signature import takes_experience
+from lit_ppo.rewards.signature import check_plain, takes_experience
 from lit_ppo.shown import shortened, written
 from lit_ppo.validate import class_name, mapping, number, refuse
 
@@ -37,10 +37,13 @@ ScoreSource = RewardModel | RewardFunction | Callable[..., Any]  # classes first
 """``source(experience)``, or a plain reward function ``(prompts, responses, **columns)``; see :func:`as_source`."""
 
 
-class WeightedSource(TypedDict):
-    """One of several rewards and its weight in the sum."""
-
+class _Source(TypedDict):
     source: ScoreSource
+
+
+class WeightedSource(_Source, total=False):
+    """One of several rewards and its weight in the sum, by default 1."""
+
     weight: float
 
 
@@ -121,13 +124,9 @@ def as_source(rewards: Any, owner: object = "LitPPO", argument: str = "rewards")
         TypeError: None of these was given.
     """
     if isinstance(rewards, Mapping):
-        weighted = {name: r if isinstance(r, Mapping) else {"source": r} for name, r in rewards.items()}
-        for name, entry in weighted.items():
-            if not {"source"} <= entry.keys() <= {"source", "weight"}:
-                problem = f"has the keys {shortened(', '.join(map(str, entry)), 80)}; give source and weight"
-                refuse(owner, f"{argument}[{name!r:.80}]", dict(entry), problem)
-        weights = {name: entry["weight"] for name, entry in weighted.items() if "weight" in entry}
-        return WeightedRewards({k: entry["source"] for k, entry in weighted.items()}, weights, owner, argument)
+        entries = _entries(rewards, owner, argument)
+        weights = {name: entry["weight"] for name, entry in entries.items() if "weight" in entry}
+        return WeightedRewards({k: entry["source"] for k, entry in entries.items()}, weights, owner, argument)
     if hasattr(rewards, "save_pretrained"):
         where = f"{class_name(owner)}({argument}={type(rewards).__name__})"
         raise TypeError(
@@ -137,6 +136,7 @@ def as_source(rewards: Any, owner: object = "LitPPO", argument: str = "rewards")
     if isinstance(rewards, nn.Module):
         return rewards
     if callable(rewards) and not isinstance(rewards, type) and takes_experience(rewards):
+        check_plain(f"{class_name(owner)}({argument}={written(rewards)})", rewards)
         return rewards  # type: ignore[no-any-return]
     if isinstance(rewards, str) or callable(rewards):
         return RewardFunction(rewards)
@@ -145,6 +145,16 @@ def as_source(rewards: Any, owner: object = "LitPPO", argument: str = "rewards")
         "function; "
         "give a RewardModel, a function (prompts, responses, **columns), or a dict of those by name"
     )
+
+
+def _entries(rewards: Mapping[str, Any], owner: object, argument: str) -> dict[str, Mapping[str, Any]]:
+    """Named sources, each as ``{source: ..., weight: ...}`` or without the weight."""
+    entries = {name: r if isinstance(r, Mapping) else {"source": r} for name, r in rewards.items()}
+    for name, entry in entries.items():
+        if not {"source"} <= entry.keys() <= {"source", "weight"}:
+            problem = f"has the keys {shortened(', '.join(map(str, entry)), 80)}; give source and weight"
+            refuse(owner, f"{argument}[{name!r:.80}]", dict(entry), problem)
+    return entries
 
 
 def check_columns(columns: Iterable[str], source: Any) -> None:
@@ -181,17 +191,22 @@ def eval_sources(owner: object, rewards: Any, eval_rewards: Any) -> WeightedRewa
     Args:
         owner: The object with these arguments, for messages.
         rewards: The training reward.
-        eval_rewards: Name -> source.
+        eval_rewards: Name -> source, plain or as ``{source: ...}``.
 
     Raises:
-        ValueError: It is not a dict by name, or a training reward has one of the names.
+        ValueError: It is not a dict by name, a source has a weight, or a training reward has one of the names.
     """
     if not isinstance(eval_rewards, Mapping) or not eval_rewards:
         refuse(owner, "eval_rewards", eval_rewards, "give a dict of score sources by name, or none")
     if taken := [name for name in source_names(rewards) if name in eval_rewards]:
         problem = "a training reward has this name, and both would be logged under it; rename one of them"
         refuse(owner, "eval_rewards", ", ".join(taken), problem)
-    return WeightedRewards(eval_rewards, owner=owner, argument="eval_rewards")
+    entries = _entries(eval_rewards, owner, "eval_rewards")
+    for name, entry in entries.items():
+        if "weight" in entry:
+            problem = "each of these rewards is logged by itself and never summed; leave its weight out"
+            refuse(owner, f"eval_rewards[{name!r:.80}].weight", entry["weight"], problem)
+    return WeightedRewards({name: entry["source"] for name, entry in entries.items()}, None, owner, "eval_rewards")
 
 
 def reward_models(source: Any) -> list[RewardModel]:

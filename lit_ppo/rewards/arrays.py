@@ -1,5 +1,7 @@
 """Scores that are tensors and arrays, whatever their kind, as plain tensors."""
 
+import inspect
+from collections.abc import Set
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,22 @@ from torch import Tensor
 from lit_ppo.shown import shown
 
 ONE_EACH = "expected is a sequence with one number a response"
+NOT_ASYNC = "rewards are called without an event loop; give a plain function that returns asyncio.run(...)"
+
+
+def no_sequence(scores: Any, source: str) -> TypeError:
+    """The error of scores that are no sequence.
+
+    Args:
+        scores: What was returned; a coroutine is closed, since nobody awaits it.
+        source: Who gave it.
+    """
+    if inspect.iscoroutine(scores):
+        scores.close()
+    is_async = inspect.isawaitable(scores) or hasattr(scores, "__aiter__")
+    order = ", which has no order" if isinstance(scores, Set) else ""
+    advice = NOT_ASYNC if is_async else ONE_EACH
+    return TypeError(f"{source}: returned {type(scores).__name__} {shown(scores)}{order}; {advice}")
 
 
 def dense(values: Tensor, source: str) -> Tensor:

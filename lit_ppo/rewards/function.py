@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from lit_ppo.constructor import constructor
-from lit_ppo.rewards.arrays import ONE_EACH, as_array, dense, of_array
-from lit_ppo.rewards.signature import imported, parameters
+from lit_ppo.rewards.arrays import ONE_EACH, as_array, dense, no_sequence, of_array
+from lit_ppo.rewards.signature import FUNCTION, TEXTS, check_plain, hidden_column, imported, parameters, texts_of
 from lit_ppo.shown import reason, shown, written
 from lit_ppo.validate import mapping
 
 T = TypeVar("T")
-FUNCTION = "expected is a function (prompts, responses, **columns) that returns one number a response"
 _STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
 
 
@@ -31,7 +30,8 @@ class RewardFunction:
 
     Every argument is matched by name: ``prompts`` (chat prompts as lists of messages), ``responses`` or
     ``completions`` (the same texts), a column of the data set, or one of ``kwargs``. A function with ``**`` gets all
-    columns. All of them are copies, which the function may change, except for ``kwargs``.
+    columns. All of them are copies, which the function may change, except for ``kwargs``. Data with a column of the
+    name of a text are refused if the function takes this name, or all names.
 
     Args:
         function: The function, or its import path (``package.module.function``).
@@ -47,8 +47,7 @@ class RewardFunction:
     def __init__(self, function: str | Callable[..., Any], kwargs: dict[str, Any] | None = None) -> None:
         where = f"RewardFunction(function={written(function)})"
         self.function: Any = call_foreign(f"{where}: importing it", lambda: imported(function), only_exits=True)
-        if not callable(self.function) or isinstance(self.function, type):
-            raise TypeError(f"{where}: {'is a class' if callable(self.function) else 'is not callable'}; {FUNCTION}")
+        check_plain(where, self.function)
         self.name = function if isinstance(function, str) else _name(function)
         self.kwargs = mapping(self, "kwargs", kwargs)
         self._read_signature()
@@ -61,14 +60,15 @@ class RewardFunction:
         self._names = [p.name for p in named]
         self._required = [p.name for p in named if p.default is p.empty]
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in found)
-        if not self._takes_all and set(_TEXTS).isdisjoint(self._names):
+        self._texts = texts_of(self._names, takes_all=self._takes_all)
+        if not self._takes_all and set(TEXTS).isdisjoint(self._names):
             takes = ", ".join(map(str, found)) or "nothing"
             raise TypeError(
                 f"RewardFunction(function={self.name}): takes neither prompts nor responses (or completions), but "
                 f"{takes}, and arguments are matched by name; {FUNCTION}"
             )
-        self._response_names = [name for name in _TEXTS[1:] if name in self._names] or ["responses"]
-        unknown = sorted(name for name in self.kwargs if name in _TEXTS or not self._accepts(name))
+        self._response_names = [name for name in TEXTS[1:] if name in self._names] or ["responses"]
+        unknown = sorted(name for name in self.kwargs if name in TEXTS or not self._accepts(name))
         if unknown:
             raise ValueError(
                 f"RewardFunction(kwargs={written(self.kwargs)}): {self.name} takes no argument {', '.join(unknown)}; "
@@ -79,15 +79,18 @@ class RewardFunction:
         return name in self._names or self._takes_all
 
     def check_columns(self, columns: Iterable[str]) -> None:
-        """Check that every required argument is a text, a column or one of ``kwargs``.
+        """Check that every required argument is a text, a column or one of ``kwargs``, and that no column is hidden.
 
         Args:
             columns: Names of the columns of the data.
 
         Raises:
-            TypeError: One is not; names it and what there is.
+            TypeError: There is nothing for an argument, or both a text and a column.
         """
-        offered = [*_TEXTS, *self.kwargs, *columns]
+        columns = list(columns)
+        if hidden := [name for name in self._texts if name in columns]:
+            raise hidden_column(str(self), hidden[0], self._names, columns)
+        offered = [*TEXTS, *self.kwargs, *columns]
         missing = [name for name in self._required if name not in offered]
         if missing:
             there = ["prompts", "responses (or completions)", *columns]
@@ -110,9 +113,6 @@ class RewardFunction:
         passed = {name: value for name, value in offered.items() if self._accepts(name)}
         positional = [passed.pop(p.name, p.default) for p in self._positional]
         return call_foreign(str(self), lambda: self.function(*positional, **passed), expected=FUNCTION)
-
-
-_TEXTS = ("prompts", "responses", "completions")
 
 
 def _name(function: Any) -> str:
@@ -269,8 +269,7 @@ def check_scores(scores: Any, count: int, source: str, responses: Sequence[str] 
 
 def _as_tensor(scores: Any, count: int, source: str) -> Tensor:
     if isinstance(scores, (str, bytes, bytearray, Mapping, Set)) or not isinstance(scores, Iterable):
-        order = ", which has no order" if isinstance(scores, Set) else ""
-        raise TypeError(f"{source}: returned {type(scores).__name__} {shown(scores)}{order}; {ONE_EACH}")
+        raise no_sequence(scores, source)
     values: Any = scores
     if hasattr(scores, "__array__"):
         values = call_foreign(source, lambda: as_array(scores))

@@ -11,10 +11,10 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from lit_ppo.cli import session
-from lit_ppo.cli.errors import nearest, parsing_error, running_error
+from lit_ppo.cli.errors import nearest, parsing_error
 from lit_ppo.cli.main import main
 from lit_ppo.cli.session import Session, restored_process
-from lit_ppo.run.errors import CommandError
+from lit_ppo.run.errors import CommandError, running_error
 from lit_ppo.run.stop import STOP_SIGNALS
 from tests.helpers.cli_toys import Toy
 from tests.helpers.command import run_command
@@ -23,6 +23,10 @@ from tests.helpers.ppo_command import ppo_arguments
 OVERLAYS = {
     "mistyped key": ("trainer:\n  max_stepz: 3\n", ["over.yaml:2", "trainer.max_stepz", "'trainer.max_steps'"]),
     "broken yaml": ("trainer: {max_steps: 3\nmodel: [\n", ["over.yaml:2", "not valid YAML"]),
+    "unknown key": (
+        "foo: 3\n",
+        ["over.yaml:1: foo: no such key; known: checkpoint, ckpt_path, data, data_root, export"],
+    ),
     "callback": ("trainer:\n  callbacks:\n  - class_path: AdaptivKL\n", ["over.yaml:3", "AdaptivKL", "'AdaptiveKL'"]),
     "callback's argument": (
         "trainer:\n  callbacks+:\n  - class_path: AdaptiveKL\n    init_args: {targt: 3}\n",
@@ -64,6 +68,7 @@ ARGUMENTS = {
     "trainer's value": ("--trainer.log_every_n_steps=-1", ["Trainer(log_every_n_steps=-1)", "at least 0"]),
     "lightning's own check": ("--trainer.accelerator=gpuu", ["Trainer(accelerator): ", "'gpuu'", "correct it"]),
     "lightning's check of data": ("--trainer.val_check_interval=99", ["Trainer(val_check_interval): ", "99"]),
+    "job without an option": ("over.yaml", ["over.yaml: belongs to no option; write --config over.yaml for a job"]),
     "seed": ("--seed_everything=-1", ["--seed_everything -1", "from 0 to 4294967295"]),
     "no data root": ("--data_root=", ["--data_root ''", "leave it out"]),
     "data root": ("--data=tests.helpers.cli_toys.RootlessData --data_root=here", ["--data_root here", "leave it out"]),
@@ -245,7 +250,7 @@ def test_running_error_tells_ours_from_others() -> None:
     foreign = running_error(caught(lambda: {}["key"]))
     assert foreign.startswith("KeyError in tests.cli.test_errors, line ")
     ours = running_error(caught(lambda: parsing_error(None, [], [])))  # type: ignore[arg-type]
-    assert "AttributeError in lit_ppo.cli.errors, line " in ours
+    assert "AttributeError in lit_ppo.run.errors, line " in ours
 
 
 @pytest.mark.parametrize(
@@ -264,3 +269,106 @@ def test_what_newcomers_give_for_a_reward_or_a_job(tmp_path: Path, arguments: li
     (tmp_path / "mine.py").write_text("def polite(responses):\n    return [0.0 for text in responses]\n")
     (tmp_path / "my.yaml").write_text("base: ppo\nmodel: {init_args: {rewards: mine.py}}\n")
     run_command("fit", *arguments, cwd=tmp_path).refused(*words)
+
+
+MINE = """
+def polite(responses):
+    return [0.0 for text in responses]
+
+class Strict:
+    def __init__(self, words: list[str]) -> None:
+        if not words:
+            raise ValueError("words must not be empty")
+
+    def __call__(self, responses):
+        return [0.0 for text in responses]
+"""
+NOWHERE = "modules are looked for in the working directory and among the installed packages"
+REWARDS = {  # what stands below rewards, and the whole message
+    "module of a function": (
+        "{class_path: RewardFunction, init_args: {function: nowhere.polite}}",
+        f"RewardFunction(function='nowhere.polite'): no module named 'nowhere'; {NOWHERE}",
+    ),
+    "module of a named one's": (
+        "{a: {source: {class_path: RewardFunction, init_args: {function: nowhere.polite}}, weight: 1.0}}",
+        f"RewardFunction(function='nowhere.polite'): no module named 'nowhere'; {NOWHERE}",
+    ),
+    "module of a class": ("nowhere.Strict", f"model (LitPPO).rewards (Strict): no module named 'nowhere'; {NOWHERE}"),
+    "name of a function": (
+        "{class_path: RewardFunction, init_args: {function: mine.polit}}",
+        "RewardFunction(function='mine.polit'): module 'mine' has no 'polit'; did you mean 'polite'?",
+    ),
+    "name of a named one's": (
+        "{a: mine.polit}",
+        "model (LitPPO).rewards.a (polit): module 'mine' has no 'polit'; did you mean 'polite'?",
+    ),
+    "kwargs": (
+        "{class_path: RewardFunction, init_args: {function: mine.polite, kwargs: {k: 1}}}",
+        "RewardFunction(kwargs={'k': 1}): mine.polite takes no argument k; its arguments are responses",
+    ),
+    "own class that raises": (
+        "{class_path: mine.Strict, init_args: {words: []}}",
+        "ValueError in mine, line 8: words must not be empty; run again with --debug for the traceback",
+    ),
+    "own named class that raises": (
+        "{a: {class_path: mine.Strict, init_args: {words: []}}}",
+        "ValueError in mine, line 8: words must not be empty; run again with --debug for the traceback",
+    ),
+    "own module that raises": (
+        "broken.polite",
+        "model (LitPPO).rewards: NameError in broken, line 1: name 'undefined' is not defined; run again with --debug "
+        "for the traceback",
+    ),
+    "own module that needs another": (
+        "lacking.polite",
+        "model (LitPPO).rewards (polite): ModuleNotFoundError in lacking, line 1: No module named 'nowhere'; run again "
+        "with --debug for the traceback",
+    ),
+    "key of a named one's": (
+        "{a: {source: {class_path: RewardFunction, init_args: {funtion: mine.polite}}, weight: 1.0}}",
+        "model (LitPPO).rewards.a.source (RewardFunction): no argument 'funtion'; did you mean 'function'?",
+    ),
+    "class of a named one": (
+        "{a: {source: {class_path: RewardFunctin}, weight: 1.0}}",
+        "model (LitPPO).rewards.a.source: no class named 'RewardFunctin'; did you mean 'RewardFunction'?",
+    ),
+    "value of a weight": (
+        "{a: {source: mine.polite, weight: much}}",
+        "model (LitPPO).rewards.a.weight: expected float, got 'much'",
+    ),
+    "key beside the source": (
+        "{a: {source: {class_path: RewardFunction, init_args: {function: mine.polite}}, weigth: 2}}",
+        "model (LitPPO).rewards.a: no key 'weigth'; did you mean 'weight'?",
+    ),
+    "key of the source": (
+        "{a: {sauce: mine.polite}}",
+        "model (LitPPO).rewards.a: source is missing; known keys: source, weight",
+    ),
+    "missing argument of a named one": (
+        "{a: {source: mine.Strict, weight: 1.0}}",
+        "model (LitPPO).rewards.a.source (Strict): words is missing; give it under init_args in a configuration",
+    ),
+    "file that is no YAML": (
+        "script.py",
+        "model (LitPPO).rewards: script.py is a file; give the import path of a class or function in it, such as "
+        "script.name",
+    ),
+}
+
+
+@pytest.mark.parametrize(("value", "message"), REWARDS.values(), ids=REWARDS.keys())
+@pytest.mark.parametrize("argument", ["rewards", "eval_rewards"])
+def test_of_the_types_of_an_argument_only_the_error_of_the_meant_one_is_shown(
+    tmp_path: Path, tiny_lm: Path, tiny_reward: Path, value: str, message: str, argument: str
+) -> None:
+    if argument == "eval_rewards" and not value.startswith("{a:"):
+        value, message = f"{{a: {value}}}", message.replace("rewards", "rewards.a")
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "script.py").write_text("def polite(responses: list[str]) -> list[float]:\n    return []\n")
+    (tmp_path / "broken.py").write_text("polite = undefined\n")
+    (tmp_path / "lacking.py").write_text("import nowhere\n")
+    (tmp_path / "my.yaml").write_text(f"model: {{init_args: {{{argument}: {value}}}}}\n")
+    arguments = ppo_arguments(tmp_path, tiny_lm, tiny_reward)
+    result = run_command("fit", *arguments, "--config", tmp_path / "my.yaml", cwd=tmp_path).refused()
+    shown = result.last.removeprefix("lit-ppo: error: ").removeprefix(f"{tmp_path / 'my.yaml'}:1: ")
+    assert shown == message.replace("(LitPPO).rewards", f"(LitPPO).{argument}")

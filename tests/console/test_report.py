@@ -46,6 +46,11 @@ def test_a_resumed_report_compares_with_the_whole_runs_start():
     assert second._before == {"score": 1.0}
 
 
+@pytest.mark.parametrize(("prompts", "printed"), [(1, 1), (2, 2), (32, 3)])
+def test_fewer_prompts_than_samples_by_default_print_all(prompts, printed):
+    assert min(RunReport(prompts=prompts).samples, prompts) == printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"), [({"prompts": -1}, r"prompts=-1"), ({"prompts": 2, "samples": 3}, r"samples=3")]
 )

@@ -66,6 +66,7 @@ def test_torchs_collation_of_chats_and_of_nested_columns_is_undone(tmp_path: Any
         ({"prompt": TEXTS, "input_ids": [[1], [2]]}, "both prompts and their tokens"),
         ({"prompt": "the film"}, "'prompt' is str, not one value per prompt"),
         ({"prompt": TEXTS, "answer": [1]}, "'answer' has 1 values for 2 prompts"),
+        ({"prompt": TEXTS, "messages": TEXTS}, "chat prompts go to the reward as 'messages'; rename the column"),
         ([{"prompt": "a"}, {"answer": 1}], "row 1 has no 'prompt'"),
         ([1, 2], "prompt 0 is neither text nor"),
         ([TEXTS[0], None], "prompt 1 is neither text nor"),
@@ -103,4 +104,14 @@ def test_a_column_that_a_reward_needs_is_missed_before_the_first_rollout(tiny_lm
     message = r"needs ground_truth; there are prompts, responses \(or completions\), answer"
     with pytest.raises(TypeError, match=message):
         make_trainer(tmp_path, limit_val_batches=0).fit(module, *[DataLoader(ROWS, batch_size=2)] * 2)
+    assert module.rollouts == 0
+
+
+def test_a_column_with_the_name_of_a_text_is_refused_before_the_first_rollout(tiny_lm: Any, tmp_path: Any) -> None:
+    rows = [{"prompt": text, "completions": "gold"} for text in TEXTS]
+    module = make_module(
+        tiny_lm, rewards=lambda responses, completions: [float(c == "gold") for c in completions], minibatch_size=2
+    )
+    with pytest.raises(TypeError, match=r"the data have a column 'completions', .* rename the column$"):
+        make_trainer(tmp_path, limit_val_batches=0).fit(module, *[DataLoader(rows, batch_size=2)] * 2)
     assert module.rollouts == 0

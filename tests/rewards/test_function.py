@@ -262,6 +262,74 @@ def test_column_that_is_not_there():
         scores_of(RewardFunction(my_reward), experience(**TWO, year=[1, 2]))
 
 
+async def awaited(responses):
+    return [0.0] * len(responses)
+
+
+async def yielded(responses):
+    for _ in responses:
+        yield 0.0
+
+
+class Awaited:
+    async def __call__(self, responses):
+        return await awaited(responses)
+
+
+@pytest.mark.parametrize("function", [awaited, yielded, Awaited(), Awaited().__call__, partial(awaited)])
+def test_async_functions_are_refused_at_once(function: Any):
+    with pytest.raises(TypeError, match=r"^RewardFunction\(function=.*\): is async, .* returns asyncio.run"):
+        RewardFunction(function)
+
+
+@pytest.mark.parametrize("function", [awaited, yielded])
+def test_what_an_async_function_returned_is_no_scores(function: Any):
+    """Without a warning of Python that it was never awaited."""
+    with pytest.raises(TypeError, match=r"lambda.*\): returned (coroutine|async_generator) .* returns asyncio.run"):
+        scores_of(RewardFunction(lambda responses: function(responses)), experience(**TWO))
+
+
+COLUMN = "the data have a column '{}', but for a reward this name means the run's own {}; rename the column".format
+
+
+@pytest.mark.parametrize(
+    ("function", "column", "says"),
+    [
+        (lambda responses: responses, "responses", COLUMN("responses", "responses") + ", or the argument to 'c"),
+        (lambda completions: completions, "completions", COLUMN("completions", "responses") + ", or the argument"),
+        (lambda responses, completions: completions, "completions", COLUMN("completions", "responses") + "$"),
+        (lambda prompts, responses: prompts, "prompts", COLUMN("prompts", "prompts") + "$"),
+        (lambda prompts, responses, /: prompts, "prompts", COLUMN("prompts", "prompts") + "$"),
+        (lambda responses, **columns: columns["prompts"], "prompts", COLUMN("prompts", "prompts") + "$"),
+        (lambda **columns: columns["responses"], "responses", COLUMN("responses", "responses") + "$"),
+        (lambda prompts, **columns: columns["completions"], "completions", COLUMN("completions", "responses") + "$"),
+    ],
+)
+def test_column_that_a_text_would_hide_is_refused(function: Any, column: str, says: str):
+    """Else a reward that compares responses with the data's own would compare them with themselves."""
+    with pytest.raises(TypeError, match=rf"lambda.*\): {says}"):
+        scores_of(RewardFunction(function), with_column(column))
+
+
+@pytest.mark.parametrize(
+    ("function", "column"),
+    [
+        (lambda responses: lengths(["a", "bb"], responses), "prompts"),
+        (lambda prompts, responses: lengths(prompts, responses), "completions"),
+        (lambda prompts, completions: lengths(prompts, completions), "responses"),
+        (lambda completions, **others: [31.0, 2.0] if others["responses"] == ["x", "y"] else [], "responses"),
+    ],
+)
+def test_column_of_such_a_name_is_allowed_where_no_text_hides_it(function: Any, column: str):
+    assert scores_of(RewardFunction(function), with_column(column)).tolist() == [31.0, 2.0]
+
+
+def with_column(name: str) -> Any:
+    rows = experience(**TWO)
+    rows.columns[name] = ["x", "y"]
+    return rows
+
+
 @pytest.mark.parametrize(
     ("function", "error", "says"),
     [

@@ -9,7 +9,7 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import nn
 
-from lit_ppo.rewards import RewardFunction, RewardModel, Rewards, WeightedRewards, as_source, scores_of
+from lit_ppo.rewards import RewardFunction, RewardModel, Rewards, WeightedRewards, as_source, eval_sources, scores_of
 from tests.helpers.rewards import TWO, experience, lengths
 from tests.helpers.tiny import make_reward_model
 
@@ -74,6 +74,16 @@ def test_bad_combinations(rewards: Any, says: str):
         WeightedRewards({"a": ones}, {"b": 1.0})
 
 
+def test_rewards_for_evaluation_take_the_same_forms_without_weights():
+    rows, source = experience(**TWO), eval_sources("LitPPO", None, {"plain": ones, "named": {"source": lengths}})
+    source(rows)
+    assert {name: scores.tolist() for name, scores in rows.extras.items()} == {"plain": [1, 1], "named": [31, 2]}
+    with pytest.raises(ValueError, match=r"^LitPPO\(eval_rewards\['a'\].weight=2.0\): .* leave its weight out"):
+        eval_sources("LitPPO", None, {"a": {"source": ones, "weight": 2.0}})
+    with pytest.raises(ValueError, match=r"^LitPPO\(eval_rewards\['a'\]=.*\): has the keys sauce; give source"):
+        eval_sources("LitPPO", None, {"a": {"sauce": ones}})
+
+
 def test_as_source_tells_sources_from_functions():
     model, function = RewardModel("m"), RewardFunction(ones)
     assert as_source(model) is model
@@ -82,6 +92,12 @@ def test_as_source_tells_sources_from_functions():
     assert as_source(source) is source
     assert isinstance(as_source(ones), RewardFunction)
     assert scores_of(as_source("tests.rewards.test_weighted.ones"), experience(**TWO)).tolist() == [1.0, 1.0]
+
+    async def awaited(experience):
+        return [0.0]
+
+    with pytest.raises(TypeError, match=r"^LitPPO\(rewards=.*\): is async, .* returns asyncio.run"):
+        as_source(awaited)
     for nonsense in (None, 3, [ones]):
         with pytest.raises(TypeError, match="is neither a score source nor a function"):
             as_source(nonsense)
@@ -92,6 +108,8 @@ def test_as_source_tells_sources_from_functions():
     [
         BY_CLASS,
         {"plain": BY_CLASS, "weighted": {"source": BY_CLASS, "weight": 0.0}},
+        {"unweighted": {"source": BY_CLASS}},
+        {"unweighted": {"source": f"{__name__}.ones"}, "off": {"source": BY_CLASS, "weight": 0}},
         f"{__name__}.ones",
     ],
 )
