@@ -87,18 +87,21 @@ class LitSFT(SupervisedModule):
         return token if 2 * count > self._ends.total() else None
 
     def _count_ends(self, labels: Tensor) -> None:
-        """Which special token is the last of each text with a loss; a template may put a line break behind it.
+        """Which special token is the last of each part with a loss; a template may put a line break behind it.
 
-        A text that fills its row may have been cut off there, as packed ones are: it counts only with such a token.
+        A chat's part that fills its row to the end was cut off there, as in packed rows, unless it has such a token.
         """
         tokenizer = self.tokenizer
         special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         special -= {tokenizer.unk_token_id, tokenizer.bos_token_id}
-        for row in labels.tolist():
-            texts = [list(text) for has_loss, text in groupby(row, IGNORED.__ne__) if has_loss]
-            for number, text in enumerate(texts, start=1):
-                stop = next((token for token in reversed(text[-3:]) if token in special), None)
-                if stop is not None or number < len(texts) or row[-1] == IGNORED:
+        rows = labels.tolist()
+        parts = [[list(part) for has_loss, part in groupby(row, IGNORED.__ne__) if has_loss] for row in rows]
+        is_chat = any(row[0] == IGNORED or len(found) > 1 for row, found in zip(rows, parts, strict=True))
+        for row, found in zip(rows, parts, strict=True):
+            for part in found:
+                stop = next((token for token in reversed(part[-3:]) if token in special), None)
+                is_cut = is_chat and part is found[-1] and row[-1] != IGNORED
+                if stop is not None or not is_cut:
                     self._ends[stop] += 1
         self._counted += 1
 

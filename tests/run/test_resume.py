@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from lit_ppo import LitRewardModel, LitSFT, PreferenceDataModule, TextDataModule
 from lit_ppo.callbacks import AdaptiveKL, CriticWarmup, RewardNormalization
@@ -114,6 +115,56 @@ def test_a_run_resumed_between_epochs_has_the_checkpoints_of_the_uninterrupted_o
     assert [*rest] == [*full][1:]
     for name, checkpoint in rest.items():
         assert same(checkpoint, full[name]), name
+
+
+def chained(optimizer: Any) -> Any:
+    """It has no count of its own."""
+    parts = [halve(optimizer), torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=4)]
+    return torch.optim.lr_scheduler.ChainedScheduler(parts, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": ["c_attn"]}])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to", "ignore:You're using the WeightAveraging callback")
+def test_averaged_weights_and_chained_schedules_resume(tmp_path: Path, lora: Any, uninterrupted: Any) -> None:
+    """Lightning's callback averages all of the module, and saves it under names with a prefix."""
+    actor = uninterrupted[1]
+
+    def fit(folder: Path, start: Path | None = None) -> dict[str, torch.Tensor]:
+        module = make_module(actor, actor_lora=lora, actor_optimizer=adam, actor_scheduler=chained)
+        saving = StepCheckpoint(every_n_train_steps=1, keep=9, dirpath=str(folder))
+        averages = EMAWeightAveraging(decay=0.5)
+        trainer = make_trainer(folder, callbacks=[averages, saving], max_steps=3, enable_checkpointing=True)
+        trainer.fit(module, make_data(tmp_path), ckpt_path=start)
+        return module.state_dict()
+
+    full = fit(tmp_path / "full")
+    rest = fit(tmp_path / "rest", tmp_path / "full/step-000001.ckpt")
+    assert rest.keys() == full.keys()
+    assert all(value.equal(full[name]) for name, value in rest.items())
+    saved = torch.load(tmp_path / "full/step-000002.ckpt", weights_only=False)
+    assert not [name for part in ("state_dict", "current_model_state") for name in saved[part] if "reference" in name]
+    module = make_module(actor, actor_lora=lora)
+    module.load_state_dict(full)  # strict: nothing that it needs is missing
+    name, value = full.popitem()
+    for weights, problem in ((full, f'Missing key.*"{name}"'), ({**full, name: value, "more": value}, '.*"more"')):
+        with pytest.raises(RuntimeError, match=f"(?s){problem}"):
+            module.load_state_dict(weights)
+
+
+def test_a_schedule_that_is_added_starts_from_the_updates_of_its_model(tmp_path: Path, uninterrupted: Any) -> None:
+    """Of three updates the actor has learned in the last one: a rate of 0.01 is halved once, then twice."""
+
+    def fit(updates: int, start: Path | None = None, **schedule: Any) -> list[dict[str, float]]:
+        module = make_module(uninterrupted[1], actor_optimizer=adam, **schedule)
+        saving = StepCheckpoint(every_n_train_steps=1, keep=9, dirpath=str(tmp_path / "checkpoints"))
+        options = {"max_steps": updates, "enable_checkpointing": True}
+        trainer = make_trainer(tmp_path, callbacks=[CriticWarmup(updates=2), saving], **options)
+        trainer.fit(module, make_data(tmp_path), ckpt_path=start)
+        return logged(trainer)
+
+    fit(3)
+    rows = fit(5, tmp_path / "checkpoints/step-000003.ckpt", actor_scheduler=halve)
+    assert [row["policy/lr"] for row in rows[-2:]] == pytest.approx([5e-3, 2.5e-3])
 
 
 def test_a_checkpoint_of_other_models_is_refused(tmp_path, uninterrupted):

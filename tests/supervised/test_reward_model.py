@@ -171,13 +171,18 @@ def test_a_batch_of_another_kind_is_refused(tiny_reward: Path) -> None:
         built(tiny_reward).margins(pad(CHOSEN, 0))
 
 
-def test_texts_end_with_the_end_token_in_training_and_in_the_exported_model(tmp_path: Path) -> None:
-    """Row 0 gets the token 1, row 1 ends with it; RewardModel reads from the folder that it must do the same."""
-    path = make_reward_model(tmp_path / "start", "llama", scale=4.0)
+@pytest.mark.parametrize("pad_id", [0, 9])
+def test_texts_end_with_the_end_token_in_training_and_in_the_exported_model(pad_id: int, tmp_path: Path) -> None:
+    """Rows 0 and 3 get the token 1, the others end with it; RewardModel reads in the folder that it has to do it."""
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+    path = make_reward_model(tmp_path / "start", "llama", tokenizer=tokenizer, scale=4.0)
     module = built(path, append_eos=True)
-    ids, mask = torch.tensor([[3, 4, 5], [3, 1, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    ids = torch.tensor([[3, 4, 5], [3, 1, pad_id], [3, 4, 1], [3, 4, pad_id]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 0]])
     stock = AutoModelForSequenceClassification.from_pretrained(path).eval()
-    expected = [stock(torch.tensor([row])).logits.item() for row in ([3, 4, 5, 1], [3, 1])]
+    expected = [stock(torch.tensor([row])).logits.item() for row in ([3, 4, 5, 1], [3, 1], [3, 4, 1], [3, 4, 1])]
+    assert stock.config.pad_token_id == pad_id
     module.model.eval()
     assert module.rewards(ids, mask).tolist() == pytest.approx(expected, rel=1e-5)
     module.save_pretrained(tmp_path / "model")

@@ -13,7 +13,7 @@ from lit_ppo.optim.schedules import WarmupCosine
 from lit_ppo.supervised.reward_model import LitRewardModel
 from lit_ppo.supervised.sft import LitSFT
 from tests.helpers.ranks import on_ranks
-from tests.helpers.supervised import HOW_TESTS_USE_LIGHTNING, fit, loader, make_trainer, text_batch, weights
+from tests.helpers.supervised import HOW_TESTS_USE_LIGHTNING, fit, loader, make_trainer, pad, text_batch, weights
 from tests.helpers.tiny import FAMILIES, WORDS, make_causal_lm, make_tokenizer
 
 pytestmark = HOW_TESTS_USE_LIGHTNING
@@ -231,9 +231,14 @@ def test_the_stop_token_that_was_trained_is_exported(tmp_path: Path) -> None:
     for folder, rows, stops in (
         ("chats", [[5, 6, end], [7, end, 8], [think, 9, end], [5, think]], [end, 1]),
         ("pieces", [[5, 6, end], [7, 8], [think, 9, 9, 9], [5, think]], 1),
+        ("packed chats", [[-5, 6, end, -7, -8, 9, end, -9], [5, end, -6, 7, end, -8, 9, 9], [-5, -5, 6, 6]], [end, 1]),
+        ("packed texts", [[5, 6, 7, 8], [9, 9, 9, 9], [8, 5, end, 6], [5, 6, 7, 8], [5, 6, 7, 5]], 1),
     ):
+        batch = text_batch([[abs(token) for token in row] for row in rows])  # without a loss where negative
+        signs = pad([[int(token < 0) for token in row] for row in rows], 0)["input_ids"]
+        batch["labels"] = batch["labels"].masked_fill(signs == 1, -100)
         module = LitSFT(str(path))
-        fit(module, [text_batch(rows)], tmp_path, max_steps=1)
+        fit(module, [batch], tmp_path, max_steps=1)
         module.save_pretrained(tmp_path / folder)
         assert GenerationConfig.from_pretrained(tmp_path / folder).eos_token_id == stops
         checkpoint: dict[str, Any] = {}
