@@ -22,7 +22,7 @@ import lit_ppo.callbacks
 from lit_ppo.cli.arguments import LayeredParser, complete
 from lit_ppo.cli.errors import parsing_error
 from lit_ppo.cli.session import LIGHTNING_LOG, Session
-from lit_ppo.cli.stages import Stage, files_of, run_stages
+from lit_ppo.cli.stages import Stage, check_stages_stay, files_of, run_stages
 from lit_ppo.console.progress import progress_bar
 from lit_ppo.console.report import RunReport
 from lit_ppo.console.summary import RunSummary
@@ -178,6 +178,7 @@ class Command(LightningCLI):
                     "trainer.max_steps or trainer.max_epochs; to start a new run, leave --ckpt_path out"
                 )
                 raise SystemExit(0)
+            check_stages_stay(config.ckpt_path, self._stages(config))
             if changed:
                 lines = [f"Resuming {config.ckpt_path} with another configuration:", *changed]
                 self.heartbeat.say("\n  ".join(lines), doing="reading the configuration")
