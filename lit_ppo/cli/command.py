@@ -7,6 +7,7 @@ import shlex
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from lit_ppo.parallel.environment import check_starts_commands, reserve_port
 from lit_ppo.parallel.files import VERIFY
 from lit_ppo.parallel.lost_ranks import explain
 from lit_ppo.run.checkpoint import StepCheckpoint, find_checkpoints
-from lit_ppo.run.continuation import Continuation, last_of_run
+from lit_ppo.run.continuation import Continuation, find_own_checkpoints, run_folder
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.export import ExportModel
 from lit_ppo.run.folder import RunTrainer, discard_unused
@@ -160,8 +161,11 @@ class Command(LightningCLI):
         config, is_fit = self._config, self.config.subcommand == "fit"
         root, dirpath = Path(config.trainer.default_root_dir), config.checkpoint.dirpath
         files = [Path(str(file.absolute)) for file in config.config or []]
-        given = config.ckpt_path if is_fit or config.ckpt_path is not None else last_of_run(files, dirpath)
-        self.continuation = Continuation(given, root, dirpath, keep_folder=is_fit)
+        given, self.given_run = config.ckpt_path, run_folder(files)
+        if not is_fit and given is None and self.given_run is not None:
+            with suppress(CommandError):  # there is no checkpoint
+                given = "last" if find_own_checkpoints(self.given_run, dirpath) else None
+        self.continuation = Continuation(given, root, dirpath, keep_folder=is_fit, run=self.given_run)
         config.ckpt_path = self.continuation.path
         for note in self.continuation.notes:
             self.heartbeat.say(note)
@@ -252,6 +256,9 @@ class Command(LightningCLI):
         if self.trainer.is_global_zero and checkpoint in self.trainer.callbacks:  # type: ignore[attr-defined]
             folder = checkpoint.dirpath or Path(self.trainer.log_dir or self.trainer.default_root_dir) / "checkpoints"
             self.session.checkpoints = Path(folder)
+            if self.given_run is not None:  # its configuration would resume that run, not the one that starts here
+                own = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "config.yaml"
+                self.session.resumes_with = ["fit", "--config", str(own)]
 
     def after_fit(self) -> None:
         """Print where the results are."""
