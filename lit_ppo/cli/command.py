@@ -41,9 +41,11 @@ for _name in lit_ppo.__all__:
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Saves the configuration as Lightning does, but over nothing that is not such a file."""
+    """Saves the configuration of ``fit`` as Lightning does, but over nothing that is not such a file."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return  # an evaluation may write into the folder of a run
         file = Path(trainer.log_dir or trainer.default_root_dir) / self.config_filename  # log_dir is collective
         text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
         if text and not text.startswith("# lightning.pytorch==") and not self.already_saved:
@@ -214,7 +216,7 @@ class Command(LightningCLI):
         self.session.discard = self._discard
         trainer: Any = super().instantiate_trainer(**kwargs)
         reserve_port(trainer.strategy)
-        if trainer.needs_folder and not trainer.fast_dev_run:
+        if trainer.needs_folder and not trainer.fast_dev_run and self.subcommand in ("fit", "predict"):
             trainer.run_folder = self.continuation.run_folder(root)
         self.session.interrupts.kill_children.append(lambda: _kill_ranks(trainer))
         self.session.explain = lambda error: explain(error, getattr(trainer.strategy.launcher, "procs", []))
@@ -268,13 +270,13 @@ class Command(LightningCLI):
             return
         folder = Path(log_dir or trainer.default_root_dir)
         checkpoint, export = (self._get(self.config_init, key) for key in ("checkpoint", "export"))
-        shown = not trainer.loggers or any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+        shown = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
         saved = [path.name for path in find_checkpoints(Path(checkpoint.dirpath or folder))]
         lines = {
             "Run folder": str(folder),
             "Model": f"{export.written}  (load it with from_pretrained)" if export.written else None,
             "Checkpoints": f"{checkpoint.dirpath}  ({', '.join(saved)})" if saved else None,
-            "TensorBoard": f"tensorboard --logdir {folder.parent if trainer.logger else folder}" if shown else None,
+            "TensorBoard": f"tensorboard --logdir {folder.parent}" if shown else None,
         }
         print("\n" + "\n".join(f"{name + ':':13}{text}" for name, text in lines.items() if text), flush=True)
 
