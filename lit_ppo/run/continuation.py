@@ -160,8 +160,12 @@ def _folder_of(checkpoint: Path) -> Path | None:
     return Path(checkpoint.parent, folder).resolve()
 
 
-def check_given(given: str) -> None:
+def check_given(given: str, *, words: str = ", or 'last'") -> None:
     """Check that a path can be that of a checkpoint.
+
+    Args:
+        given: ``--ckpt_path``.
+        words: What may be given in place of a path, for messages.
 
     Raises:
         CommandError: It is empty, there is nothing, or it is a folder that is not a sharded checkpoint.
@@ -171,10 +175,10 @@ def check_given(given: str) -> None:
     if not given.strip():
         raise CommandError("--ckpt_path '': empty; give a checkpoint's path, 'last' or 'auto', or leave it out", 2)
     if not path.exists():
-        raise CommandError(f"--ckpt_path {given}: no such file; give a checkpoint's path, or 'last'")
+        raise CommandError(f"--ckpt_path {given}: no such file; give a checkpoint's path{words}")
     if not is_complete(path):
         inside = find_checkpoints(path)
-        remedy = f"give {inside[-1]}" if inside else "give a checkpoint's path, or 'last'"
+        remedy = f"give {inside[-1]}" if inside else f"give a checkpoint's path{words}"
         raise CommandError(f"--ckpt_path {given}: a folder, not a checkpoint; {remedy}", 2)
     if path.is_dir():
         read_summary(path)  # the strategy reads it without checks
