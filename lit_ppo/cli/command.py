@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 import lit_ppo.callbacks
 from lit_ppo.cli.arguments import LayeredParser, complete
 from lit_ppo.cli.errors import parsing_error
+from lit_ppo.cli.layers import check_additions
 from lit_ppo.cli.session import LIGHTNING_LOG, Session
 from lit_ppo.cli.stages import Stage, check_stages_stay, files_of, run_stages
 from lit_ppo.console.progress import progress_bar
@@ -126,6 +127,7 @@ class Command(LightningCLI):
             )
 
     def _parse(self, parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
+        check_additions(arguments)
         try:
             config: Namespace = parser.parse_args(arguments)
             return config
