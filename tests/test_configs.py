@@ -122,8 +122,8 @@ def test_the_film_review_job_on_ready_models(tmp_path, tiny_lm, tiny_reward, ove
     assert "test/kl" in out
 
 
-def test_the_judge_beside_the_reward_and_the_configuration_it_leaves(tmp_path, tiny_lm, tiny_reward):
-    """The saved configuration can be run again, also with several rewards."""
+def test_the_judge_beside_the_reward_and_the_configuration_it_prints(tmp_path, tiny_lm, tiny_reward):
+    """The full configuration can be run again, also with several rewards."""
     rows = [json.dumps({"prompt": f" the film {'was ' * i}"}) for i in range(3)]
     (tmp_path / "eval.jsonl").write_text("\n".join(rows))
     judged = (CONFIGS / "sentiment/judged.yaml").read_text()
@@ -137,7 +137,9 @@ def test_the_judge_beside_the_reward_and_the_configuration_it_leaves(tmp_path, t
     ]  # fmt: skip
     run_command("predict", *arguments, cwd=tmp_path).ok()
     folder = tmp_path / "runs/sentiment/ppo"
-    run_command("predict", "--config", folder / "version_0/config.yaml", cwd=tmp_path).ok()
+    printed = run_command("predict", *arguments, "--print_config", cwd=tmp_path).ok().out
+    (tmp_path / "full.yaml").write_text(printed)
+    run_command("predict", "--config", "full.yaml", cwd=tmp_path).ok()
     first, again = ((folder / f"version_{i}/predictions.jsonl").read_text() for i in (0, 1))
     assert first == again
     assert json.loads(first.splitlines()[0]).keys() == {"prompt", "response", "score", "score/reward", "score/judge"}

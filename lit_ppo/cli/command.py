@@ -7,6 +7,7 @@ import shlex
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from transformers.utils.logging import disable_progress_bar
 import lit_ppo.callbacks
 from lit_ppo.cli.arguments import LayeredParser, complete
 from lit_ppo.cli.errors import parsing_error
+from lit_ppo.cli.layers import check_additions
 from lit_ppo.cli.session import LIGHTNING_LOG, Session
-from lit_ppo.cli.stages import Stage, files_of, run_stages
+from lit_ppo.cli.stages import Stage, check_stages_stay, files_of, run_stages
 from lit_ppo.console.progress import progress_bar
 from lit_ppo.console.report import RunReport
 from lit_ppo.console.summary import RunSummary
@@ -30,7 +32,7 @@ from lit_ppo.parallel.environment import check_starts_commands, reserve_port
 from lit_ppo.parallel.files import VERIFY
 from lit_ppo.parallel.lost_ranks import explain
 from lit_ppo.run.checkpoint import StepCheckpoint, find_checkpoints
-from lit_ppo.run.continuation import Continuation, last_of_run
+from lit_ppo.run.continuation import Continuation, find_own_checkpoints, run_folder
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.export import ExportModel
 from lit_ppo.run.folder import RunTrainer, discard_unused
@@ -40,9 +42,11 @@ for _name in lit_ppo.__all__:
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Saves the configuration as Lightning does, but over nothing that is not such a file."""
+    """Saves the configuration of ``fit`` as Lightning does, but over nothing that is not such a file."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return  # an evaluation may write into the folder of a run
         file = Path(trainer.log_dir or trainer.default_root_dir) / self.config_filename  # log_dir is collective
         text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
         if text and not text.startswith("# lightning.pytorch==") and not self.already_saved:
@@ -123,6 +127,7 @@ class Command(LightningCLI):
             )
 
     def _parse(self, parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
+        check_additions(arguments)
         try:
             config: Namespace = parser.parse_args(arguments)
             return config
@@ -160,8 +165,11 @@ class Command(LightningCLI):
         config, is_fit = self._config, self.config.subcommand == "fit"
         root, dirpath = Path(config.trainer.default_root_dir), config.checkpoint.dirpath
         files = [Path(str(file.absolute)) for file in config.config or []]
-        given = config.ckpt_path if is_fit or config.ckpt_path is not None else last_of_run(files, dirpath)
-        self.continuation = Continuation(given, root, dirpath, keep_folder=is_fit)
+        given, self.given_run = config.ckpt_path, run_folder(files)
+        if not is_fit and given is None and self.given_run is not None:
+            with suppress(CommandError):  # there is no checkpoint
+                given = "last" if find_own_checkpoints(self.given_run, dirpath) else None
+        self.continuation = Continuation(given, root, dirpath, keep_folder=is_fit, run=self.given_run)
         config.ckpt_path = self.continuation.path
         for note in self.continuation.notes:
             self.heartbeat.say(note)
@@ -178,6 +186,7 @@ class Command(LightningCLI):
                     "trainer.max_steps or trainer.max_epochs; to start a new run, leave --ckpt_path out"
                 )
                 raise SystemExit(0)
+            check_stages_stay(config.ckpt_path, self._stages(config))
             if changed:
                 lines = [f"Resuming {config.ckpt_path} with another configuration:", *changed]
                 self.heartbeat.say("\n  ".join(lines), doing="reading the configuration")
@@ -209,7 +218,7 @@ class Command(LightningCLI):
         self.session.discard = self._discard
         trainer: Any = super().instantiate_trainer(**kwargs)
         reserve_port(trainer.strategy)
-        if trainer.needs_folder and not trainer.fast_dev_run:
+        if trainer.needs_folder and not trainer.fast_dev_run and self.subcommand in ("fit", "predict"):
             trainer.run_folder = self.continuation.run_folder(root)
         self.session.interrupts.kill_children.append(lambda: _kill_ranks(trainer))
         self.session.explain = lambda error: explain(error, getattr(trainer.strategy.launcher, "procs", []))
@@ -251,6 +260,9 @@ class Command(LightningCLI):
         if self.trainer.is_global_zero and checkpoint in self.trainer.callbacks:  # type: ignore[attr-defined]
             folder = checkpoint.dirpath or Path(self.trainer.log_dir or self.trainer.default_root_dir) / "checkpoints"
             self.session.checkpoints = Path(folder)
+            if self.given_run is not None:  # its configuration would resume that run, not the one that starts here
+                own = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "config.yaml"
+                self.session.resumes_with = ["fit", "--config", str(own)]
 
     def after_fit(self) -> None:
         """Print where the results are."""
@@ -260,13 +272,13 @@ class Command(LightningCLI):
             return
         folder = Path(log_dir or trainer.default_root_dir)
         checkpoint, export = (self._get(self.config_init, key) for key in ("checkpoint", "export"))
-        shown = not trainer.loggers or any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+        shown = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
         saved = [path.name for path in find_checkpoints(Path(checkpoint.dirpath or folder))]
         lines = {
             "Run folder": str(folder),
             "Model": f"{export.written}  (load it with from_pretrained)" if export.written else None,
             "Checkpoints": f"{checkpoint.dirpath}  ({', '.join(saved)})" if saved else None,
-            "TensorBoard": f"tensorboard --logdir {folder.parent if trainer.logger else folder}" if shown else None,
+            "TensorBoard": f"tensorboard --logdir {folder.parent}" if shown else None,
         }
         print("\n" + "\n".join(f"{name + ':':13}{text}" for name, text in lines.items() if text), flush=True)
 

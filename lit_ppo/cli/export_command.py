@@ -54,7 +54,13 @@ def export(arguments: list[str]) -> None:
     if given.verify == "false":
         os.environ[VERIFY] = "0"
     where = f"--ckpt_path {given.ckpt_path}"
-    check_given(str(given.ckpt_path))
+    if str(given.ckpt_path) in ("last", "auto") and not given.ckpt_path.exists():
+        raise CommandError(
+            f"{where}: export looks for no run; give a checkpoint's path, such as "
+            "runs/version_0/checkpoints/step-000050.ckpt",
+            exit_code=2,
+        )
+    check_given(str(given.ckpt_path), words="")
     config = config_of(given.ckpt_path)
     check_target(f"--output {given.output}", given.output, used=folders_in(config.get("model")))
     try:

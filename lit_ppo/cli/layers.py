@@ -1,6 +1,8 @@
 """Configuration files: in layers, ``base: ppo.yaml`` at the top of a file applies that file first; and their text."""
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,6 +40,60 @@ def layers(file: str) -> list[str]:
             _refuse(files[0], f"{problem}; {shipped.nearest(base)}")
         files.insert(0, base)
     return files
+
+
+def check_additions(arguments: Sequence[str]) -> None:
+    """Refuse a file that adds callbacks before one that replaces all of them, which would drop the added ones.
+
+    A file may replace the callbacks of a job, which has a list of its own.
+
+    Args:
+        arguments: Of the command line.
+
+    Raises:
+        CommandError: Names both files.
+    """
+    adding: list[str] = []  # the file that adds callbacks, and the configuration that it is a part of
+    for option, value in _options(arguments):
+        files, replaces = layers(value) if option == "--config" else [option], False
+        for file in files:
+            keys = _callback_keys(file) if option == "--config" else {"callbacks"}
+            if "callbacks" in keys and adding:
+                given = option if option != "--config" else value
+                names = (adding[1], given) if adding[1] != given else (adding[0], file)
+                trick, job = (shipped.name_of(name) or name for name in names)
+                raise CommandError(
+                    f"--config {trick}: the callbacks that it adds would have no effect, since {job} comes later and "
+                    f"replaces all callbacks; give {job} first, or let it add its own with callbacks+",
+                    exit_code=2,
+                )
+            replaces = replaces or "callbacks" in keys
+            if "callbacks+" in keys and not replaces:
+                adding = [file, value]
+
+
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Configurations and replaced callbacks, in order; null for callbacks means none, and says so."""
+    for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        value = value if equals else after
+        if (option == "--config" and value) or (option == "--trainer.callbacks" and value not in ("null", "[]")):
+            yield option, value
+
+
+def _callback_keys(file: str) -> set[str]:
+    """Whether a file, or YAML text, has ``callbacks``, ``callbacks+``, both or none of them."""
+    is_text = not shipped.is_name(file) and "://" not in file
+    if not is_text and not os.path.isfile(file):
+        return set()  # a URL or a pipe, which can be read once
+    node = None
+    with suppress(yaml.YAMLError):  # the parser reports it
+        node = compose(file if is_text else Path(file).read_text(encoding="utf-8"))
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    inner = [value.value for key, value in pairs if key.value == "trainer" and isinstance(value, yaml.MappingNode)]
+    names = {key.value for part in inner for key, _ in part}
+    names |= {str(key.value).removeprefix("trainer.") for key, _ in pairs if str(key.value).startswith("trainer.")}
+    return names & {"callbacks", "callbacks+"}
 
 
 def _base(file: str) -> str | None:

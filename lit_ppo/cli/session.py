@@ -32,6 +32,7 @@ class Session:
         self.debug = debug
         self.lost_ranks = False  # whether the run has ended since another rank is gone
         self.checkpoints: Path | None = None  # folder in which this run saves, once that is known
+        self.resumes_with: list[str] | None = None  # arguments that resume this run, if they are others than its own
         parsed_only = arguments[:1] == ["completion"] or any(
             a in ("-h", "--help") or a.startswith(("--help=", "--print_config")) for a in arguments
         )
@@ -80,7 +81,7 @@ class Session:
             return
         arguments = self.arguments
         if self.checkpoints is not None and any(self.checkpoints.glob("*.ckpt")):
-            arguments = [*_without_ckpt_path(arguments), "--ckpt_path", "last"]
+            arguments = [*_without_ckpt_path(self.resumes_with or arguments), "--ckpt_path", "last"]
         command = escaped(shlex.join(["lit-ppo", *arguments]))
         sys.stdout.flush()
         print(f"lit-ppo: interrupted; continue with: {command}", file=sys.stderr, flush=True)

@@ -19,12 +19,13 @@ from jsonargparse.typing import register_type
 
 from lit_ppo.cli import shipped
 from lit_ppo.cli.session import Session
-from lit_ppo.parallel.files import atomic_path
+from lit_ppo.models.stored import sampled_digest
+from lit_ppo.parallel.files import WEIGHTS, atomic_path
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.stop import RANK_VARIABLES
 
 CONFIGURATION, EARLIER = "its configuration or seed", "an earlier stage"  # in every record
-LARGE = 64 * 2**20  # bytes; size and time stand for the content of larger files
+LARGE = 64 * 2**20  # bytes; of larger files size and time stand for the content, and a part of it for weights
 
 
 class ConfigFile(str):
@@ -73,12 +74,34 @@ class Stage:
         return [*files, *args, "--seed_everything", str(seed).lower(), *root]
 
 
-def run_stages(session: Session, stages: dict[str, tuple[list[str], dict[str, Any]]]) -> None:
-    """Run every stage that is not complete, in order; ``stages`` has each one's arguments and full configuration."""
+Stages = dict[str, tuple[list[str], dict[str, Any]]]
+"""The arguments and the full configuration of each stage, by name."""
+
+
+def check_stages_stay(ckpt_path: str, stages: Stages) -> None:
+    """Check before a run is resumed that no stage would replace its model, from which the run started.
+
+    Raises:
+        CommandError: One would run again; says why.
+    """
+    previous = ""
+    for name, (_, config) in stages.items():
+        record, model = _record(name, config), config["export"]["dirpath"]
+        reason = outdated(record, config, previous)
+        if reason and (record.exists() or (model is not None and Path(model).exists())):
+            raise CommandError(
+                f"--ckpt_path {ckpt_path}: stage {name!r} would run again ({reason}) and replace its model, from which "
+                "this run started; restore what has changed, or start a new run without --ckpt_path"
+            )
+        previous = _digest(record)
+
+
+def run_stages(session: Session, stages: Stages) -> None:
+    """Run every stage that is not complete, in order."""
     previous = ""
     for number, (name, (arguments, config)) in enumerate(stages.items(), 1):
         title = f"[stage {number}/{len(stages)}: {name}]"
-        record = Path(config["trainer"]["default_root_dir"]) / f"{name}.stage.json"
+        record = _record(name, config)
         rank = next((f"{key}={os.environ[key]}" for key in RANK_VARIABLES if key in os.environ), None)
         _check_record(name, record)
         reason = outdated(record, config, previous)
@@ -99,6 +122,10 @@ def run_stages(session: Session, stages: dict[str, tuple[list[str], dict[str, An
                 path.write_text(done, encoding="utf-8")
             session.heartbeat.say(f"{title} done in {time.monotonic() - started:.0f} s")
         previous = _digest(record)
+
+
+def _record(name: str, config: dict[str, Any]) -> Path:
+    return Path(config["trainer"]["default_root_dir"]) / f"{name}.stage.json"
 
 
 def _run(session: Session, name: str, arguments: list[str]) -> None:
@@ -165,9 +192,11 @@ def _paths(value: Any, data_root: str = "") -> Iterator[Path]:
 
 
 def _digest(file: str | Path) -> str:
-    """Of a file's content, or of size and time if it is large; empty if there is no file."""
+    """Of a file's content, or of size and time (weights: of size and a part) if large; empty if there is no file."""
     if not os.path.isfile(file):
         return ""
+    if os.path.getsize(file) > LARGE and str(file).endswith(WEIGHTS):
+        return sampled_digest(Path(file))
     if os.path.getsize(file) > LARGE:
         return f"{os.path.getsize(file)} {os.stat(file).st_mtime_ns}"
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()

@@ -80,6 +80,7 @@ def load_critic(argument: str, path: str, model_kwargs: dict[str, Any], label: i
     where, inside = f"{argument}={path!r})", f"{model.base_model_prefix}."
     check_complete(where, model, [name for name in missing if name.startswith(inside)])
     backbone: Any = model.base_model
+    backbone.stored = model.stored
     score: Any = None if any(name.startswith("score.") for name in missing) else getattr(model, "score", None)
     if score is None or (label is None and score.out_features != 1):
         rank_zero_info(f"{where}: the value head is new; values start at 0")

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from lit_ppo.models.stored import Unusable, check_files, hub, no_pickled_code, stored_dtype, weight_files
+from lit_ppo.models.stored import Unusable, check_files, hub, no_pickled_code, stored, stored_dtype, weight_files
 from lit_ppo.shown import first_line, message_of, reason, written
 
 # names that torch.compile, FSDP1 and activation checkpointing put anywhere into a weight's name
@@ -70,7 +70,7 @@ def load_pretrained(auto: Any, path: str, **kwargs: Any) -> tuple[PreTrainedMode
     missing = _missing(info)
     if missing:
         model, missing = _without_wrappers(model, missing, path, kwargs)
-    model.starting_dtype = stored_dtype(path, kwargs)
+    model.starting_dtype, model.stored = stored_dtype(path, kwargs), stored(path, kwargs, model.config)
     return model, missing
 
 
@@ -269,8 +269,8 @@ def _merged(auto: Any, path: str, kwargs: dict[str, Any]) -> tuple[PreTrainedMod
             reason = message_of(error, 200)
             raise Unusable(f"it holds an adapter that does not fit its base model {base_path!r} ({reason})") from error
     brought = {name.removeprefix("base_model.model.") for name in weights}
-    full: PreTrainedModel = model.merge_and_unload()
-    full.starting_dtype = base.starting_dtype
+    full: Any = model.merge_and_unload()
+    full.starting_dtype, full.stored = base.starting_dtype, stored(path, kwargs, base=base.stored)
     if full.can_generate() and (Path(path) / "generation_config.json").exists():
         full.generation_config = GenerationConfig.from_pretrained(path)
     return full, [name for name in missing if name not in brought] + lost

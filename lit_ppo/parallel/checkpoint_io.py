@@ -23,8 +23,8 @@ from lit_ppo.shown import first_line
 
 HELD = 4.0  # seconds for which Ctrl-C waits for a checkpoint; the command forces its exit after 8
 METADATA = "meta.pt"  # what Lightning writes last into a sharded checkpoint, which is a folder
-DELETE = "delete it, and '--ckpt_path last' finds the previous one"
-GIVE_ANOTHER = "give a checkpoint from a run's folder, or 'last'"
+DELETE = "delete it, and 'lit-ppo fit --ckpt_path last' finds the previous one"
+GIVE_ANOTHER = "give a checkpoint from a run's folder"
 UNREADABLE = (
     OSError, EOFError, RuntimeError, LookupError, ValueError, AttributeError, TypeError, AssertionError, MemoryError,
     OverflowError, pickle.UnpicklingError, CheckpointException,

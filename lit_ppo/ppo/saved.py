@@ -13,6 +13,7 @@ from lit_ppo.callbacks.base import PPOCallback
 from lit_ppo.constructor import arguments_of, constructor
 from lit_ppo.data.tokenization import save_tokenizer
 from lit_ppo.generation.config import stop_ids
+from lit_ppo.models.actor_critic import Reference
 from lit_ppo.models.card import Card, add_data, hub_name, write_card
 from lit_ppo.models.export import (
     checked_dtype,
@@ -24,14 +25,14 @@ from lit_ppo.models.export import (
 )
 from lit_ppo.models.lora import check_has_adapter, merged, save_adapter
 from lit_ppo.models.pretrained import starting_dtype
-from lit_ppo.models.stored import Dtype
+from lit_ppo.models.stored import FROZEN_MODELS, Dtype, Stored, check_same_files
 from lit_ppo.parallel.checkpoint_io import checked_entries
 from lit_ppo.parallel.entries import check_complete, check_resumable, check_weights
 from lit_ppo.parallel.files import write_checksums
 from lit_ppo.parallel.full_state import full_weights
-from lit_ppo.parallel.ranks import rank
+from lit_ppo.parallel.ranks import gather_shares, rank
 from lit_ppo.ppo.settings import ModelSettings, check_moving_reference
-from lit_ppo.rewards import described
+from lit_ppo.rewards import described, stored_models
 from lit_ppo.rewards.folders import check_not_read, folders_of
 
 FROZEN = ("rewards.", "eval_rewards.")
@@ -100,7 +101,7 @@ def _forget_frozen(module: Any, found: Any) -> None:
 
 
 def on_save_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
-    """Add the counts that random draws depend on, and the optimizers' settings."""
+    """Add the counts that random draws depend on, the optimizers' settings, and what models start from."""
     optimization = module.optimization
     checkpoint["lit_ppo"] = {
         "rollouts": module.rollouts,
@@ -108,6 +109,7 @@ def on_save_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
         "updates": dict(optimization.updates),
         "optimizers": {name: built.settings for name, built in optimization.built.items()},
     }
+    checkpoint[FROZEN_MODELS] = _frozen(module)
     if module.rollout_ahead:
         checkpoint["lit_ppo"]["ahead"] = module.sampler.ahead_state()
 
@@ -116,7 +118,7 @@ def on_load_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
     """Check that the checkpoint was written by this class with the same models, then restore the counts.
 
     Raises:
-        ValueError: Names the weights that are missing or unexpected.
+        ValueError: Names the weights that are missing or unexpected, or a frozen model that is another one.
     """
     owner, trainer = type(module).__name__, module._trainer
     names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
@@ -135,15 +137,38 @@ def on_load_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
     state = checkpoint["lit_ppo"]
     with checked_entries(getattr(trainer, "ckpt_path", None)):
         check_weights(checkpoint, expected)
-        names_of_state = ("rollouts", "skipped_steps", "updates", "optimizers")
-        check_complete(checkpoint, [f"lit_ppo.{name}" for name in names_of_state])
+        needed = [f"lit_ppo.{name}" for name in ("rollouts", "skipped_steps", "updates", "optimizers")]
+        check_complete(checkpoint, [*needed, FROZEN_MODELS])
         if trainer is not None and trainer.state.fn == "fit":
             check_resumable(trainer, checkpoint, state["optimizers"])
+    _check_frozen(module, checkpoint[FROZEN_MODELS])
     module.rollouts, module.optimization.skipped_steps = state["rollouts"], state["skipped_steps"]
     module.optimization.updates = dict(state["updates"])
     module.optimization.resumed = state["optimizers"], checkpoint.get("lr_schedulers", [])
     if module.rollout_ahead:
         module.sampler.ahead.load(state.get("ahead", []))
+
+
+def _frozen(module: Any) -> dict[str, Stored]:
+    """Where models were loaded from whose weights checkpoints do not hold, by argument."""
+    settings, found = module.model_settings, {}
+    if settings.actor_lora is not None:
+        found["actor"] = module.actor.model.stored
+    if settings.critic_lora is not None:
+        found["critic"] = module.critic.backbone.stored
+    if isinstance(module.reference, Reference) and not module.checkpoint_reference:
+        found["reference"] = module.reference.model.stored
+    return found | stored_models("rewards", module.rewards) | stored_models("eval_rewards", module.eval_rewards)
+
+
+def _check_frozen(module: Any, started: dict[str, Stored]) -> None:
+    """Check that frozen models are those of the run; an evaluation may name other paths of what is not its policy."""
+    trainer, now = module._trainer, _frozen(module)
+    if trainer is None or trainer.state.fn != "fit":
+        of_policy = ("actor", "critic")
+        now = {k: v for k, v in now.items() if k in of_policy or v["path"] == started.get(k, v)["path"]}
+    path = getattr(trainer, "ckpt_path", None)
+    gather_shares(lambda: check_same_files(module, path or "this checkpoint", started, now))
 
 
 def _is_saved(module: Any) -> Callable[[str], bool]:

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypedDict
 import torch
 from torch import Tensor, nn
 
+from lit_ppo.models.stored import Stored
 from lit_ppo.rewards.function import RewardFunction, scores_of, source_names
 from lit_ppo.rewards.model import RewardModel
 from lit_ppo.rewards.signature import check_plain, takes_experience
@@ -31,6 +32,7 @@ __all__ = [
     "reward_models",
     "scores_of",
     "source_names",
+    "stored_models",
 ]
 
 ScoreSource = RewardModel | RewardFunction | Callable[..., Any]  # classes first: configurations can then shorten names
@@ -212,6 +214,18 @@ def eval_sources(owner: object, rewards: Any, eval_rewards: Any) -> WeightedRewa
 def reward_models(source: Any) -> list[RewardModel]:
     """The reward models in a score source."""
     return [part for part in source.modules() if isinstance(part, RewardModel)] if hasattr(source, "modules") else []
+
+
+def stored_models(argument: str, source: Any) -> dict[str, Stored]:
+    """Where the reward models in a score source were loaded from, by argument and name.
+
+    Args:
+        argument: That of the source, such as ``rewards``.
+        source: A score source whose models are loaded, or None.
+    """
+    parts = source.named_modules() if isinstance(source, nn.Module) else []
+    found = {name.removeprefix("models."): part.model for name, part in parts if isinstance(part, RewardModel)}
+    return {f"{argument}.{name}".rstrip("."): model.stored for name, model in found.items() if model is not None}
 
 
 def place_reward_models(strategy: Any, *sources: Any) -> None:

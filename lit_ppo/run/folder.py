@@ -22,7 +22,7 @@ COMPLETED = "lit_ppo_completed.json"  # of a run that has done everything; names
 
 
 class RunTrainer(L.Trainer):
-    """A trainer whose run has a folder even if its logger keeps runs elsewhere, as W&B and MLflow do."""
+    """A trainer whose run has a folder even without a logger, or if that keeps runs elsewhere, as W&B and MLflow do."""
 
     run_folder: str | None = None
 
@@ -36,8 +36,8 @@ class RunTrainer(L.Trainer):
 
     @property
     def needs_folder(self) -> bool:
-        """Whether the logger has no run folder of its own."""
-        return bool(self.loggers) and not isinstance(self.loggers[0], TensorBoardLogger | CSVLogger)
+        """Whether no logger gives the run a folder."""
+        return not self.loggers or not isinstance(self.loggers[0], TensorBoardLogger | CSVLogger)
 
 
 def claim_version(root: Path) -> int | None:

@@ -25,12 +25,10 @@ Changes = dict[str, tuple[Any, Any]]  # name -> old and new value
 def changes(old: dict[str, Any], new: dict[str, Any]) -> Changes:
     """Values that differ between two configurations, by dotted name. Callbacks are matched by class.
 
-    >>> changes({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": None})
-    {'a.c': (2, 3), 'd': ('(none)', None)}
+    >>> changes({"a": {"b": 1, "c": 2}, "e": None}, {"a": {"b": 1, "c": 3}, "d": None, "e": {"f": 4}})
+    {'a.c': (2, 3), 'e': (None, {'f': 4}), 'd': ('(none)', None)}
     """
-    before, after = _flat(old), _flat(new)
-    pairs = {name: (before.get(name, ABSENT), after.get(name, ABSENT)) for name in before | after}
-    return {name: (was, now) for name, (was, now) in pairs.items() if type(was) is not type(now) or was != now}
+    return _changes(old, new, "")
 
 
 def check_changes(path: str, changed: Changes) -> None:
@@ -40,13 +38,17 @@ def check_changes(path: str, changed: Changes) -> None:
         CommandError: Names the value, old and new.
     """
     for name, (was, now) in changed.items():
-        reason = next((why for fixed, why in FIXED.items() if f"{name}.".startswith(f"{fixed}.")), None)
+        reason = next((why for fixed, why in FIXED.items() if _contains(fixed, name) or _contains(name, fixed)), None)
         if reason is not None:
             raise CommandError(
                 f"--ckpt_path {path}: {name} was {was!r}, now {now!r}, and cannot change within a run ({reason}); "
                 "restore it, or start a new run from the exported model",
                 exit_code=2,
             )
+
+
+def _contains(name: str, inner: str) -> bool:
+    return f"{inner}.".startswith(f"{name}.")
 
 
 def describe_changes(changed: Changes) -> list[str]:
@@ -58,41 +60,49 @@ def describe_changes(changed: Changes) -> list[str]:
     ['trainer.callbacks.AdaptiveKL: removed; its state is dropped']
     """
     lines = []
-    described: tuple[str, ...] = ()  # prefixes of callbacks that were added or removed
     for name, (was, now) in changed.items():
-        if name.startswith(described):
-            continue
         is_callback = name.startswith("trainer.callbacks.") and name.count(".") == 2
         if is_callback and ABSENT in (was, now):
-            described = (*described, name + ".")
             lines.append(f"{name}: " + ("added; it starts anew" if was == ABSENT else "removed; its state is dropped"))
         else:
             lines.append(f"{name}: {was} -> {now}")
     return lines
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted name."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
+def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str) -> Changes:
+    found: Changes = {}
+    for key in old | new:
+        name, was, now = f"{prefix}{key}", old.get(key, ABSENT), new.get(key, ABSENT)
         if name in IGNORED:
             continue
         if name == "trainer.callbacks":
-            found |= _flat_callbacks(name, value)
-        elif isinstance(value, dict) and value:
-            found |= _flat(value, name + ".")
-        else:
-            found[name] = value
+            found |= _changed_callbacks(_by_class(was), _by_class(now))
+        elif all(value == ABSENT or isinstance(value, dict) for value in (was, now)):
+            found |= _changes({} if was == ABSENT else was, {} if now == ABSENT else now, f"{name}.")
+        elif type(was) is not type(now) or was != now:
+            found[name] = was, now
     return found
 
 
-def _flat_callbacks(prefix: str, callbacks: Any) -> dict[str, Any]:
+def _changed_callbacks(old: dict[str, Any], new: dict[str, Any]) -> Changes:
+    found: Changes = {}
+    for key in old | new:
+        name, was, now = f"trainer.callbacks.{key}", old.get(key, {}), new.get(key, {})
+        classes = was.get("class_path", ABSENT), now.get("class_path", ABSENT)
+        if classes[0] != classes[1]:
+            found[name] = classes
+        if was and now:
+            found |= _changes(was.get("init_args") or {}, now.get("init_args") or {}, f"{name}.")
+    return found
+
+
+def _by_class(callbacks: Any) -> dict[str, Any]:
+    """Callbacks by the name of their class; another one of that class has a + behind it."""
     found: dict[str, Any] = {}
-    for entry in callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []:
-        name = f"{prefix}.{entry['class_path'].rpartition('.')[2]}"
+    given = [] if callbacks in (None, ABSENT) else callbacks if isinstance(callbacks, list) else [callbacks]
+    for entry in given:
+        name = entry["class_path"].rpartition(".")[2]
         while name in found:
-            name += "+"  # another one of that class
-        found[name] = entry["class_path"]
-        found |= _flat(entry.get("init_args") or {}, name + ".")
+            name += "+"
+        found[name] = entry
     return found

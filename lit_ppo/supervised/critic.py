@@ -13,8 +13,12 @@ from lit_ppo.device import exact_products
 from lit_ppo.models.card import Card
 from lit_ppo.models.compute import score_in_float32, token_scores
 from lit_ppo.models.family import check_causal
+from lit_ppo.models.stored import FROZEN_MODELS, check_same_files
 from lit_ppo.optim.precision import MatmulPrecision
-from lit_ppo.rewards import Rewards, ScoreSource, as_source, check_columns, described
+from lit_ppo.parallel.checkpoint_io import checked_entries
+from lit_ppo.parallel.entries import check_complete
+from lit_ppo.parallel.ranks import gather_shares
+from lit_ppo.rewards import Rewards, ScoreSource, as_source, check_columns, described, stored_models
 from lit_ppo.shown import message_of
 from lit_ppo.supervised.base import SupervisedModule
 from lit_ppo.supervised.source import ModelSource
@@ -116,6 +120,18 @@ class LitCritic(SupervisedModule):
     def configure_model(self) -> None:
         super().configure_model()
         self.text_reward.build(None if self._trainer is None else self._trainer.strategy)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[FROZEN_MODELS] = stored_models("rewards", self.rewards)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            path, now = self._trainer.ckpt_path, stored_models("rewards", self.rewards)
+            with checked_entries(path):
+                check_complete(checkpoint, [FROZEN_MODELS])
+            gather_shares(lambda: check_same_files(self, path, checkpoint[FROZEN_MODELS], now))
 
     def values(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Values before each of the last ``response_tokens`` tokens of right-padded texts.

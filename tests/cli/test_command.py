@@ -163,6 +163,30 @@ def test_checkpoint_settings(config: Path, tmp_path: Path) -> None:
     assert "saved/step-000008.ckpt" in result.ok().err
 
 
+def test_the_configuration_of_a_run_folder_means_that_run(config: Path, tmp_path: Path) -> None:
+    """Also where a newer run lies beside it, and from another folder."""
+    for lr in (0.1, 0.2):
+        run_command("fit", "--config", config, "--trainer.max_steps=4", f"--model.lr={lr}", cwd=tmp_path).ok()
+    runs, checkpoint = tmp_path / "runs", "version_0/checkpoints/step-000004.ckpt"
+    newer = {path: path.stat().st_mtime_ns for path in (runs / "version_1").rglob("*")}
+    given = ["--config", "../runs/version_0/config.yaml", "--ckpt_path=last"]
+    for command in ("validate", "test", "predict"):
+        out = run_command(command, *given, cwd=tmp_path / "elsewhere").ok().out
+        assert re.search(rf"^{command}: weights of \S*runs/{checkpoint}$", out, re.MULTILINE)
+    more = [*given, "--trainer.max_steps=6"]
+    run_command("fit", *more, "--trainer.default_root_dir=new", cwd=tmp_path / "elsewhere").refused(
+        "--trainer.default_root_dir new", "goes on in its own folder", "runs/version_0", "leave the option out"
+    )
+    others = {path.name for path in (tmp_path / "elsewhere/runs").iterdir()}
+    out = run_command("fit", *more, cwd=tmp_path / "elsewhere").ok().out
+    assert "trainer.max_steps: 4 -> 6" in out
+    assert "model" not in out.partition("with another configuration:")[2].partition("fit: building")[0]
+    assert (runs / "version_0/checkpoints/step-000006.ckpt").exists()
+    assert sorted(scalars(runs / "version_0")) == list(range(6))
+    assert {path: path.stat().st_mtime_ns for path in (runs / "version_1").rglob("*")} == newer
+    assert {path.name for path in (tmp_path / "elsewhere/runs").iterdir()} == others
+
+
 def test_the_weights_that_are_tested_are_those_of_the_run(run: tuple[Result, Path]) -> None:
     """A run folder's configuration means its last checkpoint; any other means the untrained model, which is said."""
     folder = run[1]

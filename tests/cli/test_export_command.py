@@ -92,6 +92,11 @@ def test_what_is_missing_or_in_the_way_is_named(tmp_path: Path, run: Path) -> No
     (checkpoint,) = run.rglob("*.ckpt")
     assert run_command("export", "--output=out", cwd=tmp_path).refused("export", "--ckpt_path").code == 2
     run_command("export", "--ckpt_path=nope", "--output=out", cwd=tmp_path).refused("--ckpt_path nope", "no such")
+    for word in ("last", "auto"):
+        result = run_command("export", f"--ckpt_path={word}", "--output=out", cwd=tmp_path)
+        assert result.refused(f"--ckpt_path {word}: ", "give a checkpoint's path, such as runs/").code == 2
+    for given in ("nope", tmp_path):
+        assert "'last'" not in run_command("export", "--ckpt_path", given, "--output=out", cwd=tmp_path).refused().last
     (tmp_path / "out").mkdir()
     (tmp_path / "out/diary.txt").write_text("mine")
     result = run_command("export", "--ckpt_path", checkpoint, "--output=out", cwd=tmp_path)

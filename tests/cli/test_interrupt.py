@@ -31,6 +31,17 @@ def test_in_training_with_a_checkpoint(tmp_path: Path) -> None:
     run_command(*words, cwd=tmp_path).ok()
 
 
+def test_in_a_new_run_from_the_configuration_of_another_one(tmp_path: Path) -> None:
+    """With ``last`` that configuration resumes the other run."""
+    start(tmp_path).result().ok()
+    old = "runs/version_0/config.yaml"
+    slow = ["--model.sleep=0.2", "--trainer.max_epochs=90"]
+    command = Running("fit", "--config", old, *slow, cwd=tmp_path)
+    command.wait_for(lambda: list((tmp_path / "runs/version_1/checkpoints").glob("*.ckpt")))
+    expected = "continue with: lit-ppo fit --config runs/version_1/config.yaml --ckpt_path last"
+    assert command.stop(signal.SIGINT).last.endswith(expected)
+
+
 def test_before_there_is_a_checkpoint(tmp_path: Path) -> None:
     """An earlier run's checkpoint is not this one's."""
     start(tmp_path).result().ok()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lit_ppo.cli.layers import RefusedText, layers, load
+from lit_ppo.cli.layers import RefusedText, check_additions, layers, load
 from lit_ppo.run.errors import CommandError
 from tests.helpers.command import REPOSITORY, run_command
 
@@ -68,6 +68,56 @@ def test_a_base_that_is_missing_or_based_on_the_file_is_refused(tmp_path: Path) 
     run_command(*arguments, cwd=tmp_path).refused("a.yaml:2: base: file b.yaml does not exist", "relative to")
     (tmp_path / "b.yaml").write_text("base: ./a.yaml\n")
     run_command(*arguments, cwd=tmp_path).refused("b.yaml:1: base: a.yaml is based on this file")
+
+
+ADDS = "trainer: {callbacks+: [{class_path: RewardClipping}]}\n"
+LIST = "trainer: {callbacks: [{class_path: EntropyBonus}]}\n"
+FILES = {
+    "adds": ADDS,
+    "dotted": "trainer.callbacks+: [{class_path: RewardClipping}]\n",
+    "list": LIST,
+    "none": "trainer: {callbacks: null}\n",
+    "job": f"base: list.yaml\n{ADDS}",
+    "other": "trainer: {max_steps: 3}\n",
+    "upside_down": f"base: adds.yaml\n{LIST}",
+}
+DROPPED = {  # arguments, the file whose callbacks are dropped, and what drops them
+    "shipped": (["tricks/length_penalty", "ppo"], "tricks/length_penalty", "ppo"),
+    "base of the job": (["monitors/cockpit", "sft", "gpu"], None, None),
+    "later job": (["adds.yaml", "other.yaml", "list.yaml"], "adds.yaml", "list.yaml"),
+    "null": (["adds.yaml", "none.yaml"], "adds.yaml", "none.yaml"),
+    "dotted": (["dotted.yaml", "job.yaml"], "dotted.yaml", "job.yaml"),
+    "between": (["list.yaml", "adds.yaml", "list.yaml"], "adds.yaml", "list.yaml"),
+    "own base": (["upside_down.yaml"], "adds.yaml", "upside_down.yaml"),
+    "option": (["list.yaml", "adds.yaml", "--trainer.callbacks=EntropyBonus"], "adds.yaml", "--trainer.callbacks"),
+    "list after list": (["job.yaml", "list.yaml"], None, None),
+    "right order": (["list.yaml", "adds.yaml", "--trainer.callbacks+=EntropyBonus"], None, None),
+    "none asked for": (["job.yaml", "adds.yaml", "--trainer.callbacks=null"], None, None),
+    "text": (["adds.yaml", LIST], "adds.yaml", "trainer: {"),
+}
+
+
+@pytest.mark.parametrize(("given", "trick", "job"), DROPPED.values(), ids=DROPPED.keys())
+def test_callbacks_that_a_later_file_would_drop_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], trick: str | None, job: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, content in FILES.items():
+        (tmp_path / f"{name}.yaml").write_text(content)
+    words = [word for value in given for word in ([value] if value[:2] == "--" else ["--config", value])]
+    if trick is None:
+        check_additions(words)
+        return
+    with pytest.raises(CommandError) as refused:
+        check_additions(words)
+    message = str(refused.value)
+    assert message.startswith(f"--config {trick}: the callbacks that it adds would have no effect, since {job}")
+    assert refused.value.exit_code == 2
+
+
+def test_a_trick_before_its_job_is_refused_by_the_command(tmp_path: Path) -> None:
+    words = ["--config", "tricks/length_penalty", "--config", "ppo", "--print_config"]
+    run_command("fit", *words, cwd=tmp_path).refused("--config tricks/length_penalty: ", "give ppo first")
 
 
 LEVELS = range(1, 12)

@@ -1,6 +1,8 @@
 """Stages: run in order in processes of their own, skipped only when nothing of theirs has changed."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,8 @@ import pytest
 import yaml
 
 from lit_ppo.cli.session import Session
-from lit_ppo.cli.stages import Stage, digests, files_of, outdated, run_stages
+from lit_ppo.cli.stages import Stage, check_stages_stay, digests, files_of, outdated, run_stages
+from lit_ppo.run.errors import CommandError
 from tests.helpers.cli_toys import CONFIG
 from tests.helpers.command import run_command
 
@@ -71,6 +74,16 @@ def test_the_job_end_to_end(job: Path, tmp_path: Path) -> None:
     refused.refused("stage 'first'", "text.txt has changed", "LOCAL_RANK=0", "once in one process")
     assert "running:" not in refused.out
 
+    # Its model is what the run started from, so a resumed run may not replace it.
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name not in (".stdout", ".stderr")}
+    refused = run_command(*again, "--trainer.max_steps=2", "--ckpt_path=last", cwd=tmp_path)
+    words = ["--ckpt_path runs/main/version_0/checkpoints/step-000001.ckpt", "stage 'first' would run again"]
+    refused.refused(
+        *words, "(text.txt has changed)", "restore what has changed, or start a new run without --ckpt_path"
+    )
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name not in (".stdout", ".stderr")}
+    assert after == before
+
 
 @pytest.mark.parametrize(
     ("change", "words"),
@@ -91,10 +104,12 @@ def test_a_bad_stage_is_found_before_any_stage_runs(
 
 
 def test_other_subcommands_run_no_stage_and_save_their_names_for_anywhere(job: Path, tmp_path: Path) -> None:
-    assert "[stage" not in run_command("fit", "--config", job, "--print_config", cwd=tmp_path).ok().out
+    printed = run_command("fit", "--config", job, "--print_config", cwd=tmp_path).ok().out
+    assert "[stage" not in printed
     assert "[stage" not in run_command("validate", "--config", job, cwd=tmp_path).ok().out
     assert not (tmp_path / "runs/first").exists()
-    (saved,) = tmp_path.rglob("version_0/config.yaml")
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(printed)
     assert yaml.safe_load(saved.read_text())["stages"][0]["config"] == [str(tmp_path / "configs/parts/first.yaml")]
     run_command("validate", "--config", saved, cwd=tmp_path / "elsewhere").ok()
 
@@ -153,6 +168,37 @@ def test_files_that_make_a_stage_run_again(
     found = outdated(*stage, "")
     assert found.endswith(reason)
     assert bool(reason) == bool(found)
+
+
+@pytest.mark.parametrize(("file", "content", "reason"), CHANGES.values(), ids=CHANGES.keys())
+def test_what_a_resumed_run_refuses(
+    tmp_path: Path, stage: tuple[Path, dict[str, Any]], file: str, content: str | None, reason: str
+) -> None:
+    """Also before a later stage; a stage that is not there any more may run."""
+    _, config = stage
+    stages = {"first": (["-a"], config), "second": (["-b"], {**config, "export": {"dirpath": None}})}
+    check_stages_stay("last", stages)
+    (tmp_path / file).unlink() if content is None else (tmp_path / file).write_text(content)
+    if not reason:
+        check_stages_stay("last", stages)
+        return
+    with pytest.raises(CommandError, match=rf"^--ckpt_path last: stage 'first' would run again \(\S*{reason}\)"):
+        check_stages_stay("last", stages)
+    shutil.rmtree(tmp_path / "run")
+    check_stages_stay("last", stages)
+
+
+def test_large_weights_are_known_by_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy has another time, and is the same model."""
+    monkeypatch.setattr("lit_ppo.cli.stages.LARGE", 8)
+    for name, same in (("model.safetensors", True), ("text.jsonl", False)):
+        file = tmp_path / name
+        file.write_bytes(b"a hundred bytes" * 9)
+        before = digests({}, "", [file])
+        os.utime(file, (1, 1))
+        assert (digests({}, "", [file]) == before) is same
+        file.write_bytes(b"a hundred bits." * 9)
+        assert digests({}, "", [file]) != before
 
 
 def test_settings_that_make_a_stage_run_again(stage: tuple[Path, dict[str, Any]]) -> None:

@@ -5,8 +5,10 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -17,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lit_ppo import LitPPO, LitRewardModel, LitSFT, RewardModel
 from lit_ppo.models import pretrained
 from lit_ppo.models.load import load_causal_lm, load_critic, load_tokenizer
+from lit_ppo.models.pretrained import load_pretrained
+from lit_ppo.models.stored import sampled_digest, stored
 from tests.helpers.tiny import make_causal_lm, make_reward_model
 from tests.helpers.toys import count_good, make_module
 
@@ -180,3 +184,31 @@ def test_quantised_weights_are_not_trained(tiny_lm: Path, where: str, monkeypatc
     build = ppo.configure_model if "PPO" in where else lambda: LOADERS[where](str(tiny_lm))
     with pytest.raises(ValueError, match=rf"^{re.escape(where)}='.*'\): its weights are quantised.*in full precision"):
         build()
+
+
+def test_large_files_are_told_apart_by_bytes_read_throughout(tmp_path: Path) -> None:
+    """One in a hundred of its bytes changes, or a small head at its end; a copy is no other file."""
+    content = np.random.default_rng(0).integers(0, 256, 3_000_000, dtype=np.uint8)
+    changed, head = content.copy(), content.copy()
+    changed[::100] += 1
+    head[-100:] += 1
+    files = dict(zip("abcd", (content, changed, head, content[:-1]), strict=True))
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data.tobytes())
+    assert len({sampled_digest(tmp_path / name) for name in files}) == 4
+    (tmp_path / "copy").write_bytes(content.tobytes())
+    assert sampled_digest(tmp_path / "copy") == sampled_digest(tmp_path / "a")
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
+def test_where_a_model_was_loaded_from(tmp_path: Path, tiny_lm: Path) -> None:
+    """Of an adapter, its base counts too; of a hub name, the commit."""
+    model, _ = load_pretrained(AutoModelForCausalLM, str(tiny_lm))
+    assert model.stored == stored(str(tiny_lm), {})
+    assert model.stored["files"].keys() == {"config.json", "model.safetensors"}
+    assert stored("me/model", {}, SimpleNamespace(_commit_hash="c0ffee"))["files"] == {"commit": "c0ffee"}
+    assert stored("me/model", {}, model.config) == {"path": "me/model", "files": {}}
+    adapted(AutoModelForCausalLM.from_pretrained(tiny_lm), tmp_path / "adapter", "CAUSAL_LM")
+    merged, _ = load_pretrained(AutoModelForCausalLM, str(tmp_path / "adapter"))
+    base = {"base/config.json", "base/model.safetensors"}
+    assert merged.stored["files"].keys() == {"adapter_config.json", "adapter_model.safetensors"} | base

@@ -11,7 +11,7 @@ import yaml
 from lit_ppo.callbacks import AdaptiveKL, RewardNormalization
 from lit_ppo.parallel.checkpoint_io import AtomicCheckpointIO, CheckpointError, read_summary
 from lit_ppo.run.checkpoint import StepCheckpoint
-from lit_ppo.run.continuation import Continuation, last_of_run
+from lit_ppo.run.continuation import Continuation, find_own_checkpoints, run_folder
 from lit_ppo.run.errors import CommandError
 from lit_ppo.run.export import ExportModel
 from tests.helpers.cli_toys import CONFIG
@@ -48,7 +48,7 @@ def test_auto_falls_back_and_last_names_both(run: Path) -> None:
         Continuation("last", root, None, keep_folder=True)
     assert all(str(path_of(run, step)) in str(refused.value) for step in (2, 3))
     with pytest.raises(CommandError, match=r"step-000003.ckpt is damaged.*newest intact checkpoint is .*step-000002"):
-        last_of_run([run / "config.yaml"], None)
+        Continuation("last", root, None, keep_folder=False, run=run_folder([run / "config.yaml"]))
     for step in (2, 1):
         found = Continuation("auto", root, None, keep_folder=True)
         assert (found.path, found.folder) == (str(path_of(run, step)), run)
@@ -57,6 +57,33 @@ def test_auto_falls_back_and_last_names_both(run: Path) -> None:
         damage(path_of(run, step))
     with pytest.raises(CommandError, match=r"--ckpt_path auto: .*no checkpoint is intact \(3 tried\)"):
         Continuation("auto", root, None, keep_folder=True)
+
+
+def test_the_run_whose_configuration_is_given_has_its_own_checkpoints(tmp_path: Path) -> None:
+    """In the run folder, or in one that several runs share; its latest is not the newest of all."""
+
+    def save(path: Path, folder: str) -> Path:
+        state = {"state_dict": {}, "pytorch-lightning_version": "2.6.0", "lit_ppo_run": {"folder": folder}}
+        AtomicCheckpointIO().save_checkpoint(state, path)
+        return path
+
+    first, second = (tmp_path / f"version_{i}" for i in range(2))
+    own = [save(run / "checkpoints/step-000001.ckpt", "..") for run in (first, second)]
+    shared = [save(tmp_path / f"saved/step-00000{i}.ckpt", f"../version_{i}") for i in range(2)]
+    assert run_folder([first / "config.yaml", tmp_path / "job.yaml", tmp_path / "config.yaml"]) == first
+    assert run_folder([tmp_path / "job.yaml"]) is None
+    for given in ("last", "auto"):
+        found = Continuation(given, tmp_path, None, keep_folder=True, run=first)
+        assert (found.path, found.folder) == (str(own[0]), first)
+        found = Continuation(given, tmp_path, str(tmp_path / "saved"), keep_folder=True, run=first)
+        assert (found.path, found.folder) == (str(shared[0]), first)
+        assert Continuation(given, tmp_path, None, keep_folder=True).path == str(own[1])
+    assert find_own_checkpoints(second, str(tmp_path / "saved")) == [shared[1]]
+    own[0].unlink()
+    with pytest.raises(CommandError, match=r"no complete checkpoint of the run \S+version_0; leave"):
+        Continuation("last", tmp_path, None, keep_folder=True, run=first)
+    again = Continuation("auto", tmp_path, None, keep_folder=True, run=first)
+    assert (again.path, again.folder) == (None, first)  # so that the same command resumes it next time
 
 
 @pytest.mark.parametrize(

@@ -99,10 +99,10 @@ def test_stores_that_are_not_of_files_take_several_rewards() -> None:
 
 
 def test_which_loggers_leave_the_run_without_a_folder(tmp_path: Path) -> None:
-    """The first one's counts, as it does for Lightning; without any, everything lies in the root."""
+    """The first one's counts, as it does for Lightning."""
     ours, other = CSVLogger(tmp_path), WandbLike()
     for loggers, needed in (
-        (False, False),
+        (False, True),
         (ours, False),
         (other, True),
         ([ours, other], False),
@@ -130,3 +130,38 @@ def test_the_commands_run_folder_is_its_own_with_any_logger(tmp_path: Path) -> N
     assert [path.name for path in sorted((tmp_path / "runs/version_1/checkpoints").iterdir())] == [
         "step-000006.ckpt", "step-000008.ckpt",
     ]  # fmt: skip
+
+
+def test_a_run_without_a_logger_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    """A second run leaves the first as it is, and so does an evaluation, which takes its checkpoint."""
+
+    def content() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+
+    config = {**CONFIG, "trainer": {**CONFIG["trainer"], "logger": False}}
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(config))
+    out = run_command("fit", "--config=toy.yaml", "--trainer.max_steps=4", cwd=tmp_path).ok().out
+    assert "Run folder:  runs/version_0" in out
+    assert "ensor" not in out.partition("Run folder")[2]
+    first = tmp_path / "runs/version_0"
+    before = content()
+    assert {path.name for path in first.iterdir()} == {"config.yaml", "checkpoints", "model", "lit_ppo_completed.json"}
+    run_command("fit", "--config=toy.yaml", "--seed_everything=5", cwd=tmp_path).ok()
+    for command in ("validate", "predict"):
+        out = run_command(command, "--config=runs/version_0/config.yaml", cwd=tmp_path).ok().out
+        assert f"{command}: weights of {first}/checkpoints/step-000004.ckpt" in out
+    assert content() == before
+    resumed = ["fit", "--config=runs/version_0/config.yaml", "--ckpt_path=last", "--trainer.max_steps=6"]
+    assert "Run folder:  " in run_command(*resumed, cwd=tmp_path).ok().out
+    assert (first / "checkpoints/step-000006.ckpt").exists()
+
+
+def test_only_a_training_run_writes_a_configuration(tmp_path: Path) -> None:
+    """With a logger's folder that evaluations share, too."""
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": "", "version": "mine"}}
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump({**CONFIG, "trainer": {**CONFIG["trainer"], "logger": logger}}))
+    run_command("fit", "--config=toy.yaml", cwd=tmp_path).ok()
+    saved = (tmp_path / "runs/mine/config.yaml").read_bytes()
+    out = run_command("test", "--config=runs/mine/config.yaml", cwd=tmp_path).ok().out
+    assert "runs/mine/checkpoints/step-000008.ckpt" in out
+    assert (tmp_path / "runs/mine/config.yaml").read_bytes() == saved

@@ -30,10 +30,12 @@ def stage(folder: Path) -> None:
     run_stages(session, {"sft": ([], {"trainer": {"default_root_dir": str(folder)}})})
 
 
-def fit_without_logger(folder: Path) -> None:
-    (folder / "toy.yaml").write_text(yaml.safe_dump(CONFIG))
-    options = ["--trainer.logger=false", f"--trainer.default_root_dir={folder}", "--trainer.max_steps=1"]
-    assert main(["fit", "--config", str(folder / "toy.yaml"), *options]) == 0
+def fit_into(folder: Path) -> None:
+    place = {"save_dir": str(folder.parent), "name": "", "version": folder.name}
+    logger = {"class_path": "TensorBoardLogger", "init_args": place}
+    trainer = {**CONFIG["trainer"], "logger": logger, "default_root_dir": str(folder), "max_steps": 1}
+    (folder / "toy.yaml").write_text(yaml.safe_dump({**CONFIG, "trainer": trainer}))
+    assert main(["fit", "--config", str(folder / "toy.yaml")]) == 0
 
 
 def tokenizer(folder: Path) -> None:
@@ -60,7 +62,7 @@ def reviews(folder: Path) -> None:
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     "sft.stage.json": stage,
-    "config.yaml": fit_without_logger,
+    "config.yaml": fit_into,
     "tokenizer.json": tokenizer,
     "tokenizer_config.json": tokenizer,
     "trained_on.json": tokenizer,

@@ -1,5 +1,7 @@
 """A run that is resumed after any update ends as the uninterrupted run."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +9,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
-from lit_ppo import LitRewardModel, LitSFT, PreferenceDataModule, TextDataModule
-from lit_ppo.callbacks import AdaptiveKL, CriticWarmup, RewardNormalization
+from lit_ppo import LitCritic, LitRewardModel, LitSFT, PreferenceDataModule, RewardModel, TextDataModule
+from lit_ppo.callbacks import AdaptiveKL, CriticWarmup, ReferenceUpdate, RewardNormalization
 from lit_ppo.run.checkpoint import RUN, StepCheckpoint, find_checkpoints
 from tests.helpers.equal import same
-from tests.helpers.tiny import WORDS, make_causal_lm, write_rows
+from tests.helpers.tiny import WORDS, make_causal_lm, make_reward_model, write_rows
 from tests.helpers.toys import count_good, logged, make_data, make_module, make_trainer
 
 UPDATES = 5  # two batches an epoch: into the third epoch
@@ -172,6 +174,101 @@ def test_a_checkpoint_of_other_models_is_refused(tmp_path, uninterrupted):
     other = make_causal_lm(tmp_path / "lm", n_layer=3)
     with pytest.raises(ValueError, match=r"Checkpoint does not match this LitPPO; missing: actor.model"):
         fit(tmp_path, other, folder / "checkpoints" / "step-000001.ckpt")
+
+
+LORA = {"r": 2, "target_modules": "all-linear"}
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A folder with models that other weights are copied over later."""
+    make_causal_lm(tmp_path / "lm")
+    make_causal_lm(tmp_path / "other", seed=5)
+    make_reward_model(tmp_path / "rm")
+    return tmp_path
+
+
+def one_more_update(folder: Path, *callbacks: Any, start: bool = True, lm: str = "lm", **more: Any) -> Any:
+    """An update, or another one after its checkpoint."""
+    saving = StepCheckpoint(every_n_train_steps=1, keep=9, dirpath=str(folder / "saved"))
+    rewards = {"good": count_good, "learnt": RewardModel(str(folder / "rm"))}
+    module = make_module(folder / lm, rewards=rewards, **more)
+    trainer = make_trainer(folder, callbacks=[*callbacks, saving], max_steps=1 + start, enable_checkpointing=True)
+    trainer.fit(module, make_data(folder), ckpt_path=str(folder / "saved/step-000001.ckpt") if start else None)
+    return trainer
+
+
+def evaluate(folder: Path, module: Any) -> None:
+    data = make_data(folder, val_path=str(folder / "prompts.jsonl"))
+    make_trainer(folder).validate(module, data, ckpt_path=str(folder / "saved/step-000001.ckpt"))
+
+
+def copy_over(source: Path, target: Path) -> None:
+    shutil.copy(source / "model.safetensors", target / "model.safetensors")
+
+
+def test_a_reference_with_other_weights_under_its_path_is_refused(models: Path) -> None:
+    """Also for an evaluation of the checkpoint. Weights of actor and critic are in it, so their start may change."""
+    one_more_update(models, start=False)
+    shutil.copytree(models / "lm", models / "moved")
+    copy_over(models / "other", models / "lm")
+    where = r"LitPPO\(reference='\S+/lm'\): not the model that the run of \S+/saved/step-000001.ckpt started with"
+    with pytest.raises(ValueError, match=where + r".*other content: model.safetensors; restore these files"):
+        one_more_update(models)
+    one_more_update(models, reference=None, kl_coef=0.0)
+    assert one_more_update(models, lm="moved").global_step == 2  # with the same content
+    for reference in (str(models / "other"), None):
+        evaluate(models, make_module(models / "lm", reference=reference))
+    with pytest.raises(ValueError, match=where):
+        evaluate(models, make_module(models / "lm"))
+
+
+def test_a_reward_model_with_other_weights_or_settings_under_its_path_is_refused(models: Path) -> None:
+    one_more_update(models, start=False)
+    file = models / "rm/config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "transformers_version": "5.0.0"}, indent=8))
+    one_more_update(models)
+    file.write_text(json.dumps({**config, "activation_function": "relu"}))
+    with pytest.raises(ValueError, match=r"LitPPO\(rewards.learnt='\S+/rm'\).*other content: config.json"):
+        one_more_update(models)
+    make_reward_model(models / "rm", seed=9)
+    with pytest.raises(ValueError, match=r"LitPPO\(rewards.learnt='\S+/rm'\).*other content: model.safetensors"):
+        one_more_update(models)
+
+
+def test_a_reference_that_is_in_the_checkpoint_may_have_other_files(models: Path) -> None:
+    one_more_update(models, ReferenceUpdate(every=1), start=False)
+    copy_over(models / "other", models / "lm")
+    assert one_more_update(models, ReferenceUpdate(every=1)).global_step == 2
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # what peft itself asks
+@pytest.mark.parametrize("name", ["actor", "critic"])
+def test_an_adapter_on_another_model_is_refused(models: Path, name: str) -> None:
+    adapter: dict[str, Any] = {f"{name}_lora": LORA}
+    one_more_update(models, start=False, **adapter)
+    shutil.copytree(models / "lm", models / "kept")
+    copy_over(models / "other", models / "lm")
+    module = make_module(models / "lm", reference=str(models / "kept"), **adapter)
+    with pytest.raises(ValueError, match=rf"LitPPO\({name}='\S+/lm'\): not the model"):
+        evaluate(models, module)
+
+
+def test_a_critic_in_pretraining_keeps_its_reward_model(models: Path) -> None:
+    data = {"path": write_rows(models / "texts.jsonl", [{"text": " ".join(WORDS[:9])}] * 8), "val_fraction": 0.0}
+
+    def fit_critic(steps: int, start: str | None) -> None:
+        saving = StepCheckpoint(every_n_train_steps=1, dirpath=str(models / "saved"))
+        trainer = make_trainer(models, callbacks=[saving], max_steps=steps, enable_checkpointing=True)
+        module = LitCritic(str(models / "lm"), RewardModel(str(models / "rm")), 3)
+        trainer.fit(module, TextDataModule(**data, batch_size=2, max_length=16), ckpt_path=start)
+
+    fit_critic(1, None)
+    fit_critic(2, str(models / "saved/step-000001.ckpt"))
+    make_reward_model(models / "rm", seed=9)
+    with pytest.raises(ValueError, match=r"LitCritic\(rewards='\S+/rm'\): not the model that the run of"):
+        fit_critic(3, str(models / "saved/step-000002.ckpt"))
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.Adafactor, torch.optim.RMSprop, torch.optim.NAdam])

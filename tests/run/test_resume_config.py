@@ -1,5 +1,6 @@
 """Resuming with another configuration: a change takes effect and is reported as old -> new, or it is refused."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def test_callbacks_are_compared_by_class_not_by_place() -> None:
         "trainer.callbacks.EntropyBonus: added; it starts anew",
     ]
     twice = changes(with_callbacks(CALLBACK), with_callbacks(CALLBACK, target))
-    assert twice["trainer.callbacks.AdaptiveKL+.target"] == (ABSENT, 3.0)
+    assert twice == {"trainer.callbacks.AdaptiveKL+": (ABSENT, "lit_ppo.callbacks.AdaptiveKL")}
 
 
 def test_types_are_compared_and_names_ignored_at_the_top_level_only() -> None:
@@ -166,6 +167,21 @@ def test_types_are_compared_and_names_ignored_at_the_top_level_only() -> None:
     assert not changes({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]})
     assert not changes({"config": "a", "stages": ["a"], "ckpt_path": None}, {"config": "b", "weights_only": True})
     assert changes({"model": {"config": "a"}}, {"model": {"config": "b"}}) == {"model.config": ("a", "b")}
+
+
+def test_a_mapping_in_place_of_a_value_is_one_change() -> None:
+    """And so is the reverse; within two mappings, or where there was nothing, each value is one."""
+    lora, more = {"r": 8, "lora_alpha": 16}, {"class_path": "x.Cosine", "init_args": {"warmup": 3}}
+    none, given = ({"model": {"init_args": {"actor_lora": value}}} for value in (None, lora))
+    assert changes(none, given) == {"model.init_args.actor_lora": (None, lora)}
+    assert changes(given, none) == {"model.init_args.actor_lora": (lora, None)}
+    assert changes({"s": None}, {"s": more}) == {"s": (None, more)}
+    assert changes({}, {"s": more}) == {"s.class_path": (ABSENT, "x.Cosine"), "s.init_args.warmup": (ABSENT, 3)}
+    for old, new, words in ((none, given, f"was None, now {lora}"), (given, none, f"was {lora}, now None")):
+        with pytest.raises(CommandError, match=re.escape(f"model.init_args.actor_lora {words}, and cannot change")):
+            check_changes("x.ckpt", changes(old, new))
+    with pytest.raises(CommandError, match="data was None, now"):
+        check_changes("x.ckpt", changes({"data": None}, {"data": more}))
 
 
 MODELS = ["actor", "critic", "reference", "actor_lora", "critic_lora", "critic_lora.r", "model", "tokenizer"]
