@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lit_ppo.data.batch import EpochSampler, ResumableLoader
+from lit_ppo.data.batch import EpochSampler, RowLoader
 from lit_ppo.data.chat import checked_options
 from lit_ppo.data.encoding import checked_tokenizer, resolve_tokenizer
 from lit_ppo.data.files import read_table
@@ -217,7 +217,7 @@ class RowDataModule(TableDataModule):
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         rows: Any = self.train_rows
         sampler = EpochSampler(rows, num_replicas=world_size, rank=rank, seed=self.seed)
-        return ResumableLoader(rows, batch_size=self.batch_size, sampler=sampler, collate_fn=self.collate)
+        return RowLoader(rows, self.trainer, batch_size=self.batch_size, sampler=sampler, collate_fn=self.collate)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Validation rows in the order of the file."""
