@@ -11,7 +11,7 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from lit_ppo.digest import as_json
 
@@ -103,6 +103,27 @@ class EpochSampler(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         return iter(list(super().__iter__())[self.start :])
+
+
+class HeldOutRows(Dataset[tuple[Any, int]]):
+    """Each row with weight 1, then repeats of weight 0 until all ranks have equally many.
+
+    A sharded model needs as many forwards on every rank, but each row should count once.
+
+    >>> [*HeldOutRows(["a", "b", "c"], n_ranks=2)]
+    [('a', 1), ('b', 1), ('c', 1), ('a', 0)]
+    """
+
+    def __init__(self, rows: Sequence[Any], n_ranks: int) -> None:
+        self.rows, self.n_ranks = rows, n_ranks
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.n_ranks) * self.n_ranks
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.rows[index % len(self.rows)], int(index < len(self.rows))
 
 
 class ResumableLoader(DataLoader[Any]):

@@ -108,11 +108,11 @@ def test_all_later_checkpoints_are_those_of_the_uninterrupted_run(tmp_path: Path
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.parametrize("limit", [2, 0.7, 1.0])
+@pytest.mark.parametrize("limit", [2, 0.7])
 def test_a_finished_run_goes_on_as_a_longer_one(tmp_path: Path, limit: float) -> None:
     """Its last epoch is over, however many batches it had."""
     short, long = ({**EPOCHS, "max_epochs": n, "limit_train_batches": limit} for n in (2, 4))
-    start = max(fit(tmp_path / "short", **short))
+    start = max(name for name in fit(tmp_path / "short", **short) if name.endswith("on_train_batch_end.ckpt"))
     longer, resumed = fit(tmp_path / "long", **long), fit(tmp_path / "resumed", tmp_path / "short" / start, **long)
     ends = [saved[max(saved)] for saved in (longer, resumed)]
     assert ends[0]["global_step"] == ends[1]["global_step"]
