@@ -4,12 +4,14 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
+import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from lit_ppo.digest import as_json
 
@@ -103,33 +105,29 @@ class EpochSampler(DistributedSampler[Any]):
         return iter(list(super().__iter__())[self.start :])
 
 
+class HeldOutRows(Dataset[tuple[Any, int]]):
+    """Each row with weight 1, then repeats of weight 0 until all ranks have equally many.
+
+    A sharded model needs as many forwards on every rank, but each row should count once.
+
+    >>> [*HeldOutRows(["a", "b", "c"], n_ranks=2)]
+    [('a', 1), ('b', 1), ('c', 1), ('a', 0)]
+    """
+
+    def __init__(self, rows: Sequence[Any], n_ranks: int) -> None:
+        self.rows, self.n_ranks = rows, n_ranks
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.n_ranks) * self.n_ranks
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.rows[index % len(self.rows)], int(index < len(self.rows))
+
+
 class ResumableLoader(DataLoader[Any]):
-    """A loader whose position in the epoch is saved in checkpoints by Lightning's loops."""
-
-    _batches = 0  # yielded in this epoch
-    _start = 0  # first batch of the next epoch
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self._batches, self._start = self._start, 0
-        if isinstance(self.sampler, EpochSampler):  # overfit_batches replaces it
-            self.sampler.start = self._batches * (self.batch_size or 1)
-        with torch.random.fork_rng(devices=[], enabled=self._batches > 0):  # the epoch has drawn its number before
-            batches = super().__iter__()
-        for batch in batches:
-            self._batches += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """The number of batches yielded in this epoch; 0 after the last one."""
-        return {"batches": self._batches % len(self)}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue after these batches."""
-        self._batches = self._start = state_dict["batches"] % len(self)
-
-
-class PromptLoader(DataLoader[Any]):
-    """A loader that Lightning considers resumable; the data module saves its position."""
+    """A loader that Lightning considers resumable; its position is counted elsewhere."""
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing."""
@@ -137,6 +135,31 @@ class PromptLoader(DataLoader[Any]):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Do nothing."""
+
+
+class RowLoader(ResumableLoader):
+    """A loader of rows that begins at the batch of the epoch that the Trainer asks for.
+
+    Only the Trainer's loop knows when an epoch that ``limit_train_batches`` or ``overfit_batches`` shortens is over.
+
+    Args:
+        dataset: The rows.
+        trainer: The one that trains on them; None: every pass begins at the first batch.
+        **options: Of ``DataLoader``.
+    """
+
+    def __init__(self, dataset: Any, trainer: L.Trainer | None = None, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.trainer = trainer  # under this name Lightning finds it, if it builds the loader again with another sampler
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        start = 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        skipped = start
+        if isinstance(self.sampler, EpochSampler):  # overfit_batches replaces it
+            self.sampler.start, skipped = start * (self.batch_size or 1), 0
+        with torch.random.fork_rng(devices=[], enabled=start > 0):  # the epoch has drawn its number before
+            batches = super().__iter__()
+        yield from islice(batches, skipped, None)
 
 
 @dataclass

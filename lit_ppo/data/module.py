@@ -10,11 +10,12 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lit_ppo.data.batch import EpochSampler, ResumableLoader
+from lit_ppo.data.batch import EpochSampler, HeldOutRows, RowLoader
 from lit_ppo.data.chat import checked_options
 from lit_ppo.data.encoding import checked_tokenizer, resolve_tokenizer
 from lit_ppo.data.files import read_table
@@ -188,11 +189,15 @@ class RowDataModule(TableDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The identity of the data, which the position of the loader depends on."""
-        # data of a callback (PTXLoss) are not distributed: every rank sees the full batch
-        dealt = self.trainer if getattr(self.trainer, "datamodule", None) is self else None
-        world_size = dealt.world_size if dealt else 1
-        identity = {"rows": len(self.train_rows), "batch_size": self.batch_size * world_size, "seed": self.seed}
+        batch_size = self.batch_size * self._n_ranks
+        identity = {"rows": len(self.train_rows), "batch_size": batch_size, "seed": self.seed}
         return {**identity, "fingerprint": self._fingerprints[0], "validation": self._fingerprints[1]}
+
+    @property
+    def _n_ranks(self) -> int:
+        """Ranks that share the rows; data of a callback (PTXLoss) are not dealt out."""
+        dealt = self.trainer if getattr(self.trainer, "datamodule", None) is self else None
+        return dealt.world_size if dealt else 1
 
     @cached_property
     def _fingerprints(self) -> list[str]:
@@ -217,15 +222,21 @@ class RowDataModule(TableDataModule):
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         rows: Any = self.train_rows
         sampler = EpochSampler(rows, num_replicas=world_size, rank=rank, seed=self.seed)
-        return ResumableLoader(rows, batch_size=self.batch_size, sampler=sampler, collate_fn=self.collate)
+        return RowLoader(rows, self.trainer, batch_size=self.batch_size, sampler=sampler, collate_fn=self.collate)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Validation rows in the order of the file."""
+        """Validation rows in the order of the file.
+
+        Where ranks cannot have equally many, some get a row again: their batches have ``weight``, which is 0 for it.
+        """
         if not self.val_rows:
             return []
-        rows: Any = self.val_rows
-        collate: Callable[[list[Any]], Any] = self.collate
-        return DataLoader(rows, batch_size=self.batch_size, collate_fn=collate)
+        rows = HeldOutRows(self.val_rows, self._n_ranks)
+        return DataLoader(rows, batch_size=self.batch_size, collate_fn=self._collate_weighted)
+
+    def _collate_weighted(self, rows: list[tuple[Any, int]]) -> dict[str, Any]:
+        batch, weights = self.collate([row for row, _ in rows]), [weight for _, weight in rows]
+        return batch if all(weights) else {**batch, "weight": torch.tensor(weights)}
 
 
 def check_identity(data: TableDataModule, saved: dict[str, Any], now: dict[str, Any], what: str) -> None:

@@ -13,9 +13,9 @@ from lit_ppo.constructor import constructor
 from lit_ppo.data.batch import (
     HeldOutPrompts,
     PromptBatch,
-    PromptLoader,
     PromptOrder,
     PromptTable,
+    ResumableLoader,
     TrainingPrompts,
     checked_weights,
 )
@@ -229,7 +229,7 @@ class PromptDataModule(TableDataModule):
     @staticmethod
     def _loader(prompts: TrainingPrompts | HeldOutPrompts) -> DataLoader[Any]:
         # its own generator: by default a loader draws from the global one, which the model uses
-        return PromptLoader(prompts, batch_size=None, num_workers=0, generator=torch.Generator())
+        return ResumableLoader(prompts, batch_size=None, num_workers=0, generator=torch.Generator())
 
     def state_dict(self) -> dict[str, Any]:
         """Position, sampling weights and the identity of the data."""

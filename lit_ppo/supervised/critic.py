@@ -52,10 +52,10 @@ class LitCritic(SupervisedModule):
             ``{attn_implementation: eager}``.
         float32_matmul_precision: ``"highest"``, ``"high"`` (TF32) or ``"medium"``. None: on CUDA ``"high"``.
 
-    Reads batches of ``input_ids`` and ``attention_mask``, padded on the right. Logs ``train/loss`` and ``val/loss``;
-    ``train/explained_variance`` and ``val/explained_variance``: 1 minus the loss over the variance of the scores, of
-    the first rank's batch and of all validation texts. The exported config has ``response_tokens``; ``LitPPO`` warns if
-    its responses have another length.
+    Reads batches of ``input_ids`` and ``attention_mask``, padded on the right; rows of ``weight`` 0 do not count. Logs
+    ``train/loss`` and ``val/loss``; ``train/explained_variance`` and ``val/explained_variance``: 1 minus the loss over
+    the variance of the scores, of the first rank's batch and of all validation texts. The exported config has
+    ``response_tokens``; ``LitPPO`` warns if its responses have another length.
     Source: this project, measured in docs/explanation/regression.md; Yuan et al. 2025, arXiv:2503.01491 (value
     pretraining).
 
@@ -155,7 +155,8 @@ class LitCritic(SupervisedModule):
         """Sum of squared errors over the places of the texts that count, and these texts' scores."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
         lengths = mask.sum(1).tolist()
-        counted = [row for row, length in enumerate(lengths) if length > self.response_tokens]
+        weights = batch["weight"].tolist() if "weight" in batch else [1] * len(lengths)
+        counted = [row for row, length in enumerate(lengths) if length > self.response_tokens and weights[row]]
         scores = self.text_reward(self.tokenizer, [ids[row, : lengths[row]].tolist() for row in counted], self.device)
         errors = self.values(ids, mask)[counted] - scores[:, None]
         return errors.square().sum(), scores

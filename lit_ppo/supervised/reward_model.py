@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics import MeanMetric
-from torchmetrics.classification import BinaryAccuracy
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lit_ppo.constructor import constructor
@@ -38,8 +37,8 @@ class LitRewardModel(SupervisedModule):
         float32_matmul_precision: ``"highest"``, ``"high"`` (TF32) or ``"medium"``. None: on CUDA ``"high"``.
 
     Reads batches of ``chosen`` and ``rejected``, each with ``input_ids`` and ``attention_mask``; or of ``input_ids``,
-    ``attention_mask`` and ``labels`` (0 or 1, or a probability). Logs ``train/loss``, ``train/accuracy``, ``val/loss``
-    and ``val/accuracy``.
+    ``attention_mask`` and ``labels`` (0 or 1, or a probability). In validation, rows of ``weight`` 0 do not count.
+    Logs ``train/loss``, ``train/accuracy``, ``val/loss`` and ``val/accuracy``, over the rows of all ranks.
     Source: Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155, section 3.5.
 
     Raises:
@@ -66,8 +65,7 @@ class LitRewardModel(SupervisedModule):
         )
         super().__init__(source, optimizer, scheduler, float32_matmul_precision)
         self.append_eos = boolean(self, "append_eos", append_eos)
-        self.train_accuracy, self.val_accuracy = BinaryAccuracy(), BinaryAccuracy()
-        self.val_loss = MeanMetric()
+        self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
 
     def make_model(self) -> PreTrainedModel:
         self.source.check_one_output("a reward model")
@@ -109,6 +107,12 @@ class LitRewardModel(SupervisedModule):
             "PreferenceDataModule"
         )
 
+    def _losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The loss of each pair or labelled text, and whether it is correct, 1 or 0."""
+        margins, targets = self.margins(batch)
+        losses = F.binary_cross_entropy_with_logits(margins, targets, reduction="none")
+        return losses, ((margins > 0) == (targets > 0.5)).float()
+
     def _side_by_side(self, chosen: dict[str, Tensor], rejected: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Chosen and rejected texts in one batch, for one forward, so that DDP reduces each gradient once."""
         width = max(chosen["input_ids"].shape[1], rejected["input_ids"].shape[1])
@@ -120,17 +124,19 @@ class LitRewardModel(SupervisedModule):
         return stack("input_ids", self.model.config.pad_token_id), stack("attention_mask", 0)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        margins, targets = self.margins(batch)
-        loss = F.binary_cross_entropy_with_logits(margins, targets)
-        self.train_accuracy((margins > 0).long(), (targets > 0.5).long())
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(targets))
-        self.log("train/accuracy", self.train_accuracy, on_step=True, on_epoch=False, batch_size=len(targets))
+        losses, right = self._losses(batch)
+        count = losses.new_tensor(len(losses))
+        loss, mean = self.mean_over_ranks(losses.sum(), count)
+        accuracy = self.mean_over_ranks(right.sum(), count)[1]
+        self.log("train/loss", mean, prog_bar=True, batch_size=len(losses))
+        self.log("train/accuracy", accuracy, batch_size=len(losses))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        margins, targets = self.margins(batch)
-        self.val_loss.update(F.binary_cross_entropy_with_logits(margins, targets), weight=len(targets))
-        self.val_accuracy.update((margins > 0).long(), (targets > 0.5).long())
+        losses, right = self._losses(batch)
+        weight = batch.get("weight", 1.0)
+        self.val_loss.update(losses, weight)
+        self.val_accuracy.update(right, weight)
 
     def on_validation_epoch_end(self) -> None:
         self.log("val/loss", self.val_loss, prog_bar=True)

@@ -39,8 +39,9 @@ class LitSFT(SupervisedModule):
             ``{attn_implementation: eager}``.
         float32_matmul_precision: ``"highest"``, ``"high"`` (TF32) or ``"medium"``. None: on CUDA ``"high"``.
 
-    Reads batches of ``input_ids``, ``attention_mask`` and ``labels`` (-100 where there is no loss). Logs
-    ``train/loss``, ``val/loss`` (the mean over all tokens) and ``val/perplexity`` (its exponential).
+    Reads batches of ``input_ids``, ``attention_mask`` and ``labels`` (-100 where there is no loss). In validation,
+    rows of ``weight`` 0 do not count. Logs ``train/loss``, ``val/loss`` (the mean over all tokens) and
+    ``val/perplexity`` (its exponential).
 
     Raises:
         ValueError: A new model has no ``model_type`` or no tokenizer.
@@ -122,6 +123,8 @@ class LitSFT(SupervisedModule):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        if "weight" in batch:
+            batch = {**batch, "labels": batch["labels"].masked_fill(batch["weight"][:, None] == 0, IGNORED)}
         total, tokens = self.token_losses(batch)
         self.val_loss.update(total / tokens.clamp(min=1), weight=tokens)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_ppo.data.batch import EpochSampler, ResumableLoader
+from lit_ppo.data.batch import EpochSampler, RowLoader
 from lit_ppo.parallel.loops import use_exact_loops
 from tests.helpers.toys import make_trainer
 
@@ -36,9 +36,9 @@ class Line(L.LightningModule):
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9)]  # a step an epoch
 
-    def train_dataloader(self) -> ResumableLoader:
+    def train_dataloader(self) -> RowLoader:
         sampler = EpochSampler(ROWS, num_replicas=1, rank=0, seed=3)  # type: ignore[arg-type]
-        return ResumableLoader(ROWS, batch_size=2, sampler=sampler)  # type: ignore[arg-type]
+        return RowLoader(ROWS, self.trainer, batch_size=2, sampler=sampler)
 
     def val_dataloader(self) -> Any:
         return torch.utils.data.DataLoader(ROWS, batch_size=4)  # type: ignore[arg-type]
@@ -87,9 +87,14 @@ RUNS = {
     "steps that end an epoch": {**STEPS, "max_steps": 6, "limit_val_batches": 0},
     "both, epochs come first": {"max_steps": 8, "max_epochs": 2, "check_val_every_n_epoch": 2},
     "accumulation": {**STEPS, **EACH_2, "accumulate_grad_batches": 2, "max_steps": 5},
+    "two batches an epoch": {**EPOCHS, "limit_train_batches": 2},
+    "two thirds of an epoch, in steps": {**STEPS, "limit_train_batches": 0.7, "limit_val_batches": 0},
+    "two batches an epoch, accumulation": {**EPOCHS, "limit_train_batches": 2, "accumulate_grad_batches": 2},
+    "the same two batches": {**EPOCHS, "overfit_batches": 2},
 }
 
 
+@pytest.mark.filterwarnings("ignore:You requested to overfit")  # Lightning announces it
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS.keys())
 def test_all_later_checkpoints_are_those_of_the_uninterrupted_run(tmp_path: Path, options: dict[str, Any]) -> None:
@@ -100,3 +105,15 @@ def test_all_later_checkpoints_are_those_of_the_uninterrupted_run(tmp_path: Path
     for start in starts:
         resumed = fit(tmp_path / start, tmp_path / "uninterrupted" / start, **options)
         assert resumed == {name: saved for name, saved in uninterrupted.items() if name > start}, start
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("limit", [2, 0.7])
+def test_a_finished_run_goes_on_as_a_longer_one(tmp_path: Path, limit: float) -> None:
+    """Its last epoch is over, however many batches it had."""
+    short, long = ({**EPOCHS, "max_epochs": n, "limit_train_batches": limit} for n in (2, 4))
+    start = max(name for name in fit(tmp_path / "short", **short) if name.endswith("on_train_batch_end.ckpt"))
+    longer, resumed = fit(tmp_path / "long", **long), fit(tmp_path / "resumed", tmp_path / "short" / start, **long)
+    ends = [saved[max(saved)] for saved in (longer, resumed)]
+    assert ends[0]["global_step"] == ends[1]["global_step"]
+    assert torch.equal(*(end["state_dict"]["weight"] for end in ends))
