@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lit_ppo.attention import kernels
 from lit_ppo.attention.kernels import EXTRAS, Kernel
+from lit_ppo.attention.windows import layers_of, tells_its_windows
 from lit_ppo.device import autocast_dtype, exact_products
 from lit_ppo.shown import reason
 
@@ -32,11 +33,13 @@ class Heads:
 
     @classmethod
     def of(cls, config: Any) -> "Heads":
-        """Those of a configuration; where it names none, usual ones."""
-        text = config.get_text_config()
+        """Those of a configuration, of the layer with the widest heads; where it names none, usual ones."""
+        return max(map(cls._of_layer, layers_of(config)), key=lambda heads: heads.size)
 
+    @classmethod
+    def _of_layer(cls, config: Any) -> "Heads":
         def size(name: str, usual: int) -> int:
-            found = getattr(text, name, None)
+            found = getattr(config, name, None)
             return found if isinstance(found, int) and found > 0 else usual
 
         queries = size("num_attention_heads", 4)
@@ -208,10 +211,17 @@ def supports_sdpa(model: PreTrainedModel) -> bool:
 
 
 def takes_packing(model: PreTrainedModel) -> bool:
-    """Whether a model hands arguments and positions on to its attention, and its window is known there."""
+    """Whether a model hands arguments and positions on to its attention, and tells it its windows."""
     parameters = inspect.signature(model.base_model.forward).parameters
     takes_arguments = "position_ids" in parameters and any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-    return takes_arguments and _hands_on_its_window(model)
+    return takes_arguments and mixes(model) is None
+
+
+def mixes(model: PreTrainedModel) -> str | None:
+    """Why tokens of packed rows would mix, or see others than those in their windows; None: they would not."""
+    if not only_attends(model):
+        return "some of its layers are of another kind"
+    return None if tells_its_windows(model) else "only its mask knows its sliding window"
 
 
 def only_attends(model: PreTrainedModel) -> bool:
@@ -242,14 +252,6 @@ def _compares_with_sdpa(layer: type) -> bool:
     except (OSError, TypeError):  # not at hand: nothing is known of it
         return True
     return SDPA_BY_NAME.search(source) is not None
-
-
-def _hands_on_its_window(model: PreTrainedModel) -> bool:
-    """Whether attention is full, or tells its window; a few tokens would not show one that only the mask knows."""
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    slides = getattr(config, "sliding_window", None) is not None if kinds is None else "sliding_attention" in kinds
-    return only_attends(model) and (not slides or any(hasattr(module, "sliding_window") for module in model.modules()))
 
 
 def packs_faithfully(model: PreTrainedModel, packed: Callable[..., dict[str, Any]], alone: str | None = None) -> bool:

@@ -24,7 +24,10 @@ ELSEWHERE = {
     "cache_config": "it is for quantized caches, which change the distribution",
     "max_time": "it would make samples depend on the clock",
     "guidance_scale": "it mixes in a second distribution, without the prompt, which log-probs would not know",
+    "encoder_repetition_penalty": "it takes the padding of shorter prompts for a token of theirs, so that samples "
+    "would depend on the other rows of a batch; give repetition_penalty",
 }
+MAY_BE_OFF = ("guidance_scale", "encoder_repetition_penalty")  # by None or 1
 
 
 def checked_generation(owner: object, generation: Any) -> dict[str, Any]:
@@ -42,7 +45,7 @@ def checked_generation(owner: object, generation: Any) -> dict[str, Any]:
         refuse(owner, "generation", None, "give at least {max_new_tokens: 64}, the most tokens of a response")
     fields = mapping(owner, "generation", generation)
     for name, value in fields.items():
-        if name in ELSEWHERE and (name, value) not in (("guidance_scale", None), ("guidance_scale", 1)):
+        if name in ELSEWHERE and not (name in MAY_BE_OFF and value in (None, 1)):
             refuse(owner, "generation", {name: value}, f"{name} is not set here; {ELSEWHERE[name]}")
         if name not in known:
             refuse(owner, "generation", {name: value}, f"transformers.GenerationConfig has no field {name!r}")

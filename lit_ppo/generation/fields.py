@@ -17,6 +17,14 @@ _count = partial(integer, at_least=0)
 _share = partial(number, at_least=0, below=1)
 
 
+def _ngram(owner: object, name: str, value: Any) -> int:
+    """Tokens that may not come twice together; 0: off."""
+    if (size := _count(owner, name, value)) == 1:
+        problem = "forbids the padding token where a prompt is shorter than others of its batch; give 2 or more"
+        refuse(owner, name, value, problem)
+    return size
+
+
 def _ids(owner: object, name: str, value: Any) -> list[int]:
     """A list of token ids, at least one."""
     values = value.tolist() if hasattr(value, "tolist") else value
@@ -68,8 +76,8 @@ COMPILING: dict[str, Check] = {
 CHECKS: dict[str, Check] = {
     "min_new_tokens": partial(integer, at_least=0, at_most=LONGEST_RESPONSE),
     "top_k": _count,  # 0 is off
-    "no_repeat_ngram_size": _count,
-    "encoder_no_repeat_ngram_size": _count,
+    "no_repeat_ngram_size": _ngram,
+    "encoder_no_repeat_ngram_size": _ngram,
     "top_p": partial(number, above=0, at_most=1),
     "top_h": partial(number, above=0, at_most=1),
     "min_p": partial(number, at_least=0, at_most=1),
@@ -77,7 +85,6 @@ CHECKS: dict[str, Check] = {
     "epsilon_cutoff": _share,
     "eta_cutoff": _share,
     "repetition_penalty": partial(number, above=0),
-    "encoder_repetition_penalty": partial(number, above=0),
     "length_penalty": number,
     "diversity_penalty": number,
     "penalty_alpha": partial(number, at_least=0, at_most=1),

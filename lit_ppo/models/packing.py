@@ -22,7 +22,7 @@ from lit_ppo.attention.choice import (
     Heads,
     asks_for_sdpa,
     attend,
-    only_attends,
+    mixes,
     packs_faithfully,
     supports_sdpa,
     takes_packing,
@@ -268,8 +268,8 @@ def _read_others(
         "tree": tree.Tree.of(*packed, rows, positions),
     }
     checked = vars(backbone).get("lit_ppo_reads_trees")
-    if not checked and not only_attends(backbone):
-        raise tree.unreadable(backbone, "some of its layers are of another kind")
+    if not checked and (problem := mixes(backbone)):
+        raise tree.unreadable(backbone, problem)
     states = tree.read(backbone, inputs)
     if not checked:
         with stock_attention(backbone):

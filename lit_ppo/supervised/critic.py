@@ -33,7 +33,8 @@ class LitCritic(SupervisedModule):
 
     Each text is read as a prompt and a response, its last ``response_tokens`` tokens. The reward scores the response
     once, and the critic predicts that score before each token of the response. The loss is the mean squared error over
-    these places. Texts without a prompt, of at most ``response_tokens`` tokens, do not count.
+    these places. Texts without a prompt, of at most ``response_tokens`` tokens, do not count. Accumulated batches
+    (``accumulate_grad_batches``) count alike, however many texts of each count; a batch without any has the loss 0.
 
     Use it before ``LitPPO(critic="folder")`` when early updates suffer from a critic that has not learned yet, or with
     ``LeastSquaresCritic``, which reads the critic's hidden states. The text should be like the policy's responses, such

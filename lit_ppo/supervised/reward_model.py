@@ -22,7 +22,8 @@ class LitRewardModel(SupervisedModule):
 
     The loss of a pair is the Bradley-Terry loss ``-log sigmoid(r_chosen - r_rejected)``. The loss of a labelled text
     is the binary cross-entropy of ``sigmoid(r)``. A pair is correct if the chosen text has the higher score, a
-    labelled text if its score is positive for label 1 and negative for label 0.
+    labelled text if its score is positive for label 1 and negative for label 0. Accumulated batches
+    (``accumulate_grad_batches``) count alike, also an epoch's last, which may have fewer pairs or texts.
 
     Args:
         model: Folder or hub name of a checkpoint, or the settings of a new model, such as

@@ -183,6 +183,9 @@ def test_inverse_cdf_of_a_large_vocabulary_is_that_of_plain_sums(n_tokens):
         ({"max_new_tokens": 4, "compile_config": {}, "disable_compile": True}, "leave one of them out"),
         ({"max_new_tokens": 4, "compile_config": {}, "cache_implementation": "dynamic"}, "leave one of them out"),
         ({"max_new_tokens": 4, "guidance_scale": 1.5}, "mixes in a second distribution"),
+        ({"max_new_tokens": 4, "encoder_repetition_penalty": 1.5}, "padding of shorter prompts.*give repetition_pena"),
+        ({"max_new_tokens": 4, "no_repeat_ngram_size": 1}, "forbids the padding token"),
+        ({"max_new_tokens": 4, "encoder_no_repeat_ngram_size": 1}, "forbids the padding token"),
         ({"max_new_tokens": 4, "top_kk": 2}, "GenerationConfig has no field 'top_kk'"),
     ],
 )
@@ -262,7 +265,6 @@ def _prompted(path):
         ({"bad_words_ids": [[5]]}, True),
         ({"sequence_bias": [[[5], -2.0]]}, True),
         ({"exponential_decay_length_penalty": [2, 1.5]}, True),
-        ({"encoder_repetition_penalty": 1.5}, True),
         ({"forced_eos_token_id": 1}, True),
         ({"watermarking_config": {"greenlist_ratio": 0.5}}, True),
         ({"min_p": 0.1}, True),

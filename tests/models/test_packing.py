@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from lit_ppo.attention import autocast
+from lit_ppo.attention.choice import Heads
 from lit_ppo.generation.config import neutral
 from lit_ppo.models import packing
 from lit_ppo.models.actor_critic import Actor
 from lit_ppo.models.load import load_causal_lm, load_critic
-from lit_ppo.models.packing import NAME, RealTokens, read_tokens, use_packing
+from lit_ppo.models.packing import NAME, RealTokens, read_others, read_tokens, use_packing
 from tests.helpers.tiny import make_causal_lm
 
 ROWS = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17, 18]]
@@ -19,7 +20,12 @@ SHAPES = {
     "llama": ("llama", {}),
     "qwen2 with a sliding window": ("qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
     "phi": ("phi", {}),
+    "mistral with a window": ("mistral", {"sliding_window": 3}),
 }
+SMALL = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "vocab_size": 30,
+}  # fmt: skip
 
 
 def batch(side: str, extra: int = 0, rows: list[list[int]] = ROWS) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,17 +159,51 @@ def test_pythons_gelu_is_replaced_by_torchs_and_gives_the_same(tmp_path):
     )
 
 
-def test_a_family_whose_window_only_its_mask_knows_goes_without(tmp_path):
-    """Rows longer than the window are those of each row alone."""
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    config = MistralConfig(**shape, num_key_value_heads=1, vocab_size=30, sliding_window=3)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    alone = [model.base_model(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state[0] for row in ROWS]
+def test_a_family_whose_window_only_its_mask_knows_goes_without():
+    """Qwen2-MoE's layers have the window, but do not tell their attention: longer rows are those of each row alone."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    model = _of_config(Qwen2MoeConfig(**SMALL, **sizes, use_sliding_window=True, sliding_window=3, max_window_layers=1))
+    assert any(getattr(module, "sliding_window", None) == 3 for module in model.modules())
+    alone = _alone(model)
     use_packing(model)
     assert model.config._attn_implementation == "sdpa"
     states, _ = read_tokens(model.base_model, *batch("left", extra=2))
-    torch.testing.assert_close(states, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(states, alone, rtol=1e-5, atol=1e-5)
+    ids, mask = batch("left")
+    actions, wanted = torch.ones(3, 1, 1, dtype=torch.long), torch.ones(3, 1, 1, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"AdvantageRegression: Qwen2MoeModel .* \(only its mask knows its sliding wi"):
+        read_others(model.base_model, ids[:, -2:], mask[:, -2:], actions, wanted)  # rows shorter than the window
+
+
+def test_a_family_whose_layers_differ_in_size_packs():
+    """Gemma 4 has wider heads in its layers of full attention; a configuration then names no size of all."""
+    gemma = pytest.importorskip("transformers.models.gemma4")
+    inputs = {"vocab_size_per_layer_input": 30, "hidden_size_per_layer_input": 4, "num_kv_shared_layers": 0}
+    kinds = ["sliding_attention", "full_attention"]
+    config = gemma.Gemma4TextConfig(
+        **SMALL, **inputs, head_dim=8, global_head_dim=16, sliding_window=3, layer_types=kinds
+    )
+    model = _of_config(config)
+    alone = _alone(model)
+    use_packing(model)
+    assert model.config._attn_implementation == NAME
+    assert model.base_model.lit_ppo_attention.heads == Heads(2, 1, 16)
+    states, _ = read_tokens(model.base_model, *batch("left", extra=2))
+    torch.testing.assert_close(states, alone, rtol=1e-5, atol=1e-5)
+
+
+def _of_config(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.3)
+    return model
+
+
+def _alone(model):
+    return torch.cat(
+        [model.base_model(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state[0] for row in ROWS]
+    )
 
 
 def test_a_family_with_layers_of_another_kind_goes_without(tmp_path):
