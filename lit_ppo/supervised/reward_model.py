@@ -108,12 +108,6 @@ class LitRewardModel(SupervisedModule):
             "PreferenceDataModule"
         )
 
-    def _losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The loss of each pair or labelled text, and whether it is correct, 1 or 0."""
-        margins, targets = self.margins(batch)
-        losses = F.binary_cross_entropy_with_logits(margins, targets, reduction="none")
-        return losses, ((margins > 0) == (targets > 0.5)).float()
-
     def _side_by_side(self, chosen: dict[str, Tensor], rejected: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Chosen and rejected texts in one batch, for one forward, so that DDP reduces each gradient once."""
         width = max(chosen["input_ids"].shape[1], rejected["input_ids"].shape[1])
@@ -125,23 +119,28 @@ class LitRewardModel(SupervisedModule):
         return stack("input_ids", self.model.config.pad_token_id), stack("attention_mask", 0)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        losses, right = self._losses(batch)
-        count = losses.new_tensor(len(losses))
-        loss, mean = self.mean_over_ranks(losses.sum(), count)
-        accuracy = self.mean_over_ranks(right.sum(), count)[1]
-        self.log("train/loss", mean, prog_bar=True, batch_size=len(losses))
-        self.log("train/accuracy", accuracy, batch_size=len(losses))
+        margins, targets = self.margins(batch)
+        one = margins.new_ones(())  # a share of each rank, since all have equally many rows
+        loss, mean = self.mean_over_ranks(F.binary_cross_entropy_with_logits(margins, targets), one)
+        _, accuracy = self.mean_over_ranks(_correct(margins, targets).mean(), one)
+        self.log("train/loss", mean, prog_bar=True, batch_size=len(targets))
+        self.log("train/accuracy", accuracy, batch_size=len(targets))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        losses, right = self._losses(batch)
+        margins, targets = self.margins(batch)
         weight = batch.get("weight", 1.0)
-        self.val_loss.update(losses, weight)
-        self.val_accuracy.update(right, weight)
+        self.val_loss.update(F.binary_cross_entropy_with_logits(margins, targets, reduction="none"), weight)
+        self.val_accuracy.update(_correct(margins, targets), weight)
 
     def on_validation_epoch_end(self) -> None:
         self.log("val/loss", self.val_loss, prog_bar=True)
         self.log("val/accuracy", self.val_accuracy, prog_bar=True)
+
+
+def _correct(margins: Tensor, targets: Tensor) -> Tensor:
+    """Whether logits have the sign that their targets ask for, 1 or 0."""
+    return ((margins > 0) == (targets > 0.5)).float()
 
 
 def with_eos(input_ids: Tensor, attention_mask: Tensor, eos: int, pad: int) -> tuple[Tensor, Tensor]:
