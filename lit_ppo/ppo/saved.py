@@ -121,6 +121,7 @@ def on_load_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
         ValueError: Names the weights that are missing or unexpected, or a frozen model that is another one.
     """
     owner, trainer = type(module).__name__, module._trainer
+    module.configure_model()  # Lightning has done so
     names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     expected = set(filter(_is_saved(module), names))  # without gathering any weights
     found = checkpoint.get("state_dict", {}).keys()

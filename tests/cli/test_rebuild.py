@@ -49,7 +49,8 @@ def save(folder: Path, model: dict[str, Any]) -> None:
     module = make_module(folder / "lm")
     module.configure_model()
     state: dict[str, Any] = {"state_dict": module.state_dict(), "pytorch-lightning_version": "2.6.0", "global_step": 1}
-    state |= {"lit_ppo": {"rollouts": 0, "skipped_steps": 0, "optimizers": {}}, "lit_ppo_frozen": {}}
+    counts = {"rollouts": 0, "skipped_steps": 0, "updates": {"actor": 0, "critic": 0}, "optimizers": {}}
+    state |= {"lit_ppo": counts, "lit_ppo_frozen": {}}
     torch.save(state | {"lit_ppo_run": {"config": {"model": model}}}, folder / "x.ckpt")
 
 

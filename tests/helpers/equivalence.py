@@ -142,6 +142,13 @@ def adapters(case: Case) -> dict[str, Any]:
     return both if case.lora else {}
 
 
+class Work(TrainedRows):
+    """Also keeps the weights at the end of training, before ``ValueNormalization`` restores the critic's units."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.weights = weights(pl_module)
+
+
 def update(case: Case, folder: Path) -> dict[str, Any]:
     """An update of two optimizer steps, or two such updates; what they did, on the first rank."""
     actor, reward = make_models(folder, case)
@@ -158,7 +165,7 @@ def update(case: Case, folder: Path) -> dict[str, Any]:
     )
     module.__class__ = Spy
     updates = 2 if case.features else 1
-    rows = TrainedRows()
+    rows = Work()
     trainer = make_trainer(
         folder / "run",
         devices=n_ranks(),
@@ -182,7 +189,7 @@ def result(case: Case, folder: Path) -> dict[str, Any]:
     """What an update did, in a form that can be saved."""
     run = update(case, folder)
     module = run["module"]
-    after = weights(module)
+    after = run["rows"].weights
     if n_ranks() > 1:
         check_ranks(case, module, run["rows"])
     return {
