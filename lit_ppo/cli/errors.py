@@ -142,7 +142,7 @@ def _explain(
         return value, f"no class named {value!r}; {nearest(value, names)}"
     if match := ENTRIES.match(message):
         names = re.findall(r"'([^']*)'", match[2])
-        known = next(scope["dict_annotations"] for scope in _scopes(reason) if "dict_annotations" in scope)
+        known = next((scope["dict_annotations"] for scope in _scopes(reason) if "dict_annotations" in scope), set())
         if match[1] == "Missing required":
             return "", f"{', '.join(names)} is missing; known keys: {', '.join(known)}"
         return names[0], f"no key {names[0]!r}; {nearest(names[0], known)}"
